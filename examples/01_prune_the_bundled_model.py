@@ -1,0 +1,15 @@
+"""Score, plan, prune, save and compare, in ten lines, on the model that ships with the package."""
+
+import secateur
+
+model = secateur.open_model("bundled")
+scores = secateur.score(model)
+print("block influence:", [round(value, 3) for value in scores.block_influence or ()])
+
+plan = secateur.make_plan(model, method="streamline", remove=0.25, scores=scores)
+print("takes out:", plan.steps[0].blocks, f"({plan.removed_fraction:.1%} of the parameters)")
+
+pruned = secateur.prune(model, plan)
+secateur.save(pruned, "secateur-runs/example-cut")
+for result in secateur.eval(pruned, against=model):
+    print(f"{result.role}: {result.blocks} blocks, perplexity {result.value:.2f}")

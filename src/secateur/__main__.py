@@ -1,0 +1,5 @@
+"""`python -m secateur`, so that launchers can start the command line."""
+
+from secateur.cli import main
+
+main()

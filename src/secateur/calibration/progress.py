@@ -1,0 +1,22 @@
+"""How long-running functions report progress, without knowing who shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Progress(Protocol):
+    """Passes items through while showing how far they are."""
+
+    def __call__(self, items: Iterable[Item], description: str, total: int, /) -> Iterable[Item]:
+        """Yield the items unchanged; `total` is how many there will be."""
+
+
+def _silent(items: Iterable[Item], description: str, total: int, /) -> Iterator[Item]:
+    return iter(items)
+
+
+SILENT: Progress = _silent

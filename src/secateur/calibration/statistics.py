@@ -1,0 +1,178 @@
+"""Running sums over calibration tokens, fed batch by batch with the L+1 residual states of each token.
+
+Legend: S = L+1 states, M = tokens, d = width of the residual stream. Sums are float64; every class has `update`
+and `result`, and counts real tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from secateur.errors import InputError, NumericsError
+
+_CHUNK_BYTES = 64 << 20
+_TINY = 1e-30
+
+Kernel = Literal["linear", "rbf"]
+
+
+def real_tokens(states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Flatten states (windows, positions, d) to real tokens (M, d)."""
+    if mask is None:
+        return [state.flatten(0, 1) for state in states]
+    return [state[mask.to(state.device)] for state in states]
+
+
+class CosineSums:
+    """Mean cosine between every two states of a token: `E_t cos(X^a_t, X^b_t)`, METHODS window cosine C.
+
+    With the states of a token scaled to length 1 in the rows of Z (S × M·d), the sum over tokens is one product,
+    Z Zᵀ.
+    """
+
+    def __init__(self, states: int) -> None:
+        """Start at zero for `states` = L+1 states."""
+        self._sum = torch.zeros(states, states, dtype=torch.float64)
+        self._relative = torch.zeros(states - 1, dtype=torch.float64)
+        self._tokens = 0
+
+    def update(self, states: Sequence[torch.Tensor]) -> None:
+        """Add tokens; `states` holds S tensors (M, d)."""
+        tokens, width = states[0].shape
+        rows = max(1, _CHUNK_BYTES // (4 * width * len(states)))
+        for first in range(0, tokens, rows):
+            chunk = torch.stack([state[first : first + rows].float().to(states[0].device) for state in states])
+            length_SM = chunk.norm(dim=-1).clamp_min(_TINY)
+            change_LM = (chunk[1:] - chunk[:-1]).norm(dim=-1)
+            self._relative += (change_LM / length_SM[1:]).sum(dim=-1).double().cpu()
+            unit_SX = chunk.div_(length_SM[..., None]).flatten(1)
+            self._sum += (unit_SX @ unit_SX.T).double().cpu()
+        self._tokens += tokens
+
+    def result(self) -> torch.Tensor:
+        """Mean cosines, (S, S), diagonal exactly 1."""
+        mean = (self._sum / self._tokens).clamp(-1, 1)
+        return mean.fill_diagonal_(1.0)
+
+    def relative_magnitude(self) -> torch.Tensor:
+        """`E_t ‖f_l(X)−X‖ / ‖f_l(X)‖` of each block, (L,) (Samragh et al. 2023)."""
+        return self._relative / self._tokens
+
+
+class AngularSums:
+    """Mean angular distance `arccos(cos) / π` between states of each window's last real token (UIDL)."""
+
+    def __init__(self, states: int) -> None:
+        """Start at zero for `states` = L+1 states."""
+        self._sum = torch.zeros(states, states, dtype=torch.float64)
+        self._windows = 0
+
+    def update(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> None:
+        """Add windows; states are (windows, positions, d), the mask (windows, positions)."""
+        windows, positions, _ = states[0].shape
+        if mask is None:
+            last = torch.full((windows,), positions - 1)
+        else:
+            last = positions - 1 - mask.cpu().flip(1).int().argmax(dim=1)
+        rows = torch.arange(windows)
+        picked = torch.stack([state.cpu()[rows, last].double() for state in states], dim=1)
+        unit = picked / picked.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+        angle = torch.arccos((unit @ unit.transpose(1, 2)).clamp(-1, 1)) / torch.pi
+        self._sum += angle.sum(dim=0)
+        self._windows += windows
+
+    def result(self) -> torch.Tensor:
+        """Mean angular distances in [0, 1], (S, S), diagonal exactly 0."""
+        return (self._sum / self._windows).fill_diagonal_(0.0)
+
+
+class CkaSums:
+    """Centred kernel alignment between block outputs, by unbiased minibatch HSIC.
+
+    At most `limit` tokens, drawn by seed from all of them, are gathered in stream order into minibatches of
+    `size`; HSIC is estimated without bias in each (Nguyen, Raghu, Kornblith 2021) and averaged before the ratio is
+    taken. The RBF width of a block is the median distance of its outputs in the first minibatch.
+    """
+
+    def __init__(self, total_tokens: int, *, seed: int = 0, limit: int = 4096, size: int = 256) -> None:
+        """Choose the tokens; `total_tokens` is how many real tokens will pass by.
+
+        Raises:
+            InputError: fewer than 4 tokens, which no unbiased HSIC can be computed from.
+        """
+        if total_tokens < 4:
+            raise InputError(f"CKA needs at least 4 tokens, there are {total_tokens}.")
+        self._size = min(size, total_tokens)
+        count = min(limit, total_tokens) // self._size * self._size
+        generator = torch.Generator().manual_seed(seed)
+        self._chosen = torch.randperm(total_tokens, generator=generator)[:count].sort().values
+        self._passed = 0
+        self._waiting: list[torch.Tensor] = []
+        self._hsic: dict[Kernel, torch.Tensor] = {}
+        self._widths: torch.Tensor | None = None
+        self._batches = 0
+
+    def update(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Add tokens: L tensors (M, d), the outputs of the blocks."""
+        tokens = outputs[0].shape[0]
+        inside = self._chosen[(self._chosen >= self._passed) & (self._chosen < self._passed + tokens)] - self._passed
+        self._passed += tokens
+        if len(inside):
+            picked = [output[inside.to(output.device)].float().to(outputs[0].device) for output in outputs]
+            self._waiting.append(torch.stack(picked))
+        while sum(part.shape[1] for part in self._waiting) >= self._size:
+            gathered = torch.cat(self._waiting, dim=1)
+            self._waiting = [gathered[:, self._size :]]
+            self._add_minibatch(gathered[:, : self._size])
+
+    def _add_minibatch(self, outputs_LMd: torch.Tensor) -> None:
+        gram = [output.double() @ output.double().T for output in outputs_LMd]
+        squared = [_squared_distances(one) for one in gram]
+        if self._widths is None:
+            self._widths = torch.stack([_median_distance(one) for one in squared])
+        rbf = [torch.exp(-one / (2 * width**2)) for one, width in zip(squared, self._widths, strict=True)]
+        kernels: dict[Kernel, list[torch.Tensor]] = {"linear": gram, "rbf": rbf}
+        for name, matrices in kernels.items():
+            found = unbiased_hsic(torch.stack(matrices)).cpu()
+            self._hsic[name] = self._hsic.get(name, torch.zeros_like(found)) + found
+        self._batches += 1
+
+    def result(self, kernel: Kernel) -> torch.Tensor:
+        """CKA between block outputs, (L, L), symmetric, diagonal exactly 1.
+
+        Raises:
+            NumericsError: a block's outputs do not vary, so that its HSIC with itself is not positive.
+        """
+        hsic = self._hsic[kernel] / self._batches
+        own = hsic.diagonal()
+        if not bool((own > 0).all()):
+            block = int((own <= 0).nonzero()[0])
+            raise NumericsError(f"CKA is undefined: the outputs of block {block} do not vary over the tokens.")
+        cka = hsic / torch.sqrt(own[:, None] * own[None, :])
+        return ((cka + cka.T) / 2).fill_diagonal_(1.0)
+
+
+def unbiased_hsic(kernels_LMM: torch.Tensor) -> torch.Tensor:
+    """Unbiased HSIC between every two kernel matrices of the same M samples, (L, L) (Song et al. 2012, eq. 5)."""
+    samples = kernels_LMM.shape[-1]
+    kernels = kernels_LMM.double() * (1 - torch.eye(samples, dtype=torch.float64, device=kernels_LMM.device))
+    flat = kernels.flatten(1)
+    rows = kernels.sum(dim=-1)
+    total = rows.sum(dim=-1)
+    trace = flat @ flat.T
+    products = torch.outer(total, total) / ((samples - 1) * (samples - 2))
+    crossed = 2 / (samples - 2) * (rows @ rows.T)
+    return (trace + products - crossed) / (samples * (samples - 3))
+
+
+def _squared_distances(gram: torch.Tensor) -> torch.Tensor:
+    square = gram.diagonal()
+    return (square[:, None] + square[None, :] - 2 * gram).clamp_min(0)
+
+
+def _median_distance(squared: torch.Tensor) -> torch.Tensor:
+    off_diagonal = ~torch.eye(len(squared), dtype=torch.bool, device=squared.device)
+    return squared[off_diagonal].median().sqrt().clamp_min(_TINY)

@@ -1,0 +1,112 @@
+"""Hidden states kept for later: in memory while they fit, else on disk in float32."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+_SHARE_OF_MEMORY = 0.25
+_SPARE_DISK = 1 << 30
+
+
+class StateStore:
+    """Tensors by key. The first ones stay in memory up to a budget, the others go to files.
+
+    Files are read and written plainly, not memory-mapped, so that what is on disk does not count as resident
+    memory. The folder is removed by `close` (or at the end of a `with` statement).
+
+    Attributes:
+        budget: bytes that may stay in memory.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        """Open an empty store; without a budget it takes a quarter of the memory that is free now."""
+        self.budget = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY) if budget is None else budget
+        self._memory: dict[Hashable, torch.Tensor] = {}
+        self._files: dict[Hashable, tuple[Path, torch.Size, torch.dtype, torch.device]] = {}
+        self._used = 0
+        self._written = 0
+        self._folder: Path | None = None
+
+    def __enter__(self) -> StateStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._memory or key in self._files
+
+    def keys(self) -> Iterator[Hashable]:
+        """All keys held."""
+        yield from list(self._memory)
+        yield from list(self._files)
+
+    def put(self, key: Hashable, tensor: torch.Tensor) -> None:
+        """Keep a tensor under a key, in place of what was there."""
+        self.drop(key)
+        if self.has_room(tensor):
+            self._memory[key] = tensor
+            self._used += _bytes(tensor)
+        else:
+            self._files[key] = (self._write(tensor), tensor.shape, tensor.dtype, tensor.device)
+
+    def has_room(self, tensor: torch.Tensor) -> bool:
+        """Whether such a tensor would stay in memory."""
+        return self._used + _bytes(tensor) <= self.budget
+
+    def get(self, key: Hashable) -> torch.Tensor:
+        """Give a tensor back as it was put, on the device it was on."""
+        if key in self._memory:
+            return self._memory[key]
+        path, shape, dtype, device = self._files[key]
+        data = np.fromfile(path, dtype=np.float32)
+        return torch.from_numpy(data).view(shape).to(device=device, dtype=dtype)
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a key; nothing happens where it is not held."""
+        if key in self._memory:
+            self._used -= _bytes(self._memory.pop(key))
+        elif key in self._files:
+            self._files.pop(key)[0].unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Forget everything and remove the files."""
+        self._memory.clear()
+        self._files.clear()
+        self._used = 0
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _write(self, tensor: torch.Tensor) -> Path:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="secateur-states-"))
+        needed = tensor.numel() * 4
+        if shutil.disk_usage(self._folder).free < needed + _SPARE_DISK:
+            raise OSError(28, "no space left for hidden states; set TMPDIR to a larger disk, or take fewer windows")
+        path = self._folder / f"{self._written}.f32"
+        self._written += 1
+        tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tofile(path)
+        return path
+
+
+@contextmanager
+def opened(store: StateStore | None) -> Iterator[StateStore]:
+    """Give the caller's store, or a new one that is closed at the end."""
+    if store is not None:
+        yield store
+        return
+    with StateStore() as own:
+        yield own
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

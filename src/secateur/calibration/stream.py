@@ -1,0 +1,221 @@
+"""Walk calibration windows through the blocks of a decoder, in order.
+
+Two orders give the same states: a model in memory takes one batch through all blocks; a skeleton takes all
+batches through one block, so that each block's weights are read once per walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.store import StateStore, opened
+from secateur.calibration.texts import Windows
+from secateur.errors import InputError
+from secateur.models.decoder import Decoder
+from secateur.models.replay import Call, capture, logits, require_finite, run_block, same_calls
+
+_LOGIT_BYTES = 256 << 20
+_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some windows on the model's device.
+
+    Attributes:
+        index: position among the batches.
+        tokens: int64, (windows, positions).
+        mask: bool, same shape, True at real tokens; None where nothing is padded.
+        calls: what each block is called with.
+    """
+
+    index: int
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    calls: Sequence[Call]
+
+
+def batch_size_for(decoder: Decoder, windows: Windows, batch_size: int | None = None) -> int:
+    """Windows per batch: as asked, else about 1024 tokens on a CPU and 16384 on a GPU."""
+    if batch_size is not None:
+        if batch_size < 1:
+            raise InputError(f"batch size {batch_size}: must be at least 1.")
+        return batch_size
+    return max(1, _TOKENS_PER_BATCH.get(decoder.device.type, 4096) // windows.seq_len)
+
+
+def check_windows(decoder: Decoder, windows: Windows) -> None:
+    """Refuse windows that the model cannot read.
+
+    Raises:
+        InputError: longer than the model's positions, or token ids outside its vocabulary.
+    """
+    limit = decoder.max_positions
+    if limit is not None and windows.seq_len > limit:
+        raise InputError(
+            f"windows of {windows.seq_len} tokens, but the model has {limit} positions; use --seq-len {limit}."
+        )
+    rows = decoder.module.get_input_embeddings().num_embeddings
+    low, high = int(windows.tokens.min()), int(windows.tokens.max())
+    if low < 0 or high >= rows:
+        raise InputError(f"token ids from {low} to {high}, but the model's vocabulary has {rows}; wrong tokenizer?")
+
+
+@torch.no_grad()
+def start(decoder: Decoder, windows: Windows, batch_size: int | None = None) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Give the batches one by one, each with the residual stream entering block 0, X⁰."""
+    check_windows(decoder, windows)
+    calls: Sequence[Call] = ()
+    with decoder.outer(head=False):
+        for index, (tokens, mask) in enumerate(windows.batches(batch_size_for(decoder, windows, batch_size))):
+            tokens = tokens.to(decoder.device)
+            mask = None if mask is None else mask.to(decoder.device)
+            hidden, found = capture(decoder, tokens, mask)
+            calls = calls if same_calls(calls, found) else found
+            yield Batch(index, tokens, mask, calls), hidden
+
+
+@torch.no_grad()
+def states_by_batch(
+    decoder: Decoder,
+    windows: Windows,
+    *,
+    batch_size: int | None = None,
+    store: StateStore | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
+    """Give each batch with its L+1 residual states X⁰ … X^L, each (windows, positions, d).
+
+    The last state is what leaves the last block, *before* the final norm. A skeleton walks block by block and
+    keeps the states in the store meanwhile.
+
+    Raises:
+        NumericsError: a state holds NaN or infinity at a real token.
+    """
+    if not decoder.is_skeleton:
+        count = -(-len(windows) // batch_size_for(decoder, windows, batch_size))
+        for batch, hidden in progress(start(decoder, windows, batch_size), "walking the windows", count):
+            yield batch, _all_states(decoder, batch, hidden)
+        return
+    with opened(store) as kept:
+        batches = walk_blocks(decoder, windows, kept, batch_size=batch_size, progress=progress)
+        for batch in batches:
+            keys = [(batch.index, depth) for depth in range(decoder.block_count + 1)]
+            yield batch, [kept.get(key) for key in keys]
+            for key in keys:
+                kept.drop(key)
+
+
+@torch.no_grad()
+def walk_blocks(
+    decoder: Decoder,
+    windows: Windows,
+    store: StateStore,
+    *,
+    batch_size: int | None = None,
+    only_last: bool = False,
+    progress: Progress = SILENT,
+) -> list[Batch]:
+    """Take all batches through one block after the other; states stay in the store under (batch, depth).
+
+    Depth l is the state that enters block l; `only_last` forgets each state once the next one is there.
+
+    Raises:
+        NumericsError: a state holds NaN or infinity at a real token.
+    """
+    batches = []
+    for batch, hidden in start(decoder, windows, batch_size):
+        batches.append(batch)
+        store.put((batch.index, 0), hidden)
+    for index in progress(range(decoder.block_count), "walking the blocks", decoder.block_count):
+        with decoder.block(index):
+            for batch in batches:
+                store.put((batch.index, index + 1), step(decoder, index, batch, store.get((batch.index, index))))
+                if only_last:
+                    store.drop((batch.index, index))
+    return batches
+
+
+@torch.no_grad()
+def mean_loss(
+    decoder: Decoder,
+    windows: Windows,
+    *,
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
+) -> float:
+    """Mean next-token loss in nats over all predictions of all windows.
+
+    Raises:
+        NumericsError: NaN or infinity on the way.
+    """
+    total, predictions = 0.0, 0
+    for batch, hidden in _last_states(decoder, windows, batch_size, progress):
+        found, counted = loss_sum(decoder, batch, hidden)
+        total += float(found)
+        predictions += counted
+    return total / predictions
+
+
+def _last_states(
+    decoder: Decoder, windows: Windows, batch_size: int | None, progress: Progress
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    if not decoder.is_skeleton:
+        count = -(-len(windows) // batch_size_for(decoder, windows, batch_size))
+        for batch, hidden in progress(start(decoder, windows, batch_size), "reading the windows", count):
+            for index in range(decoder.block_count):
+                hidden = step(decoder, index, batch, hidden)
+            yield batch, hidden
+        return
+    with StateStore() as store:
+        batches = walk_blocks(decoder, windows, store, batch_size=batch_size, only_last=True, progress=progress)
+        with decoder.outer():
+            for batch in batches:
+                yield batch, store.get((batch.index, decoder.block_count))
+
+
+def step(decoder: Decoder, index: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    """Run block `index` (its weights present) on one batch and look for NaN and infinity.
+
+    Raises:
+        NumericsError: naming the block.
+    """
+    result = run_block(decoder.block_list[index], batch.calls[index], hidden)
+    require_finite(result, f"what leaves block {index}", batch.mask)
+    return result
+
+
+def loss_sum(decoder: Decoder, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Sum the next-token loss over the real tokens of a batch, from what leaves the last block.
+
+    `decoder.outer()` must be open for a skeleton. Each window predicts its tokens from the second on.
+
+    Returns:
+        The sum in nats (a float64 scalar that carries gradients if `hidden` does) and the number of predictions.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    predictions = 0
+    rows = max(1, _LOGIT_BYTES // (4 * batch.tokens.shape[1] * int(decoder.config.vocab_size)))
+    for first in range(0, len(batch.tokens), rows):
+        part = slice(first, first + rows)
+        mask = None if batch.mask is None else batch.mask[part]
+        tokens = batch.tokens[part]
+        scores = logits(decoder, hidden[part], tokens, mask)[:, :-1].float()
+        targets = tokens[:, 1:].to(scores.device)
+        if mask is not None:
+            targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
+        loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum")
+        total = total + loss.double().to(total.device)
+        predictions += int((targets != -100).sum())
+    return total, predictions
+
+
+def _all_states(decoder: Decoder, batch: Batch, hidden: torch.Tensor) -> list[torch.Tensor]:
+    states = [hidden]
+    for index in range(decoder.block_count):
+        states.append(step(decoder, index, batch, states[-1]))
+    return states

@@ -1,0 +1,1 @@
+"""Folders that load where people run models."""

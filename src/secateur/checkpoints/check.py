@@ -1,0 +1,107 @@
+"""Prove a written folder: reopened in a fresh process by plain transformers, it must be the same model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from secateur.errors import CheckError
+from secateur.models.decoder import Decoder
+from secateur.models.replay import capture, logits, run_block
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference allowed, relative to the largest logit, by the dtype of the arithmetic."""
+
+_WINDOWS, _POSITIONS = 2, 16
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a folder should answer: a file with tokens and logits, and the arithmetic it holds for."""
+
+    file: Path
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+
+    def job(self, folder: Path) -> dict[str, Any]:
+        """Describe the examination of a folder to the fresh process."""
+        return {
+            "folder": str(folder),
+            "expected": str(self.file),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tolerance": TOLERANCE[self.dtype],
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+@torch.no_grad()
+def record_expected(decoder: Decoder, file: Path) -> Expected:
+    """Write seeded random tokens and the decoder's logits for them, block by block for a skeleton."""
+    positions = min(_POSITIONS, decoder.max_positions or _POSITIONS)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(decoder.module.get_input_embeddings().num_embeddings, int(decoder.config.vocab_size))
+    tokens = torch.randint(0, vocabulary, (_WINDOWS, positions), generator=generator)
+    placed = tokens.to(decoder.device)
+    hidden, calls = capture(decoder, placed)
+    for index, call in enumerate(calls):
+        with decoder.block(index) as block:
+            hidden = run_block(block, call, hidden)
+    with decoder.outer():
+        found = logits(decoder, hidden, placed)
+    np.savez(file, tokens=tokens.numpy(), logits=found.float().cpu().numpy())
+    return Expected(file, _dtype_for_reopening(decoder))
+
+
+def _dtype_for_reopening(decoder: Decoder) -> torch.dtype:
+    """The arithmetic the expected logits were made with, unless the whole model does not fit in memory like that."""
+    arithmetic: torch.dtype = decoder.module.dtype
+    needed = decoder.parameter_count * arithmetic.itemsize
+    return decoder.saved_dtype if needed > 0.8 * psutil.virtual_memory().available else arithmetic
+
+
+def reopen(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Examine folders in one fresh process that never imports secateur.
+
+    Raises:
+        CheckError: the process failed, for example because a folder cannot be loaded at all.
+    """
+    script = Path(__file__).with_name("fresh_process.py")
+    with tempfile.TemporaryDirectory() as scratch:
+        listed = Path(scratch, "jobs.json")
+        listed.write_text(json.dumps(list(jobs)), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), str(listed)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            check=False,
+        )
+    if done.returncode != 0:
+        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise CheckError(f"the written checkpoint could not be reopened in a fresh process:\n{tail}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def require_passed(result: dict[str, Any]) -> None:
+    """Stop where a folder did not behave like the model it was written from.
+
+    Raises:
+        CheckError: with the differences.
+    """
+    if not result["passed"]:
+        raise CheckError(
+            "the written checkpoint behaves differently when reopened: "
+            f"logits differ by {result['logit_difference']:.2e}, cached generation by {result['generation_gap']:.2e} "
+            f"(relative), missing or unexpected weights: {result['wrong_keys'][:4] or 'none'}. Nothing was kept."
+        )

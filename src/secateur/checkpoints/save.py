@@ -1,0 +1,131 @@
+"""Save a decoder as a folder that plain transformers opens, and prove that it does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.checkpoints.card import model_card
+from secateur.checkpoints.check import record_expected, reopen, require_passed
+from secateur.checkpoints.folders import MARKER, replacing
+from secateur.checkpoints.writer import SHARD_BYTES, write_weights
+from secateur.errors import InputError
+from secateur.models.decoder import Decoder
+from secateur.versions import versions
+
+_CARRIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.tiktoken",
+    "spiece.model",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def save(
+    decoder: Decoder,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    check: bool = True,
+) -> dict[str, Any]:
+    """Save a decoder as a stock checkpoint folder.
+
+    The folder holds safetensors weights, configuration, tokenizer, chat template, generation configuration, model
+    card and `secateur.json`. It is written beside the target, reopened in a fresh process without secateur, and only
+    renamed to the target if logits and cached generation are the same there.
+
+    Args:
+        decoder: what to save.
+        out: the folder; one that secateur wrote before is replaced, any other is refused.
+        dtype: dtype of the saved weights; None keeps the original checkpoint's.
+        shard_bytes: size above which the weights are split over several files.
+        check: reopen before the folder is called done.
+
+    Returns:
+        The record that was written to `secateur.json`.
+
+    Raises:
+        InputError: the folder must not be replaced, or cannot be written.
+        NumericsError: a weight is NaN or infinite.
+        CheckError: the reopened folder behaves differently; nothing is left at the target.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise InputError(f"unknown dtype '{dtype}'. Known: {', '.join(_DTYPES)}.")
+    stored = _DTYPES[dtype] if dtype else decoder.saved_dtype
+    with replacing(out, reads=decoder.folder) as folder:
+        size = write_weights(decoder, folder, stored, shard_bytes)
+        _write_config(decoder, folder, stored)
+        _carry_over(decoder, folder)
+        record = _record(decoder, stored, size)
+        if check:
+            record["check"] = _prove(decoder, folder)
+        model_card(decoder, record).save(folder / "README.md")
+        (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def _prove(decoder: Decoder, folder: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        expected = record_expected(decoder, Path(scratch, "expected.npz"))
+        (result,) = reopen([expected.job(folder)])
+    require_passed(result)
+    del result["folder"]
+    return result
+
+
+def _write_config(decoder: Decoder, folder: Path, stored: torch.dtype) -> None:
+    config = copy.deepcopy(decoder.config)
+    config.architectures = [type(decoder.module).__name__]
+    config.dtype = stored
+    config.save_pretrained(folder)
+    if getattr(config, "auto_map", None) and decoder.folder:
+        for file in decoder.folder.glob("*.py"):
+            shutil.copy(file, folder)
+
+
+def _carry_over(decoder: Decoder, folder: Path) -> None:
+    """Take over tokenizer, chat template, generation configuration and licence as they are."""
+    if decoder.folder is not None:
+        for pattern in _CARRIED:
+            for file in decoder.folder.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+    has_tokenizer = any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
+    if decoder.tokenizer is not None and not has_tokenizer:
+        decoder.tokenizer.save_pretrained(folder)
+    if decoder.folder is None and decoder.module.generation_config is not None:
+        decoder.module.generation_config.save_pretrained(folder)
+
+
+def _record(decoder: Decoder, stored: torch.dtype, size: int) -> dict[str, Any]:
+    history = list(decoder.history)
+    before = history[0]["plan"]["parameters_before"] if history else decoder.parameter_count
+    return {
+        "secateur": versions()["secateur"],
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base_model": history[0]["plan"]["model"]["source"] if history else decoder.source,
+        "base_fingerprint": history[0]["plan"]["model"]["fingerprint"] if history else decoder.fingerprint,
+        "parameters_before": before,
+        "parameters_after": decoder.parameter_count,
+        "blocks": decoder.block_count,
+        "dtype": str(stored).removeprefix("torch."),
+        "bytes": size,
+        "history": history,
+        "versions": versions(),
+    }

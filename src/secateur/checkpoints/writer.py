@@ -1,0 +1,112 @@
+"""Write weights part by part into safetensors shards, so that a skeleton never has to be in memory as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from secateur.errors import NumericsError
+from secateur.models.decoder import Decoder
+from secateur.models.shards import to_checkpoint
+
+SHARD_BYTES = 2 << 30
+
+
+def write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> int:
+    """Write all weights; one file if they fit in a shard, else numbered shards and their index.
+
+    Returns:
+        Bytes of tensor data written.
+
+    Raises:
+        NumericsError: a weight is NaN or infinite, or becomes so in the dtype to be saved.
+    """
+    shard: dict[str, torch.Tensor] = {}
+    filled = total = 0
+    places: dict[str, int] = {}
+    count = 0
+    for part in _parts(decoder, dtype):
+        for name, tensor in part.items():
+            size = tensor.numel() * tensor.element_size()
+            if shard and filled + size > shard_bytes:
+                count = _flush(shard, folder, count)
+                filled = 0
+            shard[name] = tensor
+            places[name] = count
+            filled += size
+            total += size
+    count = _flush(shard, folder, count)
+    _name_shards(folder, places, count, total, decoder.parameter_count)
+    return total
+
+
+def _parts(decoder: Decoder, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+    """Give what is outside the blocks, then block after block, named as in a checkpoint."""
+    module = decoder.module
+    if decoder.is_skeleton and hasattr(module, "_weight_conversions"):
+        del module._weight_conversions  # the last partial load left what *it* used; all apply when writing
+    blocks = f"{decoder.anatomy.family.blocks}."
+    with decoder.outer():
+        state = {name: p for name, p in _named_tensors(module, "") if not name.startswith(blocks)}
+        yield to_checkpoint(module, _converted(state, dtype))
+    for index in range(decoder.block_count):
+        with decoder.block(index) as block:
+            state = dict(_named_tensors(block, f"{decoder.anatomy.block_path(index)}."))
+            yield to_checkpoint(module, _converted(state, dtype))
+
+
+def _named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters (tied ones once) and those buffers that belong into a checkpoint."""
+    for name, parameter in module.named_parameters():
+        yield prefix + name, parameter
+    for path, holder in module.named_modules():
+        for leaf, buffer in holder._buffers.items():
+            if buffer is not None and leaf not in holder._non_persistent_buffers_set:
+                yield f"{prefix}{path}.{leaf}" if path else prefix + leaf, buffer
+
+
+def _converted(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    converted = {}
+    for name, tensor in state.items():
+        result = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        if result.is_floating_point() and not bool(torch.isfinite(result).all()):
+            raise NumericsError(
+                f"{name}: NaN or infinity in the weights; the checkpoint is damaged or {dtype} too small."
+            )
+        converted[name] = result
+    return converted
+
+
+def _flush(shard: dict[str, torch.Tensor], folder: Path, count: int) -> int:
+    if shard:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in shard.items()},
+            _temporary(folder, count),
+            {"format": "pt"},
+        )
+        shard.clear()
+        count += 1
+    return count
+
+
+def _temporary(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number}.safetensors"
+
+
+def _name_shards(folder: Path, places: dict[str, int], count: int, total: int, parameters: int) -> None:
+    if count == 1:
+        _temporary(folder, 0).rename(folder / "model.safetensors")
+        return
+    names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    for number, name in enumerate(names):
+        _temporary(folder, number).rename(folder / name)
+    index = {
+        "metadata": {"total_size": total, "total_parameters": parameters},
+        "weight_map": {name: names[number] for name, number in sorted(places.items())},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

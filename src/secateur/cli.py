@@ -1,0 +1,351 @@
+"""The command line: one command per public function. Tables for people, `--json` for programs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console, RenderableType
+from rich.table import Table
+from transformers.utils import logging
+
+import secateur
+from secateur.calibration.estimate import estimate
+from secateur.calibration.texts import Windows, text_names
+from secateur.checkpoints.folders import check_target, replacing
+from secateur.console import facts_table, plan_summary, results_table, scores_table, showing_progress
+from secateur.errors import InputError, SecateurError, unknown
+from secateur.evaluation.results import append_results
+from secateur.methods.registry import METHODS, find_method
+from secateur.models.decoder import Decoder
+from secateur.models.families import FAMILIES
+from secateur.options import Amount, HeldOut, Opening, Reading, grouped
+from secateur.plan import Plan
+from secateur.runs import mark, replace_file, run_folder
+from secateur.scores.pictures import draw_scores
+from secateur.scores.profile import KINDS, ONE_PASS, Kind
+
+app = typer.Typer(
+    name="secateur",
+    help="Structured pruning of language models: score, plan, prune, eval. Start with: secateur demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out_console = Console()
+err = Console(stderr=True)
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub name, or 'bundled'.")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write. (default: under secateur-runs/)")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need, and stop.")]
+
+
+@app.command()
+@grouped
+def score(
+    model: ModelArg,
+    reading: Reading,
+    opening: Opening,
+    also: Annotated[
+        list[str] | None, typer.Option(help="Slower scores besides: perplexity, taylor (repeatable).")
+    ] = None,
+    pack: Annotated[
+        bool, typer.Option("--pack/--no-pack", help="Join documents, or put each in a padded window.")
+    ] = True,
+    out: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Measure where a model is redundant: a table, pictures, scores.json."""
+    kinds = _kinds(also or [])
+    folder = _target(out, model, "score")
+    decoder = _opened(opening, model, only_shapes=dry_run)
+    windows = reading.calibration(decoder, pack=pack)
+    forwards = 1.1 + ("perplexity" in kinds) * (decoder.block_count / 2 + 1) + 4 * ("taylor" in kinds)
+    _announce(decoder, windows, forwards)
+    if dry_run:
+        return
+    with showing_progress(err) as progress:
+        scores = secateur.score(
+            decoder,
+            texts=windows,
+            kinds=kinds,
+            seed=reading.seed,
+            batch_size=reading.batch_size,
+            progress=progress,
+        )
+    with replacing(folder) as part:
+        scores.write(part / "scores.json")
+        drawn = [path.name for path in draw_scores(scores, part)]
+        mark(part, "score", {"model": model, "texts": windows.describe()})
+    _answer(scores.model_dump(mode="json"), scores_table(scores), as_json=as_json)
+    err.print(f"Written: [bold]{folder}[/]/scores.json, {', '.join(drawn)}")
+
+
+@app.command()
+@grouped
+def plan(
+    model: ModelArg,
+    method: Annotated[str, typer.Option(help="See `secateur methods`.")],
+    amount: Amount,
+    reading: Reading,
+    opening: Opening,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The plan file. (default: under secateur-runs/)")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Decide what to cut: a small file to read, edit and give to `prune`."""
+    target = out or run_folder(model, "plan") / "plan.json"
+    if target.exists():
+        _require_plan(target)
+    decoder = _opened(opening, model, only_shapes=dry_run)
+    made = _decide(decoder, method, amount, reading, dry_run=dry_run)
+    if made is None:
+        return
+    replace_file(target, made.to_json())
+    _answer(made.model_dump(mode="json"), plan_summary(made), as_json=as_json)
+    err.print(f"Written: [bold]{target}[/]\nTo apply it: secateur prune {model} --plan {target} -o FOLDER")
+
+
+@app.command()
+@grouped
+def prune(
+    model: ModelArg,
+    amount: Amount,
+    reading: Reading,
+    opening: Opening,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan made by `secateur plan`.")] = None,
+    method: Annotated[str | None, typer.Option(help="Decide and cut in one go: see `secateur methods`.")] = None,
+    out: Out = None,
+    save_dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights. (default: as before)")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Reopen the result in a fresh process.")] = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Cut, save a folder that plain transformers opens, and prove that it does."""
+    if (plan_file is None) == (method is None):
+        raise InputError("say what to cut: either --plan FILE, or --method NAME with an amount (--remove 25%).")
+    made = Plan.read(plan_file) if plan_file else None
+    folder = _target(out, model, "prune")
+    decoder = _opened(opening, model, only_shapes=dry_run)
+    check_target(folder, reads=decoder.folder)
+    if method is not None:
+        made = _decide(decoder, method, amount, reading, dry_run=dry_run)
+    if made is None:
+        return
+    pruned = secateur.prune(decoder, made)
+    err.print(plan_summary(made))
+    if dry_run:
+        return
+    with err.status("saving, and reopening in a fresh process" if check else "saving"):
+        record = secateur.save(pruned, folder, dtype=save_dtype, check=check)
+    _answer(record, None, as_json=as_json)
+    proof = "reopened in a fresh process: same logits, same generation" if check else "not checked (--no-check)"
+    err.print(f"Written: [bold]{folder}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
+
+
+@app.command("eval")
+@grouped
+def evaluate(
+    model: ModelArg,
+    reading: HeldOut,
+    opening: Opening,
+    against: Annotated[str | None, typer.Option(help="The dense model, measured in the same run.")] = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on held-out text, of the model and of the dense one in one run."""
+    folder = _target(out, model, "eval")
+    decoder = _opened(opening, model, only_shapes=dry_run)
+    dense = _opened(opening, against, only_shapes=dry_run) if against else None
+    windows = reading.held_out(decoder)
+    _announce(decoder, windows, 1.0 + (dense.parameter_count / decoder.parameter_count if dense else 0.0))
+    if dry_run:
+        return
+    with showing_progress(err) as progress:
+        results = secateur.eval(decoder, against=dense, texts=windows, batch_size=reading.batch_size, progress=progress)
+    with replacing(folder) as part:
+        append_results(part / "results.jsonl", results)
+        mark(part, "eval", {"model": model, "against": against, "texts": windows.describe()})
+    _answer([result.as_dict() for result in results], results_table(results), as_json=as_json)
+    err.print(f"Written: [bold]{folder}[/]/results.jsonl")
+
+
+@app.command()
+def demo(out: Out = None) -> None:
+    """Score, plan, cut, check and compare the small trained model that ships with the package."""
+    folder = _target(out, "bundled", "demo")
+    with showing_progress(err) as progress:
+        secateur.demo(folder, show=out_console.print, progress=progress)
+
+
+@app.command()
+@grouped
+def inspect(model: ModelArg, opening: Opening, as_json: Json = False) -> None:
+    """Say what a model is made of; reads no weights where they are safetensors."""
+    facts = secateur.inspect(_opened(opening, model, only_shapes=True))
+    _answer(facts, facts_table(model, facts), as_json=as_json)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show the settings of this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods, or the settings of one."""
+    if name is not None:
+        one = find_method(name)
+        _answer(
+            one.describe_settings(), facts_table(f"{name}: {one.summary}", one.describe_settings()), as_json=as_json
+        )
+        return
+    table = Table("method", "what it does", "paper")
+    for one in METHODS.values():
+        table.add_row(one.name, one.summary, one.paper)
+    facts = [
+        {
+            "name": one.name,
+            "summary": one.summary,
+            "paper": one.paper,
+            "settings": list(one.settings.model_fields),
+        }
+        for one in METHODS.values()
+    ]
+    _answer(facts, table, as_json=as_json)
+
+
+@app.command()
+def families(as_json: Json = False) -> None:
+    """List the families in the table; others are detected and proved on a tiny copy."""
+    table = Table("family", "blocks at", "norm", "order", "residual")
+    for row in FAMILIES.values():
+        residual = "parallel" if row.parallel is True else f"by {row.parallel}" if row.parallel else "sequential"
+        table.add_row(row.model_type, row.blocks, row.norm, row.order, residual)
+    _answer(list(FAMILIES), table, as_json=as_json)
+
+
+@app.command()
+def texts(as_json: Json = False) -> None:
+    """List the named texts; a path of yours (txt, md, jsonl, parquet, folder, npy) works as well."""
+    table = Table("name", "from", "for calibration", "held out")
+    for row in text_names():
+        table.add_row(row.name, row.origin, row.calibration, row.held_out)
+    _answer([row.name for row in text_names()], table, as_json=as_json)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"secateur {secateur.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Structured pruning of language models: score, plan, prune, eval. Start with: secateur demo."""
+
+
+def _opened(opening: Opening, source: str, *, only_shapes: bool = False) -> Decoder:
+    with err.status(f"opening {source}"):
+        return opening.open(source, only_shapes=only_shapes)
+
+
+def _decide(decoder: Decoder, method: str, amount: Amount, reading: Reading, *, dry_run: bool) -> Plan | None:
+    """Make a plan, the estimate printed first; None where only the estimate was asked for."""
+    chosen = find_method(method)
+    settings = chosen.read_settings(amount.settings())
+    known = amount.known_scores()
+    windows = None
+    if chosen.needs_texts(settings):
+        windows = reading.calibration(decoder)
+        gone = amount.blocks if amount.blocks is not None else decoder.block_count // 4
+        _announce(decoder, windows, 0.0 if known else chosen.forwards(decoder.block_count, gone, settings))
+    if dry_run:
+        return None
+    with showing_progress(err) as progress:
+        return secateur.make_plan(
+            decoder,
+            method=method,
+            remove=amount.remove,
+            target_params=amount.target_params,
+            blocks=amount.blocks,
+            texts=windows,
+            seed=reading.seed,
+            batch_size=reading.batch_size,
+            settings=amount.settings(),
+            scores=known,
+            progress=progress,
+        )
+
+
+def _announce(decoder: Decoder, windows: Windows, forwards: float) -> None:
+    """Say what is about to happen and what it needs."""
+    needs = estimate(decoder, windows.token_count, forwards)
+    how = "skeleton, block by block" if decoder.is_skeleton else "in memory"
+    err.print(
+        f"{decoder.source}: {decoder.parameter_count:,} parameters, {decoder.block_count} blocks, {how}, "
+        f"{decoder.module.dtype} on {decoder.device}".replace("torch.", "")
+    )
+    err.print(f"{len(windows)} windows of {windows.seq_len} tokens of {windows.source}; {needs.sentence()}")
+    for note in windows.notes:
+        err.print(f"[yellow]note:[/] {note}")
+
+
+def _kinds(also: list[str]) -> tuple[Kind, ...]:
+    slower = [kind for kind in KINDS if kind not in ONE_PASS]
+    for kind in also:
+        if kind not in slower:
+            raise unknown("score", kind, list(slower))
+    return (*ONE_PASS, *(kind for kind in slower if kind in also))
+
+
+def _target(out: Path | None, model: str, command: str) -> Path:
+    folder = out or run_folder(model, command)
+    check_target(folder)
+    return folder
+
+
+def _require_plan(path: Path) -> None:
+    try:
+        Plan.read(path)
+    except InputError as error:
+        raise InputError(f"{path}: exists and is not a plan; choose another file.") from error
+
+
+def _answer(data: Any, table: RenderableType | None, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(data, indent=1))
+    elif table is not None:
+        out_console.print(table)
+
+
+def main() -> None:
+    """Run the command line; what a user can act on becomes one message and exit code 2, Ctrl-C becomes 130."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        app()
+    except SecateurError as error:
+        _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        hint = " Free some space, or choose another disk." if error.errno == errno.ENOSPC else ""
+        _fail(f"{where}{error.strerror or error}.{hint}")
+
+
+def _fail(message: str) -> NoReturn:
+    err.print("[bold red]error:[/] ", end="")
+    err.print(message, markup=False, highlight=False)
+    sys.exit(2)

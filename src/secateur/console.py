@@ -1,0 +1,128 @@
+"""How things look in a terminal: tables, the strip of blocks, progress. People read stderr, programs stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from secateur.calibration.progress import Progress
+from secateur.evaluation.results import Result
+from secateur.plan import Plan
+from secateur.scores.profile import Scores
+
+Item = TypeVar("Item")
+
+
+@contextmanager
+def showing_progress(console: Console) -> Iterator[Progress]:
+    """Show progress bars with the time left for as long as the block lasts."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=console, transient=True) as bars:
+
+        def track(items: Iterable[Item], description: str, total: int, /) -> Iterable[Item]:
+            return bars.track(items, total=total, description=description)
+
+        yield track
+
+
+def scores_table(scores: Scores) -> Table:
+    """One row per block; the quarter that is least needed by a score is marked with it."""
+    columns: list[tuple[str, Sequence[float] | None, str, bool]] = [
+        ("block influence", scores.block_influence, ".4f", False),
+        ("layer redundancy", scores.layer_redundancy, ".3f", True),
+        ("relative magnitude", scores.relative_magnitude, ".3f", False),
+        ("weights Σ|w|", scores.magnitude, ".3e", False),
+        ("perplexity without", scores.removal_perplexity, ".2f", False),
+        ("Taylor", scores.taylor, ".3e", False),
+    ]
+    shown = [column for column in columns if column[1] is not None]
+    table = Table(title=f"Redundancy of {scores.model}", title_justify="left")
+    table.add_column("block", justify="right")
+    for name, _, _, _ in shown:
+        table.add_column(name, justify="right")
+    marked = [_least_needed(values or (), most_is_least=turned) for _, values, _, turned in shown]
+    for block in range(len(shown[0][1] or ()) if shown else 0):
+        cells = []
+        for (_, values, form, _), least in zip(shown, marked, strict=True):
+            text = format((values or ())[block], form)
+            cells.append(f"[bold yellow]{text}[/]" if block in least else text)
+        table.add_row(str(block), *cells)
+    return table
+
+
+def _least_needed(values: Sequence[float], *, most_is_least: bool) -> set[int]:
+    order = sorted(range(len(values)), key=lambda block: values[block], reverse=most_is_least)
+    return set(order[: max(1, len(values) // 4)])
+
+
+def plan_summary(plan: Plan) -> Table:
+    """What stays, what goes, and the sizes."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("model", f"{plan.model.source} ({plan.model.family})")
+    for step in plan.steps:
+        settings = ", ".join(f"{name}={value}" for name, value in step.settings.items() if value)
+        table.add_row("method", step.method + (f" ({settings})" if settings else ""))
+        table.add_row("takes out", ", ".join(map(str, step.blocks)) or "nothing")
+    table.add_row("blocks", _strip(plan))
+    table.add_row(
+        "parameters",
+        f"{plan.parameters_before:,} → {plan.parameters_after:,} ({plan.removed_fraction:.1%} removed{_asked(plan)})",
+    )
+    if plan.texts:
+        table.add_row(
+            "measured on",
+            f"{plan.texts['windows']} windows of {plan.texts['seq_len']}, {plan.texts['source']}",
+        )
+    return table
+
+
+def _asked(plan: Plan) -> str:
+    readers: dict[str, Callable[[float], str]] = {
+        "remove": lambda value: f"; asked for {value:.1%}",
+        "target_params": lambda value: f"; asked for at most {value:,.0f}",
+    }
+    return "".join(readers[name](value) for name, value in plan.requested.items() if name in readers)
+
+
+def _strip(plan: Plan) -> Text:
+    kept = set(plan.kept_blocks())
+    strip = Text()
+    for block in range(len(plan.model.block_parameters)):
+        strip.append(f"{block}" if block in kept else f"✂{block}", style="green" if block in kept else "bold red")
+        strip.append(" ")
+    return strip
+
+
+def results_table(results: Sequence[Result]) -> Table:
+    """One row per measured model, with ratios to the one it is compared with."""
+    table = Table(title=f"{results[0].measure} on {results[0].texts['source']} (held out)", title_justify="left")
+    for name in ("model", "blocks", "parameters", "size", results[0].measure, "ratio"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    dense = next((result for result in results if result.role == "against"), None)
+    for result in results:
+        size = f"{result.parameters / dense.parameters:.1%}" if dense else "—"
+        ratio = f"{result.value / dense.value:.3f}" if dense else "—"
+        table.add_row(result.model, str(result.blocks), f"{result.parameters:,}", size, f"{result.value:.3f}", ratio)
+    return table
+
+
+def facts_table(title: str, facts: dict[str, Any]) -> Table:
+    """Names and values, one per row."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    return table

@@ -1,0 +1,151 @@
+"""One budget for all methods: how much has to go, and the candidate that comes closest (METHODS §9)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from secateur.errors import InputError
+
+Aim = Literal["blocks", "remove", "target_params"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much has to go.
+
+    Attributes:
+        aim: `blocks`: exactly that many blocks; `remove`: the closest non-zero cut to this fraction of all
+            parameters; `target_params`: the largest model that has no more than this many parameters.
+        value: a number of blocks, a fraction in (0, 1), or a number of parameters.
+    """
+
+    aim: Aim
+    value: float
+
+    def describe(self) -> dict[str, Any]:
+        """Give the request as data for the plan."""
+        return {self.aim: self.value}
+
+
+def read_budget(
+    blocks: int | None = None, remove: float | str | None = None, target_params: float | str | None = None
+) -> Budget:
+    """Read the one amount that was given.
+
+    Args:
+        blocks: number of blocks to take out; 0 changes nothing.
+        remove: fraction of all parameters, 0.25 or "25%".
+        target_params: parameters to stay at or below, 5500000000 or "5.5B".
+
+    Raises:
+        InputError: none or several given, or a value out of range.
+    """
+    given = {"blocks": blocks, "remove": remove, "target_params": target_params}
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) != 1:
+        what = "no amount given" if not named else f"several amounts given ({', '.join(named)})"
+        raise InputError(f"{what}: say one of remove (25%), target-params (5.5B) or blocks (4).")
+    if blocks is not None:
+        if blocks < 0:
+            raise InputError(f"blocks={blocks}: must be 0 or more.")
+        return Budget("blocks", blocks)
+    if remove is not None:
+        return Budget("remove", read_fraction(remove))
+    assert target_params is not None
+    return Budget("target_params", read_count(target_params))
+
+
+def read_fraction(text: float | str) -> float:
+    """Read 0.25 or "25%".
+
+    Raises:
+        InputError: not a number, or outside (0, 1).
+    """
+    stripped = str(text).strip()
+    try:
+        value = float(stripped[:-1]) / 100 if stripped.endswith("%") else float(stripped)
+    except ValueError as error:
+        raise InputError(f"remove={text}: not a number; write 25% or 0.25.") from error
+    if not 0 < value < 1:
+        hint = f" Did you mean {stripped}%?" if 1 <= value < 100 and "%" not in stripped else ""
+        raise InputError(f"remove={text}: must be between 0 and 1 (0 % and 100 %), both excluded.{hint}")
+    return value
+
+
+def read_count(text: float | str) -> float:
+    """Read 5500000000, "5.5B", "350M" or "12k".
+
+    Raises:
+        InputError: not a positive number.
+    """
+    stripped = str(text).strip()
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(stripped[-1:].upper(), 1.0)
+    try:
+        value = float(stripped[:-1] if scale > 1 else stripped) * scale
+    except ValueError as error:
+        raise InputError(f"target-params={text}: not a number; write 5.5B, 350M or 5500000000.") from error
+    if not 0 < value < float("inf"):
+        raise InputError(f"target-params={text}: must be a positive number.")
+    return value
+
+
+def choose_blocks(
+    budget: Budget,
+    candidates: Iterable[tuple[int, ...]],
+    block_parameters: tuple[int, ...],
+    total: int,
+    most: int,
+) -> tuple[int, ...]:
+    """Take the candidate that meets the budget.
+
+    Args:
+        budget: what is asked for.
+        candidates: blocks to take out, for 1, 2, … `most` blocks; read only as far as needed.
+        block_parameters: number of parameters of each block.
+        total: number of all parameters.
+        most: how many blocks may go at most.
+
+    Raises:
+        InputError: the budget lies outside what these candidates can reach.
+    """
+    if budget.aim == "blocks":
+        return _exactly(int(budget.value), candidates, most)
+    wanted = budget.value * total if budget.aim == "remove" else total - budget.value
+    if wanted <= 0:
+        raise InputError(f"target-params={budget.value:,.0f}: the model has only {total:,} parameters.")
+    tried: list[tuple[int, tuple[int, ...]]] = []
+    for found in candidates:
+        tried.append((sum(block_parameters[block] for block in found), found))
+        if tried[-1][0] >= wanted * (1 - _ROUNDING):
+            break
+    gone, last = tried[-1]
+    if gone < wanted * (1 - _ROUNDING):
+        raise InputError(_too_much(budget, gone, total, most))
+    if budget.aim == "target_params":
+        return last
+    if len(tried) == 1 and wanted < gone * (1 - _ROUNDING):
+        raise InputError(
+            f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {gone / total:.1%} (one block)."
+        )
+    return min(tried, key=lambda one: abs(one[0] - wanted))[1]
+
+
+_ROUNDING = 0.005
+"""A request this close (relative) to what can be reached counts as reached: 7.2% for 7.17%."""
+
+
+def _exactly(count: int, candidates: Iterable[tuple[int, ...]], most: int) -> tuple[int, ...]:
+    if count == 0:
+        return ()
+    if count > most:
+        raise InputError(f"blocks={count}: at most {most} blocks can go (some are protected, and one must stay).")
+    return next(found for found in candidates if len(found) == count)
+
+
+def _too_much(budget: Budget, gone: int, total: int, most: int) -> str:
+    asked = f"remove={budget.value:.1%}" if budget.aim == "remove" else f"target-params={budget.value:,.0f}"
+    return (
+        f"{asked}: unreachable, taking out all {most} blocks that may go removes {gone / total:.1%} of the parameters."
+    )

@@ -1,0 +1,223 @@
+"""Methods that take whole blocks out; they differ in which.
+
+* ShortGPT: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect".
+* UIDL, last-n: Gromov et al. 2024, "The Unreasonable Ineffectiveness of the Deeper Layers".
+* LLM-Streamline (its cut; nothing is put in the place of the blocks): Chen et al. 2024, "Streamlining Redundant
+  Layers to Compress Large Language Models".
+* Shortened-LLaMA: Kim et al. 2024, "Shortened LLaMA: Depth Pruning for Large Language Models".
+* SLEB: Song et al. 2024, "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer
+  Blocks".
+
+Each gives candidates: the blocks to take out for 1, 2, 3, … blocks. The budget picks one of them. Scores are taken
+before the final norm (released code often takes the last one after it), and ties go to the lower block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from secateur.calibration.store import StateStore
+from secateur.errors import InputError
+from secateur.methods.budget import Budget, choose_blocks
+from secateur.methods.method import Evidence, Method, Settings
+from secateur.plan import DropBlocks
+from secateur.scores.removal import RemovalProbe
+
+Candidates = Iterator[tuple[int, ...]]
+
+
+class WindowSettings(Settings):
+    """Settings of methods that take out neighbouring blocks."""
+
+    window: int | None = Field(None, ge=0, description="how many neighbouring blocks go (the papers' n)")
+
+
+class LastSettings(Settings):
+    """Settings of `last-n`; the paper keeps the very last block."""
+
+    protect_last: int = Field(1, ge=0, description="how many of the last blocks are never touched")
+
+
+class ShortenedSettings(Settings):
+    """Settings of `shortened-llama`."""
+
+    criterion: Literal["ppl", "taylor", "magnitude"] = Field("ppl", description="score that ranks the blocks")
+    protect_first: int | None = Field(  # type: ignore[assignment]
+        None, ge=0, description="first blocks never touched; the paper's 4 for taylor and magnitude, else 0"
+    )
+    protect_last: int | None = Field(  # type: ignore[assignment]
+        None, ge=0, description="last blocks never touched; the paper's 2 for taylor and magnitude, else 0"
+    )
+
+    def free_blocks(self, count: int) -> range:
+        """Give the blocks that may go, of `count`."""
+        paper = (0, 0) if self.criterion == "ppl" else (4, 2)
+        first = paper[0] if self.protect_first is None else self.protect_first
+        last = paper[1] if self.protect_last is None else self.protect_last
+        return range(first, max(first, count - last))
+
+
+class SlebSettings(Settings):
+    """Settings of `sleb`; the paper keeps the first and the last block."""
+
+    protect_first: int = Field(1, ge=0, description="how many of the first blocks are never touched")
+    protect_last: int = Field(1, ge=0, description="how many of the last blocks are never touched")
+
+
+def by_block_influence(evidence: Evidence, settings: Settings, _budget: Budget) -> Candidates:
+    """Rank by BI(l) = 1 − E cos(X^l, X^{l+1}), smallest first."""
+    influence = evidence.scores("cosine").block_influence
+    assert influence is not None
+    return _lowest_first(influence, settings.free_blocks(len(influence)))
+
+
+def by_angle(evidence: Evidence, settings: WindowSettings, _budget: Budget) -> Candidates:
+    """For each length take the window with the smallest angular distance A(l, n)."""
+    scores = evidence.scores("angular")
+    free = settings.free_blocks(evidence.decoder.block_count)
+    for length in range(1, len(free) + 1):
+        angles = scores.window_angle(length)
+        yield _window(min(_starts(free, length), key=lambda start: angles[start]), length)
+
+
+def by_window_cosine(evidence: Evidence, settings: WindowSettings, _budget: Budget) -> Candidates:
+    """For each length take the window with the largest mean cosine C(l, n)."""
+    scores = evidence.scores("cosine")
+    free = settings.free_blocks(evidence.decoder.block_count)
+    for length in range(1, len(free) + 1):
+        cosines = scores.window_cosine(length)
+        yield _window(max(_starts(free, length), key=lambda start: cosines[start]), length)
+
+
+def deepest(evidence: Evidence, settings: Settings, _budget: Budget) -> Candidates:
+    """Take the last blocks that are not protected."""
+    free = settings.free_blocks(evidence.decoder.block_count)
+    for length in range(1, len(free) + 1):
+        yield tuple(free[len(free) - length :])
+
+
+def by_shortened_criterion(evidence: Evidence, settings: ShortenedSettings, _budget: Budget) -> Candidates:
+    """Rank by removal perplexity, Taylor or magnitude, smallest first, in one shot."""
+    if settings.criterion == "ppl":
+        values = evidence.scores("perplexity").removal_perplexity
+    elif settings.criterion == "taylor":
+        values = evidence.scores("taylor").taylor
+    else:
+        values = evidence.scores("magnitude").magnitude
+    assert values is not None
+    return _lowest_first(values, settings.free_blocks(len(values)))
+
+
+def greedily(evidence: Evidence, settings: Settings, _budget: Budget) -> Candidates:
+    """Again and again skip the block whose absence costs least, on the model without those already skipped."""
+    free = list(settings.free_blocks(evidence.decoder.block_count))
+    with StateStore() as store:
+        probe = RemovalProbe(evidence.decoder, evidence.need_windows(), store, evidence.batch_size)
+        gone: tuple[int, ...] = ()
+        while free:
+            trials = evidence.progress(list(free), f"leaving out block {len(gone) + 1}", len(free))
+            losses = {block: probe.loss((*gone, block)) for block in trials}
+            best = min(losses, key=lambda block: (losses[block], block))
+            gone = (*gone, best)
+            free.remove(best)
+            probe.settle(gone)
+            yield tuple(sorted(gone))
+
+
+def _decide(
+    name: str, candidates: Callable[[Evidence, Any, Budget], Candidates]
+) -> Callable[..., Sequence[DropBlocks]]:
+    """Make the deciding function of a method from its candidates."""
+
+    def decide(evidence: Evidence, settings: Any, budget: Budget) -> Sequence[DropBlocks]:
+        decoder = evidence.decoder
+        free = settings.free_blocks(decoder.block_count)
+        most = min(len(free), decoder.block_count - 1)
+        if most < 1 and budget.value:
+            raise InputError(
+                f"{name}: all {decoder.block_count} blocks are protected; lower protect_first or protect_last."
+            )
+        blocks = choose_blocks(
+            budget,
+            (found for found in candidates(evidence, settings, budget) if len(found) <= most),
+            decoder.block_parameter_counts(),
+            decoder.parameter_count,
+            most,
+        )
+        return (DropBlocks(method=name, settings=settings.model_dump(exclude_none=True), blocks=blocks),)
+
+    return decide
+
+
+def _lowest_first(values: Sequence[float], free: range) -> Candidates:
+    order = sorted(free, key=lambda block: (values[block], block))
+    for count in range(1, len(order) + 1):
+        yield tuple(sorted(order[:count]))
+
+
+def _starts(free: range, length: int) -> range:
+    return range(free.start, free.stop - length + 1)
+
+
+def _window(start: int, length: int) -> tuple[int, ...]:
+    return tuple(range(start, start + length))
+
+
+def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings) -> float:
+    return {"ppl": (blocks + 1) / 2 + 1, "taylor": 4.0, "magnitude": 0.0}[settings.criterion]
+
+
+_UIDL = "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers"
+
+METHODS = (
+    Method(
+        name="shortgpt",
+        summary="take out the blocks that change the hidden states least (block influence)",
+        paper="Men et al. 2024, ShortGPT",
+        settings=Settings,
+        decide=_decide("shortgpt", by_block_influence),
+    ),
+    Method(
+        name="uidl",
+        summary="take out the window of blocks with the smallest angular distance at the last token",
+        paper=_UIDL,
+        settings=WindowSettings,
+        decide=_decide("uidl", by_angle),
+    ),
+    Method(
+        name="streamline",
+        summary="take out the window of blocks with the largest cosine between what enters and what leaves",
+        paper="Chen et al. 2024, LLM-Streamline (the cut; nothing is put in its place)",
+        settings=WindowSettings,
+        decide=_decide("streamline", by_window_cosine),
+    ),
+    Method(
+        name="last-n",
+        summary="take out the deepest blocks but the last; needs no texts",
+        paper=_UIDL + " (its simple strategy)",
+        settings=LastSettings,
+        decide=_decide("last-n", deepest),
+        needs_texts=lambda _: False,
+        forwards=lambda _blocks, _gone, _settings: 0.0,
+    ),
+    Method(
+        name="shortened-llama",
+        summary="take out the blocks of lowest removal perplexity, Taylor or magnitude, in one shot",
+        paper="Kim et al. 2024, Shortened LLaMA",
+        settings=ShortenedSettings,
+        decide=_decide("shortened-llama", by_shortened_criterion),
+        needs_texts=lambda settings: settings.criterion != "magnitude",
+        forwards=_shortened_forwards,
+    ),
+    Method(
+        name="sleb",
+        summary="greedily take out the block whose absence costs the least loss, one after the other",
+        paper="Song et al. 2024, SLEB",
+        settings=SlebSettings,
+        decide=_decide("sleb", greedily),
+        forwards=lambda blocks, gone, _settings: 1 + gone * blocks / 2,
+    ),
+)

@@ -1,0 +1,117 @@
+"""What a method is: settings, and a function that decides. How plans are applied is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.texts import Windows
+from secateur.errors import InputError, unknown
+from secateur.methods.budget import Budget
+from secateur.models.decoder import Decoder
+from secateur.plan import DropBlocks
+from secateur.scores.measure import score_model
+from secateur.scores.profile import Kind, Scores
+
+
+class Settings(BaseModel):
+    """Settings every method that takes out blocks has; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    protect_first: int = Field(0, ge=0, description="how many of the first blocks are never touched")
+    protect_last: int = Field(0, ge=0, description="how many of the last blocks are never touched")
+
+    def free_blocks(self, count: int) -> range:
+        """Give the blocks that may go, of `count`."""
+        return range(self.protect_first, max(self.protect_first, count - self.protect_last))
+
+
+@dataclass
+class Evidence:
+    """What a method may look at to decide; scores are measured once, when first asked for.
+
+    Attributes:
+        decoder: the model.
+        windows: calibration windows, None where the method needs none.
+        known: scores measured earlier for this model and these windows.
+    """
+
+    decoder: Decoder
+    windows: Windows | None
+    known: Scores | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    progress: Progress = field(default=SILENT)
+
+    def scores(self, *kinds: Kind) -> Scores:
+        """Give scores that hold at least these kinds."""
+        if self.known is None or not self.known.has(kinds):
+            self.known = score_model(
+                self.decoder,
+                self.windows,
+                kinds,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                progress=self.progress,
+            )
+        return self.known
+
+    def need_windows(self) -> Windows:
+        """Give the windows.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.windows is None:
+            raise InputError("this method needs texts to measure on; give --texts.")
+        return self.windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to prune.
+
+    Attributes:
+        name: the name people know from the paper.
+        summary: one line for `secateur methods`.
+        paper: authors, year, title.
+        settings: its settings and their defaults.
+        decide: evidence, settings and budget to the steps of a plan.
+        needs_texts: whether it measures the model on texts, given its settings.
+        forwards: what deciding costs, in plain forward passes over the windows, given the number of blocks, the
+            number to go, and the settings.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    settings: type[Settings]
+    decide: Callable[[Evidence, Any, Budget], Sequence[DropBlocks]]
+    needs_texts: Callable[[Any], bool] = lambda _: True
+    forwards: Callable[[int, int, Any], float] = lambda _blocks, _gone, _settings: 1.0
+
+    def read_settings(self, given: dict[str, Any]) -> Any:
+        """Check settings given by name.
+
+        Raises:
+            InputError: an unknown setting (the known ones are named) or a value it cannot take.
+        """
+        known = list(self.settings.model_fields)
+        for name in given:
+            if name not in known:
+                raise unknown(f"setting of {self.name}", name, known)
+        try:
+            return self.settings.model_validate(given)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join(map(str, problem["loc"]))
+            raise InputError(f"{self.name}: {name}={problem['input']}: {problem['msg']}.") from error
+
+    def describe_settings(self) -> dict[str, str]:
+        """Give each setting with its meaning and default."""
+        return {n: f"{f.description} (default: {f.default})" for n, f in self.settings.model_fields.items()}

@@ -1,0 +1,132 @@
+"""Make a plan with any method, and apply one. Neither knows a method or an edit by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from secateur.calibration.choose import Texts, windows_for
+from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.texts import Windows
+from secateur.errors import InputError, ModelError
+from secateur.methods.budget import read_budget
+from secateur.methods.method import Evidence
+from secateur.methods.registry import find_method
+from secateur.models.decoder import Decoder
+from secateur.plan import DropBlocks, ModelRef, Plan
+from secateur.scores.profile import Scores
+from secateur.surgery.blocks import keep_blocks
+from secateur.versions import secateur_version
+
+
+def make_plan(
+    model: Decoder,
+    *,
+    method: str,
+    remove: float | str | None = None,
+    target_params: float | str | None = None,
+    blocks: int | None = None,
+    texts: Texts = None,
+    windows: int | None = 32,
+    seq_len: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    settings: dict[str, Any] | None = None,
+    scores: Scores | None = None,
+    progress: Progress = SILENT,
+) -> Plan:
+    """Decide what to cut.
+
+    Args:
+        model: the open model; it is not changed.
+        method: a name of `secateur methods`, such as `streamline`.
+        remove: fraction of all parameters to take away, 0.25 or "25%".
+        target_params: parameters to stay at or below, such as "5.5B".
+        blocks: number of blocks to take out. Exactly one of these amounts is given (or the method's own `window`).
+        texts: what the model is measured on: see `secateur texts`; None is `python-stdlib`.
+        windows: number of windows; None takes all.
+        seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
+        seed: of everything drawn at random.
+        batch_size: windows per batch; None chooses by the device.
+        settings: the method's own settings by name.
+        scores: scores of this model measured earlier, so that they are not measured again.
+        progress: shows how far it is.
+
+    Raises:
+        InputError: an unknown method or setting, an amount that cannot be reached, unusable texts, or scores
+            of another model.
+        NumericsError: NaN or infinity while measuring.
+    """
+    chosen = find_method(method)
+    own = dict(settings or {})
+    window = own.get("window")
+    if window is not None and blocks is None and remove is None and target_params is None:
+        checked = chosen.read_settings(own)
+        blocks = checked.window
+    budget = read_budget(blocks, remove, target_params)
+    checked = chosen.read_settings(own)
+    if scores is not None and scores.fingerprint != model.fingerprint:
+        raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
+    used: Windows | None = None
+    if chosen.needs_texts(checked) and budget.value:
+        used = windows_for(model, texts, windows=windows, seq_len=seq_len, seed=seed)
+        if scores is not None and (scores.texts or {}).get("fingerprint") != used.fingerprint:
+            scores = None
+    evidence = Evidence(model, used, scores, batch_size, seed, progress)
+    return Plan(
+        version=secateur_version(),
+        model=model_ref(model),
+        requested=budget.describe(),
+        texts=used.describe() if used is not None else None,
+        seed=seed,
+        steps=tuple(chosen.decide(evidence, checked, budget)),
+    )
+
+
+def model_ref(model: Decoder) -> ModelRef:
+    """Describe a model as plans name it."""
+    sizes = model.block_parameter_counts()
+    return ModelRef(
+        source=model.source,
+        fingerprint=model.fingerprint,
+        family=model.anatomy.family.model_type,
+        block_parameters=sizes,
+        other_parameters=model.parameter_count - sum(sizes),
+    )
+
+
+def prune(model: Decoder, plan: Plan | str | Path) -> Decoder:
+    """Apply a plan; the given model stays as it is and shares its weights with the result.
+
+    Args:
+        model: the model the plan was made for.
+        plan: the plan, or the path of a plan file.
+
+    Raises:
+        InputError: the plan is for another model, or cannot be applied to this one.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.read(plan)
+    if plan.model.fingerprint != model.fingerprint:
+        raise InputError(
+            f"this plan is for another model: it was made for {plan.model.source} "
+            f"(fingerprint {plan.model.fingerprint[:12]}), this is {model.source} ({model.fingerprint[:12]})."
+        )
+    pruned = model
+    for step in plan.steps:
+        pruned = _APPLY[step.kind](pruned, step)
+    if pruned.parameter_count != plan.parameters_after:
+        raise ModelError(
+            f"the result has {pruned.parameter_count:,} parameters where the plan counts {plan.parameters_after:,}."
+        )
+    entry = {"plan": plan.model_dump(mode="json"), "applied": datetime.now(UTC).isoformat(timespec="seconds")}
+    return dataclasses.replace(pruned, history=(*model.history, entry))
+
+
+def _drop_blocks(decoder: Decoder, step: DropBlocks) -> Decoder:
+    return keep_blocks(decoder, step.kept(decoder.block_count))
+
+
+_APPLY: dict[str, Callable[[Decoder, DropBlocks], Decoder]] = {"drop-blocks": _drop_blocks}

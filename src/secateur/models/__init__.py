@@ -1,0 +1,1 @@
+"""What a decoder looks like, and how it is opened."""

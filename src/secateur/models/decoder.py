@@ -1,0 +1,119 @@
+"""An open decoder: the module, its tokenizer and anatomy, and how the weights of one block come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.models.anatomy import Anatomy, count_parameters, find
+from secateur.models.shards import OUTER, Shards
+
+
+@dataclass
+class Decoder:
+    """A causal language model opened for pruning.
+
+    Attributes:
+        module: the transformers model; for a skeleton its parameters are on the meta device.
+        tokenizer: None where the checkpoint has none.
+        anatomy: where its parts are.
+        source: what the user named: a path or a hub name.
+        folder: the local checkpoint folder, None for a model given as an object.
+        fingerprint: sha256 that tells this model from any other.
+        saved_dtype: the checkpoint's dtype, kept when the model is saved.
+        shards: where a skeleton reads its weights; None for a model in memory.
+        history: one entry per plan already applied, oldest first (goes into `secateur.json`).
+    """
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    anatomy: Anatomy
+    source: str
+    folder: Path | None
+    fingerprint: str
+    saved_dtype: torch.dtype
+    shards: Shards | None = None
+    history: tuple[dict[str, Any], ...] = field(default=())
+    _held: dict[int, str | None] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.module.config
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks, L."""
+        return self.anatomy.block_count
+
+    @property
+    def is_skeleton(self) -> bool:
+        """Whether block weights are read when asked for instead of being held in memory."""
+        return self.shards is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the inputs: where the embeddings are, or will be."""
+        if self.shards is None:
+            return next(iter(self.module.get_input_embeddings().parameters())).device
+        return next((b.device for b in self.module.buffers() if not b.is_meta), torch.device("cpu"))
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest window the model's positions allow, None where the configuration sets no limit."""
+        value = getattr(self.config, "max_position_embeddings", None)
+        return int(value) if value else None
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @property
+    def block_list(self) -> nn.ModuleList:
+        """The list of blocks; in a skeleton their weights are absent until asked for with `block`."""
+        blocks: nn.ModuleList = find(self.module, self.anatomy.family.blocks)
+        return blocks
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters, tied tensors counted once."""
+        return count_parameters(self.module)
+
+    def block_parameter_counts(self) -> tuple[int, ...]:
+        """Number of parameters of each block."""
+        return tuple(count_parameters(block) for block in self.block_list)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Give block `index` with its weights; a skeleton reads them now and lets them go at the end."""
+        with self._present(index):
+            yield self.block_list[index]
+
+    @contextmanager
+    def outer(self, *, head: bool = True) -> Iterator[None]:
+        """Have embeddings, final norm and head in memory; `head=False` leaves an untied head out."""
+        leave_out = None if head or self.anatomy.tied else self.anatomy.family.head
+        with self._present(OUTER, leave_out):
+            yield
+
+    @contextmanager
+    def _present(self, index: int, without: str | None = None) -> Iterator[None]:
+        if self.shards is None or index in self._held:
+            assert without is not None or self._held.get(index) is None, "opened without the head, wanted with it"
+            yield
+            return
+        self.shards.load(self.module, index, without)
+        self._held[index] = without
+        try:
+            yield
+        finally:
+            del self._held[index]
+            self.shards.release(self.module, index)

@@ -1,0 +1,78 @@
+"""The same model with fewer blocks: its configuration, and a module built from that configuration.
+
+The new module is constructed from the new configuration just as `from_pretrained` will construct it later, then
+given the old module's own tensors. So what is measured in memory is what will be loaded, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import dispatch_model, init_empty_weights
+from torch import nn
+from transformers import PreTrainedModel
+
+from secateur.models.anatomy import Family
+
+
+def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
+    """Give the configuration of the model that keeps only these blocks, in this order."""
+    before = config.num_hidden_layers
+    edited = copy.deepcopy(config)
+    for name in family.per_layer_lists:
+        values = getattr(config, name, None)
+        if isinstance(values, list | tuple) and len(values) == before:
+            setattr(edited, name, [values[i] for i in kept])
+    for name in family.leading_counts:
+        count = getattr(config, name, None)
+        if isinstance(count, int):
+            setattr(edited, name, sum(i < count for i in kept))
+    if family.dense_blocks and getattr(config, family.dense_blocks, None) is not None:
+        listed = set(getattr(config, family.dense_blocks))
+        rhythm = getattr(config, "decoder_sparse_step", 1) or 1
+        dense = [new for new, old in enumerate(kept) if old in listed or (old + 1) % rhythm]
+        setattr(edited, family.dense_blocks, dense)
+        edited.decoder_sparse_step = 1
+    edited.num_hidden_layers = len(kept)
+    return edited
+
+
+def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) -> PreTrainedModel:
+    """Build the model that keeps only these blocks; its tensors are the old model's own."""
+    config = config_with_blocks(module.config, family, kept)
+    with init_empty_weights(include_buffers=False):
+        new = type(module)._from_config(config, dtype=module.dtype)
+    old_modules = dict(module.named_modules())
+    for name, holder in new.named_modules():
+        source = old_modules[_name_before(name, family.blocks, kept)]
+        holder._parameters.update({leaf: source._parameters[leaf] for leaf in holder._parameters})
+        holder._buffers.update({leaf: source._buffers[leaf] for leaf in holder._buffers})
+    new.tie_weights()
+    new.generation_config = copy.deepcopy(module.generation_config)
+    conversions = getattr(module, "_weight_conversions", None)
+    if conversions is not None:
+        new._weight_conversions = conversions
+    _dispatch_like(module, new, family, kept)
+    return new.eval()
+
+
+def _name_before(name: str, blocks: str, kept: Sequence[int]) -> str:
+    prefix = f"{blocks}."
+    if not name.startswith(prefix):
+        return name
+    number, dot, rest = name[len(prefix) :].partition(".")
+    return f"{prefix}{kept[int(number)]}{dot}{rest}"
+
+
+def _dispatch_like(module: nn.Module, new: nn.Module, family: Family, kept: Sequence[int]) -> None:
+    """Spread the new model over the devices that the old one was spread over."""
+    placed = getattr(module, "hf_device_map", None)
+    if not placed or len(set(placed.values())) < 2:
+        return
+    prefix = f"{family.blocks}."
+    new_map = {name: device for name, device in placed.items() if not name.startswith(prefix)}
+    for index, old in enumerate(kept):
+        new_map[f"{prefix}{index}"] = placed[f"{prefix}{old}"]
+    dispatch_model(new, device_map=new_map)

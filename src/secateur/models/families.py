@@ -1,0 +1,176 @@
+"""The known decoder families, one row each. To add one, see docs/add-a-family.md.
+
+Checked against transformers 5.23: a test opens a tiny model of every row and finds each name in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from secateur.models.anatomy import Family
+
+_LLAMA = Family(model_type="llama")
+
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+_MIXTRAL = replace(
+    _LLAMA,
+    model_type="mixtral",
+    mlp_in=("mlp.experts.gate_up_proj",),
+    mlp_out=("mlp.experts.down_proj",),
+    router=("mlp.gate",),
+)
+
+_SANDWICH = replace(
+    _LLAMA,
+    norm="rms-plus-one",
+    order="sandwich",
+    norms=(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    per_layer_lists=("layer_types",),
+)
+
+_NEOX = Family(
+    model_type="gpt_neox",
+    blocks="gpt_neox.layers",
+    embeddings=("gpt_neox.embed_in",),
+    final=("gpt_neox.final_layer_norm",),
+    norm="layernorm",
+    parallel="use_parallel_residual",
+    qkv="per-head",
+    attention_in=("attention.query_key_value",),
+    attention_out=("attention.dense",),
+    mlp_in=("mlp.dense_h_to_4h",),
+    mlp_out=("mlp.dense_4h_to_h",),
+)
+
+_BLOOM = replace(
+    _NEOX,
+    model_type="bloom",
+    blocks="transformer.h",
+    embeddings=("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),
+    final=("transformer.ln_f",),
+    parallel=False,
+    attention_in=("self_attention.query_key_value",),
+    attention_out=("self_attention.dense",),
+    tuple_output=True,
+)
+
+_ROWS = (
+    _LLAMA,
+    replace(_LLAMA, model_type="mistral"),
+    replace(
+        _LLAMA,
+        model_type="qwen2",
+        per_layer_lists=("layer_types",),
+        leading_counts=("max_window_layers",),
+    ),
+    replace(
+        _LLAMA,
+        model_type="qwen3",
+        attention_norms=_QK_NORMS,
+        per_layer_lists=("layer_types",),
+        leading_counts=("max_window_layers",),
+    ),
+    replace(_LLAMA, model_type="smollm3", per_layer_lists=("layer_types", "no_rope_layers")),
+    replace(_LLAMA, model_type="granite"),
+    replace(_LLAMA, model_type="gemma", norm="rms-plus-one"),
+    replace(_SANDWICH, model_type="gemma2"),
+    replace(_SANDWICH, model_type="gemma3_text", attention_norms=_QK_NORMS),
+    replace(
+        _LLAMA,
+        model_type="phi",
+        final=("model.final_layernorm",),
+        norms=("input_layernorm",),
+        norm="layernorm",
+        parallel=True,
+        attention_out=("self_attn.dense",),
+        attention_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        mlp_in=("mlp.fc1",),
+        mlp_out=("mlp.fc2",),
+    ),
+    replace(
+        _LLAMA,
+        model_type="phi3",
+        qkv="stacked",
+        attention_in=("self_attn.qkv_proj",),
+        mlp_in=("mlp.gate_up_proj",),
+    ),
+    Family(
+        model_type="opt",
+        blocks="model.decoder.layers",
+        embeddings=(
+            "model.decoder.embed_tokens",
+            "model.decoder.embed_positions",
+            "model.decoder.project_in",
+        ),
+        final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        norm="layernorm",
+        attention_out=("self_attn.out_proj",),
+        mlp_in=("fc1",),
+        mlp_out=("fc2",),
+    ),
+    Family(
+        model_type="gpt2",
+        blocks="transformer.h",
+        embeddings=("transformer.wte", "transformer.wpe"),
+        final=("transformer.ln_f",),
+        norms=("ln_1", "ln_2"),
+        norm="layernorm",
+        qkv="stacked",
+        attention_in=("attn.c_attn",),
+        attention_out=("attn.c_proj",),
+        mlp_in=("mlp.c_fc",),
+        mlp_out=("mlp.c_proj",),
+        depth_scaled_query="attn.c_attn",
+    ),
+    _NEOX,
+    _BLOOM,
+    replace(
+        _BLOOM,
+        model_type="falcon",
+        embeddings=("transformer.word_embeddings",),
+        norms=("input_layernorm", "post_attention_layernorm", "ln_attn", "ln_mlp"),
+        parallel="parallel_attn",
+        qkv="per-group",
+    ),
+    replace(_LLAMA, model_type="olmo", norm="layernorm"),
+    replace(
+        _LLAMA,
+        model_type="olmo2",
+        order="post",
+        norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        attention_norms=_QK_NORMS,
+    ),
+    replace(
+        _LLAMA,
+        model_type="stablelm",
+        norm="layernorm",
+        parallel="use_parallel_residual",
+        attention_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    ),
+    replace(
+        _LLAMA,
+        model_type="cohere",
+        norms=("input_layernorm",),
+        norm="layernorm",
+        parallel=True,
+        attention_norms=_QK_NORMS,
+    ),
+    _MIXTRAL,
+    replace(
+        _MIXTRAL,
+        model_type="qwen3_moe",
+        attention_norms=_QK_NORMS,
+        mlp_in=("mlp.experts.gate_up_proj", "mlp.gate_proj", "mlp.up_proj"),
+        mlp_out=("mlp.experts.down_proj", "mlp.down_proj"),
+        dense_blocks="mlp_only_layers",
+    ),
+)
+
+FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}

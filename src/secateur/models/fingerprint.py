@@ -1,0 +1,43 @@
+"""Tell one model from another without reading all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from secateur.models.shards import shard_files
+
+_SAMPLE = 1 << 20
+
+
+def of_folder(folder: Path) -> str:
+    """Hash the configuration, tensor names and shapes, and the first and last MiB of each shard."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in shard_files(folder):
+        with safe_open(file, framework="pt") as handle:
+            for key in sorted(handle.keys()):
+                digest.update(f"{key}{handle.get_slice(key).get_shape()}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_SAMPLE))
+            stream.seek(max(0, file.stat().st_size - _SAMPLE))
+            digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def of_module(module: PreTrainedModel) -> str:
+    """Hash the configuration and, of each tensor, name, shape and the first numbers."""
+    digest = hashlib.sha256(module.config.to_json_string().encode())
+    for name, parameter in module.named_parameters():
+        sample = parameter.detach().flatten()[:256].float().cpu().numpy().tobytes()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample)
+    return digest.hexdigest()
+
+
+def of_edit(fingerprint: str, edit: Any) -> str:
+    """Name the model that an edit, given as data, makes of the model with this fingerprint."""
+    return hashlib.sha256(f"{fingerprint}{json.dumps(edit, sort_keys=True)}".encode()).hexdigest()

@@ -1,0 +1,289 @@
+"""Open a model: in memory, over several devices, or as a skeleton whose blocks load when asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from secateur.errors import InputError, ModelError
+from secateur.models import fingerprint
+from secateur.models.anatomy import Family, resolve
+from secateur.models.decoder import Decoder
+from secateur.models.detect import detect
+from secateur.models.families import FAMILIES
+from secateur.models.refuse import refuse_config, refuse_files
+from secateur.models.shards import Shards, shard_files
+
+BUNDLED = "bundled"
+"""The name under which the small model that ships with the package is opened."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+]
+_SHARE_OF_MEMORY = 0.7
+
+
+def open_model(
+    source: str | Path | PreTrainedModel,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    skeleton: bool | None = None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Decoder:
+    """Open a causal language model for scoring and pruning.
+
+    Args:
+        source: a checkpoint folder, a hub name such as `Qwen/Qwen3-0.6B`, `bundled` for the small model that
+            ships with the package, or a transformers model already in memory.
+        dtype: arithmetic: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU, float32 on
+            a CPU without fast bfloat16. The dtype a model is saved in does not change with it.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the GPUs there are (all of them, if the model needs
+            more than one), else the CPU.
+        revision: branch, tag or commit on the hub.
+        skeleton: read each block's weights when its turn comes and let them go afterwards. None decides by the
+            memory that is free.
+        tokenizer: another tokenizer than the checkpoint's: a folder, a hub name, or the object.
+        trust_remote_code: allow code that comes with the checkpoint to run.
+        allow_pickle: accept pickled weights, which can run code when loaded.
+
+    Raises:
+        InputError: the source, dtype or device does not exist.
+        ModelError: the checkpoint is damaged, or not a decoder that can be pruned (the message says why).
+    """
+    if isinstance(source, PreTrainedModel):
+        return _wrap(source, tokenizer, trust_remote_code=trust_remote_code)
+    folder = _local_folder(str(source), revision)
+    refuse_files(folder, allow_pickle=allow_pickle)
+    config = _config(folder, str(source), trust_remote_code=trust_remote_code)
+    family = _family(config, str(source), trust_remote_code=trust_remote_code)
+    saved = _saved_dtype(config, folder)
+    place = _device(device)
+    arithmetic = _arithmetic(dtype, saved, place)
+    pickled = not any(folder.glob("*.safetensors"))
+    if skeleton is None:
+        skeleton = not pickled and _too_large(folder, saved, arithmetic, place)
+    if skeleton and pickled:
+        raise InputError(f"{source}: a skeleton reads safetensors only; open this model without it.")
+    if skeleton:
+        module = _empty(config, arithmetic, place, trust_remote_code=trust_remote_code)
+        shards = Shards.of(folder, family.blocks)
+    else:
+        everywhere = device == "auto" and torch.cuda.device_count() > 1
+        module = _whole(
+            folder,
+            config,
+            arithmetic,
+            "auto" if everywhere else place,
+            trust_remote_code=trust_remote_code,
+            pickled=pickled,
+        )
+        shards = None
+    return Decoder(
+        module=module.eval().requires_grad_(False),
+        tokenizer=_tokenizer(tokenizer or folder, trust_remote_code=trust_remote_code),
+        anatomy=resolve(module, family),
+        source=str(source),
+        folder=folder,
+        fingerprint=fingerprint.of_module(module) if pickled else fingerprint.of_folder(folder),
+        saved_dtype=saved,
+        shards=shards,
+        history=_history(folder),
+    )
+
+
+def _history(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Read what secateur did to this checkpoint before, so that it is not forgotten when it is cut again."""
+    record = folder / "secateur.json"
+    if not record.is_file():
+        return ()
+    try:
+        return tuple(json.loads(record.read_text(encoding="utf-8")).get("history", ()))
+    except ValueError as error:
+        raise ModelError(
+            f"{record}: not readable ({error}); remove it to open the model without its history."
+        ) from error
+
+
+def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -> Decoder:
+    name = module.config.name_or_path or type(module).__name__
+    refuse_config(module.config, name)
+    family = _family(module.config, name, trust_remote_code=trust_remote_code)
+    return Decoder(
+        module=module.eval().requires_grad_(False),
+        tokenizer=_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer is not None else None,
+        anatomy=resolve(module, family),
+        source=name,
+        folder=None,
+        fingerprint=fingerprint.of_module(module),
+        saved_dtype=module.dtype,
+    )
+
+
+def bundled_folder() -> Path:
+    """Folder of the small trained model that ships with the package."""
+    return Path(__file__).resolve().parent.parent / "bundled"
+
+
+def _local_folder(source: str, revision: str | None) -> Path:
+    if source == BUNDLED:
+        return bundled_folder()
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise InputError(f"{source}: no such folder, and not a hub name of the form owner/name.")
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{source}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set). Give a local folder."
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(f"{source}: not available on the hub ({str(error).splitlines()[0]}).") from error
+
+
+def _config(folder: Path, source: str, *, trust_remote_code: bool) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{source}: cannot read its configuration: {error}") from error
+    refuse_config(config, source)
+    return config
+
+
+def _family(config: Any, source: str, *, trust_remote_code: bool) -> Family:
+    known = FAMILIES.get(config.model_type)
+    return known or detect(config, source, trust_remote_code=trust_remote_code)
+
+
+def _saved_dtype(config: Any, folder: Path) -> torch.dtype:
+    """Find the checkpoint's dtype: as the configuration says, else that of the largest tensor."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    if isinstance(config.dtype, str) and config.dtype in _DTYPES:
+        return _DTYPES[config.dtype]
+    if not any(folder.glob("*.safetensors")):
+        return torch.float32
+    from safetensors import safe_open
+
+    with safe_open(shard_files(folder)[0], framework="pt") as handle:
+        name = max(handle.keys(), key=lambda key: torch.Size(handle.get_slice(key).get_shape()).numel())
+        stored = handle.get_slice(name).get_dtype()
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{device}' cannot be used here ({str(error).splitlines()[0]}).") from error
+    return place
+
+
+def _arithmetic(dtype: str, saved: torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" and not _cpu_has_fast_bfloat16(saved) else saved
+    if dtype not in _DTYPES:
+        raise InputError(f"unknown dtype '{dtype}'. Known: auto, {', '.join(_DTYPES)}.")
+    return _DTYPES[dtype]
+
+
+def _cpu_has_fast_bfloat16(saved: torch.dtype) -> bool:
+    return saved == torch.bfloat16 and bool(torch.cpu._is_amx_tile_supported())
+
+
+def _too_large(folder: Path, saved: torch.dtype, arithmetic: torch.dtype, device: torch.device) -> bool:
+    on_disk = sum(file.stat().st_size for file in shard_files(folder))
+    needed = on_disk * arithmetic.itemsize / saved.itemsize
+    if device.type == "cuda":
+        free = sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    else:
+        free = psutil.virtual_memory().available
+    return needed > _SHARE_OF_MEMORY * free
+
+
+def _empty(config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
+    with init_empty_weights(include_buffers=False):
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    for holder in module.modules():
+        for name, buffer in holder._buffers.items():
+            if buffer is not None:
+                holder._buffers[name] = buffer.to(device)
+    module.tie_weights()
+    return module
+
+
+def _whole(
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    trust_remote_code: bool,
+    pickled: bool,
+) -> PreTrainedModel:
+    shard_files(folder) if not pickled else None
+    placed = {} if device == torch.device("cpu") else {"device_map": device if device == "auto" else {"": device}}
+    try:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=not pickled,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **placed,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"{folder}: does not fit on {device}; open it as a skeleton (--skeleton).") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:4])
+        raise ModelError(
+            f"{folder}: the checkpoint has no weights for {names}; it is incomplete or of another architecture."
+        )
+    return module
+
+
+def _tokenizer(source: Any, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    if isinstance(source, PreTrainedTokenizerBase):
+        return source
+    folder = Path(source)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    if folder.is_dir() and not any((folder / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: the tokenizer cannot be read: {str(error).splitlines()[0]}") from error

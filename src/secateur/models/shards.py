@@ -1,0 +1,175 @@
+"""Weights of single blocks, read from safetensors when their turn comes.
+
+The only file that touches the semi-internal loading machinery of transformers (`core_model_loading`,
+`conversion_mapping`): checkpoints of mixtures of experts hold one tensor per expert, the modules one fused
+tensor, and that machinery knows how to turn one into the other, both ways.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from secateur.errors import ModelError
+
+OUTER = -1
+"""Group of every tensor that belongs to no block: embeddings, final norm, head."""
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a checkpoint folder, in order.
+
+    Raises:
+        ModelError: there are none, or one that the index names is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{folder}: no safetensors weights here.")
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{index}: not a readable shard index ({error}).") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder}: missing shard {', '.join(missing)} (named in {index.name}); copy it again.")
+    return [folder / name for name in names]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A checkpoint's safetensors files, with the block numbers that a cut model reads from them.
+
+    Attributes:
+        folder: the checkpoint.
+        blocks: path of the list of blocks in the model, such as `model.layers`.
+        kept: for each block of the model its number in the checkpoint; None means all, in order.
+    """
+
+    folder: Path
+    blocks: str
+    kept: tuple[int, ...] | None = None
+    files: tuple[Path, ...] = field(default=())
+
+    @classmethod
+    def of(cls, folder: Path, blocks: str) -> Shards:
+        """Open a checkpoint folder; reads headers only."""
+        return cls(folder, blocks, files=tuple(shard_files(folder)))
+
+    @cached_property
+    def keys(self) -> dict[int, dict[str, Path]]:
+        """Checkpoint keys of each block (and of `OUTER`), with the file that holds them."""
+        number = re.compile(rf"(?:^|\.){re.escape(self.blocks.rsplit('.', 1)[-1])}\.(\d+)\.")
+        groups: dict[int, dict[str, Path]] = {}
+        for file in self.files:
+            with _opened(file) as handle:
+                for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a dict
+                    match = number.search(key)
+                    groups.setdefault(int(match.group(1)) if match else OUTER, {})[key] = file
+        return groups
+
+    def select(self, kept: Iterable[int]) -> Shards:
+        """Give the shards of a model that keeps only these blocks (numbers in this model)."""
+        current = self.kept
+        return replace(self, kept=tuple(current[i] if current else i for i in kept))
+
+    def load(self, module: PreTrainedModel, index: int, without: str | None = None) -> None:
+        """Give block `index` of a skeleton (or `OUTER`) its weights; `without` names a module to leave empty.
+
+        Raises:
+            ModelError: the checkpoint has no such block, a shape differs from the model's, or a file is damaged.
+        """
+        stored = index if index == OUTER or self.kept is None else self.kept[index]
+        if stored not in self.keys:
+            raise ModelError(f"{self.folder}: no weights of block {stored} in the checkpoint.")
+        left_out = f"{without}." if without else None
+        wanted = {k: f for k, f in self.keys[stored].items() if left_out is None or not k.startswith(left_out)}
+        handles = {file: _opened(file) for file in sorted(set(wanted.values()))}
+        tensors = {self._renumber(k, stored, index): handles[f].get_slice(k) for k, f in wanted.items()}
+        settings = LoadStateDictConfig(
+            dtype=module.dtype,
+            weight_mapping=deepcopy(get_model_conversion_mapping(module)),
+            device_map={"": str(_buffer_device(module))},
+        )
+        try:
+            with _quiet():
+                report, _ = convert_and_load_state_dict_in_model(module, tensors, settings, None)
+        except SafetensorError as error:
+            raise ModelError(f"{self.folder}: damaged weights of block {stored} ({error}).") from error
+        if report.mismatched_keys:
+            name, found, expected = sorted(report.mismatched_keys)[0]
+            raise ModelError(f"{self.folder}: {name} is {tuple(found)} but the config asks for {tuple(expected)}.")
+        if index == OUTER:
+            module.tie_weights()
+        empty = [n for n, p in _part(module, self.blocks, index) if p.is_meta]
+        empty = [n for n in empty if left_out is None or not n.startswith(left_out)]
+        if empty:
+            raise ModelError(f"{self.folder}: the checkpoint has no weights for {', '.join(empty[:4])}.")
+
+    def release(self, module: PreTrainedModel, index: int) -> None:
+        """Let the weights of block `index` (or `OUTER`) go; only their shapes stay."""
+        for name, parameter in list(_part(module, self.blocks, index)):
+            owner, _, leaf = name.rpartition(".")
+            holder = module.get_submodule(owner)
+            holder._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        if index == OUTER:
+            module.tie_weights()
+
+    def _renumber(self, key: str, stored: int, index: int) -> str:
+        if stored == index:
+            return key
+        leaf = self.blocks.rsplit(".", 1)[-1]
+        return re.sub(rf"((?:^|\.){re.escape(leaf)}\.){stored}\.", rf"\g<1>{index}.", key, count=1)
+
+
+def to_checkpoint(module: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Turn tensors named as in the module into tensors named and split as in a checkpoint folder."""
+    return dict(revert_weight_conversion(module, state))
+
+
+def _part(module: PreTrainedModel, blocks: str, index: int) -> list[tuple[str, nn.Parameter]]:
+    prefix = f"{blocks}." if index == OUTER else f"{blocks}.{index}."
+    return [(n, p) for n, p in module.named_parameters() if n.startswith(prefix) != (index == OUTER)]
+
+
+def _buffer_device(module: PreTrainedModel) -> torch.device:
+    for buffer in module.buffers():
+        if not buffer.is_meta:
+            return buffer.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Show no progress bar of transformers for each single block."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: damaged or incomplete weights ({error}); copy the file again.") from error

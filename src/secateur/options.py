@@ -1,0 +1,165 @@
+"""Groups of command-line options that several commands share, each a frozen dataclass that acts on what it holds.
+
+`grouped` lets a command take such a group as one argument: Typer sees the group's fields as options.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from secateur.calibration.choose import windows_for
+from secateur.calibration.texts import Windows
+from secateur.errors import InputError
+from secateur.models.decoder import Decoder
+from secateur.models.open import open_model
+from secateur.scores.profile import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How models are opened."""
+
+    dtype: Annotated[str, typer.Option(help="Arithmetic: auto, float32, bfloat16, float16.")] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto"
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None
+    skeleton: Annotated[
+        bool | None,
+        typer.Option("--skeleton/--in-memory", help="Read each block when its turn comes. (default: by free memory)"),
+    ] = None
+    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's.")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights, which can run code.")] = (
+        False
+    )
+
+    def open(self, source: str, *, only_shapes: bool = False) -> Decoder:
+        """Open a model; `only_shapes` reads no weights where it can be helped."""
+        return open_model(
+            source,
+            dtype=self.dtype,
+            device=self.device,
+            revision=self.revision,
+            skeleton=True if only_shapes and not self.allow_pickle else self.skeleton,
+            tokenizer=self.tokenizer,
+            trust_remote_code=self.trust_remote_code,
+            allow_pickle=self.allow_pickle,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Which texts are read, and how."""
+
+    texts: Annotated[
+        str | None, typer.Option(help="Source of text: see `secateur texts`. (default: python-stdlib)")
+    ] = None
+    windows: Annotated[str, typer.Option(help="Number of windows of text, or 'all'.")] = "32"
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512, or the model's positions)")] = (
+        None
+    )
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0
+    batch_size: Annotated[int | None, typer.Option(help="Windows per batch. (default: by the device)")] = None
+
+    @property
+    def window_count(self) -> int | None:
+        """Number of windows, None for all.
+
+        Raises:
+            InputError: neither a number nor `all`.
+        """
+        if self.windows == "all":
+            return None
+        if not self.windows.isdecimal() or int(self.windows) < 1:
+            raise InputError(f"--windows {self.windows}: give a number from 1 up, or 'all'.")
+        return int(self.windows)
+
+    def calibration(self, decoder: Decoder, *, pack: bool = True) -> Windows:
+        """Open the calibration part of the texts for a model."""
+        return windows_for(
+            decoder, self.texts, windows=self.window_count, seq_len=self.seq_len, seed=self.seed, pack=pack
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut(Reading):
+    """Which held-out texts are read."""
+
+    windows: Annotated[str, typer.Option(help="Number of windows of held-out text, or 'all'.")] = "64"
+
+    def held_out(self, decoder: Decoder) -> Windows:
+        """Open the held-out part of the texts for a model."""
+        return windows_for(decoder, self.texts, windows=self.window_count, seq_len=self.seq_len, split="held-out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """How much goes, and the method's own settings."""
+
+    remove: Annotated[str | None, typer.Option(help="Share of all parameters to remove: 25% or 0.25.")] = None
+    target_params: Annotated[str | None, typer.Option(help="Parameters to stay at or below: 5.5B, 350M.")] = None
+    blocks: Annotated[int | None, typer.Option(help="Number of blocks to take out.")] = None
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method (repeatable)."),
+    ] = None
+    scores: Annotated[Path | None, typer.Option(help="scores.json measured before on this model.")] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Give the method's settings as typed.
+
+        Raises:
+            InputError: a `--set` without `=`.
+        """
+        pairs = [text.partition("=") for text in self.set_ or []]
+        for name, equals, _ in pairs:
+            if not equals or not name:
+                raise InputError(f"--set {name}: write it as key=value, such as --set protect_last=2.")
+        return {name.strip(): value.strip() for name, _, value in pairs}
+
+    def known_scores(self) -> Scores | None:
+        """Read the scores file, if one was named."""
+        return Scores.read(self.scores) if self.scores else None
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Show Typer the fields of every option group among a command's parameters, and hand the command the groups."""
+    hints = get_type_hints(command, include_extras=True)
+    own = inspect.signature(command).parameters
+    groups = {name: hints[name] for name in own if is_dataclass(hints[name])}
+    plain = [one.replace(annotation=hints[name]) for name, one in own.items() if name not in groups]
+    shared = [parameter for group in groups.values() for parameter in _options(group)]
+
+    @functools.wraps(command)
+    def packing(**given: Any) -> None:
+        packed = {
+            name: group(**{option.name: given.pop(option.name) for option in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **packed)
+
+    ordered = [*plain, *shared]
+    call: Any = packing
+    call.__signature__ = inspect.Signature([one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in ordered])
+    call.__annotations__ = {one.name: one.annotation for one in ordered}
+    del call.__wrapped__  # Typer would look through it to the command itself
+    shown: Callable[..., None] = call
+    return shown
+
+
+def _options(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[option.name]
+        )
+        for option in fields(group)
+    ]

@@ -1,0 +1,151 @@
+"""The decision as data: which blocks go, and what that leaves. Made, shown, edited and applied separately.
+
+A plan never holds tensors. It is a small JSON file; what can be computed from it (sizes) is written for the reader and
+computed again when it is read, so an edited plan cannot contradict itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
+
+from secateur.errors import InputError
+
+_DERIVED = ("parameters_before", "parameters_after", "removed_fraction")
+
+
+class ModelRef(BaseModel):
+    """The model a plan is for.
+
+    Attributes:
+        source: the path or hub name it was opened by.
+        fingerprint: sha256 of configuration, tensor names and shapes, and the ends of each shard.
+        family: its architecture.
+        block_parameters: number of parameters of each block.
+        other_parameters: all other parameters, tied tensors counted once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    fingerprint: str
+    family: str
+    block_parameters: tuple[int, ...]
+    other_parameters: int
+
+
+class DropBlocks(BaseModel):
+    """Take blocks out; numbers refer to the model as the step before left it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["drop-blocks"] = "drop-blocks"
+    method: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    blocks: tuple[int, ...]
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """Give the blocks that stay, of `count`.
+
+        Raises:
+            InputError: a block number that does not exist or is named twice, or no block left.
+        """
+        wrong = sorted(block for block in self.blocks if not 0 <= block < count)
+        if wrong:
+            raise InputError(f"the plan drops block {wrong[0]}, but this model has blocks 0 to {count - 1}.")
+        if len(set(self.blocks)) < len(self.blocks):
+            raise InputError(f"the plan names a block twice: {list(self.blocks)}.")
+        stay = tuple(block for block in range(count) if block not in self.blocks)
+        if not stay:
+            raise InputError("the plan drops every block; at least one must stay.")
+        return stay
+
+
+class Plan(BaseModel):
+    """What to do to one model.
+
+    Attributes:
+        model: the model it is for.
+        steps: what is done, in order; an empty list changes nothing.
+        requested: the budget as asked for, such as `{"remove": 0.25}`.
+        texts: source, fingerprint and shape of the calibration windows it was measured on.
+        seed: seed of everything drawn at random.
+        version: the secateur that made it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    version: str
+    model: ModelRef
+    requested: dict[str, Any] = Field(default_factory=dict)
+    texts: dict[str, Any] | None = None
+    seed: int = 0
+    steps: tuple[DropBlocks, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_derived(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if k not in _DERIVED} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _applicable(self) -> Plan:
+        self.kept_blocks()
+        return self
+
+    def kept_blocks(self) -> tuple[int, ...]:
+        """Give the blocks of the original model that are left after all steps."""
+        left = tuple(range(len(self.model.block_parameters)))
+        for step in self.steps:
+            left = tuple(left[i] for i in step.kept(len(left)))
+        return left
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def parameters_before(self) -> int:
+        """All parameters of the model, tied tensors counted once."""
+        return sum(self.model.block_parameters) + self.model.other_parameters
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def parameters_after(self) -> int:
+        """All parameters of the result."""
+        return sum(self.model.block_parameters[i] for i in self.kept_blocks()) + self.model.other_parameters
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def removed_fraction(self) -> float:
+        """Share of all parameters, embeddings included, that is gone afterwards (METHODS §9)."""
+        return 1 - self.parameters_after / self.parameters_before
+
+    def to_json(self) -> str:
+        """Give the plan as JSON."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+    def write(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Plan:
+        """Read a plan, also one that was edited by hand.
+
+        Raises:
+            InputError: no such file, not JSON, an unknown key, or steps that cannot be applied.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: the plan cannot be read ({error.strerror}).") from error
+        except ValidationError as error:
+            raise InputError(f"{path}: not a valid plan: {'; '.join(_problems(error))}.") from error
+
+
+def _problems(error: ValidationError) -> Iterable[str]:
+    for problem in error.errors()[:3]:
+        place = ".".join(str(part) for part in problem["loc"])
+        yield f"{place + ': ' if place else ''}{problem['msg']}"

@@ -1,0 +1,1 @@
+"""How much each block matters: redundancy scores of METHODS, one file per way of measuring."""

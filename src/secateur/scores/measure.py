@@ -1,0 +1,163 @@
+"""Measure scores: one pass for all that need no removal and no gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from secateur.calibration.choose import Texts, windows_for
+from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.statistics import AngularSums, CkaSums, CosineSums, real_tokens
+from secateur.calibration.store import StateStore
+from secateur.calibration.stream import check_windows, states_by_batch
+from secateur.calibration.texts import Windows
+from secateur.errors import InputError, NumericsError, unknown
+from secateur.models.decoder import Decoder
+from secateur.scores.profile import KINDS, ONE_PASS, Kind, Matrix, Scores
+from secateur.scores.removal import RemovalProbe
+from secateur.scores.taylor import scored_weights, taylor
+
+
+def score(
+    model: Decoder,
+    *,
+    texts: Texts = None,
+    windows: int | None = 32,
+    seq_len: int | None = None,
+    kinds: Sequence[Kind] = ONE_PASS,
+    seed: int = 0,
+    pack: bool = True,
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
+) -> Scores:
+    """Measure where a model is redundant.
+
+    Args:
+        model: the open model.
+        texts: what it is measured on: see `secateur texts`; None is `python-stdlib`.
+        windows: number of windows; None takes all.
+        seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
+        kinds: what to measure, of `cosine`, `angular`, `magnitude`, `cka` (these four in one pass), `perplexity`
+            (with each block left out) and `taylor` (backward passes).
+        seed: draws documents, and the tokens that CKA looks at.
+        pack: join documents into full windows; False puts one document in each window, padded.
+        batch_size: windows per batch; None chooses by the device.
+        progress: shows how far it is.
+
+    Raises:
+        InputError: an unknown kind, or unusable texts.
+        NumericsError: NaN or infinity; it never becomes a score.
+    """
+    used = windows_for(model, texts, windows=windows, seq_len=seq_len, seed=seed, pack=pack)
+    return score_model(model, used, kinds, batch_size=batch_size, seed=seed, progress=progress)
+
+
+def score_model(
+    decoder: Decoder,
+    windows: Windows | None,
+    kinds: Sequence[Kind] = ONE_PASS,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Scores:
+    """Measure scores of a decoder; all kinds of `ONE_PASS` together cost one walk.
+
+    Args:
+        decoder: the model.
+        windows: calibration windows; None is enough for `magnitude` of the weights alone.
+        kinds: what to measure, of `KINDS`.
+        batch_size: windows per batch; chosen by the device if None.
+        seed: draws the tokens that CKA looks at.
+        progress: shows how far it is.
+
+    Raises:
+        InputError: an unknown kind, or no windows for a kind that needs them.
+        NumericsError: NaN or infinity; it never becomes a score.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown("score", kind, list(KINDS))
+    found: dict[str, Any] = {}
+    if "magnitude" in kinds:
+        found["magnitude"] = weight_magnitudes(decoder)
+    if windows is not None:
+        check_windows(decoder, windows)
+        with StateStore() as store:
+            if set(kinds) & set(ONE_PASS):
+                found |= _one_pass(decoder, windows, kinds, store, batch_size, seed, progress)
+            if "perplexity" in kinds:
+                found |= _removal_perplexity(decoder, windows, batch_size, progress)
+            if "taylor" in kinds:
+                found["taylor"] = tuple(taylor(decoder, windows, batch_size=batch_size, progress=progress))
+    elif set(kinds) - {"magnitude"}:
+        raise InputError(f"{', '.join(kinds)}: these scores need texts.")
+    texts = None if windows is None else windows.describe()
+    return Scores(model=decoder.source, fingerprint=decoder.fingerprint, texts=texts, **found)
+
+
+def _one_pass(
+    decoder: Decoder,
+    windows: Windows,
+    kinds: Sequence[Kind],
+    store: StateStore,
+    batch_size: int | None,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    states_count = decoder.block_count + 1
+    cosine = CosineSums(states_count)
+    angular = AngularSums(states_count)
+    cka = CkaSums(windows.token_count, seed=seed) if "cka" in kinds else None
+    for batch, states in states_by_batch(decoder, windows, batch_size=batch_size, store=store, progress=progress):
+        flat = real_tokens(states, batch.mask)
+        cosine.update(flat)
+        angular.update(states, batch.mask)
+        if cka is not None:
+            cka.update(flat[1:])
+    found: dict[str, Any] = {}
+    if "cosine" in kinds:
+        found["cosine"] = _rows(cosine.result())
+    if "angular" in kinds:
+        found["angular"] = _rows(angular.result())
+    if "magnitude" in kinds:
+        found["relative_magnitude"] = tuple(cosine.relative_magnitude().tolist())
+    if cka is not None:
+        found["cka_linear"] = _rows(cka.result("linear"))
+        found["cka_rbf"] = _rows(cka.result("rbf"))
+    return found
+
+
+def _removal_perplexity(
+    decoder: Decoder, windows: Windows, batch_size: int | None, progress: Progress
+) -> dict[str, Any]:
+    with StateStore() as store:
+        probe = RemovalProbe(decoder, windows, store, batch_size)
+        whole = math.exp(probe.loss(()))
+        blocks = range(decoder.block_count)
+        each = [math.exp(probe.loss((b,))) for b in progress(blocks, "leaving out each block", len(blocks))]
+    return {"perplexity": whole, "removal_perplexity": tuple(each)}
+
+
+def weight_magnitudes(decoder: Decoder) -> tuple[float, ...]:
+    """Give Σ|w| over the weight matrices and norms of each block (Shortened-LLaMA, Mag+).
+
+    Raises:
+        NumericsError: a block's weights hold NaN or infinity.
+    """
+    sums = []
+    for index in range(decoder.block_count):
+        with decoder.block(index) as block:
+            parts = [weight.detach().abs().sum(dtype=torch.float64).cpu() for weight in scored_weights(block)]
+        total = torch.stack(parts).sum()
+        if not torch.isfinite(total):
+            raise NumericsError(f"the weights of block {index} hold NaN or infinity; the checkpoint is damaged.")
+        sums.append(float(total))
+    return tuple(sums)
+
+
+def _rows(matrix: torch.Tensor) -> Matrix:
+    return tuple(tuple(row) for row in matrix.tolist())

@@ -1,0 +1,121 @@
+"""The redundancy scores of one model, as data: what was measured, and what is read off it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, model_validator
+
+from secateur.errors import InputError, NumericsError
+
+Matrix = tuple[tuple[float, ...], ...]
+Kind = Literal["cosine", "angular", "magnitude", "cka", "perplexity", "taylor"]
+
+KINDS: tuple[Kind, ...] = ("cosine", "angular", "magnitude", "cka", "perplexity", "taylor")
+ONE_PASS: tuple[Kind, ...] = ("cosine", "angular", "magnitude", "cka")
+
+
+class Scores(BaseModel):
+    """Redundancy scores of one model on one set of windows; what was not asked for is None.
+
+    Attributes:
+        cosine: (L+1)×(L+1), mean over tokens of the cosine between residual states a and b (before the final norm).
+        angular: (L+1)×(L+1), mean over windows of arccos(cosine)/π at the last real token.
+        relative_magnitude: L values, mean over tokens of ‖f(X)−X‖ / ‖f(X)‖.
+        magnitude: L values, Σ|w| over the weight matrices and norms of each block.
+        cka_linear, cka_rbf: L×L, centred kernel alignment between block outputs.
+        removal_perplexity: L values, perplexity with that block skipped; `perplexity` is that of the whole model.
+        taylor: L values, Σ|w·∂L/∂w|.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    model: str
+    fingerprint: str
+    texts: dict[str, Any] | None = None
+    cosine: Matrix | None = None
+    angular: Matrix | None = None
+    relative_magnitude: tuple[float, ...] | None = None
+    magnitude: tuple[float, ...] | None = None
+    cka_linear: Matrix | None = None
+    cka_rbf: Matrix | None = None
+    perplexity: float | None = None
+    removal_perplexity: tuple[float, ...] | None = None
+    taylor: tuple[float, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_derived(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if key not in ("block_influence", "layer_redundancy")}
+        return data
+
+    @model_validator(mode="after")
+    def _finite(self) -> Scores:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, tuple | float) and not np.isfinite(np.asarray(value, dtype=float)).all():
+                raise NumericsError(f"score '{name}' holds NaN or infinity.")
+        return self
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def block_influence(self) -> tuple[float, ...] | None:
+        """BI(l) = 1 − E cos(X^l, X^{l+1}) (ShortGPT, §3.1); small means redundant."""
+        return None if self.cosine is None else tuple(1 - value for value in self.window_cosine(1))
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def layer_redundancy(self) -> tuple[float, ...] | None:
+        """LR(l), E cos(X^l, X^{l+1}) min-max normalised to [0, 1] (DynamicSlicing); 1 = most redundant."""
+        if self.cosine is None:
+            return None
+        values = self.window_cosine(1)
+        low, high = min(values), max(values)
+        return tuple((v - low) / (high - low) if high > low else 1.0 for v in values)
+
+    def window_cosine(self, length: int) -> tuple[float, ...]:
+        """C(l, n) = E cos(X^l, X^{l+n}) for every start l (LLM-Streamline, §3.1)."""
+        return _diagonal(self._need("cosine"), length)
+
+    def window_angle(self, length: int) -> tuple[float, ...]:
+        """A(l, n), mean angular distance over a window for every start l (UIDL, §3.2)."""
+        return _diagonal(self._need("angular"), length)
+
+    def _need(self, name: str) -> Matrix:
+        value: Matrix | None = getattr(self, name)
+        if value is None:
+            raise InputError(f"these scores do not hold '{name}'; measure it first.")
+        return value
+
+    def has(self, kinds: Iterable[Kind]) -> bool:
+        """Whether all of these kinds were measured."""
+        fields = {"cka": "cka_linear", "perplexity": "removal_perplexity"}
+        return all(getattr(self, fields.get(kind, kind)) is not None for kind in kinds)
+
+    def write(self, path: Path) -> None:
+        """Write `scores.json`."""
+        path.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Scores:
+        """Read `scores.json`.
+
+        Raises:
+            InputError: no such file, or not scores.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as error:
+            raise InputError(f"{path}: not a readable scores file ({str(error).splitlines()[0]}).") from error
+
+
+def _diagonal(matrix: Matrix, offset: int) -> tuple[float, ...]:
+    if not 1 <= offset < len(matrix):
+        raise InputError(f"a window of {offset} blocks; this model has {len(matrix) - 1}.")
+    return tuple(matrix[start][start + offset] for start in range(len(matrix) - offset))

@@ -1,0 +1,99 @@
+"""The loss without some blocks, as Shortened-LLaMA and SLEB ask for it, with nothing computed twice.
+
+What enters block d depends only on which blocks *below* d are gone. So states are remembered under the pair (blocks
+gone below d, d): the prefix of every candidate is found there, and so is what an earlier candidate already
+computed. Only the blocks above the first new gap are run.
+
+Sources: Kim et al. 2024, "Shortened LLaMA", §3; Song et al. 2024, "SLEB", algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+
+from secateur.calibration.store import StateStore
+from secateur.calibration.stream import Batch, loss_sum, start, step
+from secateur.calibration.texts import Windows
+from secateur.models.decoder import Decoder
+
+Gone = tuple[int, ...]
+Key = tuple[int, int, Gone]
+
+
+class RemovalProbe:
+    """Loss of a decoder on fixed windows with any set of blocks skipped.
+
+    Attributes:
+        evaluated: block evaluations so far (one block on all windows), for honest accounting.
+    """
+
+    def __init__(self, decoder: Decoder, windows: Windows, store: StateStore, batch_size: int | None = None) -> None:
+        """Prepare the windows; `store` holds the remembered states and is closed by its owner."""
+        self.evaluated = 0
+        self._decoder = decoder
+        self._store = store
+        self._settled: frozenset[int] = frozenset()
+        self._losses: dict[Gone, float] = {}
+        self._batches: list[Batch] = []
+        for batch, hidden in start(decoder, windows, batch_size):
+            self._batches.append(batch)
+            store.put(_key(batch, 0, ()), hidden)
+
+    @torch.no_grad()
+    def loss(self, gone: Iterable[int]) -> float:
+        """Mean next-token loss in nats with these blocks skipped.
+
+        Raises:
+            NumericsError: NaN or infinity on the way; it never becomes a loss.
+        """
+        wanted = tuple(sorted(set(gone)))
+        if wanted not in self._losses:
+            self._losses[wanted] = self._measure(wanted)
+        return self._losses[wanted]
+
+    def settle(self, gone: Iterable[int]) -> None:
+        """Say that these blocks stay gone: states that no further candidate can use are forgotten."""
+        self._settled = frozenset(gone)
+        for key in self._store.keys():  # noqa: SIM118 - not a dict
+            depth, below = cast(Key, key)[1:]
+            if not {block for block in self._settled if block < depth} <= set(below):
+                self._store.drop(key)
+
+    def _measure(self, gone: Gone) -> float:
+        end = self._decoder.block_count
+        depth = max(d for d in range(end + 1) if all(_key(b, d, gone) in self._store for b in self._batches))
+        for index in range(depth, end):
+            if index not in gone:
+                self._advance(index, gone)
+        total, predictions = 0.0, 0
+        with self._decoder.outer():
+            for batch in self._batches:
+                found, counted = loss_sum(self._decoder, batch, self._store.get(_key(batch, end, gone)))
+                total += float(found)
+                predictions += counted
+        return total / predictions
+
+    def _advance(self, index: int, gone: Gone) -> None:
+        """Take the states from the entry of block `index` to the entry of the next one.
+
+        States of the model as settled so far are always kept, those of a candidate only while memory has room.
+        """
+        needed_again = {block for block in gone if block < index} == {b for b in self._settled if b < index}
+        with self._decoder.block(index):
+            for batch in self._batches:
+                before = _key(batch, index, gone)
+                result = step(self._decoder, index, batch, self._store.get(before))
+                if not needed_again and not self._store.has_room(result):
+                    self._store.drop(before)
+                self._store.put(_key(batch, index + 1, gone), result)
+        self.evaluated += 1
+
+
+def _key(batch: Batch, depth: int, gone: Gone) -> Key:
+    """Name the state that enters block `depth`; right above a gap it is the state that entered the gap."""
+    while depth - 1 in gone:
+        depth -= 1
+    return batch.index, depth, tuple(block for block in gone if block < depth)

@@ -1,0 +1,1 @@
+"""Edits of weights. Nothing here knows a method; plans say what to do."""

@@ -1,0 +1,250 @@
+"""Tiny random models of many families, built from configs: offline, float32, seeded, in eval mode.
+
+In a freshly constructed Hugging Face model every block adds next to nothing, every bias is zero and every
+norm weight is one, so a test could forget a block, a bias or a norm and still pass. Here every parameter is
+drawn again, such that each shows in the logits (except key biases where there is no rotary embedding: softmax
+cancels them). Buffers (rotary tables, embedding scales) stay as the constructor computed them, and tied
+weights stay tied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.pytorch_utils import Conv1D
+
+VOCABULARY = 256
+HIDDEN = 32
+INTERMEDIATE = 48
+POSITIONS = 64
+WINDOW = 8
+PAD, BOS, EOS = 0, 1, 2
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """One row: a name, the model_type of its config, and the config for a number of blocks."""
+
+    name: str
+    model_type: str
+    config: Callable[[int], PreTrainedConfig]
+
+
+def _row(name: str, model_type: str | None = None, **settings: Any) -> TinyModel:
+    """A row from config settings; a setting that depends on the number of blocks is a function of it."""
+    model_type = model_type or name
+
+    def config(blocks: int) -> PreTrainedConfig:
+        given = {key: value(blocks) if callable(value) else value for key, value in settings.items()}
+        return AutoConfig.for_model(
+            model_type,
+            **{
+                "vocab_size": VOCABULARY,
+                "hidden_size": HIDDEN,
+                "num_hidden_layers": blocks,
+                "num_attention_heads": 4,
+                "pad_token_id": PAD,
+                "bos_token_id": BOS,
+                "eos_token_id": EOS,
+                **given,
+            },
+        )
+
+    return TinyModel(name, model_type, config)
+
+
+def _full_every(period: int) -> Callable[[int], list[str]]:
+    """layer_types in which every `period`-th block sees everything and the others a window."""
+    return lambda blocks: ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(blocks)]
+
+
+# What most families share, by the names their configs use for it.
+_PLAIN = {"intermediate_size": INTERMEDIATE, "max_position_embeddings": POSITIONS}
+_GROUPED = {**_PLAIN, "num_key_value_heads": 2}
+# Heads wider than hidden / heads, so that a mix-up of the two widths cannot go unnoticed.
+_WIDE_HEADS = {**_GROUPED, "head_dim": 16}
+_GEMMA2 = {**_WIDE_HEADS, "query_pre_attn_scalar": 12, "sliding_window": WINDOW}
+_GPT2 = {"n_inner": INTERMEDIATE, "n_positions": POSITIONS}
+_NEOX = {**_PLAIN, "rotary_pct": 0.5}
+_OPT = {"ffn_dim": INTERMEDIATE, "max_position_embeddings": POSITIONS}
+_FALCON = {"ffn_hidden_size": INTERMEDIATE, "max_position_embeddings": POSITIONS}
+_STABLELM = {**_GROUPED, "partial_rotary_factor": 0.5}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+_QWEN3_MOE = {**_WIDE_HEADS, **_EXPERTS}
+
+_CANONICAL = (
+    _row("llama", **_GROUPED),
+    _row("mistral", **_GROUPED, sliding_window=None),
+    _row("qwen2", **_GROUPED),
+    _row("qwen3", **_WIDE_HEADS),
+    _row("smollm3", **_GROUPED, no_rope_layers=lambda blocks: [int(i % 3 != 1) for i in range(blocks)]),
+    _row("gemma", **_WIDE_HEADS),
+    _row("gemma2", **_GEMMA2, layer_types=_full_every(2)),
+    _row("gemma3_text", **_GEMMA2, layer_types=_full_every(3)),
+    _row("phi", **_PLAIN, partial_rotary_factor=0.5),
+    _row("phi3", **_GROUPED),
+    _row("opt", **_OPT),
+    _row("gpt2", **_GPT2),
+    _row("gpt_neox", **_NEOX),
+    _row("olmo", **_GROUPED),
+    _row("olmo2", **_GROUPED),
+    _row("stablelm", **_STABLELM),
+    _row(
+        "granite",
+        **_GROUPED,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.7,
+        attention_multiplier=0.25,
+        logits_scaling=2.0,
+    ),
+    _row("cohere", **_GROUPED, logit_scale=0.25),
+    _row("falcon", **_FALCON),  # as 7b: one key/value head, parallel branches on one norm, no biases
+    _row("bloom"),
+    _row("mixtral", **_GROUPED, num_local_experts=4),
+    _row("qwen3_moe", **_QWEN3_MOE),
+)
+
+_VARIATIONS = (
+    _row("llama-tied", "llama", **_GROUPED, tie_word_embeddings=True),
+    _row("llama-bias", "llama", **_GROUPED, attention_bias=True, mlp_bias=True),
+    _row("mistral-sliding", "mistral", **_GROUPED, sliding_window=WINDOW),
+    _row(
+        "qwen2-sliding",
+        "qwen2",
+        **_GROUPED,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=_full_every(3),
+    ),
+    _row(  # without layer_types: the config derives them from max_window_layers
+        "qwen3-sliding",
+        "qwen3",
+        **_WIDE_HEADS,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=lambda blocks: blocks // 2,
+    ),
+    _row("gpt_neox-sequential", "gpt_neox", **_NEOX, use_parallel_residual=False),
+    _row("stablelm-parallel", "stablelm", **_STABLELM, use_parallel_residual=True),
+    _row("stablelm-bias", "stablelm", **_STABLELM, use_qkv_bias=True),
+    _row("falcon-new", "falcon", **_FALCON, new_decoder_architecture=True, num_kv_heads=2),  # as 40b
+    _row("falcon-rw", "falcon", **_FALCON, multi_query=False, parallel_attn=False, alibi=True, bias=True),
+    _row("opt-post-norm", "opt", **_OPT, do_layer_norm_before=False, word_embed_proj_dim=24),  # as 350m
+    _row("gpt2-scaled", "gpt2", **_GPT2, scale_attn_by_inverse_layer_idx=True),
+    _row(
+        "qwen3_moe-mixed",
+        "qwen3_moe",
+        **_QWEN3_MOE,
+        mlp_only_layers=lambda blocks: [i for i in (1, 5) if i < blocks],
+    ),
+    _row("qwen3_moe-step", "qwen3_moe", **_QWEN3_MOE, decoder_sparse_step=2),
+)
+
+_OTHERS = (
+    _row("starcoder2", **_GROUPED),
+    _row("nemotron", **_GROUPED, head_dim=8),
+    _row("olmo3", **_GROUPED, sliding_window=WINDOW, layer_types=_full_every(4)),
+    _row("cohere2", **_GROUPED, sliding_window=WINDOW, layer_types=_full_every(4), logit_scale=0.25),
+    _row("exaone4", **_GROUPED, sliding_window=WINDOW, layer_types=_full_every(4)),
+    _row("helium", **_GROUPED, head_dim=8),
+)
+
+VARIANTS: dict[str, TinyModel] = {row.name: row for row in (*_CANONICAL, *_VARIATIONS, *_OTHERS)}
+FAMILIES: tuple[str, ...] = tuple(row.name for row in _CANONICAL)  # one variant per supported family
+OTHER_FAMILIES: tuple[str, ...] = tuple(row.name for row in _OTHERS)  # real, but not among the supported ones
+
+
+def build(name: str, *, blocks: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A tiny model in eval mode; the same arguments give the same weights, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(VARIANTS[name].config(blocks), dtype=dtype)
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
+    _draw_parameters(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def _draw_parameters(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    drawn: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in drawn:  # tied
+                continue
+            drawn.add(parameter)
+            noise = torch.randn(parameter.shape, generator=generator)  # float32 for every dtype
+            if name == "bias":
+                parameter.copy_(0.1 * noise)
+            elif "Norm" in type(module).__name__:
+                parameter.add_(0.2 * noise)  # around 1, or around 0 where the norm computes 1 + w
+            else:
+                parameter.copy_(_std(module, parameter) * noise)
+
+
+def _std(module: nn.Module, parameter: nn.Parameter) -> float:
+    if isinstance(module, nn.Embedding):
+        return 0.3  # small beside what the blocks add, also when the model multiplies it by sqrt(hidden)
+    fan_in = parameter.shape[0] if isinstance(module, Conv1D) else parameter.shape[-1]
+    return 1.0 / math.sqrt(fan_in)
+
+
+def save_tiny(
+    name: str,
+    folder: str | Path,
+    *,
+    tokenizer: bool = False,
+    max_shard_size: int | str | None = None,
+    **build_kwargs: Any,
+) -> Path:
+    """Save `build(name, **build_kwargs)` as a checkpoint folder, on request with a tokenizer."""
+    folder = Path(folder)
+    sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    build(name, **build_kwargs).save_pretrained(folder, **sharding)
+    if tokenizer:
+        build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer without merges: one token per byte, and it adds no special tokens itself.
+
+    Its 256 entries are pad, bos, eos and 253 bytes. The three missing bytes occur in no UTF-8 text, so every
+    text still survives a round trip.
+    """
+    never_in_utf8 = "ýþÿ"  # the letters that stand for the bytes 0xFD, 0xFE and 0xFF
+    letters = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(never_in_utf8))
+    special = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS}
+    vocabulary = special | {letter: i for i, letter in enumerate(letters, start=len(special))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<eos>",  # never needed; Qwen2Tokenizer would add a 257th entry for it
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=POSITIONS,
+    )
