@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging
 
@@ -85,7 +86,7 @@ def score(
         drawn = [path.name for path in draw_scores(scores, part)]
         mark(part, "score", {"model": model, "texts": windows.describe()})
     _answer(scores.model_dump(mode="json"), scores_table(scores), as_json=as_json)
-    err.print(f"Written: [bold]{folder}[/]/scores.json, {', '.join(drawn)}")
+    err.print(f"Written: [bold]{escape(str(folder))}[/]/scores.json, {', '.join(drawn)}")
 
 
 @app.command()
@@ -112,7 +113,7 @@ def plan(
         return
     replace_file(target, made.to_json())
     _answer(made.model_dump(mode="json"), plan_summary(made), as_json=as_json)
-    err.print(f"Written: [bold]{target}[/]\nTo apply it: secateur prune {model} --plan {target} -o FOLDER")
+    err.print(f"Written: [bold]{escape(str(target))}[/]\nTo apply it: secateur prune {model} --plan {target} -o FOLDER")
 
 
 @app.command()
@@ -149,7 +150,7 @@ def prune(
         record = secateur.save(pruned, folder, dtype=save_dtype, check=check)
     _answer(record, None, as_json=as_json)
     proof = "reopened in a fresh process: same logits, same generation" if check else "not checked (--no-check)"
-    err.print(f"Written: [bold]{folder}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
+    err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
 
 
 @app.command("eval")
@@ -177,7 +178,7 @@ def evaluate(
         append_results(part / "results.jsonl", results)
         mark(part, "eval", {"model": model, "against": against, "texts": windows.describe()})
     _answer([result.as_dict() for result in results], results_table(results), as_json=as_json)
-    err.print(f"Written: [bold]{folder}[/]/results.jsonl")
+    err.print(f"Written: [bold]{escape(str(folder))}[/]/results.jsonl")
 
 
 @app.command()

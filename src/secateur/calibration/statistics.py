@@ -13,7 +13,7 @@ import torch
 
 from secateur.errors import InputError, NumericsError
 
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 16 << 20
 _TINY = 1e-30
 
 Kernel = Literal["linear", "rbf"]
@@ -120,13 +120,14 @@ class CkaSums:
         tokens = outputs[0].shape[0]
         inside = self._chosen[(self._chosen >= self._passed) & (self._chosen < self._passed + tokens)] - self._passed
         self._passed += tokens
-        if len(inside):
-            picked = [output[inside.to(output.device)].float().to(outputs[0].device) for output in outputs]
+        while len(inside):
+            waiting = sum(part.shape[1] for part in self._waiting)
+            taken, inside = inside[: self._size - waiting], inside[self._size - waiting :]
+            picked = [output[taken.to(output.device)].float().to(outputs[0].device) for output in outputs]
             self._waiting.append(torch.stack(picked))
-        while sum(part.shape[1] for part in self._waiting) >= self._size:
-            gathered = torch.cat(self._waiting, dim=1)
-            self._waiting = [gathered[:, self._size :]]
-            self._add_minibatch(gathered[:, : self._size])
+            if waiting + len(taken) == self._size:
+                self._add_minibatch(torch.cat(self._waiting, dim=1))
+                self._waiting = []
 
     def _add_minibatch(self, outputs_LMd: torch.Tensor) -> None:
         gram = [output.double() @ output.double().T for output in outputs_LMd]

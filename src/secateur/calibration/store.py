@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -96,16 +95,6 @@ class StateStore:
         self._written += 1
         tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tofile(path)
         return path
-
-
-@contextmanager
-def opened(store: StateStore | None) -> Iterator[StateStore]:
-    """Give the caller's store, or a new one that is closed at the end."""
-    if store is not None:
-        yield store
-        return
-    with StateStore() as own:
-        yield own
 
 
 def _bytes(tensor: torch.Tensor) -> int:

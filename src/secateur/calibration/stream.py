@@ -7,12 +7,13 @@ batches through one block, so that each block's weights are read once per walk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.store import StateStore, opened
+from secateur.calibration.store import StateStore
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError
 from secateur.models.decoder import Decoder
@@ -65,6 +66,22 @@ def check_windows(decoder: Decoder, windows: Windows) -> None:
         raise InputError(f"token ids from {low} to {high}, but the model's vocabulary has {rows}; wrong tokenizer?")
 
 
+def open_store(decoder: Decoder) -> StateStore:
+    """Open a store for a model's states: a quarter of the free memory, for a skeleton half of what a block takes."""
+    if not decoder.is_skeleton:
+        return StateStore()
+    return StateStore(max(decoder.block_parameter_counts()) * decoder.module.dtype.itemsize // 2)
+
+
+@contextmanager
+def _given_or_new(store: StateStore | None, decoder: Decoder) -> Iterator[StateStore]:
+    if store is not None:
+        yield store
+        return
+    with open_store(decoder) as own:
+        yield own
+
+
 @torch.no_grad()
 def start(decoder: Decoder, windows: Windows, batch_size: int | None = None) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Give the batches one by one, each with the residual stream entering block 0, X⁰."""
@@ -101,7 +118,7 @@ def states_by_batch(
         for batch, hidden in progress(start(decoder, windows, batch_size), "walking the windows", count):
             yield batch, _all_states(decoder, batch, hidden)
         return
-    with opened(store) as kept:
+    with _given_or_new(store, decoder) as kept:
         batches = walk_blocks(decoder, windows, kept, batch_size=batch_size, progress=progress)
         for batch in batches:
             keys = [(batch.index, depth) for depth in range(decoder.block_count + 1)]
@@ -171,7 +188,7 @@ def _last_states(
                 hidden = step(decoder, index, batch, hidden)
             yield batch, hidden
         return
-    with StateStore() as store:
+    with open_store(decoder) as store:
         batches = walk_blocks(decoder, windows, store, batch_size=batch_size, only_last=True, progress=progress)
         with decoder.outer():
             for batch in batches:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from secateur.errors import NumericsError
+from secateur.errors import InputError, NumericsError
 from secateur.models.decoder import Decoder
 from secateur.models.shards import to_checkpoint
 
@@ -24,8 +26,10 @@ def write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byte
         Bytes of tensor data written.
 
     Raises:
+        InputError: there is no room for the weights.
         NumericsError: a weight is NaN or infinite, or becomes so in the dtype to be saved.
     """
+    _require_room(decoder, folder, dtype)
     shard: dict[str, torch.Tensor] = {}
     filled = total = 0
     places: dict[str, int] = {}
@@ -82,16 +86,25 @@ def _converted(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
     return converted
 
 
-def _flush(shard: dict[str, torch.Tensor], folder: Path, count: int) -> int:
-    if shard:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in shard.items()},
-            _temporary(folder, count),
-            {"format": "pt"},
+def _require_room(decoder: Decoder, folder: Path, dtype: torch.dtype) -> None:
+    needed = decoder.parameter_count * dtype.itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{folder.parent}: the weights need {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free. "
+            "Free some space, or choose another disk."
         )
-        shard.clear()
-        count += 1
-    return count
+
+
+def _flush(shard: dict[str, torch.Tensor], folder: Path, count: int) -> int:
+    if not shard:
+        return count
+    try:
+        save_file(shard, _temporary(folder, count), {"format": "pt"})
+    except SafetensorError as error:
+        raise InputError(f"{folder.parent}: the weights cannot be written ({error}); nothing was kept.") from error
+    shard.clear()
+    return count + 1
 
 
 def _temporary(folder: Path, number: int) -> Path:

@@ -24,6 +24,11 @@ class Budget:
     aim: Aim
     value: float
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing is to go, which is legal only as a number of blocks."""
+        return self.aim == "blocks" and self.value == 0
+
     def describe(self) -> dict[str, Any]:
         """Give the request as data for the plan."""
         return {self.aim: self.value}
@@ -137,8 +142,6 @@ _ROUNDING = 0.005
 
 
 def _exactly(count: int, candidates: Iterable[tuple[int, ...]], most: int) -> tuple[int, ...]:
-    if count == 0:
-        return ()
     if count > most:
         raise InputError(f"blocks={count}: at most {most} blocks can go (some are protected, and one must stay).")
     return next(found for found in candidates if len(found) == count)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from secateur.calibration.store import StateStore
+from secateur.calibration.stream import open_store
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
 from secateur.methods.method import Evidence, Method, Settings
@@ -114,7 +114,7 @@ def by_shortened_criterion(evidence: Evidence, settings: ShortenedSettings, _bud
 def greedily(evidence: Evidence, settings: Settings, _budget: Budget) -> Candidates:
     """Again and again skip the block whose absence costs least, on the model without those already skipped."""
     free = list(settings.free_blocks(evidence.decoder.block_count))
-    with StateStore() as store:
+    with open_store(evidence.decoder) as store:
         probe = RemovalProbe(evidence.decoder, evidence.need_windows(), store, evidence.batch_size)
         gone: tuple[int, ...] = ()
         while free:
@@ -136,17 +136,14 @@ def _decide(
         decoder = evidence.decoder
         free = settings.free_blocks(decoder.block_count)
         most = min(len(free), decoder.block_count - 1)
-        if most < 1 and budget.value:
+        if most < 1 and not budget.is_zero:
             raise InputError(
                 f"{name}: all {decoder.block_count} blocks are protected; lower protect_first or protect_last."
             )
-        blocks = choose_blocks(
-            budget,
-            (found for found in candidates(evidence, settings, budget) if len(found) <= most),
-            decoder.block_parameter_counts(),
-            decoder.parameter_count,
-            most,
-        )
+        blocks: tuple[int, ...] = ()
+        if not budget.is_zero:
+            found = (one for one in candidates(evidence, settings, budget) if len(one) <= most)
+            blocks = choose_blocks(budget, found, decoder.block_parameter_counts(), decoder.parameter_count, most)
         return (DropBlocks(method=name, settings=settings.model_dump(exclude_none=True), blocks=blocks),)
 
     return decide

@@ -71,7 +71,7 @@ def make_plan(
     if scores is not None and scores.fingerprint != model.fingerprint:
         raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
     used: Windows | None = None
-    if chosen.needs_texts(checked) and budget.value:
+    if chosen.needs_texts(checked) and not budget.is_zero:
         used = windows_for(model, texts, windows=windows, seq_len=seq_len, seed=seed)
         if scores is not None and (scores.texts or {}).get("fingerprint") != used.fingerprint:
             scores = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def _local_folder(source: str, revision: str | None) -> Path:
         return bundled_folder()
     if Path(source).is_dir():
         return Path(source)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise InputError(f"{source}: no such folder, and not a hub name of the form owner/name.")
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))

@@ -7,14 +7,17 @@ tensor, and that machinery knows how to turn one into the other, both ways.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -102,20 +105,17 @@ class Shards:
         left_out = f"{without}." if without else None
         wanted = {k: f for k, f in self.keys[stored].items() if left_out is None or not k.startswith(left_out)}
         handles = {file: _opened(file) for file in sorted(set(wanted.values()))}
-        tensors = {self._renumber(k, stored, index): handles[f].get_slice(k) for k, f in wanted.items()}
-        settings = LoadStateDictConfig(
-            dtype=module.dtype,
-            weight_mapping=deepcopy(get_model_conversion_mapping(module)),
-            device_map={"": str(_buffer_device(module))},
-        )
+        slices = {self._renumber(k, stored, index): handles[f].get_slice(k) for k, f in wanted.items()}
         try:
-            with _quiet():
-                report, _ = convert_and_load_state_dict_in_model(module, tensors, settings, None)
+            if set(slices) <= {name for name, _ in _part(module, self.blocks, index)}:
+                found = _fill(module, slices)
+            else:
+                found = _convert(module, slices)
         except SafetensorError as error:
             raise ModelError(f"{self.folder}: damaged weights of block {stored} ({error}).") from error
-        if report.mismatched_keys:
-            name, found, expected = sorted(report.mismatched_keys)[0]
-            raise ModelError(f"{self.folder}: {name} is {tuple(found)} but the config asks for {tuple(expected)}.")
+        if found:
+            name, shape, expected = found
+            raise ModelError(f"{self.folder}: {name} is {tuple(shape)} but the config asks for {tuple(expected)}.")
         if index == OUTER:
             module.tie_weights()
         empty = [n for n, p in _part(module, self.blocks, index) if p.is_meta]
@@ -131,12 +131,42 @@ class Shards:
             holder._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
         if index == OUTER:
             module.tie_weights()
+        _return_freed_memory()
 
     def _renumber(self, key: str, stored: int, index: int) -> str:
         if stored == index:
             return key
         leaf = self.blocks.rsplit(".", 1)[-1]
         return re.sub(rf"((?:^|\.){re.escape(leaf)}\.){stored}\.", rf"\g<1>{index}.", key, count=1)
+
+
+Mismatch = tuple[str, Sequence[int], Sequence[int]]
+
+
+def _fill(module: PreTrainedModel, slices: dict[str, Any]) -> Mismatch | None:
+    """Give parameters the tensors of the same names; returns the first whose shape differs."""
+    device = _buffer_device(module)
+    for name, piece in slices.items():
+        owner, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        empty = holder._parameters[leaf]
+        assert empty is not None
+        if list(empty.shape) != list(piece.get_shape()):
+            return name, piece.get_shape(), empty.shape
+        holder._parameters[leaf] = nn.Parameter(piece[...].to(device, empty.dtype), requires_grad=False)
+    return None
+
+
+def _convert(module: PreTrainedModel, slices: dict[str, Any]) -> Mismatch | None:
+    """Rename, fuse and split tensors as transformers does on loading; returns the first whose shape differs."""
+    settings = LoadStateDictConfig(
+        dtype=module.dtype,
+        weight_mapping=deepcopy(get_model_conversion_mapping(module)),
+        device_map={"": str(_buffer_device(module))},
+    )
+    with _quiet():
+        report, _ = convert_and_load_state_dict_in_model(module, slices, settings, None)
+    return min(report.mismatched_keys) if report.mismatched_keys else None
 
 
 def to_checkpoint(module: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -147,6 +177,13 @@ def to_checkpoint(module: PreTrainedModel, state: dict[str, torch.Tensor]) -> di
 def _part(module: PreTrainedModel, blocks: str, index: int) -> list[tuple[str, nn.Parameter]]:
     prefix = f"{blocks}." if index == OUTER else f"{blocks}.{index}."
     return [(n, p) for n, p in module.named_parameters() if n.startswith(prefix) != (index == OUTER)]
+
+
+def _return_freed_memory() -> None:
+    """Give freed heap pages back to the system where the C library can; big tensors otherwise leave holes behind."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _buffer_device(module: PreTrainedModel) -> torch.device:

@@ -11,8 +11,7 @@ import torch
 from secateur.calibration.choose import Texts, windows_for
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import AngularSums, CkaSums, CosineSums, real_tokens
-from secateur.calibration.store import StateStore
-from secateur.calibration.stream import check_windows, states_by_batch
+from secateur.calibration.stream import check_windows, open_store, states_by_batch
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError, NumericsError, unknown
 from secateur.models.decoder import Decoder
@@ -86,13 +85,12 @@ def score_model(
         found["magnitude"] = weight_magnitudes(decoder)
     if windows is not None:
         check_windows(decoder, windows)
-        with StateStore() as store:
-            if set(kinds) & set(ONE_PASS):
-                found |= _one_pass(decoder, windows, kinds, store, batch_size, seed, progress)
-            if "perplexity" in kinds:
-                found |= _removal_perplexity(decoder, windows, batch_size, progress)
-            if "taylor" in kinds:
-                found["taylor"] = tuple(taylor(decoder, windows, batch_size=batch_size, progress=progress))
+        if set(kinds) & set(ONE_PASS):
+            found |= _one_pass(decoder, windows, kinds, batch_size, seed, progress)
+        if "perplexity" in kinds:
+            found |= _removal_perplexity(decoder, windows, batch_size, progress)
+        if "taylor" in kinds:
+            found["taylor"] = tuple(taylor(decoder, windows, batch_size=batch_size, progress=progress))
     elif set(kinds) - {"magnitude"}:
         raise InputError(f"{', '.join(kinds)}: these scores need texts.")
     texts = None if windows is None else windows.describe()
@@ -103,7 +101,6 @@ def _one_pass(
     decoder: Decoder,
     windows: Windows,
     kinds: Sequence[Kind],
-    store: StateStore,
     batch_size: int | None,
     seed: int,
     progress: Progress,
@@ -112,7 +109,7 @@ def _one_pass(
     cosine = CosineSums(states_count)
     angular = AngularSums(states_count)
     cka = CkaSums(windows.token_count, seed=seed) if "cka" in kinds else None
-    for batch, states in states_by_batch(decoder, windows, batch_size=batch_size, store=store, progress=progress):
+    for batch, states in states_by_batch(decoder, windows, batch_size=batch_size, progress=progress):
         flat = real_tokens(states, batch.mask)
         cosine.update(flat)
         angular.update(states, batch.mask)
@@ -134,7 +131,7 @@ def _one_pass(
 def _removal_perplexity(
     decoder: Decoder, windows: Windows, batch_size: int | None, progress: Progress
 ) -> dict[str, Any]:
-    with StateStore() as store:
+    with open_store(decoder) as store:
         probe = RemovalProbe(decoder, windows, store, batch_size)
         whole = math.exp(probe.loss(()))
         blocks = range(decoder.block_count)
@@ -151,7 +148,7 @@ def weight_magnitudes(decoder: Decoder) -> tuple[float, ...]:
     sums = []
     for index in range(decoder.block_count):
         with decoder.block(index) as block:
-            parts = [weight.detach().abs().sum(dtype=torch.float64).cpu() for weight in scored_weights(block)]
+            parts = [weight.detach().abs().sum(dim=-1).double().sum().cpu() for weight in scored_weights(block)]
         total = torch.stack(parts).sum()
         if not torch.isfinite(total):
             raise NumericsError(f"the weights of block {index} hold NaN or infinity; the checkpoint is damaged.")

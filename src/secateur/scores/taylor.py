@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.store import StateStore, opened
-from secateur.calibration.stream import Batch, loss_sum, walk_blocks
+from secateur.calibration.store import StateStore
+from secateur.calibration.stream import Batch, loss_sum, open_store, walk_blocks
 from secateur.calibration.texts import Windows
 from secateur.errors import NumericsError
 from secateur.models.decoder import Decoder
@@ -28,7 +28,6 @@ def taylor(
     *,
     per_window: bool = False,
     batch_size: int | None = None,
-    store: StateStore | None = None,
     progress: Progress = SILENT,
 ) -> list[float]:
     """Give the Taylor score of each block; the loss is the mean over all predicted tokens.
@@ -38,14 +37,12 @@ def taylor(
     """
     size = 1 if per_window else batch_size
     scores = []
-    with opened(store) as kept:
+    with open_store(decoder) as kept:
         batches = walk_blocks(decoder, windows, kept, batch_size=size, progress=progress)
         _loss_gradients(decoder, batches, kept)
         order = list(reversed(range(decoder.block_count)))
         for index in progress(order, "walking back through the blocks", len(order)):
             scores.append(_block_score(decoder, index, batches, kept, per_window=per_window))
-        for batch in batches:
-            kept.drop(("gradient", batch.index))
     return scores[::-1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from secateur.errors import ModelError
@@ -30,7 +31,7 @@ def keep_blocks(decoder: Decoder, kept: Sequence[int]) -> Decoder:
                 f"{decoder.source}: attention is scaled by the block's number, so queries must be rescaled; "
                 "open it without skeleton."
             )
-        _rescale_queries(module, family.blocks, family.depth_scaled_query, kept)
+        _rescale_queries(module, family.blocks, family.depth_scaled_query, kept, decoder.saved_dtype)
     return dataclasses.replace(
         decoder,
         module=module,
@@ -40,8 +41,11 @@ def keep_blocks(decoder: Decoder, kept: Sequence[int]) -> Decoder:
     )
 
 
-def _rescale_queries(module: nn.Module, blocks: str, path: str, kept: Sequence[int]) -> None:
-    """Fold the change of 1/(number+1) into the query columns of a fused Conv1D projection (GPT-2)."""
+def _rescale_queries(module: nn.Module, blocks: str, path: str, kept: Sequence[int], stored: torch.dtype) -> None:
+    """Fold the change of 1/(number+1) into the query columns of a fused Conv1D projection (GPT-2).
+
+    The result is rounded to the dtype it will be stored in, so that what is measured is what is saved.
+    """
     for new, old in enumerate(kept):
         projection = find(module, f"{blocks}.{new}.{path}")
         width = projection.weight.shape[0]
@@ -49,5 +53,5 @@ def _rescale_queries(module: nn.Module, blocks: str, path: str, kept: Sequence[i
         weight, bias = projection.weight.detach().clone(), projection.bias.detach().clone()
         weight[:, :width] *= ratio
         bias[:width] *= ratio
-        projection.weight = nn.Parameter(weight, requires_grad=False)
-        projection.bias = nn.Parameter(bias, requires_grad=False)
+        projection.weight = nn.Parameter(weight.to(stored).to(weight.dtype), requires_grad=False)
+        projection.bias = nn.Parameter(bias.to(stored).to(bias.dtype), requires_grad=False)

@@ -1,0 +1,50 @@
+"""What each method does to the bundled model: held-out perplexity against the share of parameters removed, no healing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import keep
+
+import secateur
+from secateur.calibration.choose import windows_for
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("shortgpt", {}),
+    ("uidl", {}),
+    ("streamline", {}),
+    ("last-n", {}),
+    ("shortened-llama", {"criterion": "ppl"}),
+    ("shortened-llama", {"criterion": "taylor"}),
+    ("shortened-llama", {"criterion": "magnitude"}),
+    ("sleb", {}),
+]
+
+
+def main(windows: int = 32, amounts: tuple[int, ...] = (1, 2, 3, 4)) -> None:
+    """Take out 1 to 4 of 12 blocks by every method; calibration and held-out modules are disjoint."""
+    model = secateur.open_model("bundled")
+    calibration = windows_for(model, None, windows=windows)
+    held_out = windows_for(model, None, windows=64, split="held-out")
+    scores = secateur.score(model, texts=calibration, kinds=("cosine", "angular", "magnitude", "perplexity", "taylor"))
+    dense = secateur.eval(model, texts=held_out)[0].value
+    for method, settings in CASES:
+        for count in amounts:
+            plan = secateur.make_plan(
+                model, method=method, blocks=count, texts=calibration, settings=settings, scores=scores
+            )
+            found = secateur.eval(secateur.prune(model, plan), texts=held_out)[0].value
+            keep(
+                "methods_table",
+                {"method": method, **settings, "blocks": count, "windows": windows},
+                {
+                    "removed": round(plan.removed_fraction, 4),
+                    "gone": list(plan.steps[0].blocks),
+                    "perplexity": round(found, 2),
+                    "dense": round(dense, 2),
+                },
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""A saved folder is complete, proved, and never half-written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from secateur import make_plan, open_model, prune, save
+from secateur.checkpoints import check, fresh_process, writer
+from secateur.checkpoints.folders import replacing
+from secateur.errors import CheckError, InputError, NumericsError
+from tiny_models import save_tiny
+
+
+@pytest.fixture
+def source(tmp_path):
+    return save_tiny("llama-tied", tmp_path / "source", dtype=torch.bfloat16, tokenizer=True)
+
+
+@pytest.fixture
+def pruned(source):
+    (source / "LICENSE").write_text("do as you like")
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n# original\n")
+    model = open_model(source)
+    return prune(model, make_plan(model, method="last-n", blocks=3))
+
+
+def test_a_folder_is_complete_and_proved(pruned, source, tmp_path):
+    record = save(pruned, tmp_path / "cut")
+    folder = tmp_path / "cut"
+    names = {file.name for file in folder.iterdir()}
+    assert names >= {"model.safetensors", "config.json", "generation_config.json", "README.md", "secateur.json"}
+    assert names >= {"tokenizer.json", "tokenizer_config.json", "LICENSE"}
+    assert record["check"]["passed"]
+    assert record["check"]["without_secateur"]
+    assert record["check"]["stored_dtype"] == "bfloat16"
+    assert record["check"]["parameters"] == record["parameters_after"] == pruned.parameter_count
+    assert json.loads((folder / "secateur.json").read_text()) == record
+    assert AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(source).chat_template
+    card = (folder / "README.md").read_text()
+    assert "license: mit" in card
+    assert "5, 6, 7" not in card
+    assert "4, 5, 6" in card, "last-n keeps the very last block"
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors"), "tied weights are stored once"
+    assert list(tmp_path.glob(".*")) == [], "no temporary folder is left"
+
+
+def test_history_is_kept_when_a_result_is_cut_again(pruned, source, tmp_path):
+    save(pruned, tmp_path / "once", check=False)
+    again = open_model(tmp_path / "once")
+    record = save(prune(again, make_plan(again, method="last-n", blocks=1)), tmp_path / "twice", check=False)
+    assert [len(entry["plan"]["steps"][0]["blocks"]) for entry in record["history"]] == [3, 1]
+    assert record["base_model"] == str(source)
+    assert record["parameters_before"] == open_model(source).parameter_count
+
+
+def test_another_dtype_can_be_asked_for(pruned, tmp_path):
+    save(pruned, tmp_path / "cut", dtype="float16", check=False)
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["dtype"] == "float16"
+    with pytest.raises(InputError, match=r"unknown dtype 'int3'.*bfloat16"):
+        save(pruned, tmp_path / "cut", dtype="int3")
+
+
+def test_what_is_not_ours_is_refused(pruned, source, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(InputError, match="not written by secateur"):
+        save(pruned, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "ten years of work"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        save(pruned, tmp_path / "file")
+    with pytest.raises(InputError, match="exists and was not written by secateur"):
+        save(pruned, source)
+
+
+def test_a_model_is_never_replaced_while_it_is_read(pruned, tmp_path):
+    save(pruned, tmp_path / "cut", check=False)
+    again = open_model(tmp_path / "cut")
+    with pytest.raises(InputError, match="is the model being read"):
+        save(again, tmp_path / "cut")
+
+
+def test_a_failed_check_keeps_what_was_there(pruned, tmp_path, monkeypatch):
+    save(pruned, tmp_path / "cut", check=False)
+    before = (tmp_path / "cut" / "secateur.json").read_text()
+    honest = writer._converted
+    monkeypatch.setattr(
+        writer, "_converted", lambda state, dtype: {k: v * 1.5 for k, v in honest(state, dtype).items()}
+    )
+    with pytest.raises(CheckError, match="logits differ"):
+        save(pruned, tmp_path / "cut")
+    assert (tmp_path / "cut" / "secateur.json").read_text() == before
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_folder_that_cannot_be_opened_fails_the_check(tmp_path):
+    job = {"folder": str(tmp_path), "expected": "none.npz", "dtype": "float32", "tolerance": 1e-4}
+    with pytest.raises(CheckError, match="could not be reopened"):
+        check.reopen([job])
+
+
+def test_a_full_disk_keeps_what_was_there(pruned, tmp_path, monkeypatch):
+    save(pruned, tmp_path / "cut", check=False)
+    before = (tmp_path / "cut" / "secateur.json").read_text()
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(writer, "save_file", full)
+    with pytest.raises(InputError, match=r"cannot be written .*No space left"):
+        save(pruned, tmp_path / "cut")
+    assert (tmp_path / "cut" / "secateur.json").read_text() == before
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_too_little_room_is_said_before_anything_is_written(pruned, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(InputError, match="are free"):
+        save(pruned, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+def test_an_interruption_leaves_nothing_half_written(tmp_path):
+    def interrupted():
+        with replacing(tmp_path / "cut") as part:
+            (part / "model.safetensors").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_weights_are_not_saved(pruned, tmp_path):
+    with torch.no_grad():
+        pruned.block_list[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.up_proj.*NaN"):
+        save(pruned, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+def test_the_fresh_process_notices_missing_weights_and_a_broken_cache(pruned, tmp_path, monkeypatch):
+    save(pruned, tmp_path / "cut", check=False)
+    job = check.record_expected(pruned, tmp_path / "expected.npz").job(tmp_path / "cut")
+    assert not fresh_process.examine(job)["passed"], "secateur is imported here, which must fail the check"
+    monkeypatch.delitem(fresh_process.sys.modules, "secateur")
+    assert fresh_process.examine(job)["passed"]
+    monkeypatch.setattr(fresh_process, "_generation_gap", lambda *_: 0.5)
+    assert not fresh_process.examine(job)["passed"]
+    monkeypatch.undo()
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    writer.save_file(weights, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
+    assert fresh_process.examine(job)["wrong_keys"] == ["model.layers.2.mlp.up_proj.weight"]

@@ -1,0 +1,44 @@
+"""For all tests: offline, one thread, and models that are opened or written once."""
+
+import functools
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tiny_models import save_tiny
+from transformers.utils import logging
+
+from secateur.models.open import open_model
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    """The trained 12-block model that ships with the package."""
+    return open_model("bundled")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Give the checkpoint folder of a tiny model, written once; to be read only."""
+
+    @functools.cache
+    def folder(name, **settings):
+        return save_tiny(name, tmp_path_factory.mktemp(name), **settings)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """Give a tiny model opened once, in memory or as a skeleton; not to be changed."""
+
+    @functools.cache
+    def decoder(name, *, skeleton=False, **settings):
+        return open_model(tiny_folder(name, **settings), skeleton=skeleton)
+
+    return decoder

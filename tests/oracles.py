@@ -1,0 +1,108 @@
+"""Plain computations that tests compare with: straight forward passes, whole and slow."""
+
+import torch
+from tiny_models import PAD, VOCABULARY
+
+from secateur.calibration.texts import Windows
+from secateur.models.replay import capture, logits, run_block
+from secateur.surgery.blocks import keep_blocks
+
+
+def draw_tokens(windows=4, positions=16, seed=0):
+    """Random tokens without special ones, (windows, positions)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (windows, positions), generator=generator)
+
+
+def pad(tokens, side):
+    """Give tokens and mask in which window i lacks 3·i tokens on one side; nothing is padded for None."""
+    if side is None:
+        return tokens, None
+    positions = tokens.shape[1]
+    lengths = positions - 3 * torch.arange(len(tokens))[:, None]
+    assert lengths.min() > 1
+    place = torch.arange(positions)[None, :]
+    mask = place < lengths if side == "right" else place >= positions - lengths
+    return tokens.masked_fill(~mask, PAD), mask
+
+
+def draw_windows(windows=4, positions=16, seed=0, side=None):
+    """Random windows, padded on a side or not at all."""
+    return Windows.of(*pad(draw_tokens(windows, positions, seed), side))
+
+
+@torch.no_grad()
+def forward(module, tokens, mask=None):
+    """Logits of the plain forward pass."""
+    given = {} if mask is None else {"attention_mask": mask.long()}
+    return module(input_ids=tokens, use_cache=False, **given).logits
+
+
+@torch.no_grad()
+def walks(decoder, batches, without=()):
+    """Logits of several batches: capture all, take all through each block in its turn, finish all."""
+    captured = [capture(decoder, tokens, mask) for tokens, mask in batches]
+    states = [hidden for hidden, _ in captured]
+    for index in range(decoder.block_count):
+        if index not in without:
+            with decoder.block(index) as block:
+                states = [
+                    run_block(block, calls[index], hidden) for (_, calls), hidden in zip(captured, states, strict=True)
+                ]
+    with decoder.outer():
+        return [logits(decoder, hidden, *batch) for hidden, batch in zip(states, batches, strict=True)]
+
+
+def walk(decoder, tokens, mask=None, without=()):
+    """Logits of one batch."""
+    return walks(decoder, [(tokens, mask)], without)[0]
+
+
+@torch.no_grad()
+def plain_states(decoder, tokens, mask=None):
+    """What enters each block and leaves the last, seen by hooks during a plain forward pass."""
+    seen = []
+    handles = [
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for block in decoder.block_list
+    ]
+    handles.append(
+        decoder.block_list[-1].register_forward_hook(
+            lambda _m, _a, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
+    )
+    try:
+        forward(decoder.module, tokens, mask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def predictions(tokens, mask=None):
+    """Where a real token is predicted from a real token, (windows, positions − 1)."""
+    return torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:] & mask[:, :-1]
+
+
+def plain_loss(module, windows):
+    """Mean next-token loss in nats from the logits of plain forward passes, a window at a time."""
+    total, count = 0.0, 0
+    for tokens, mask in windows.batches(1):
+        chances = forward(module, tokens, mask).double().log_softmax(dim=-1)[:, :-1]
+        losses = -chances.gather(2, tokens[:, 1:, None])[..., 0][predictions(tokens, mask)]
+        total += float(losses.sum())
+        count += losses.numel()
+    return total / count
+
+
+def loss_without(decoder, gone, windows):
+    """Loss of the model from which these blocks were physically taken out."""
+    kept = [index for index in range(decoder.block_count) if index not in gone]
+    return plain_loss(keep_blocks(decoder, kept).module, windows)
+
+
+def no_real_parameters(module):
+    """Whether every parameter is on the meta device."""
+    return all(parameter.is_meta for parameter in module.parameters())

@@ -1,0 +1,140 @@
+"""The Taylor score against one plain backward pass through the whole model."""
+
+import pytest
+import torch
+from oracles import draw_windows, no_real_parameters, predictions
+from tiny_models import build
+
+from secateur.calibration.store import StateStore
+from secateur.errors import NumericsError
+from secateur.models.anatomy import find
+from secateur.models.families import FAMILIES
+from secateur.models.open import open_model
+from secateur.scores.taylor import scored_weights, taylor
+
+NAMES = ["llama", "llama-tied", "llama-bias", "gpt2", "gemma3_text", "falcon-rw", "qwen3_moe-mixed", "opt-post-norm"]
+MODES = pytest.mark.parametrize("skeleton", [False, True], ids=["memory", "skeleton"])
+
+
+def summed_loss(module, windows):
+    given = {} if windows.mask is None else {"attention_mask": windows.mask.long()}
+    chances = module(input_ids=windows.tokens, use_cache=False, **given).logits.log_softmax(-1)[:, :-1]
+    losses = -chances.gather(2, windows.tokens[:, 1:, None])[..., 0]
+    return losses.masked_fill(~predictions(windows.tokens, windows.mask), 0)
+
+
+def plain_taylor(name, windows, *, per_window=False):
+    """Σ |w · ∂L/∂w| over non-bias parameters of each block; L is the mean over all predicted tokens."""
+    module = build(name)
+    losses = summed_loss(module, windows) / int(predictions(windows.tokens, windows.mask).sum())
+    blocks = find(module, FAMILIES[module.config.model_type].blocks)
+    weights = [{n: p for n, p in block.named_parameters() if n.split(".")[-1] != "bias"} for block in blocks]
+    scores = [0.0] * len(blocks)
+    for loss in losses.sum(dim=1) if per_window else [losses.sum()]:
+        module.zero_grad()
+        loss.backward(retain_graph=True)
+        for index, of_block in enumerate(weights):
+            scores[index] += sum(
+                float((w * w.grad).double().abs().sum()) for w in of_block.values() if w.grad is not None
+            )
+    return scores
+
+
+@MODES
+@pytest.mark.parametrize("per_window", [False, True], ids=["summed", "per window"])
+@pytest.mark.parametrize("name", NAMES)
+def test_against_a_plain_backward_pass(name, per_window, skeleton, tiny):
+    windows = draw_windows()
+    decoder = tiny(name, skeleton=skeleton)
+    found = taylor(decoder, windows, per_window=per_window, batch_size=2)
+    assert found == pytest.approx(plain_taylor(name, windows, per_window=per_window), rel=1e-4)
+    assert not skeleton or no_real_parameters(decoder.module)
+
+
+@pytest.mark.parametrize("per_window", [False, True], ids=["summed", "per window"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
+def test_with_padding(name, side, per_window, tiny):
+    windows = draw_windows(side=side)
+    found = taylor(tiny(name), windows, per_window=per_window)
+    assert found == pytest.approx(plain_taylor(name, windows, per_window=per_window), rel=1e-4)
+
+
+def test_products_cancel_over_windows_before_the_absolute_value(tiny):
+    windows = draw_windows()
+    summed, per_window = taylor(tiny("llama"), windows), taylor(tiny("llama"), windows, per_window=True)
+    assert all(one < 0.9 * other for one, other in zip(summed, per_window, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, None])
+def test_batches_do_not_change_the_score(batch_size, tiny):
+    windows = draw_windows(side="right")
+    expected = taylor(tiny("llama"), windows, batch_size=2)
+    assert taylor(tiny("llama"), windows, batch_size=batch_size) == pytest.approx(expected, rel=1e-4)
+
+
+@MODES
+def test_with_states_on_disk(skeleton, tiny, monkeypatch):
+    windows = draw_windows()
+    expected = taylor(tiny("llama"), windows, batch_size=2)
+    stores = []
+    monkeypatch.setattr("secateur.scores.taylor.open_store", lambda _: stores.append(StateStore(0)) or stores[-1])
+    assert taylor(tiny("llama", skeleton=skeleton), windows, batch_size=2) == pytest.approx(expected, rel=1e-6)
+    assert len(stores) == 1
+    assert not list(stores[0].keys())
+
+
+def test_the_model_is_left_alone(tiny):
+    decoder = tiny("llama")
+    before = {name: tensor.clone() for name, tensor in decoder.module.state_dict().items()}
+    taylor(decoder, draw_windows())
+    for name, parameter in decoder.module.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+        assert not parameter.requires_grad
+
+
+def test_scored_weights_are_matrices_and_norms_without_biases():
+    block = build("gpt2").transformer.h[0]
+    names = {name for name, p in block.named_parameters() if any(p is w for w in scored_weights(block))}
+    assert names == {
+        "ln_1.weight",
+        "attn.c_attn.weight",
+        "attn.c_proj.weight",
+        "ln_2.weight",
+        "mlp.c_fc.weight",
+        "mlp.c_proj.weight",
+    }
+
+
+@MODES
+def test_a_gradient_that_overflows_is_never_a_score(skeleton, tmp_path):
+    """The forward pass is finite, the backward pass is not."""
+    module = build("llama")
+    with torch.no_grad():
+        module.model.layers[5].mlp.down_proj.weight.mul_(1e-20)
+        module.model.layers[5].mlp.up_proj.weight.mul_(1e18)
+        module.model.layers[5].mlp.gate_proj.weight.mul_(1e18)
+        module.lm_head.weight.mul_(1e30)
+        module.model.norm.weight.mul_(1e-30)
+    module.save_pretrained(tmp_path)
+    with pytest.raises(NumericsError):
+        taylor(open_model(tmp_path, skeleton=skeleton), draw_windows())
+
+
+@pytest.mark.parametrize("place", ["model.layers.3.mlp.down_proj.weight", "model.layers.3.input_layernorm.weight"])
+def test_damage_in_a_block_is_named(place):
+    module = build("llama")
+    with torch.no_grad():
+        module.get_parameter(place).view(-1)[5] = float("nan")
+    with pytest.raises(NumericsError, match="block 3"):
+        taylor(open_model(module), draw_windows())
+
+
+@pytest.mark.parametrize("place", ["model.norm.weight", "lm_head.weight"])
+def test_damage_after_the_blocks_is_never_a_score(place):
+    module = build("llama")
+    with torch.no_grad():
+        module.get_parameter(place).view(-1)[5] = float("nan")
+    with pytest.raises(NumericsError):
+        taylor(open_model(module), draw_windows())

@@ -1,0 +1,238 @@
+"""The command line: what it writes, what it prints, and how it refuses bad input (exit code 2, 130 for Ctrl-C)."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from secateur import cli, open_model
+from secateur.plan import Plan
+from tiny_models import VOCABULARY, save_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny("llama", tmp_path_factory.mktemp("cli") / "tiny", dtype=torch.bfloat16, tokenizer=True))
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("windows") / "windows.npy"
+    np.save(path, np.random.default_rng(0).integers(0, VOCABULARY, (4, 16)))
+    return str(path)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a command line in this process, in an empty folder; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
+        monkeypatch.setattr(cli.err, "width", 1000, raising=False)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    cli.err.width = cli.out_console.width = 1000
+    return call
+
+
+def test_the_whole_job(run, model, windows, tmp_path):
+    code, out, _ = run("score", model, "--texts", windows, "-o", "scores", "--also", "perplexity", "--also", "taylor")
+    assert code == 0
+    assert "block influence" in out
+    names = {file.name for file in (tmp_path / "scores").iterdir()}
+    assert names == {"scores.json", "redundancy.png", "cosine.png", "cka.png", "secateur.json"}
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert np.asarray(scores["cosine"]).shape == (9, 9)
+
+    code, out, _ = run(
+        "plan", model, "--method", "streamline", "--remove", "25%", "--texts", windows,
+        "--scores", "scores/scores.json", "-o", "plan.json",
+    )  # fmt: skip
+    assert code == 0
+    plan = Plan.read("plan.json")
+    assert f"{plan.parameters_after:,}" in out
+
+    edited = json.loads((tmp_path / "plan.json").read_text())
+    edited["steps"][0]["blocks"] = [1, 6]
+    (tmp_path / "plan.json").write_text(json.dumps(edited))
+    code, out, err = run("prune", model, "--plan", "plan.json", "-o", "cut", "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["check"]["passed"]
+    assert open_model("cut").block_count == 6
+    assert "fresh process: same logits" in err
+
+    code, out, _ = run("eval", "cut", "--against", model, "--texts", windows, "-o", "eval", "--json")
+    assert code == 0
+    results = [json.loads(line) for line in (tmp_path / "eval" / "results.jsonl").read_text().splitlines()]
+    assert json.loads(out) == results
+    assert [r["role"] for r in results] == ["model", "against"]
+    assert results[0]["texts"] == results[1]["texts"]
+    assert results[0]["value"] != results[1]["value"]
+
+
+def test_default_folders(run, model, windows, tmp_path):
+    assert run("prune", model, "--method", "last-n", "--blocks", "1", "--no-check")[0] == 0
+    assert run("plan", model, "--method", "last-n", "--blocks", "1")[0] == 0
+    made = sorted(path.name.rsplit("-", 2)[0] for path in (tmp_path / "secateur-runs").iterdir())
+    assert made == ["tiny-plan", "tiny-prune"]
+
+
+def test_a_dry_run_writes_nothing(run, model, windows, tmp_path):
+    for words in (["score"], ["plan", "--method", "sleb", "--blocks", "2"], ["eval"]):
+        code, _, err = run(words[0], model, *words[1:], "--texts", windows, "--dry-run")
+        assert code == 0
+        assert "needs about" in err
+    assert run("prune", model, "--method", "last-n", "--blocks", "2", "--dry-run")[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["methods", "families", "texts"])
+def test_lists(run, command):
+    code, out, _ = run(command)
+    assert code == 0
+    code, listed, _ = run(command, "--json")
+    for entry in json.loads(listed):
+        assert (entry["name"] if isinstance(entry, dict) else entry) in out
+
+
+def test_inspect_and_version(run, model):
+    code, out, _ = run("inspect", model, "--json")
+    assert code == 0
+    assert json.loads(out)["blocks"] == "8 at model.layers"
+    assert run("--version") == (0, "secateur 0.1.0\n", "")
+    assert "criterion" in run("methods", "shortened-llama")[1]
+
+
+BAD = {
+    "unknown method": (["plan", "MODEL", "--method", "shortgtp", "--remove", "25%"], "Did you mean 'shortgpt'"),
+    "unknown text": (["score", "MODEL", "--texts", "wikitext3"], "wikitext2"),
+    "unknown setting": (
+        ["plan", "MODEL", "--method", "sleb", "--blocks", "1", "--set", "protect=1"],
+        "unknown setting of sleb 'protect'",
+    ),
+    "bad setting": (
+        ["plan", "MODEL", "--method", "sleb", "--blocks", "1", "--set", "protect_last=-1"],
+        "protect_last=-1",
+    ),
+    "setting without value": (["plan", "MODEL", "--method", "sleb", "--blocks", "1", "--set", "x"], "key=value"),
+    "remove too large": (["plan", "MODEL", "--method", "last-n", "--remove", "1.5"], "between 0 and 1"),
+    "remove zero": (["plan", "MODEL", "--method", "last-n", "--remove", "0%"], "between 0 and 1"),
+    "remove unreachable": (["plan", "MODEL", "--method", "last-n", "--remove", "99%"], "unreachable"),
+    "remove too small": (["plan", "MODEL", "--method", "last-n", "--remove", "0.1%"], "smallest cut is"),
+    "no amount": (["plan", "MODEL", "--method", "last-n"], "no amount given"),
+    "two amounts": (["plan", "MODEL", "--method", "last-n", "--remove", "25%", "--blocks", "2"], "several amounts"),
+    "too many blocks": (["plan", "MODEL", "--method", "sleb", "--blocks", "7", "--texts", "NPY"], "at most 6"),
+    "no such model": (["score", "nowhere/"], "no such folder"),
+    "hub offline": (["score", "someone/some-model"], "hub cannot be reached"),
+    "no plan and no method": (["prune", "MODEL"], "either --plan FILE, or --method"),
+    "missing plan": (["prune", "MODEL", "--plan", "none.json"], "cannot be read"),
+    "window too long": (["score", "MODEL", "--seq-len", "4096"], "64"),
+    "no windows": (["score", "MODEL", "--windows", "0"], "from 1 up"),
+    "bad dtype": (["score", "MODEL", "--dtype", "float12"], "float32, bfloat16, float16"),
+    "bad device": (["score", "MODEL", "--device", "gpu"], "device 'gpu'"),
+    "unknown score": (["score", "MODEL", "--also", "perplexty"], "Did you mean 'perplexity'"),
+    "unknown option": (["score", "MODEL", "--remove", "25%"], "No such option"),
+    "scores of another model": (
+        ["plan", "MODEL", "--method", "uidl", "--blocks", "1", "--texts", "NPY", "--scores", "SCORES"],
+        "another model",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input_is_one_clear_message_and_exit_code_2(case, run, model, windows, tmp_path):
+    words, message = BAD[case]
+    scores = tmp_path / "other.json"
+    scores.write_text(json.dumps({"model": "other", "fingerprint": "0", "texts": None}))
+    replaced = {"MODEL": model, "NPY": windows, "SCORES": str(scores)}
+    code, out, err = run(*(replaced.get(word, word) for word in words))
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "secateur-runs").exists()
+
+
+def test_a_plan_for_another_model_is_refused(run, model, tmp_path):
+    other = save_tiny("llama", tmp_path / "other", seed=5, tokenizer=True)
+    run("plan", other, "--method", "last-n", "--blocks", "1", "-o", "plan.json")
+    code, _, err = run("prune", model, "--plan", "plan.json", "-o", "cut")
+    assert code == 2
+    assert "another model" in err
+    assert not (tmp_path / "cut").exists()
+
+
+def test_a_plan_never_replaces_another_file(run, model, tmp_path):
+    (tmp_path / "notes.json").write_text("{}")
+    code, _, err = run("plan", model, "--method", "last-n", "--blocks", "1", "-o", "notes.json")
+    assert code == 2
+    assert "not a plan" in err
+    assert (tmp_path / "notes.json").read_text() == "{}"
+
+
+def test_no_tokenizer_and_short_text(run, model, tmp_path):
+    bare = save_tiny("llama", tmp_path / "bare")
+    (tmp_path / "short.txt").write_text("too short")
+    assert "no tokenizer" in run("score", bare, "--texts", "python-stdlib")[2]
+    code, _, err = run("score", model, "--texts", "short.txt")
+    assert code == 2
+    assert "too little text" in err
+    (tmp_path / "empty.txt").write_text("")
+    assert run("score", model, "--texts", "empty.txt")[0] == 2
+
+
+def test_nan_stops_every_command(run, windows, tmp_path):
+    folder = save_tiny("llama", tmp_path / "nan", tokenizer=True)
+    damaged = open_model(folder)
+    with torch.no_grad():
+        damaged.block_list[3].mlp.up_proj.weight[0, 0] = float("nan")
+    damaged.module.save_pretrained(folder)
+    for words in (["score"], ["plan", "--method", "sleb", "--blocks", "1"], ["eval"]):
+        code, _, err = run(words[0], folder, *words[1:], "--texts", windows)
+        assert code == 2
+        assert "block 3" in err
+    code, _, err = run("prune", folder, "--method", "last-n", "--blocks", "1", "-o", "cut")
+    assert code == 2
+    assert "layers.3.mlp.up_proj" in err
+    assert not (tmp_path / "cut").exists()
+
+
+def test_ctrl_c_is_130_and_keeps_what_was_there(run, model, windows, tmp_path, monkeypatch):
+    assert run("score", model, "--texts", windows, "-o", "scores")[0] == 0
+    before = (tmp_path / "scores" / "scores.json").read_text()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.secateur, "score", interrupted)
+    assert run("score", model, "--texts", windows, "-o", "scores")[0] == 130
+    monkeypatch.setattr(cli, "draw_scores", interrupted)
+    assert run("score", model, "--texts", windows, "-o", "scores")[0] == 130
+    assert (tmp_path / "scores" / "scores.json").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["scores"]
+
+
+def test_a_full_disk_is_one_clear_message(run, model, windows, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "/somewhere")
+
+    monkeypatch.setattr(cli, "draw_scores", full)
+    code, _, err = run("score", model, "--texts", windows, "-o", "scores")
+    assert code == 2
+    assert "/somewhere: No space left on device. Free some space" in err
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "secateur", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "secateur 0.1.0\n")

@@ -1,0 +1,124 @@
+"""One contract for every method on every family; a new method or family adds a row and passes the same list.
+
+All folders written here are reopened in one fresh process at the end, so these tests run in order, on one worker.
+"""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from secateur import Plan, Windows, make_plan, open_model, prune, save
+from secateur.checkpoints.check import record_expected, reopen
+from secateur.methods.registry import METHODS
+from secateur.models.decoder import Decoder
+from secateur.models.replay import capture, logits, run_block
+from tiny_models import OTHER_FAMILIES, VARIANTS, VOCABULARY, save_tiny
+
+pytestmark = pytest.mark.xdist_group("contract")
+
+CASES = [
+    ("shortgpt", {}),
+    ("uidl", {}),
+    ("streamline", {}),
+    ("last-n", {}),
+    ("shortened-llama", {"criterion": "ppl"}),
+    ("shortened-llama", {"criterion": "taylor"}),
+    ("shortened-llama", {"criterion": "magnitude"}),
+    ("sleb", {}),
+]
+IN_MEMORY_ONLY = {"gpt2-scaled"}
+"""Attention scaled by block number: queries are rescaled when blocks go, which a skeleton refuses."""
+
+WINDOWS = Windows.of(torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1)))
+JOBS: list[dict] = []
+
+
+@dataclasses.dataclass
+class Opened:
+    memory: Decoder
+    skeleton: Decoder
+    folder: object
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def opened(request, tmp_path_factory):
+    folder = save_tiny(request.param, tmp_path_factory.mktemp(request.param), dtype=torch.bfloat16, tokenizer=True)
+    return request.param, Opened(open_model(folder), open_model(folder, skeleton=True), folder)
+
+
+@torch.no_grad()
+def answers(decoder: Decoder) -> torch.Tensor:
+    hidden, calls = capture(decoder, WINDOWS.tokens)
+    for index, call in enumerate(calls):
+        with decoder.block(index) as block:
+            hidden = run_block(block, call, hidden)
+    with decoder.outer():
+        return logits(decoder, hidden, WINDOWS.tokens)
+
+
+def plan_for(decoder: Decoder, method: str, settings: dict, blocks: int) -> Plan:
+    return make_plan(decoder, method=method, blocks=blocks, texts=WINDOWS, settings=settings, seed=3)
+
+
+def test_every_method_has_a_case():
+    assert {name for name, _ in CASES} == set(METHODS)
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES, ids=lambda value: str(value))
+def test_contract(opened, method, settings, tmp_path_factory):
+    name, models = opened
+    before = answers(models.memory)
+
+    nothing = plan_for(models.memory, method, settings, 0)
+    assert torch.equal(answers(prune(models.memory, nothing)), before)
+    assert nothing.parameters_after == nothing.parameters_before == models.memory.parameter_count
+
+    plan = plan_for(models.memory, method, settings, 2)
+    assert len(plan.steps[0].blocks) == 2
+    assert plan == plan_for(models.memory, method, settings, 2)
+    assert Plan.model_validate_json(plan.to_json()) == plan
+
+    pruned = prune(models.memory, plan)
+    assert pruned.parameter_count == plan.parameters_after < plan.parameters_before
+    assert pruned.block_count == 6
+    after = answers(pruned)
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert torch.equal(answers(models.memory), before), "the model given must stay as it is"
+
+    folder = tmp_path_factory.mktemp("cut") / "cut"
+    save(pruned, folder, check=False)
+    JOBS.append(record_expected(pruned, folder.parent / "expected.npz").job(folder))
+
+    if name not in IN_MEMORY_ONLY:
+        from_skeleton = plan_for(models.skeleton, method, settings, 2)
+        assert from_skeleton.steps == plan.steps
+        light = prune(models.skeleton, from_skeleton)
+        assert torch.equal(answers(light), after)
+        save(light, folder.parent / "light", check=False, shard_bytes=20_000)
+        assert_same_weights(folder, folder.parent / "light")
+
+
+def assert_same_weights(left, right):
+    index = json.loads((right / "model.safetensors.index.json").read_text())
+    weights = load_file(left / "model.safetensors")
+    assert set(index["weight_map"]) == set(weights)
+    assert index["metadata"]["total_parameters"] == sum(w.numel() for w in weights.values())
+    for file in set(index["weight_map"].values()):
+        for key, tensor in load_file(right / file).items():
+            assert index["weight_map"][key] == file
+            assert torch.equal(tensor, weights[key]), key
+            assert tensor.dtype == torch.bfloat16
+
+
+def test_every_folder_reopens_in_a_fresh_process():
+    assert len(JOBS) == len(CASES) * len(VARIANTS)
+    assert OTHER_FAMILIES
+    assert set(OTHER_FAMILIES) <= set(VARIANTS), "families outside the table are part of the contract"
+    results = reopen(JOBS)
+    assert len(results) == len(JOBS)
+    failed = [result for result in results if not result["passed"] or result["stored_dtype"] != "bfloat16"]
+    assert not failed, failed[:3]
+    assert max(result["logit_difference"] for result in results) < 1e-5

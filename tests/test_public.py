@@ -1,0 +1,35 @@
+"""Public means `__all__`; modules never hide a public function, and the bundled model is what its notes say."""
+
+import inspect
+from pathlib import Path
+
+import secateur
+
+
+def test_every_public_name_exists_and_is_documented():
+    assert sorted(secateur.__all__) == secateur.__all__
+    for name in secateur.__all__:
+        thing = getattr(secateur, name)
+        assert not inspect.ismodule(thing), f"a module hides the public name {name}"
+        assert inspect.getdoc(thing), name
+
+
+def test_every_command_is_a_public_function():
+    for command in ("score", "prune", "eval", "demo", "inspect"):
+        assert callable(getattr(secateur, command))
+    assert callable(secateur.make_plan)
+
+
+def test_a_model_in_memory_is_cut_without_a_folder(bundled, tmp_path):
+    model = secateur.open_model(bundled.module, tokenizer=bundled.tokenizer)
+    pruned = secateur.prune(model, secateur.make_plan(model, method="last-n", blocks=2))
+    record = secateur.save(pruned, tmp_path / "cut")
+    assert record["check"]["passed"]
+    assert (tmp_path / "cut" / "tokenizer.json").is_file()
+
+
+def test_no_machine_paths_and_no_leftovers_in_the_package():
+    for file in Path(secateur.__file__).parent.rglob("*.py"):
+        text = file.read_text()
+        assert "/work/" not in text
+        assert "TO" + "DO" not in text, file
