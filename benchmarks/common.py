@@ -42,28 +42,37 @@ def random_windows(count: int, length: int = 512, vocabulary: int = 8192) -> Win
     return Windows.of(torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0)))
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Time each of the runs `rounds` times, in turn (A B A B …), after one round that is not counted; seconds."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+Times = dict[str, list[tuple[float, float]]]
+"""Wall and processor seconds of each round, by run."""
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> Times:
+    """Time each of the runs `rounds` times, in turn (A B A B …), after one round that is not counted."""
+    times: Times = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             run()
             if number:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
+                times[name].append((time.perf_counter() - wall, time.process_time() - processor))
+    return times
 
 
-def compare(seconds: dict[str, list[float]], of: str, to: str) -> dict[str, float]:
-    """Give medians, and the median of the round-by-round ratio of two of them."""
-    ratios = [a / b for a, b in zip(seconds[of], seconds[to], strict=True)]
-    return {
-        f"{of}_seconds": round(statistics.median(seconds[of]), 3),
-        f"{to}_seconds": round(statistics.median(seconds[to]), 3),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
-    }
+def compare(times: Times, of: str, to: str) -> dict[str, float]:
+    """Give medians, and the median of the round-by-round ratio, in wall and in processor seconds.
+
+    On a machine shared with others the processor seconds are the steadier of the two.
+    """
+    found = {}
+    for clock, kind in enumerate(("wall", "processor")):
+        ratios = [a[clock] / b[clock] for a, b in zip(times[of], times[to], strict=True)]
+        found |= {
+            f"{of}_{kind}_s": round(statistics.median(t[clock] for t in times[of]), 2),
+            f"{to}_{kind}_s": round(statistics.median(t[clock] for t in times[to]), 2),
+            f"{kind}_ratio": round(statistics.median(ratios), 3),
+            f"{kind}_ratio_range": f"{min(ratios):.2f}-{max(ratios):.2f}",
+        }
+    return found
 
 
 def keep(name: str, setting: dict[str, Any], found: dict[str, Any]) -> None:

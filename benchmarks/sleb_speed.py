@@ -34,7 +34,7 @@ def full_loss(model: Decoder, windows: secateur.Windows) -> float:
     return total / (len(windows) * (windows.seq_len - 1))
 
 
-def main(windows: int = 8, length: int = 512, count: int = 3, rounds: int = 3) -> None:
+def main(windows: int = 4, length: int = 256, count: int = 3, rounds: int = 3) -> None:
     """Time both in turn, and make sure that they choose the same blocks."""
     model = random_llama()
     read = random_windows(windows, length)

@@ -7,10 +7,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from tiny_models import save_tiny
 from transformers.utils import logging
 
 from secateur.models.open import open_model
+from tiny_models import save_tiny
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()

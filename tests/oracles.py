@@ -1,11 +1,13 @@
 """Plain computations that tests compare with: straight forward passes, whole and slow."""
 
 import torch
-from tiny_models import PAD, VOCABULARY
 
 from secateur.calibration.texts import Windows
+from secateur.models.anatomy import find
+from secateur.models.families import FAMILIES
 from secateur.models.replay import capture, logits, run_block
 from secateur.surgery.blocks import keep_blocks
+from tiny_models import PAD, VOCABULARY
 
 
 def draw_tokens(windows=4, positions=16, seed=0):
@@ -87,20 +89,44 @@ def predictions(tokens, mask=None):
 
 
 def plain_loss(module, windows):
-    """Mean next-token loss in nats from the logits of plain forward passes, a window at a time."""
-    total, count = 0.0, 0
-    for tokens, mask in windows.batches(1):
-        chances = forward(module, tokens, mask).double().log_softmax(dim=-1)[:, :-1]
-        losses = -chances.gather(2, tokens[:, 1:, None])[..., 0][predictions(tokens, mask)]
-        total += float(losses.sum())
-        count += losses.numel()
-    return total / count
+    """Mean next-token loss in nats from the logits of one plain forward pass."""
+    chances = forward(module, windows.tokens, windows.mask).double().log_softmax(dim=-1)[:, :-1]
+    losses = -chances.gather(2, windows.tokens[:, 1:, None])[..., 0]
+    return float(losses[predictions(windows.tokens, windows.mask)].mean())
 
 
 def loss_without(decoder, gone, windows):
     """Loss of the model from which these blocks were physically taken out."""
     kept = [index for index in range(decoder.block_count) if index not in gone]
     return plain_loss(keep_blocks(decoder, kept).module, windows)
+
+
+def token_losses(module, windows):
+    """Next-token losses, (windows, positions − 1), 0 where nothing is predicted; with gradients."""
+    given = {} if windows.mask is None else {"attention_mask": windows.mask.long()}
+    chances = module(input_ids=windows.tokens, use_cache=False, **given).logits.log_softmax(-1)[:, :-1]
+    losses = -chances.gather(2, windows.tokens[:, 1:, None])[..., 0]
+    return losses.masked_fill(~predictions(windows.tokens, windows.mask), 0)
+
+
+def plain_taylor(module, windows, *, per_window=False):
+    """Σ |w · ∂L/∂w| over non-bias parameters of each block; L is the mean over all predicted tokens.
+
+    By plain backward passes through the whole model, which is changed: give a copy of your own.
+    """
+    module.requires_grad_(True)
+    losses = token_losses(module, windows) / int(predictions(windows.tokens, windows.mask).sum())
+    blocks = find(module, FAMILIES[module.config.model_type].blocks)
+    weights = [{n: p for n, p in block.named_parameters() if n.split(".")[-1] != "bias"} for block in blocks]
+    scores = [0.0] * len(blocks)
+    for loss in losses.sum(dim=1) if per_window else [losses.sum()]:
+        module.zero_grad()
+        loss.backward(retain_graph=True)
+        for index, of_block in enumerate(weights):
+            scores[index] += sum(
+                float((w * w.grad).detach().double().abs().sum()) for w in of_block.values() if w.grad is not None
+            )
+    return scores
 
 
 def no_real_parameters(module):

@@ -7,8 +7,8 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from oracles import draw_windows, plain_states
 
+from oracles import draw_windows, plain_states
 from secateur.calibration.statistics import AngularSums, CkaSums, CosineSums, real_tokens, unbiased_hsic
 from secateur.calibration.stream import states_by_batch
 from secateur.calibration.texts import Windows

@@ -1,7 +1,6 @@
 """States kept in memory or on disk: the same either way, and nothing left behind."""
 
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -108,12 +107,17 @@ def test_nothing_is_left_on_disk():
 
 
 def test_nothing_is_left_on_disk_after_an_error():
-    folder = None
-    with pytest.raises(ZeroDivisionError), StateStore(0) as store:
-        store.put("a", KIB)
-        folder = store._folder
-        raise ZeroDivisionError
-    assert not Path(folder).exists()
+    folders = []
+
+    def fail():
+        with StateStore(0) as store:
+            store.put("a", KIB)
+            folders.append(store._folder)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not folders[0].exists()
 
 
 def test_a_closed_store_can_be_used_again():

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from oracles import draw_tokens, draw_windows, no_real_parameters, pad, plain_loss, plain_states
-from tiny_models import build
 
+from oracles import draw_tokens, draw_windows, no_real_parameters, pad, plain_loss, plain_states
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import (
     batch_size_for,
@@ -19,6 +18,7 @@ from secateur.calibration.stream import (
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError, NumericsError
 from secateur.models.open import open_model
+from tiny_models import build
 
 MODES = pytest.mark.parametrize("skeleton", [False, True], ids=["memory", "skeleton"])
 SIDES = pytest.mark.parametrize("side", [None, "left", "right"])

@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from oracles import draw_tokens, forward, no_real_parameters, pad, walk, walks
-from tiny_models import OTHER_FAMILIES, VARIANTS, build
 from transformers import AutoModelForCausalLM
 
+from oracles import draw_tokens, forward, no_real_parameters, pad, walk, walks
 from secateur.errors import ModelError
 from secateur.models.depth import config_with_blocks
 from secateur.models.families import FAMILIES
 from secateur.models.open import open_model
 from secateur.surgery.blocks import keep_blocks
+from tiny_models import OTHER_FAMILIES, VARIANTS, build
 
 GONE = (2, 5)
 KEPT = (0, 1, 3, 4, 6, 7)
@@ -38,7 +38,7 @@ def same(found, expected, name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_without_blocks(name, tiny, tmp_path):
     decoder = tiny(name)
-    tokens, mask = pad(draw_tokens(), "right")
+    tokens, mask = pad(draw_tokens(windows=2), "right")
     before = forward(decoder.module, tokens)
     config = decoder.config.to_json_string()
     unpadded, padded = walks(decoder, [(tokens, None), (tokens, mask)], without=GONE)
@@ -46,10 +46,9 @@ def test_without_blocks(name, tiny, tmp_path):
 
     cut = keep_blocks(decoder, KEPT)
     again = reloaded(cut.module, tmp_path)
-    for module in (cut.module, again):
-        same(forward(module, tokens), unpadded, name)
-        same(forward(module, tokens, mask)[mask], padded[mask], name)
-    same(walk(cut, tokens), unpadded, name)
+    for found in (forward(cut.module, tokens), forward(again, tokens), walk(cut, tokens)):
+        same(found, unpadded, name)
+    same(forward(again, tokens, mask)[mask], padded[mask], name)
 
     assert cut.block_count == again.config.num_hidden_layers == cut.config.num_hidden_layers == 6
     sizes = decoder.block_parameter_counts()
@@ -67,8 +66,8 @@ def test_the_shorter_model_shares_its_tensors(name, tiny):
     decoder = tiny(name)
     cut = keep_blocks(decoder, KEPT)
     old = {id(tensor) for tensor in (*decoder.module.parameters(), *decoder.module.buffers())}
-    new = {n: t for n, t in (*cut.module.named_parameters(), *cut.module.named_buffers())}
-    own = {n for n, tensor in new.items() if id(tensor) not in old}
+    new = (*cut.module.named_parameters(), *cut.module.named_buffers())
+    own = {n for n, tensor in new if id(tensor) not in old}
     assert all("attn.c_attn" in n for n in own)
     assert bool(own) == (name == RESCALED)
     tied = decoder.module.get_input_embeddings().weight is decoder.module.get_output_embeddings().weight
@@ -101,18 +100,20 @@ def test_a_shorter_skeleton_reads_the_right_blocks(name, tiny):
     expected = walk(tiny(name), tokens, without=GONE)
     assert torch.equal(walk(cut, tokens), expected)
     assert no_real_parameters(cut.module)
-    assert torch.equal(walk(skeleton, tokens, without=GONE), expected)
 
 
 @pytest.mark.parametrize("skeleton", [False, True], ids=["memory", "skeleton"])
 def test_twice_shorter(skeleton, tiny):
     decoder = tiny("qwen3_moe-mixed", skeleton=skeleton)
     tokens = draw_tokens(windows=2)
-    twice = keep_blocks(keep_blocks(decoder, KEPT), (1, 2, 5))
-    assert torch.equal(walk(twice, tokens), walk(decoder, tokens, without=(0, 2, 4, 5, 6)))
+    once = keep_blocks(decoder, KEPT)
+    twice = keep_blocks(once, (1, 2, 5))
+    for _ in range(2):
+        assert torch.equal(walk(twice, tokens), walk(decoder, tokens, without=(0, 2, 4, 5, 6)))
+        assert torch.equal(walk(once, tokens), walk(decoder, tokens, without=GONE))
 
 
-@pytest.mark.parametrize("kept", [(0,), (7,), (0, 7), tuple(range(1, 8)), tuple(range(7))])
+@pytest.mark.parametrize("kept", [(7,), (0, 7), tuple(range(1, 8))])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "smollm3", "qwen3-sliding", "qwen3_moe-step", "gpt2-scaled"])
 def test_any_selection(name, kept, tiny, tmp_path):
     decoder = tiny(name)

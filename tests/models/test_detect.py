@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from oracles import draw_tokens, forward, no_real_parameters, walk
-from tiny_models import HIDDEN, INTERMEDIATE, OTHER_FAMILIES, POSITIONS, VARIANTS, VOCABULARY, build
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,11 +15,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from oracles import draw_tokens, forward, no_real_parameters, walk
 from secateur.errors import ModelError
 from secateur.models import detect as detection
 from secateur.models.families import FAMILIES
 from secateur.models.open import open_model
 from secateur.surgery.blocks import keep_blocks
+from tiny_models import HIDDEN, INTERMEDIATE, OTHER_FAMILIES, POSITIONS, VARIANTS, VOCABULARY, build
 
 KEPT = (0, 1, 3, 4, 6, 7)
 SIZES = {
@@ -138,7 +138,12 @@ def test_the_trial_is_small_however_large_the_model(monkeypatch):
     config = AutoConfig.for_model("gptj", n_embd=512, n_head=4, n_layer=8, rotary_dim=64, vocab_size=VOCABULARY)
     tried = []
     prove = detection._prove
-    monkeypatch.setattr(detection, "_prove", lambda decoder: (tried.append(decoder.parameter_count), prove(decoder)))
+
+    def counting(decoder, **given):
+        tried.append(decoder.parameter_count)
+        prove(decoder, **given)
+
+    monkeypatch.setattr(detection, "_prove", counting)
     detection.detect(config, "a large gptj")
     assert max(tried) < 2_000_000
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from oracles import draw_tokens, forward, no_real_parameters, pad, walk, walks
-from tiny_models import OTHER_FAMILIES, VARIANTS, build, save_tiny
 from torch import nn
 
+from oracles import draw_tokens, forward, no_real_parameters, pad, walk, walks
 from secateur.errors import ModelError
 from secateur.models.anatomy import count_parameters, find, present
 from secateur.models.families import FAMILIES
 from secateur.models.open import open_model
+from tiny_models import OTHER_FAMILIES, VARIANTS, build, save_tiny
 
 SUPPORTED = [name for name in VARIANTS if name not in OTHER_FAMILIES]
 BLOCK_PARTS = ("attention_in", "attention_out", "mlp_in", "mlp_out", "router", "norms", "attention_norms")

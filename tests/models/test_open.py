@@ -10,9 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
-from oracles import draw_tokens, forward, walk
 from safetensors.torch import load_file, save_file
-from tiny_models import build, build_tokenizer, save_tiny
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -25,8 +23,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from oracles import draw_tokens, forward, walk
 from secateur.errors import InputError, ModelError
 from secateur.models.open import open_model
+from tiny_models import build, build_tokenizer, save_tiny
 
 MODES = pytest.mark.parametrize("skeleton", [False, True], ids=["memory", "skeleton"])
 
@@ -238,9 +238,9 @@ def test_a_hub_name_without_a_network():
         open_model("someone/nothing")
 
 
-@pytest.mark.parametrize("name", ["some one/model", "owner/-model", "owner/model.."])
+@pytest.mark.parametrize("name", ["some one/model", "owner/-model", "owner/model..", "owner/mod--el"])
 def test_a_name_the_hub_would_not_take(name):
-    with pytest.raises(InputError, match="not available on the hub"):
+    with pytest.raises(InputError, match=r"not available on the hub|not a hub name"):
         open_model(name)
 
 
@@ -399,7 +399,7 @@ def test_multimodal_wrapper(folder, model_type):
 
     config = Gemma3Config() if model_type == "gemma3" else AutoConfig.for_model(model_type)
     config.save_pretrained(folder)
-    with pytest.raises(ModelError, match="multimodal wrapper .*text_config"):
+    with pytest.raises(ModelError, match=r"multimodal wrapper .*text_config"):
         open_model(folder)
 
 
@@ -461,18 +461,14 @@ def test_pickled_weights_are_read_when_they_are_allowed(folder):
         open_model(folder, allow_pickle=True, skeleton=True)
 
 
-@pytest.mark.parametrize("allow_pickle", [False, True])
-def test_pickled_weights_beside_an_index_are_not_read_unasked(folder, allow_pickle):
+def test_pickled_weights_beside_an_index_are_not_read_unasked(folder):
     """An index that names safetensors files which are not there must not open the door for the pickle beside it."""
     keys = list(load_file(folder / "model.safetensors"))
     pickle_weights(folder)
     index = {"metadata": {}, "weight_map": dict.fromkeys(keys, "model-00001-of-00001.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    if allow_pickle:
-        assert open_model(folder, allow_pickle=True).block_count == 2
-    else:
-        with pytest.raises(ModelError):
-            open_model(folder)
+    with pytest.raises(ModelError, match=r"pickled weights|missing shard"):
+        open_model(folder)
 
 
 def test_safetensors_are_taken_where_both_are_there(folder):
@@ -489,6 +485,14 @@ def test_truncated_shard(folder, keep, skeleton):
     path.write_bytes(data[:keep])
     with pytest.raises(ModelError, match=r"model"):
         use(open_model(folder, skeleton=skeleton))
+
+
+def test_truncated_shard_where_the_configuration_names_no_dtype(folder):
+    edit_config(folder, dtype=None)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="model"):
+        open_model(folder)
 
 
 @MODES
@@ -572,8 +576,9 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 
 @pytest.fixture
-def own_code(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def own_code(folder, tmp_path_factory, monkeypatch):
+    modules = tmp_path_factory.getbasetemp() / "modules"  # one for all: python remembers the place
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
     (folder / "configuration_own.py").write_text(CONFIGURATION)
     (folder / "modeling_own.py").write_text(MODEL)
     places = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}

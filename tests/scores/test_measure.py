@@ -1,20 +1,21 @@
 """Scores of a model: what is measured, what is read off it, what never becomes a number."""
 
+import itertools
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from oracles import draw_windows, loss_without, plain_states
-from tiny_models import build
 
 import secateur
+from oracles import draw_windows, loss_without, plain_states
 from secateur.calibration import stream
 from secateur.errors import InputError, NumericsError
 from secateur.models.open import open_model
 from secateur.scores.measure import score_model, weight_magnitudes
 from secateur.scores.profile import KINDS, ONE_PASS, Scores
+from tiny_models import build
 
 FIELDS = {
     "cosine": {"cosine"},
@@ -52,7 +53,7 @@ def test_everything_from_npy_windows(skeleton, tiny, tmp_path):
     last = [u[:, -1] for u in unit]
     angle = [[float(torch.arccos((a * b).sum(-1).clamp(-1, 1)).mean()) / math.pi for b in last] for a in last]
     np.testing.assert_allclose(scores.angular, np.array(angle) * (1 - np.eye(9)), atol=1e-5)
-    relative = [float(((b - a).norm(dim=-1) / b.norm(dim=-1)).mean()) for a, b in zip(states, states[1:], strict=False)]
+    relative = [float(((b - a).norm(dim=-1) / b.norm(dim=-1)).mean()) for a, b in itertools.pairwise(states)]
     assert scores.relative_magnitude == pytest.approx(relative, rel=1e-5)
     assert scores.perplexity == pytest.approx(math.exp(loss_without(decoder, (), windows)), rel=1e-4)
     removed = [math.exp(loss_without(decoder, (block,), windows)) for block in range(8)]

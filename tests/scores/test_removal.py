@@ -5,15 +5,15 @@ import random
 
 import pytest
 import torch
-from oracles import draw_windows, loss_without, no_real_parameters
-from tiny_models import build
 
+from oracles import draw_windows, loss_without, no_real_parameters
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import open_store
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError, NumericsError
 from secateur.models.open import open_model
 from secateur.scores.removal import RemovalProbe
+from tiny_models import build
 
 SINGLES = [(block,) for block in range(8)]
 SETS = [
@@ -69,16 +69,26 @@ def test_single_blocks_and_sets(skeleton, budget, tiny, windows, truth):
         probe = RemovalProbe(decoder, windows, store, batch_size=3)
         for gone in (*SINGLES, *SETS):
             assert probe.loss(gone) == pytest.approx(truth(gone), abs=1e-4), gone
-    assert no_real_parameters(skeleton and decoder.module or torch.nn.Module())
+    assert not skeleton or no_real_parameters(decoder.module)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "qwen3_moe-mixed", "smollm3", "opt-post-norm"])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("llama", "left"),
+        ("llama", "right"),
+        ("gemma3_text", "left"),
+        ("gpt2", "right"),
+        ("qwen3_moe-mixed", "left"),
+        ("smollm3", "right"),
+        ("opt-post-norm", "left"),
+    ],
+)
 def test_families_and_padding(name, side, tiny, truth):
     padded = draw_windows(side=side)
     with StateStore() as store:
         probe = RemovalProbe(tiny(name), padded, store)
-        for gone in ((), (0,), (3,), (7,), (2, 5), (5, 6)):
+        for gone in ((), (0,), (7,), (2, 5)):
             assert probe.loss(gone) == pytest.approx(truth(gone, name, padded), abs=1e-4), gone
 
 
@@ -207,14 +217,14 @@ def test_work_of_a_greedy_search(settle, tiny, windows):
             assert probe.evaluated == least_work(asked)
 
 
-@pytest.mark.parametrize("settle", [(1, 2, 3), (6, 5, 4), (3, 5, 1), (4, 2, 6)])
+@pytest.mark.parametrize("settle", [(1, 2, 3), (6, 5, 4), (3, 5, 1)])
 @pytest.mark.parametrize("budget", [0, None], ids=["disk", "half a block"])
 def test_work_of_a_greedy_search_where_memory_is_short(settle, budget, tiny, windows):
     """The states of the model as settled are always kept, so a candidate costs at most the blocks above its new gap."""
     skeleton = tiny("llama", skeleton=True)
     allowed = 0
     with StateStore(0) if budget == 0 else open_store(skeleton) as store:
-        probe = RemovalProbe(skeleton, windows, store, batch_size=1)
+        probe = RemovalProbe(skeleton, windows, store, batch_size=2)
         for candidates, gone in greedy_asking(settle):
             before = gone[:-1]
             # once for the settled model's own states that are not known yet …

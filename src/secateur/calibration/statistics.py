@@ -47,9 +47,9 @@ class CosineSums:
             chunk = torch.stack([state[first : first + rows].float().to(states[0].device) for state in states])
             length_SM = chunk.norm(dim=-1).clamp_min(_TINY)
             change_LM = (chunk[1:] - chunk[:-1]).norm(dim=-1)
-            self._relative += (change_LM / length_SM[1:]).sum(dim=-1).double().cpu()
+            self._relative += (change_LM / length_SM[1:]).sum(dim=-1).cpu().double()
             unit_SX = chunk.div_(length_SM[..., None]).flatten(1)
-            self._sum += (unit_SX @ unit_SX.T).double().cpu()
+            self._sum += (unit_SX @ unit_SX.T).cpu().double()
         self._tokens += tokens
 
     def result(self) -> torch.Tensor:
@@ -78,7 +78,9 @@ class AngularSums:
         else:
             last = positions - 1 - mask.cpu().flip(1).int().argmax(dim=1)
         rows = torch.arange(windows)
-        picked = torch.stack([state.cpu()[rows, last].double() for state in states], dim=1)
+        picked = torch.stack(
+            [state[rows.to(state.device), last.to(state.device)].cpu().double() for state in states], dim=1
+        )
         unit = picked / picked.norm(dim=-1, keepdim=True).clamp_min(_TINY)
         angle = torch.arccos((unit @ unit.transpose(1, 2)).clamp(-1, 1)) / torch.pi
         self._sum += angle.sum(dim=0)
@@ -123,7 +125,8 @@ class CkaSums:
         while len(inside):
             waiting = sum(part.shape[1] for part in self._waiting)
             taken, inside = inside[: self._size - waiting], inside[self._size - waiting :]
-            picked = [output[taken.to(output.device)].float().to(outputs[0].device) for output in outputs]
+            home = _device_with_float64(outputs[0].device)
+            picked = [output[taken.to(output.device)].float().to(home) for output in outputs]
             self._waiting.append(torch.stack(picked))
             if waiting + len(taken) == self._size:
                 self._add_minibatch(torch.cat(self._waiting, dim=1))
@@ -167,6 +170,10 @@ def unbiased_hsic(kernels_LMM: torch.Tensor) -> torch.Tensor:
     products = torch.outer(total, total) / ((samples - 1) * (samples - 2))
     crossed = 2 / (samples - 2) * (rows @ rows.T)
     return (trace + products - crossed) / (samples * (samples - 3))
+
+
+def _device_with_float64(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _squared_distances(gram: torch.Tensor) -> torch.Tensor:

@@ -214,7 +214,7 @@ def loss_sum(decoder: Decoder, batch: Batch, hidden: torch.Tensor) -> tuple[torc
     Returns:
         The sum in nats (a float64 scalar that carries gradients if `hidden` does) and the number of predictions.
     """
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    total = torch.zeros((), dtype=torch.float64)
     predictions = 0
     rows = max(1, _LOGIT_BYTES // (4 * batch.tokens.shape[1] * int(decoder.config.vocab_size)))
     for first in range(0, len(batch.tokens), rows):
@@ -226,7 +226,7 @@ def loss_sum(decoder: Decoder, batch: Batch, hidden: torch.Tensor) -> tuple[torc
         if mask is not None:
             targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
         loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum")
-        total = total + loss.double().to(total.device)
+        total = total + loss.cpu().double()
         predictions += int((targets != -100).sum())
     return total, predictions
 

@@ -63,7 +63,7 @@ class Decoder:
         """Device of the inputs: where the embeddings are, or will be."""
         if self.shards is None:
             return next(iter(self.module.get_input_embeddings().parameters())).device
-        return next((b.device for b in self.module.buffers() if not b.is_meta), torch.device("cpu"))
+        return self.shards.device
 
     @property
     def max_positions(self) -> int | None:

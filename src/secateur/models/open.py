@@ -95,7 +95,7 @@ def open_model(
         raise InputError(f"{source}: a skeleton reads safetensors only; open this model without it.")
     if skeleton:
         module = _empty(config, arithmetic, place, trust_remote_code=trust_remote_code)
-        shards = Shards.of(folder, family.blocks)
+        shards = Shards.of(folder, family.blocks, place)
     else:
         everywhere = device == "auto" and torch.cuda.device_count() > 1
         module = _whole(

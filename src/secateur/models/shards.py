@@ -63,6 +63,7 @@ class Shards:
     Attributes:
         folder: the checkpoint.
         blocks: path of the list of blocks in the model, such as `model.layers`.
+        device: where weights are put when they are read.
         kept: for each block of the model its number in the checkpoint; None means all, in order.
     """
 
@@ -70,11 +71,12 @@ class Shards:
     blocks: str
     kept: tuple[int, ...] | None = None
     files: tuple[Path, ...] = field(default=())
+    device: torch.device = field(default=torch.device("cpu"))
 
     @classmethod
-    def of(cls, folder: Path, blocks: str) -> Shards:
-        """Open a checkpoint folder; reads headers only."""
-        return cls(folder, blocks, files=tuple(shard_files(folder)))
+    def of(cls, folder: Path, blocks: str, device: torch.device) -> Shards:
+        """Open a checkpoint folder whose weights go to a device; reads headers only."""
+        return cls(folder, blocks, files=tuple(shard_files(folder)), device=device)
 
     @cached_property
     def keys(self) -> dict[int, dict[str, Path]]:
@@ -108,9 +110,9 @@ class Shards:
         slices = {self._renumber(k, stored, index): handles[f].get_slice(k) for k, f in wanted.items()}
         try:
             if set(slices) <= {name for name, _ in _part(module, self.blocks, index)}:
-                found = _fill(module, slices)
+                found = _fill(module, slices, self.device)
             else:
-                found = _convert(module, slices)
+                found = _convert(module, slices, self.device)
         except SafetensorError as error:
             raise ModelError(f"{self.folder}: damaged weights of block {stored} ({error}).") from error
         if found:
@@ -143,9 +145,8 @@ class Shards:
 Mismatch = tuple[str, Sequence[int], Sequence[int]]
 
 
-def _fill(module: PreTrainedModel, slices: dict[str, Any]) -> Mismatch | None:
+def _fill(module: PreTrainedModel, slices: dict[str, Any], device: torch.device) -> Mismatch | None:
     """Give parameters the tensors of the same names; returns the first whose shape differs."""
-    device = _buffer_device(module)
     for name, piece in slices.items():
         owner, _, leaf = name.rpartition(".")
         holder = module.get_submodule(owner)
@@ -157,12 +158,12 @@ def _fill(module: PreTrainedModel, slices: dict[str, Any]) -> Mismatch | None:
     return None
 
 
-def _convert(module: PreTrainedModel, slices: dict[str, Any]) -> Mismatch | None:
+def _convert(module: PreTrainedModel, slices: dict[str, Any], device: torch.device) -> Mismatch | None:
     """Rename, fuse and split tensors as transformers does on loading; returns the first whose shape differs."""
     settings = LoadStateDictConfig(
         dtype=module.dtype,
         weight_mapping=deepcopy(get_model_conversion_mapping(module)),
-        device_map={"": str(_buffer_device(module))},
+        device_map={"": str(device)},
     )
     with _quiet():
         report, _ = convert_and_load_state_dict_in_model(module, slices, settings, None)
@@ -184,13 +185,6 @@ def _return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def _buffer_device(module: PreTrainedModel) -> torch.device:
-    for buffer in module.buffers():
-        if not buffer.is_meta:
-            return buffer.device
-    return torch.device("cpu")
 
 
 @contextmanager
