@@ -1,4 +1,4 @@
-"""What each method does to the bundled model: held-out perplexity against the share of parameters removed, no healing."""
+"""What each method does to the bundled model: held-out perplexity against parameters removed, no healing."""
 
 from __future__ import annotations
 
