@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import rich
 from rich.panel import Panel
 
 from secateur.calibration.choose import windows_for
@@ -31,7 +32,9 @@ PROMPT = '''class Stack:
     def push(self, item):'''
 
 
-def demo(out: str | Path | None = None, *, show: Callable[[Any], object] = print, progress: Progress = SILENT) -> Path:
+def demo(
+    out: str | Path | None = None, *, show: Callable[[Any], object] = rich.print, progress: Progress = SILENT
+) -> Path:
     """Score, plan (streamline, 25 %), prune, check and compare the bundled model on Python's standard library.
 
     Args:

@@ -200,7 +200,7 @@ def test_candidates_are_read_only_as_far_as_needed():
 # On models
 
 
-@pytest.mark.parametrize("method", ["shortgpt", "uidl", "last-n", "sleb"])
+@pytest.mark.parametrize("method", ["shortgpt", "last-n"])
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_remove_on_a_model(name, method, tiny):
     decoder = tiny(name)

@@ -1,5 +1,6 @@
 """Fewer blocks: what is in memory, what is saved, and what plain transformers loads are the walk without them."""
 
+import functools
 import json
 
 import pytest
@@ -19,6 +20,12 @@ KEPT = (0, 1, 3, 4, 6, 7)
 RESCALED = "gpt2-scaled"  # stock code derives the scale of attention from the number of the block
 
 
+@pytest.fixture(scope="module")
+def shortened(tiny):
+    """Give a tiny model without two of its blocks, cut once; not to be changed."""
+    return functools.cache(lambda name: keep_blocks(tiny(name), KEPT))
+
+
 def reloaded(module, folder):
     module.save_pretrained(folder)
     again, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -36,15 +43,15 @@ def same(found, expected, name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_without_blocks(name, tiny, tmp_path):
+def test_without_blocks(name, tiny, shortened, tmp_path):
     decoder = tiny(name)
     tokens, mask = pad(draw_tokens(windows=2), "right")
-    before = forward(decoder.module, tokens)
+    before = forward(build(name), tokens)
     config = decoder.config.to_json_string()
     unpadded, padded = walks(decoder, [(tokens, None), (tokens, mask)], without=GONE)
     assert (unpadded - before).abs().max() > 1e-3
 
-    cut = keep_blocks(decoder, KEPT)
+    cut = shortened(name)
     again = reloaded(cut.module, tmp_path)
     for found in (forward(cut.module, tokens), forward(again, tokens), walk(cut, tokens)):
         same(found, unpadded, name)
@@ -62,9 +69,8 @@ def test_without_blocks(name, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_shorter_model_shares_its_tensors(name, tiny):
-    decoder = tiny(name)
-    cut = keep_blocks(decoder, KEPT)
+def test_the_shorter_model_shares_its_tensors(name, tiny, shortened):
+    decoder, cut = tiny(name), shortened(name)
     old = {id(tensor) for tensor in (*decoder.module.parameters(), *decoder.module.buffers())}
     new = (*cut.module.named_parameters(), *cut.module.named_buffers())
     own = {n for n, tensor in new if id(tensor) not in old}
@@ -78,8 +84,8 @@ def test_the_shorter_model_shares_its_tensors(name, tiny):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_shorter_model_continues_from_a_cache(name, tiny):
-    module = keep_blocks(tiny(name), KEPT).module
+def test_the_shorter_model_continues_from_a_cache(name, shortened):
+    module = shortened(name).module
     tokens = draw_tokens(windows=2, positions=14)
     whole = forward(module, tokens)
     cache = None

@@ -223,12 +223,14 @@ def test_the_odd_llama_opens_where_nothing_is_odd(odd, tmp_path):
         ("has no head", "odd-llama"),
     ],
 )
-def test_what_the_trial_disproves_is_refused(odd, oddity, said, tmp_path):
-    module = odd(oddity)
+def test_what_the_trial_disproves_is_refused(odd, oddity, said):
     with pytest.raises(ModelError, match=said):
-        open_model(module)
-    module.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=said):
+        open_model(odd(oddity))
+
+
+def test_a_skeleton_is_refused_alike(odd, tmp_path):
+    odd("looks ahead").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not causal"):
         open_model(tmp_path, skeleton=True)
 
 

@@ -16,21 +16,7 @@ from secateur.scores.removal import RemovalProbe
 from tiny_models import build
 
 SINGLES = [(block,) for block in range(8)]
-SETS = [
-    (),
-    (0,),
-    (7,),
-    (3,),
-    (3, 4),
-    (0, 7),
-    (1, 2, 3),
-    (0, 1),
-    (6, 7),
-    (2, 5),
-    (0, 2, 4, 6),
-    tuple(range(1, 8)),
-    tuple(range(7)),
-]
+SETS = [(), (3, 4), (0, 7), (1, 2, 3), (0, 1), (6, 7), (2, 5), (0, 2, 4, 6), tuple(range(1, 8)), tuple(range(7))]
 BUDGETS = pytest.mark.parametrize("budget", [None, 20_000, 0], ids=["memory", "a little memory", "disk"])
 MODES = pytest.mark.parametrize("skeleton", [False, True], ids=["memory", "skeleton"])
 
@@ -93,7 +79,7 @@ def test_families_and_padding(name, side, tiny, truth):
 
 
 @BUDGETS
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_order_of_asking(seed, budget, tiny, windows, truth):
     asked = [*SINGLES, *SETS]
     random.Random(seed).shuffle(asked)
@@ -185,7 +171,7 @@ def test_work_of_all_single_blocks(order, budget, tiny, windows):
     assert least_work(SINGLES) == SINGLES_ONLY
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_block_runs_twice_on_the_same_state(seed, tiny, windows):
     asked = [*SINGLES, *SETS]
     random.Random(seed).shuffle(asked)
