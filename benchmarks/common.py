@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from secateur import Windows, open_model
+from secateur import open_model
+from secateur.calibration.texts import Windows
 from secateur.models.decoder import Decoder
 from secateur.versions import versions
 

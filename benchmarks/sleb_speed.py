@@ -7,11 +7,12 @@ from common import compare, interleaved, keep, random_llama, random_windows
 
 import secateur
 from secateur.calibration.stream import batch_size_for
+from secateur.calibration.texts import Windows
 from secateur.models.decoder import Decoder
 from secateur.surgery.blocks import keep_blocks
 
 
-def greedy_in_full(model: Decoder, windows: secateur.Windows, count: int) -> tuple[int, ...]:
+def greedy_in_full(model: Decoder, windows: Windows, count: int) -> tuple[int, ...]:
     """Run SLEB by building each candidate model and running all of it."""
     gone: tuple[int, ...] = ()
     for _ in range(count):
@@ -24,7 +25,7 @@ def greedy_in_full(model: Decoder, windows: secateur.Windows, count: int) -> tup
 
 
 @torch.no_grad()
-def full_loss(model: Decoder, windows: secateur.Windows) -> float:
+def full_loss(model: Decoder, windows: Windows) -> float:
     """Mean next-token loss by the model's own forward."""
     total = 0.0
     for tokens, _ in windows.batches(batch_size_for(model, windows)):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from secateur import Plan, Windows, make_plan, open_model, prune, save
+from secateur import Plan, make_plan, open_model, prune, save
+from secateur.calibration.texts import Windows
 from secateur.checkpoints.check import record_expected, reopen
 from secateur.methods.registry import METHODS
 from secateur.models.decoder import Decoder
@@ -26,6 +27,7 @@ CASES = [
     ("last-n", {}),
     ("shortened-llama", {"criterion": "ppl"}),
     ("shortened-llama", {"criterion": "taylor"}),
+    ("shortened-llama", {"criterion": "taylor", "per_window": True}),
     ("shortened-llama", {"criterion": "magnitude"}),
     ("sleb", {}),
 ]

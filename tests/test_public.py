@@ -33,3 +33,7 @@ def test_no_machine_paths_and_no_leftovers_in_the_package():
         text = file.read_text()
         assert "/work/" not in text
         assert "TO" + "DO" not in text, file
+
+
+def test_there_are_ten():
+    assert len(secateur.__all__) == 10

@@ -11,7 +11,6 @@ secateur.save(pruned, "cut/")
 
 __version__ = "0.1.0"
 
-from secateur.calibration.texts import Windows
 from secateur.checkpoints.save import save
 from secateur.demonstration import demo
 from secateur.errors import SecateurError
@@ -21,13 +20,10 @@ from secateur.models.inspection import inspect
 from secateur.models.open import open_model
 from secateur.plan import Plan
 from secateur.scores.measure import score
-from secateur.scores.profile import Scores
 
 __all__ = [
     "Plan",
-    "Scores",
     "SecateurError",
-    "Windows",
     "demo",
     "eval",
     "inspect",

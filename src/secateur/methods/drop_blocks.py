@@ -25,6 +25,7 @@ from secateur.methods.budget import Budget, choose_blocks
 from secateur.methods.method import Evidence, Method, Settings
 from secateur.plan import DropBlocks
 from secateur.scores.removal import RemovalProbe
+from secateur.scores.taylor import taylor
 
 Candidates = Iterator[tuple[int, ...]]
 
@@ -45,6 +46,9 @@ class ShortenedSettings(Settings):
     """Settings of `shortened-llama`."""
 
     criterion: Literal["ppl", "taylor", "magnitude"] = Field("ppl", description="score that ranks the blocks")
+    per_window: bool = Field(
+        False, description="taylor: take absolute values window by window, so that signed products cannot cancel"
+    )
     protect_first: int | None = Field(  # type: ignore[assignment]
         None, ge=0, description="first blocks never touched; the paper's 4 for taylor and magnitude, else 0"
     )
@@ -103,6 +107,9 @@ def by_shortened_criterion(evidence: Evidence, settings: ShortenedSettings, _bud
     """Rank by removal perplexity, Taylor or magnitude, smallest first, in one shot."""
     if settings.criterion == "ppl":
         values = evidence.scores("perplexity").removal_perplexity
+    elif settings.criterion == "taylor" and settings.per_window:
+        windows = evidence.need_windows()
+        values = tuple(taylor(evidence.decoder, windows, per_window=True, progress=evidence.progress))
     elif settings.criterion == "taylor":
         values = evidence.scores("taylor").taylor
     else:

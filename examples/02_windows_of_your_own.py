@@ -1,0 +1,20 @@
+"""Measure on token windows you made yourself, and compare every method at the same amount."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import secateur
+
+model = secateur.open_model("bundled")
+assert model.tokenizer is not None
+text = Path(secateur.__file__).with_name("plan.py").read_text(encoding="utf-8")
+tokens = model.tokenizer(text)["input_ids"]
+folder = Path(tempfile.mkdtemp())
+np.save(folder / "windows.npy", np.asarray(tokens[: len(tokens) // 128 * 128]).reshape(-1, 128))
+
+for method in ("shortgpt", "uidl", "streamline", "last-n", "shortened-llama"):
+    plan = secateur.make_plan(model, method=method, blocks=2, texts=folder / "windows.npy")
+    (result,) = secateur.eval(secateur.prune(model, plan), windows=16)
+    print(f"{method:16} takes out {plan.steps[0].blocks}: held-out perplexity {result.value:.2f}")
