@@ -141,6 +141,8 @@ class Plan(BaseModel):
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"{path}: the plan cannot be read ({error.strerror}).") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not a valid plan: not text.") from error
         except ValidationError as error:
             raise InputError(f"{path}: not a valid plan: {'; '.join(_problems(error))}.") from error
 

@@ -18,7 +18,11 @@ from tiny_models import build
 SINGLES = [(block,) for block in range(8)]
 SETS = [(), (3, 4), (0, 7), (1, 2, 3), (0, 1), (6, 7), (2, 5), (0, 2, 4, 6), tuple(range(1, 8)), tuple(range(7))]
 BUDGETS = pytest.mark.parametrize("budget", [None, 20_000, 0], ids=["memory", "a little memory", "disk"])
-MODES = pytest.mark.parametrize("skeleton", [False, True], ids=["memory", "skeleton"])
+PLACES = pytest.mark.parametrize(
+    ("skeleton", "budget"),
+    [(False, None), (False, 20_000), (False, 0), (True, 0)],
+    ids=["memory", "a little memory", "disk", "skeleton and disk"],
+)
 
 
 def least_work(asked):
@@ -47,8 +51,7 @@ def truth(tiny, windows):
     return loss
 
 
-@BUDGETS
-@MODES
+@PLACES
 def test_single_blocks_and_sets(skeleton, budget, tiny, windows, truth):
     decoder = tiny("llama", skeleton=skeleton)
     with StateStore(budget) as store:
@@ -89,8 +92,7 @@ def test_any_order_of_asking(seed, budget, tiny, windows, truth):
             assert probe.loss(gone) == pytest.approx(truth(gone), abs=1e-4), gone
 
 
-@BUDGETS
-@MODES
+@PLACES
 def test_after_settling(skeleton, budget, tiny, windows, truth):
     with StateStore(budget) as store:
         probe = RemovalProbe(tiny("llama", skeleton=skeleton), windows, store)
@@ -203,7 +205,7 @@ def test_work_of_a_greedy_search(settle, tiny, windows):
             assert probe.evaluated == least_work(asked)
 
 
-@pytest.mark.parametrize("settle", [(1, 2, 3), (6, 5, 4), (3, 5, 1)])
+@pytest.mark.parametrize("settle", [(6, 5, 4), (3, 5, 1)])
 @pytest.mark.parametrize("budget", [0, None], ids=["disk", "half a block"])
 def test_work_of_a_greedy_search_where_memory_is_short(settle, budget, tiny, windows):
     """The states of the model as settled are always kept, so a candidate costs at most the blocks above its new gap."""

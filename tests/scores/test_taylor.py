@@ -13,7 +13,7 @@ from secateur.models.open import open_model
 from secateur.scores.taylor import scored_weights, taylor
 from tiny_models import build
 
-NAMES = ["llama", "llama-tied", "llama-bias", "gpt2", "gemma3_text", "falcon-rw", "qwen3_moe-mixed", "opt-post-norm"]
+NAMES = ["llama", "llama-tied", "gpt2", "gemma3_text", "falcon-rw", "qwen3_moe-mixed", "opt-post-norm"]
 MODES = pytest.mark.parametrize("skeleton", [False, True], ids=["memory", "skeleton"])
 
 
@@ -29,9 +29,10 @@ def test_against_a_plain_backward_pass(name, per_window, tiny):
         assert no_real_parameters(skeleton.module)
 
 
-@pytest.mark.parametrize("per_window", [False, True], ids=["summed", "per window"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("name", "side", "per_window"),
+    [("llama", "left", False), ("llama", "right", True), ("gpt2", "right", False), ("gemma3_text", "left", True)],
+)
 def test_with_padding(name, side, per_window, tiny):
     windows = draw_windows(side=side)
     found = taylor(tiny(name), windows, per_window=per_window)

@@ -6,6 +6,7 @@ batches through one block, so that each block's weights are read once per walk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.store import StateStore
 from secateur.calibration.texts import Windows
-from secateur.errors import InputError
+from secateur.errors import InputError, NumericsError
 from secateur.models.decoder import Decoder
 from secateur.models.replay import Call, capture, logits, require_finite, run_block, same_calls
 
@@ -92,6 +93,7 @@ def start(decoder: Decoder, windows: Windows, batch_size: int | None = None) -> 
             tokens = tokens.to(decoder.device)
             mask = None if mask is None else mask.to(decoder.device)
             hidden, found = capture(decoder, tokens, mask)
+            require_finite(hidden, "what enters block 0 (the embeddings)", mask)
             calls = calls if same_calls(calls, found) else found
             yield Batch(index, tokens, mask, calls), hidden
 
@@ -175,7 +177,32 @@ def mean_loss(
         found, counted = loss_sum(decoder, batch, hidden)
         total += float(found)
         predictions += counted
+    return mean_of(total, predictions)
+
+
+def mean_of(total: float, predictions: int) -> float:
+    """Mean loss of so many predictions.
+
+    Raises:
+        InputError: there is nothing to predict.
+    """
+    if predictions == 0:
+        raise InputError("windows of one token predict nothing; take at least two tokens per window.")
     return total / predictions
+
+
+def perplexity_of(loss: float) -> float:
+    """Perplexity, exp of a mean loss in nats.
+
+    Raises:
+        NumericsError: it is too large for a number.
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError as error:
+        raise NumericsError(
+            f"a loss of {loss:.4g} nats per token has no perplexity; the weights may be damaged."
+        ) from error
 
 
 def _last_states(
@@ -228,6 +255,7 @@ def loss_sum(decoder: Decoder, batch: Batch, hidden: torch.Tensor) -> tuple[torc
         loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum")
         total = total + loss.cpu().double()
         predictions += int((targets != -100).sum())
+    require_finite(total.detach(), "the loss (what comes after the last block: final norm or head)")
     return total, predictions
 
 

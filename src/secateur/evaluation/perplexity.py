@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from secateur.calibration.choose import Texts, windows_for
 from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.stream import mean_loss
+from secateur.calibration.stream import mean_loss, perplexity_of
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError
 from secateur.evaluation.results import Result
@@ -54,7 +52,7 @@ def _perplexity(model: Decoder, role: str, windows: Windows, batch_size: int | N
     loss = mean_loss(model, windows, batch_size=batch_size, progress=progress)
     return Result(
         measure="perplexity",
-        value=math.exp(loss),
+        value=perplexity_of(loss),
         role=role,
         model=model.source,
         fingerprint=model.fingerprint,

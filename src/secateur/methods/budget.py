@@ -120,19 +120,23 @@ def choose_blocks(
     wanted = budget.value * total if budget.aim == "remove" else total - budget.value
     if wanted <= 0:
         raise InputError(f"target-params={budget.value:,.0f}: the model has only {total:,} parameters.")
+    slack = _ROUNDING if budget.aim == "remove" else 0.0
+    smallest = min(block_parameters)
     tried: list[tuple[int, tuple[int, ...]]] = []
+    reached: list[int] = []
     for found in candidates:
         tried.append((sum(block_parameters[block] for block in found), found))
-        if tried[-1][0] >= wanted * (1 - _ROUNDING):
-            break
-    gone, last = tried[-1]
-    if gone < wanted * (1 - _ROUNDING):
-        raise InputError(_too_much(budget, gone, total, most))
+        reached += [tried[-1][0]] * (tried[-1][0] >= wanted * (1 - slack))
+        if reached and (len(found) + 1) * smallest >= min(reached):
+            break  # one more block can no longer come closer
+    if not reached:
+        raise InputError(_too_much(budget, max(gone for gone, _ in tried), total, most))
     if budget.aim == "target_params":
-        return last
-    if len(tried) == 1 and wanted < gone * (1 - _ROUNDING):
+        return next(found for gone, found in tried if gone == min(reached))
+    least = min(gone for gone, _ in tried)
+    if wanted < least * (1 - _ROUNDING):
         raise InputError(
-            f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {gone / total:.1%} (one block)."
+            f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {least / total:.1%} (one block)."
         )
     return min(tried, key=lambda one: abs(one[0] - wanted))[1]
 

@@ -62,12 +62,12 @@ def make_plan(
     """
     chosen = find_method(method)
     own = dict(settings or {})
-    window = own.get("window")
-    if window is not None and blocks is None and remove is None and target_params is None:
-        checked = chosen.read_settings(own)
+    checked = chosen.read_settings(own)
+    if own.get("window") is not None:
+        if any(amount is not None for amount in (blocks, remove, target_params)):
+            raise InputError("window and another amount contradict each other; give one of them.")
         blocks = checked.window
     budget = read_budget(blocks, remove, target_params)
-    checked = chosen.read_settings(own)
     if scores is not None and scores.fingerprint != model.fingerprint:
         raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
     used: Windows | None = None

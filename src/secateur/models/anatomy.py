@@ -49,6 +49,8 @@ class Family:
     dense_blocks: str | None = None
     """Configuration entry with the indices of blocks whose MLP is dense in a mixture of experts
     (`decoder_sparse_step` then names the rhythm of the others)."""
+    block_numbers: tuple[str, ...] = ()
+    """Configuration entries that list numbers of blocks."""
     tuple_output: bool = False
     """A block returns a tuple whose first entry is the hidden states, not the hidden states themselves."""
     depth_scaled_query: str | None = None

@@ -10,7 +10,8 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate import dispatch_model, init_empty_weights
+import torch
+from accelerate import dispatch_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,6 +30,9 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
         count = getattr(config, name, None)
         if isinstance(count, int):
             setattr(edited, name, sum(i < count for i in kept))
+    for name in family.block_numbers:
+        listed_numbers = set(getattr(config, name))
+        setattr(edited, name, [new for new, old in enumerate(kept) if old in listed_numbers])
     if family.dense_blocks and getattr(config, family.dense_blocks, None) is not None:
         listed = set(getattr(config, family.dense_blocks))
         rhythm = getattr(config, "decoder_sparse_step", 1) or 1
@@ -42,7 +46,7 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
 def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) -> PreTrainedModel:
     """Build the model that keeps only these blocks; its tensors are the old model's own."""
     config = config_with_blocks(module.config, family, kept)
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         new = type(module)._from_config(config, dtype=module.dtype)
     old_modules = dict(module.named_modules())
     for name, holder in new.named_modules():

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -27,6 +27,12 @@ from secateur.models.replay import capture, logits, run_block
 _BLOCKS = 4
 _VOCABULARY = 128
 _SMALL: dict[str, int] = {
+    "n_embd": 64,
+    "n_head": 4,
+    "n_inner": 96,
+    "d_model": 64,
+    "ffn_dim": 96,
+    "rotary_dim": 8,
     "hidden_size": 64,
     "intermediate_size": 96,
     "moe_intermediate_size": 32,
@@ -37,6 +43,18 @@ _SMALL: dict[str, int] = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
+_FAILURES = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What code of an unknown architecture may raise while it is tried out."""
 _INDEX_SETTINGS = ("mlp_only_layers",)
 _COUNT_SETTINGS = ("max_window_layers", "first_k_dense_replace")
 
@@ -48,20 +66,24 @@ def detect(config: Any, source: str, *, trust_remote_code: bool = False) -> Fami
         ModelError: the guess or the proof failed; the message says at which step.
     """
     kind = config.model_type
-    with init_empty_weights(include_buffers=False):
-        module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    family = _guess(module, config)
-    tiny = _tiny_copy(config, family, source, trust_remote_code=trust_remote_code)
-    decoder = _proof_decoder(tiny, family)
     try:
-        family = replace(family, tuple_output=_returns_tuple(decoder))
-        decoder = _proof_decoder(tiny, family)
-        _prove(decoder)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, OSError) as error:
+        with torch.random.fork_rng(devices=[]):
+            family, tiny = _guess_on_a_tiny_copy(config, trust_remote_code=trust_remote_code)
+            family = replace(family, tuple_output=_returns_tuple(_proof_decoder(tiny, family)))
+            _prove(_proof_decoder(tiny, family), trust_remote_code=trust_remote_code)
+    except (*_FAILURES, ModelError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"{source}: '{kind}' is not a known family, and the trial on a tiny copy failed: {error}"
+            f"{source}: '{kind}' is not a known family, and the trial on a tiny copy failed: {reason}"
         ) from error
     return family
+
+
+def _guess_on_a_tiny_copy(config: Any, *, trust_remote_code: bool) -> tuple[Family, PreTrainedModel]:
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    family = _guess(module, config)
+    return family, _tiny_copy(config, family, trust_remote_code=trust_remote_code)
 
 
 def _guess(module: PreTrainedModel, config: Any) -> Family:
@@ -74,6 +96,8 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
         raise ModelError(f"'{config.model_type}': no list of {config.num_hidden_layers} blocks found in the model.")
     shortest = min(lists, key=lambda name: name.count("."))
     names = {id(part): name for name, part in module.named_modules()}
+    if module.get_output_embeddings() is None:
+        raise ModelError("it has no head that predicts tokens.")
     return Family(
         model_type=config.model_type,
         blocks=shortest,
@@ -88,17 +112,32 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
         per_layer_lists=tuple(_lists_per_layer(config)),
         leading_counts=tuple(name for name in _COUNT_SETTINGS if hasattr(config, name)),
         dense_blocks=next((name for name in _INDEX_SETTINGS if hasattr(config, name)), None),
+        block_numbers=tuple(_lists_of_block_numbers(config)),
         detected=True,
     )
 
 
 def _lists_per_layer(config: Any) -> Iterator[str]:
+    numbers = set(_lists_of_block_numbers(config))
     for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+        if isinstance(value, list) and len(value) == config.num_hidden_layers and name not in numbers:
             yield name
 
 
-def _tiny_copy(config: Any, family: Family, source: str, *, trust_remote_code: bool) -> PreTrainedModel:
+def _lists_of_block_numbers(config: Any) -> Iterator[str]:
+    """Lists of rising integers below the number of blocks, such as `moe_layers`."""
+    for name, value in config.to_dict().items():
+        whole = isinstance(value, list) and len(value) > 1 and all(type(one) is int for one in value)
+        if (
+            whole
+            and name not in _INDEX_SETTINGS
+            and value == sorted(set(value))
+            and value[-1] < config.num_hidden_layers
+        ):
+            yield name
+
+
+def _tiny_copy(config: Any, family: Family, *, trust_remote_code: bool) -> PreTrainedModel:
     failures = []
     for sizes in (_SMALL, {}):
         tiny = _shrink(config, family, sizes)
@@ -108,15 +147,17 @@ def _tiny_copy(config: Any, family: Family, source: str, *, trust_remote_code: b
             with torch.no_grad():
                 module(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
             return module
-        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
-            failures.append(str(error).splitlines()[0])
-    raise ModelError(f"{source}: no tiny copy of '{config.model_type}' could be built ({failures[-1]}).")
+        except _FAILURES as error:
+            failures.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    raise ModelError(f"none could be built ({failures[-1]})")
 
 
 def _shrink(config: Any, family: Family, sizes: dict[str, int]) -> Any:
     tiny = copy.deepcopy(config)
     for name in family.per_layer_lists:
         setattr(tiny, name, list(getattr(config, name))[-_BLOCKS:])
+    for name in family.block_numbers:
+        setattr(tiny, name, [number for number in getattr(config, name) if number < _BLOCKS])
     tiny.num_hidden_layers = min(_BLOCKS, config.num_hidden_layers)
     tiny.vocab_size = min(_VOCABULARY, config.vocab_size)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -161,12 +202,13 @@ def _tokens(decoder: Decoder) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _prove(decoder: Decoder) -> None:
+def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> None:
     tokens = _tokens(decoder)
     whole = decoder.module(input_ids=tokens, use_cache=False).logits
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % int(decoder.config.vocab_size)
-    if not torch.equal(whole[:, :-1], decoder.module(input_ids=changed, use_cache=False).logits[:, :-1]):
+    again = decoder.module(input_ids=changed, use_cache=False).logits
+    if not torch.allclose(whole[:, :-1], again[:, :-1], rtol=0, atol=1e-4 * float(whole.abs().max())):
         raise ValueError("it is not causal: a later token changes what came before")
     if not torch.equal(_walk(decoder, tokens, left_out=None), whole):
         raise ValueError("walking its blocks one by one does not give its own forward pass")
@@ -174,7 +216,8 @@ def _prove(decoder: Decoder) -> None:
         kept = [i for i in range(decoder.block_count) if i != left_out]
         shorter = with_blocks(decoder.module, decoder.anatomy.family, kept)
         expected = _walk(decoder, tokens, left_out)
-        if not torch.equal(_reloaded(shorter)(input_ids=tokens, use_cache=False).logits, expected):
+        again = _reloaded(shorter, trust_remote_code=trust_remote_code)(input_ids=tokens, use_cache=False)
+        if not torch.equal(again.logits, expected):
             raise ValueError(f"without block {left_out} it loads as another model")
 
 
@@ -186,10 +229,12 @@ def _walk(decoder: Decoder, tokens: torch.Tensor, left_out: int | None) -> torch
     return logits(decoder, hidden, tokens)
 
 
-def _reloaded(module: PreTrainedModel) -> PreTrainedModel:
+def _reloaded(module: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as folder:
         module.save_pretrained(folder)
-        again, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        again, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     if report["missing_keys"] or report["unexpected_keys"]:
         raise ValueError("a shorter copy has missing or unexpected weights when it is loaded")
     return again.eval()

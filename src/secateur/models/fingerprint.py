@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from secateur.models.shards import shard_files
+from secateur.models.shards import open_shard, shard_files
 
 _SAMPLE = 1 << 20
 
@@ -19,7 +18,7 @@ def of_folder(folder: Path) -> str:
     """Hash the configuration, tensor names and shapes, and the first and last MiB of each shard."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in shard_files(folder):
-        with safe_open(file, framework="pt") as handle:
+        with open_shard(file) as handle:
             for key in sorted(handle.keys()):
                 digest.update(f"{key}{handle.get_slice(key).get_shape()}".encode())
         with file.open("rb") as stream:

@@ -9,9 +9,8 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -27,8 +26,8 @@ from secateur.models.anatomy import Family, resolve
 from secateur.models.decoder import Decoder
 from secateur.models.detect import detect
 from secateur.models.families import FAMILIES
-from secateur.models.refuse import refuse_config, refuse_files
-from secateur.models.shards import Shards, shard_files
+from secateur.models.refuse import has_safetensors, refuse_config, refuse_files
+from secateur.models.shards import Shards, open_shard, shard_files
 
 BUNDLED = "bundled"
 """The name under which the small model that ships with the package is opened."""
@@ -45,6 +44,8 @@ _FILES = [
     "NOTICE*",
     "README.md",
 ]
+_CODE = ["*.py"]
+_PICKLES = ["*.bin", "*.pt", "*.pth"]
 _SHARE_OF_MEMORY = 0.7
 
 
@@ -81,14 +82,15 @@ def open_model(
     """
     if isinstance(source, PreTrainedModel):
         return _wrap(source, tokenizer, trust_remote_code=trust_remote_code)
-    folder = _local_folder(str(source), revision)
+    patterns = [*_FILES, *_CODE * trust_remote_code, *_PICKLES * allow_pickle]
+    folder = _local_folder(str(source), revision, patterns)
     refuse_files(folder, allow_pickle=allow_pickle)
     config = _config(folder, str(source), trust_remote_code=trust_remote_code)
     family = _family(config, str(source), trust_remote_code=trust_remote_code)
     saved = _saved_dtype(config, folder)
     place = _device(device)
     arithmetic = _arithmetic(dtype, saved, place)
-    pickled = not any(folder.glob("*.safetensors"))
+    pickled = not has_safetensors(folder)
     if skeleton is None:
         skeleton = not pickled and _too_large(folder, saved, arithmetic, place)
     if skeleton and pickled:
@@ -126,8 +128,9 @@ def _history(folder: Path) -> tuple[dict[str, Any], ...]:
     if not record.is_file():
         return ()
     try:
-        return tuple(json.loads(record.read_text(encoding="utf-8")).get("history", ()))
-    except ValueError as error:
+        history = json.loads(record.read_text(encoding="utf-8")).get("history", [])
+        return tuple(dict(entry) for entry in history)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{record}: not readable ({error}); remove it to open the model without its history."
         ) from error
@@ -153,7 +156,7 @@ def bundled_folder() -> Path:
     return Path(__file__).resolve().parent.parent / "bundled"
 
 
-def _local_folder(source: str, revision: str | None) -> Path:
+def _local_folder(source: str, revision: str | None, patterns: list[str]) -> Path:
     if source == BUNDLED:
         return bundled_folder()
     if Path(source).is_dir():
@@ -161,7 +164,7 @@ def _local_folder(source: str, revision: str | None) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise InputError(f"{source}: no such folder, and not a hub name of the form owner/name.")
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
         raise InputError(
             f"{source}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set). Give a local folder."
@@ -173,7 +176,7 @@ def _local_folder(source: str, revision: str | None) -> Path:
 def _config(folder: Path, source: str, *, trust_remote_code: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"{source}: cannot read its configuration: {error}") from error
     refuse_config(config, source)
     return config
@@ -190,11 +193,9 @@ def _saved_dtype(config: Any, folder: Path) -> torch.dtype:
         return config.dtype
     if isinstance(config.dtype, str) and config.dtype in _DTYPES:
         return _DTYPES[config.dtype]
-    if not any(folder.glob("*.safetensors")):
+    if not has_safetensors(folder):
         return torch.float32
-    from safetensors import safe_open
-
-    with safe_open(shard_files(folder)[0], framework="pt") as handle:
+    with open_shard(shard_files(folder)[0]) as handle:
         name = max(handle.keys(), key=lambda key: torch.Size(handle.get_slice(key).get_shape()).numel())
         stored = handle.get_slice(name).get_dtype()
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
@@ -234,12 +235,15 @@ def _too_large(folder: Path, saved: torch.dtype, arithmetic: torch.dtype, device
 
 
 def _empty(config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
-    with init_empty_weights(include_buffers=False):
+    """Build a model without weights but with its buffers (rotary tables and the like)."""
+    with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     for holder in module.modules():
         for name, buffer in holder._buffers.items():
             if buffer is not None:
-                holder._buffers[name] = buffer.to(device)
+                holder._buffers[name] = torch.empty_like(buffer, device=device)
+        if any(buffer is not None for buffer in holder._buffers.values()):
+            module._init_weights(holder)
     module.tie_weights()
     return module
 
@@ -253,7 +257,8 @@ def _whole(
     trust_remote_code: bool,
     pickled: bool,
 ) -> PreTrainedModel:
-    shard_files(folder) if not pickled else None
+    if not pickled:
+        shard_files(folder)
     placed = {} if device == torch.device("cpu") else {"device_map": device if device == "auto" else {"": device}}
     try:
         module, report = AutoModelForCausalLM.from_pretrained(
@@ -263,12 +268,16 @@ def _whole(
             use_safetensors=not pickled,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **placed,
         )
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{folder}: does not fit on {device}; open it as a skeleton (--skeleton).") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    if report["mismatched_keys"]:
+        name, found, expected = sorted(report["mismatched_keys"])[0]
+        raise ModelError(f"{folder}: {name} is {tuple(found)} but the config asks for {tuple(expected)}.")
     if report["missing_keys"]:
         names = ", ".join(sorted(report["missing_keys"])[:4])
         raise ModelError(
@@ -286,5 +295,6 @@ def _tokenizer(source: Any, *, trust_remote_code: bool) -> PreTrainedTokenizerBa
         return None
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: the tokenizer cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{source}: the tokenizer cannot be read: {reason}") from error

@@ -42,6 +42,11 @@ def refuse_config(config: Any, source: str) -> None:
         )
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder holds safetensors weights, or an index that promises them."""
+    return any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file()
+
+
 def refuse_files(folder: Path, *, allow_pickle: bool) -> None:
     """Refuse folders without a configuration or with pickled weights only.
 
@@ -50,7 +55,7 @@ def refuse_files(folder: Path, *, allow_pickle: bool) -> None:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json, so this is not a transformers checkpoint.")
-    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
+    if has_safetensors(folder):
         return
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickled and not allow_pickle:

@@ -42,13 +42,14 @@ def shard_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
+        whole = folder / "model.safetensors"
+        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
         if not files:
             raise ModelError(f"{folder}: no safetensors weights here.")
         return files
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: not a readable shard index ({error}).") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -84,7 +85,7 @@ class Shards:
         number = re.compile(rf"(?:^|\.){re.escape(self.blocks.rsplit('.', 1)[-1])}\.(\d+)\.")
         groups: dict[int, dict[str, Path]] = {}
         for file in self.files:
-            with _opened(file) as handle:
+            with open_shard(file) as handle:
                 for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a dict
                     match = number.search(key)
                     groups.setdefault(int(match.group(1)) if match else OUTER, {})[key] = file
@@ -106,7 +107,7 @@ class Shards:
             raise ModelError(f"{self.folder}: no weights of block {stored} in the checkpoint.")
         left_out = f"{without}." if without else None
         wanted = {k: f for k, f in self.keys[stored].items() if left_out is None or not k.startswith(left_out)}
-        handles = {file: _opened(file) for file in sorted(set(wanted.values()))}
+        handles = {file: open_shard(file) for file in sorted(set(wanted.values()))}
         slices = {self._renumber(k, stored, index): handles[f].get_slice(k) for k, f in wanted.items()}
         try:
             if set(slices) <= {name for name, _ in _part(module, self.blocks, index)}:
@@ -199,7 +200,12 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _opened(file: Path) -> safe_open:
+def open_shard(file: Path) -> safe_open:
+    """Open one safetensors file.
+
+    Raises:
+        ModelError: it is damaged or incomplete.
+    """
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

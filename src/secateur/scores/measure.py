@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from secateur.calibration.choose import Texts, windows_for
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import AngularSums, CkaSums, CosineSums, real_tokens
-from secateur.calibration.stream import check_windows, open_store, states_by_batch
+from secateur.calibration.stream import check_windows, open_store, perplexity_of, states_by_batch
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError, NumericsError, unknown
 from secateur.models.decoder import Decoder
@@ -133,9 +132,9 @@ def _removal_perplexity(
 ) -> dict[str, Any]:
     with open_store(decoder) as store:
         probe = RemovalProbe(decoder, windows, store, batch_size)
-        whole = math.exp(probe.loss(()))
+        whole = perplexity_of(probe.loss(()))
         blocks = range(decoder.block_count)
-        each = [math.exp(probe.loss((b,))) for b in progress(blocks, "leaving out each block", len(blocks))]
+        each = [perplexity_of(probe.loss((b,))) for b in progress(blocks, "leaving out each block", len(blocks))]
     return {"perplexity": whole, "removal_perplexity": tuple(each)}
 
 
@@ -148,7 +147,8 @@ def weight_magnitudes(decoder: Decoder) -> tuple[float, ...]:
     sums = []
     for index in range(decoder.block_count):
         with decoder.block(index) as block:
-            parts = [weight.detach().abs().sum(dim=-1).double().sum().cpu() for weight in scored_weights(block)]
+            rows = [weight.detach().abs().sum(dim=-1, dtype=torch.float32) for weight in scored_weights(block)]
+            parts = [sums.cpu().double().sum() for sums in rows]
         total = torch.stack(parts).sum()
         if not torch.isfinite(total):
             raise NumericsError(f"the weights of block {index} hold NaN or infinity; the checkpoint is damaged.")

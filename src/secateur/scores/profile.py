@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, model_validator
+from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from secateur.errors import InputError, NumericsError
 
@@ -63,6 +63,19 @@ class Scores(BaseModel):
                 raise NumericsError(f"score '{name}' holds NaN or infinity.")
         return self
 
+    @model_validator(mode="after")
+    def _of_one_model(self) -> Scores:
+        counts = set()
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                counts.add(len(value) - (name in ("cosine", "angular")))
+                if isinstance(value[0], tuple) and len(value) != len(value[0]):
+                    raise ValueError(f"'{name}' is not square")
+        if len(counts) > 1:
+            raise ValueError("the scores are of different numbers of blocks")
+        return self
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def block_influence(self) -> tuple[float, ...] | None:
@@ -111,7 +124,7 @@ class Scores(BaseModel):
         """
         try:
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable scores file ({str(error).splitlines()[0]}).") from error
 
 

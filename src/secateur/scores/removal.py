@@ -15,7 +15,7 @@ from typing import cast
 import torch
 
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, loss_sum, start, step
+from secateur.calibration.stream import Batch, loss_sum, mean_of, start, step
 from secateur.calibration.texts import Windows
 from secateur.models.decoder import Decoder
 
@@ -74,17 +74,18 @@ class RemovalProbe:
                 found, counted = loss_sum(self._decoder, batch, self._store.get(_key(batch, end, gone)))
                 total += float(found)
                 predictions += counted
-        return total / predictions
+        return mean_of(total, predictions)
 
     def _advance(self, index: int, gone: Gone) -> None:
         """Take the states from the entry of block `index` to the entry of the next one.
 
         States of the model as settled so far are always kept, those of a candidate only while memory has room.
         """
-        needed_again = {block for block in gone if block < index} == {b for b in self._settled if b < index}
         with self._decoder.block(index):
             for batch in self._batches:
                 before = _key(batch, index, gone)
+                depth, below = before[1:]
+                needed_again = set(below) == {block for block in self._settled if block < depth}
                 result = step(self._decoder, index, batch, self._store.get(before))
                 if not needed_again and not self._store.has_room(result):
                     self._store.drop(before)
