@@ -3,12 +3,13 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit contract clean
 
 demo: $(STAMP)  ## set up, then the main job on the bundled model
 	$(BIN)/secateur demo $(if $(OUT),-o $(OUT))
 
-test: lint types unit  ## set up, linters, type checker, tests
+test: lint types  ## set up, linters, type checker, tests (the contract beside the others)
+	$(MAKE) -j2 --output-sync=target unit contract
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -18,7 +19,10 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/test_every_method.py
+
+contract: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_every_method.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """One contract for every method on every family; a new method or family adds a row and passes the same list.
 
-All folders written here are reopened in one fresh process at the end, so these tests run in order, on one worker.
+All folders written here are reopened in one fresh process at the end, so these tests run in order, in one process.
 """
 
 import dataclasses
@@ -17,8 +17,6 @@ from secateur.methods.registry import METHODS
 from secateur.models.decoder import Decoder
 from secateur.models.replay import capture, logits, run_block
 from tiny_models import OTHER_FAMILIES, VARIANTS, VOCABULARY, save_tiny
-
-pytestmark = pytest.mark.xdist_group("contract")
 
 CASES = [
     ("shortgpt", {}),
