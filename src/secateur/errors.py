@@ -28,3 +28,8 @@ def unknown(what: str, name: str, known: list[str]) -> InputError:
     close = get_close_matches(name, known, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return InputError(f"unknown {what} '{name}'.{hint} Known: {', '.join(known)}.")
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of another library's message, or the error's kind where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -186,9 +186,18 @@ def mean_of(total: float, predictions: int) -> float:
     Raises:
         InputError: there is nothing to predict.
     """
+    require_predictions(predictions)
+    return total / predictions
+
+
+def require_predictions(predictions: int) -> None:
+    """Refuse windows in which there is nothing to predict.
+
+    Raises:
+        InputError: not one prediction.
+    """
     if predictions == 0:
         raise InputError("windows of one token predict nothing; take at least two tokens per window.")
-    return total / predictions
 
 
 def perplexity_of(loss: float) -> float:

@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.errors import ModelError
+from secateur.errors import ModelError, first_line
 from secateur.models.anatomy import Family, resolve
 from secateur.models.decoder import Decoder
 from secateur.models.depth import with_blocks
@@ -72,9 +72,8 @@ def detect(config: Any, source: str, *, trust_remote_code: bool = False) -> Fami
             family = replace(family, tuple_output=_returns_tuple(_proof_decoder(tiny, family)))
             _prove(_proof_decoder(tiny, family), trust_remote_code=trust_remote_code)
     except (*_FAILURES, ModelError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"{source}: '{kind}' is not a known family, and the trial on a tiny copy failed: {reason}"
+            f"{source}: '{kind}' is not a known family, and the trial on a tiny copy failed: {first_line(error)}"
         ) from error
     return family
 
@@ -148,7 +147,7 @@ def _tiny_copy(config: Any, family: Family, *, trust_remote_code: bool) -> PreTr
                 module(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
             return module
         except _FAILURES as error:
-            failures.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            failures.append(first_line(error))
     raise ModelError(f"none could be built ({failures[-1]})")
 
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secateur.errors import InputError, ModelError
+from secateur.errors import InputError, ModelError, first_line
 from secateur.models import fingerprint
 from secateur.models.anatomy import Family, resolve
 from secateur.models.decoder import Decoder
@@ -170,7 +170,7 @@ def _local_folder(source: str, revision: str | None, patterns: list[str]) -> Pat
             f"{source}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set). Give a local folder."
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(f"{source}: not available on the hub ({str(error).splitlines()[0]}).") from error
+        raise InputError(f"{source}: not available on the hub ({first_line(error)}).") from error
 
 
 def _config(folder: Path, source: str, *, trust_remote_code: bool) -> Any:
@@ -208,7 +208,7 @@ def _device(device: str) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{device}' cannot be used here ({str(error).splitlines()[0]}).") from error
+        raise InputError(f"device '{device}' cannot be used here ({first_line(error)}).") from error
     return place
 
 
@@ -274,7 +274,7 @@ def _whole(
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{folder}: does not fit on {device}; open it as a skeleton (--skeleton).") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     if report["mismatched_keys"]:
         name, found, expected = sorted(report["mismatched_keys"])[0]
         raise ModelError(f"{folder}: {name} is {tuple(found)} but the config asks for {tuple(expected)}.")
@@ -295,6 +295,5 @@ def _tokenizer(source: Any, *, trust_remote_code: bool) -> PreTrainedTokenizerBa
         return None
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{source}: the tokenizer cannot be read: {reason}") from error
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ModelError(f"{source}: the tokenizer cannot be read: {first_line(error)}") from error

@@ -15,9 +15,9 @@ from torch import nn
 
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, loss_sum, open_store, walk_blocks
+from secateur.calibration.stream import Batch, loss_sum, open_store, require_predictions, walk_blocks
 from secateur.calibration.texts import Windows
-from secateur.errors import InputError, NumericsError
+from secateur.errors import NumericsError
 from secateur.models.decoder import Decoder
 from secateur.models.replay import run_block
 
@@ -56,8 +56,7 @@ def _loss_gradients(decoder: Decoder, batches: list[Batch], kept: StateStore) ->
             (gradient,) = torch.autograd.grad(loss, hidden)
             kept.put(("gradient", batch.index), gradient)
             predictions += counted
-    if predictions == 0:
-        raise InputError("windows of one token predict nothing; take at least two tokens per window.")
+    require_predictions(predictions)
     for batch in batches:
         kept.put(("gradient", batch.index), kept.get(("gradient", batch.index)) / predictions)
         kept.drop((batch.index, decoder.block_count))
