@@ -6,7 +6,7 @@ from pathlib import Path
 import secateur
 
 ORDER = [
-    {"errors", "plan", "versions", "__init__"},
+    {"errors", "steps", "plan", "versions", "__init__"},
     {"models"},
     {"calibration"},
     {"evaluation"},

@@ -11,7 +11,8 @@ from secateur import Plan, make_plan, prune
 from secateur.errors import InputError, ModelError
 from secateur.methods.planning import model_ref
 from secateur.models.open import open_model
-from secateur.plan import DropBlocks, ModelRef
+from secateur.plan import ModelRef
+from secateur.steps import DropBlocks
 from tiny_models import build
 
 REF = ModelRef(

@@ -76,7 +76,7 @@ def plan_summary(plan: Plan) -> Table:
     for step in plan.steps:
         settings = ", ".join(f"{name}={value}" for name, value in step.settings.items() if value)
         table.add_row("method", step.method + (f" ({settings})" if settings else ""))
-        table.add_row("takes out", ", ".join(map(str, step.blocks)) or "nothing")
+        table.add_row(*step.says())
     table.add_row("blocks", _strip(plan))
     table.add_row(
         "parameters",

@@ -1,4 +1,4 @@
-"""The decision as data: which blocks go, and what that leaves. Made, shown, edited and applied separately.
+"""The decision as data: which edits, and what they leave. Made, shown, edited and applied separately.
 
 A plan never holds tensors. It is a small JSON file; what can be computed from it (sizes) is written for the reader and
 computed again when it is read, so an edited plan cannot contradict itself.
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from secateur.errors import InputError
+from secateur.steps import AnyStep, Sizes
 
 _DERIVED = ("parameters_before", "parameters_after", "removed_fraction")
 
@@ -38,33 +39,6 @@ class ModelRef(BaseModel):
     other_parameters: int
 
 
-class DropBlocks(BaseModel):
-    """Take blocks out; numbers refer to the model as the step before left it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["drop-blocks"] = "drop-blocks"
-    method: str
-    settings: dict[str, Any] = Field(default_factory=dict)
-    blocks: tuple[int, ...]
-
-    def kept(self, count: int) -> tuple[int, ...]:
-        """Give the blocks that stay, of `count`.
-
-        Raises:
-            InputError: a block number that does not exist or is named twice, or no block left.
-        """
-        wrong = sorted(block for block in self.blocks if not 0 <= block < count)
-        if wrong:
-            raise InputError(f"the plan drops block {wrong[0]}, but this model has blocks 0 to {count - 1}.")
-        if len(set(self.blocks)) < len(self.blocks):
-            raise InputError(f"the plan names a block twice: {list(self.blocks)}.")
-        stay = tuple(block for block in range(count) if block not in self.blocks)
-        if not stay:
-            raise InputError("the plan drops every block; at least one must stay.")
-        return stay
-
-
 class Plan(BaseModel):
     """What to do to one model.
 
@@ -85,7 +59,7 @@ class Plan(BaseModel):
     requested: dict[str, Any] = Field(default_factory=dict)
     texts: dict[str, Any] | None = None
     seed: int = 0
-    steps: tuple[DropBlocks, ...] = ()
+    steps: tuple[AnyStep, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -94,7 +68,7 @@ class Plan(BaseModel):
 
     @model_validator(mode="after")
     def _applicable(self) -> Plan:
-        self.kept_blocks()
+        self.sizes_after()
         return self
 
     def kept_blocks(self) -> tuple[int, ...]:
@@ -103,6 +77,13 @@ class Plan(BaseModel):
         for step in self.steps:
             left = tuple(left[i] for i in step.kept(len(left)))
         return left
+
+    def sizes_after(self) -> Sizes:
+        """Give the sizes of the result."""
+        sizes = Sizes(self.model.block_parameters, self.model.other_parameters)
+        for step in self.steps:
+            sizes = step.left(sizes)
+        return sizes
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -114,7 +95,7 @@ class Plan(BaseModel):
     @property
     def parameters_after(self) -> int:
         """All parameters of the result."""
-        return sum(self.model.block_parameters[i] for i in self.kept_blocks()) + self.model.other_parameters
+        return self.sizes_after().total
 
     @computed_field  # type: ignore[prop-decorator]
     @property

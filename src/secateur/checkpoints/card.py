@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from secateur.models.decoder import Decoder
+from secateur.plan import Plan
 
 
 def model_card(decoder: Decoder, record: dict[str, Any]) -> ModelCard:
@@ -27,10 +28,10 @@ def model_card(decoder: Decoder, record: dict[str, Any]) -> ModelCard:
 def _body(decoder: Decoder, record: dict[str, Any]) -> str:
     name = Path(decoder.source).name
     lines = [f"# {name}, pruned", "", f"Made from `{decoder.source}` with secateur {record['secateur']}.", ""]
-    lines += ["| step | method | blocks taken out |", "|---|---|---|"]
-    steps = [step for entry in record["history"] for step in entry["plan"]["steps"]]
+    lines += ["| step | method | what it did |", "|---|---|---|"]
+    steps = [step for entry in record["history"] for step in Plan.model_validate(entry["plan"]).steps]
     for number, step in enumerate(steps, 1):
-        lines.append(f"| {number} | {step['method']} | {', '.join(map(str, step['blocks'])) or 'none'} |")
+        lines.append(f"| {number} | {step.method} | {' '.join(step.says())} |")
     before, after = record["parameters_before"], record["parameters_after"]
     lines += [
         "",

@@ -23,9 +23,11 @@ from secateur.calibration.stream import open_store
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
 from secateur.methods.method import Evidence, Method, Settings
-from secateur.plan import DropBlocks
+from secateur.models.decoder import Decoder
 from secateur.scores.removal import RemovalProbe
 from secateur.scores.taylor import taylor
+from secateur.steps import DropBlocks
+from secateur.surgery.blocks import keep_blocks
 
 Candidates = Iterator[tuple[int, ...]]
 
@@ -225,3 +227,11 @@ METHODS = (
         forwards=lambda blocks, gone, _settings: 1 + gone * blocks / 2,
     ),
 )
+
+
+def apply(evidence: Evidence, step: DropBlocks) -> Decoder:
+    """Take the step's blocks out."""
+    return keep_blocks(evidence.decoder, step.kept(evidence.decoder.block_count))
+
+
+APPLY = {"drop-blocks": apply}

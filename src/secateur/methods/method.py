@@ -13,9 +13,9 @@ from secateur.calibration.texts import Windows
 from secateur.errors import InputError, unknown
 from secateur.methods.budget import Budget
 from secateur.models.decoder import Decoder
-from secateur.plan import DropBlocks
 from secateur.scores.measure import score_model
 from secateur.scores.profile import Kind, Scores
+from secateur.steps import AnyStep
 
 
 class Settings(BaseModel):
@@ -91,7 +91,7 @@ class Method:
     summary: str
     paper: str
     settings: type[Settings]
-    decide: Callable[[Evidence, Any, Budget], Sequence[DropBlocks]]
+    decide: Callable[[Evidence, Any, Budget], Sequence[AnyStep]]
     needs_texts: Callable[[Any], bool] = lambda _: True
     forwards: Callable[[int, int, Any], float] = lambda _blocks, _gone, _settings: 1.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ from secateur.calibration.texts import Windows
 from secateur.errors import InputError, ModelError
 from secateur.methods.budget import read_budget
 from secateur.methods.method import Evidence
-from secateur.methods.registry import find_method
+from secateur.methods.registry import APPLY, find_method
 from secateur.models.decoder import Decoder
-from secateur.plan import DropBlocks, ModelRef, Plan
+from secateur.plan import ModelRef, Plan
 from secateur.scores.profile import Scores
-from secateur.surgery.blocks import keep_blocks
 from secateur.versions import secateur_version
 
 
@@ -98,15 +97,26 @@ def model_ref(model: Decoder) -> ModelRef:
     )
 
 
-def prune(model: Decoder, plan: Plan | str | Path) -> Decoder:
-    """Apply a plan; the given model stays as it is and shares its weights with the result.
+def prune(
+    model: Decoder,
+    plan: Plan | str | Path,
+    *,
+    texts: Texts = None,
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
+) -> Decoder:
+    """Apply a plan; the given model stays as it is and shares its weights with the result where it can.
 
     Args:
         model: the model the plan was made for.
         plan: the plan, or the path of a plan file.
+        texts: what edits that measure are measured on; None takes what the plan names. Others than the plan was
+            made on give a warning.
+        batch_size: windows per batch; None chooses by the device.
+        progress: shows how far it is.
 
     Raises:
-        InputError: the plan is for another model, or cannot be applied to this one.
+        InputError: the plan is for another model, cannot be applied to this one, or needs texts that are gone.
     """
     plan = plan if isinstance(plan, Plan) else Plan.read(plan)
     if plan.model.fingerprint != model.fingerprint:
@@ -114,9 +124,11 @@ def prune(model: Decoder, plan: Plan | str | Path) -> Decoder:
             f"this plan is for another model: it was made for {plan.model.source} "
             f"(fingerprint {plan.model.fingerprint[:12]}), this is {model.source} ({model.fingerprint[:12]})."
         )
+    windows = windows_of_plan(model, plan, texts) if any(step.measures for step in plan.steps) else None
     pruned = model
     for step in plan.steps:
-        pruned = _APPLY[step.kind](pruned, step)
+        evidence = Evidence(pruned, windows, batch_size=batch_size, seed=plan.seed, progress=progress)
+        pruned = APPLY[step.kind](evidence, step)
     if pruned.parameter_count != plan.parameters_after:
         raise ModelError(
             f"the result has {pruned.parameter_count:,} parameters where the plan counts {plan.parameters_after:,}."
@@ -125,8 +137,33 @@ def prune(model: Decoder, plan: Plan | str | Path) -> Decoder:
     return dataclasses.replace(pruned, history=(*model.history, entry))
 
 
-def _drop_blocks(decoder: Decoder, step: DropBlocks) -> Decoder:
-    return keep_blocks(decoder, step.kept(decoder.block_count))
+def windows_of_plan(model: Decoder, plan: Plan, texts: Texts = None) -> Windows:
+    """Open the calibration windows a plan was made on, or the given ones instead.
 
-
-_APPLY: dict[str, Callable[[Decoder, DropBlocks], Decoder]] = {"drop-blocks": _drop_blocks}
+    Raises:
+        InputError: the plan names no texts that can be opened again, and none are given.
+    """
+    recorded = plan.texts or {}
+    if texts is None and not recorded:
+        raise InputError("this plan's edits are measured on texts, but it names none; give them (--texts).")
+    try:
+        found = windows_for(
+            model,
+            texts if texts is not None else recorded["source"],
+            windows=recorded.get("windows", 32),
+            seq_len=recorded.get("seq_len"),
+            seed=plan.seed,
+        )
+    except InputError as error:
+        if texts is not None:
+            raise
+        raise InputError(
+            f"the texts this plan was made on cannot be opened again; give them (--texts). {error}"
+        ) from error
+    if recorded and found.fingerprint != recorded.get("fingerprint"):
+        warnings.warn(
+            f"the texts differ from those the plan was made on ({found.fingerprint} instead of "
+            f"{recorded.get('fingerprint')}); bases and matrices are measured on them as they are now.",
+            stacklevel=3,
+        )
+    return found

@@ -1,12 +1,24 @@
-"""All methods by name. A new method adds its rows here and nowhere else."""
+"""All methods by name, and how their steps are applied. A new file of methods is named here and nowhere else."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 from secateur.errors import unknown
 from secateur.methods import drop_blocks
-from secateur.methods.method import Method
+from secateur.methods.method import Evidence, Method
+from secateur.models.decoder import Decoder
 
-METHODS: dict[str, Method] = {method.name: method for method in drop_blocks.METHODS}
+_FILES: tuple[ModuleType, ...] = (drop_blocks,)
+
+METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
+
+APPLY: dict[str, Callable[[Evidence, Any], Decoder]] = {
+    kind: edit for file in _FILES for kind, edit in file.APPLY.items()
+}
+"""How each kind of step is applied: evidence, whose decoder is the model before it, and the step, to the new model."""
 
 
 def find_method(name: str) -> Method:
