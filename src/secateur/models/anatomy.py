@@ -16,7 +16,9 @@ from secateur.errors import ModelError
 
 NormKind = Literal["rms", "rms-plus-one", "layernorm"]
 NormOrder = Literal["pre", "post", "sandwich"]
-QkvLayout = Literal["separate", "stacked", "per-head", "per-group"]
+QkvLayout = Literal["separate", "stacked", "per-group"]
+MlpLayout = Literal["gate-up", "stacked", "plain"]
+Positions = Literal["rope", "rope-interleaved", "learned", "learned-unpadded", "alibi"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +37,37 @@ class Family:
     parallel: bool | str = False
     """Attention and MLP side by side on one residual; a string names the configuration flag that decides."""
     qkv: QkvLayout = "separate"
-    """How query, key and value rows lie in the input projection of attention."""
+    """How query, key and value rows lie in the input projection of attention: three projections, one above the
+    other, or for each key/value head its queries, its key and its value."""
     attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     attention_out: tuple[str, ...] = ("self_attn.o_proj",)
     attention_norms: tuple[str, ...] = ()
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    attention_scale: str = "self_attn.scaling"
+    """Where a block keeps the number that products of queries and keys are multiplied by."""
     mlp_out: tuple[str, ...] = ("mlp.down_proj",)
+    mlp_layout: MlpLayout = "gate-up"
+    """A gate and an up projection, both stacked in one, or an up projection alone."""
+    activation: str = "hidden_act"
+    """Configuration entry with the name of the MLP's activation, or the name itself."""
+    positions: Positions = "rope"
+    """Rotary (pairs in the halves of a head, or side by side), a table (counted with or without padding), ALiBi."""
+    alibi_flag: str | None = None
+    """Configuration entry that says, where it is true, that positions are ALiBi after all."""
+    alibi_scaled: bool = False
+    """ALiBi is multiplied by the attention scale like the products of queries and keys."""
+    embedding_multiplier: str | None = None
+    residual_multiplier: str | None = None
+    logits_multiplier: str | None = None
+    logits_divisor: str | None = None
+    """Configuration entries with a number that embeddings, branch outputs or logits are multiplied or divided by."""
+    unsliceable: tuple[tuple[str, Any, str], ...] = ()
+    """Configuration entry, value and reason: variants whose hidden states cannot be rotated."""
     router: tuple[str, ...] = ()
     per_layer_lists: tuple[str, ...] = ()
     """Configuration entries with one value per block."""
+    per_point_lists: tuple[str, ...] = ()
+    """Configuration entries with one value per reading point of the residual stream, and perhaps one for the head."""
     leading_counts: tuple[str, ...] = ()
     """Configuration entries that count how many of the first blocks are of one kind."""
     dense_blocks: str | None = None

@@ -26,6 +26,9 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
         values = getattr(config, name, None)
         if isinstance(values, list | tuple) and len(values) == before:
             setattr(edited, name, [values[i] for i in kept])
+    for name in family.per_point_lists:
+        values = getattr(config, name)
+        setattr(edited, name, values[: len(values) - len(values) // before * (before - len(kept))])
     for name in family.leading_counts:
         count = getattr(config, name, None)
         if isinstance(count, int):

@@ -18,6 +18,7 @@ _MIXTRAL = replace(
     model_type="mixtral",
     mlp_in=("mlp.experts.gate_up_proj",),
     mlp_out=("mlp.experts.down_proj",),
+    mlp_layout="stacked",
     router=("mlp.gate",),
 )
 
@@ -41,11 +42,13 @@ _NEOX = Family(
     final=("gpt_neox.final_layer_norm",),
     norm="layernorm",
     parallel="use_parallel_residual",
-    qkv="per-head",
+    qkv="per-group",
     attention_in=("attention.query_key_value",),
     attention_out=("attention.dense",),
+    attention_scale="attention.scaling",
     mlp_in=("mlp.dense_h_to_4h",),
     mlp_out=("mlp.dense_4h_to_h",),
+    mlp_layout="plain",
 )
 
 _BLOOM = replace(
@@ -57,7 +60,11 @@ _BLOOM = replace(
     parallel=False,
     attention_in=("self_attention.query_key_value",),
     attention_out=("self_attention.dense",),
+    attention_scale="self_attention.inv_norm_factor",
+    activation="gelu_pytorch_tanh",
+    positions="alibi",
     tuple_output=True,
+    unsliceable=(("apply_residual_connection_post_layernorm", True, "its residual is taken after the norm"),),
 )
 
 _ROWS = (
@@ -77,7 +84,13 @@ _ROWS = (
         leading_counts=("max_window_layers",),
     ),
     replace(_LLAMA, model_type="smollm3", per_layer_lists=("layer_types", "no_rope_layers")),
-    replace(_LLAMA, model_type="granite"),
+    replace(
+        _LLAMA,
+        model_type="granite",
+        embedding_multiplier="embedding_multiplier",
+        residual_multiplier="residual_multiplier",
+        logits_divisor="logits_scaling",
+    ),
     replace(_LLAMA, model_type="gemma", norm="rms-plus-one"),
     replace(_SANDWICH, model_type="gemma2"),
     replace(_SANDWICH, model_type="gemma3_text", attention_norms=_QK_NORMS),
@@ -92,6 +105,8 @@ _ROWS = (
         attention_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
         mlp_in=("mlp.fc1",),
         mlp_out=("mlp.fc2",),
+        mlp_layout="plain",
+        unsliceable=(("qk_layernorm", True, "its query and key norms have biases"),),
     ),
     replace(
         _LLAMA,
@@ -99,6 +114,7 @@ _ROWS = (
         qkv="stacked",
         attention_in=("self_attn.qkv_proj",),
         mlp_in=("mlp.gate_up_proj",),
+        mlp_layout="stacked",
     ),
     Family(
         model_type="opt",
@@ -114,6 +130,10 @@ _ROWS = (
         attention_out=("self_attn.out_proj",),
         mlp_in=("fc1",),
         mlp_out=("fc2",),
+        mlp_layout="plain",
+        activation="activation_function",
+        positions="learned-unpadded",
+        unsliceable=(("do_layer_norm_before", False, "its norms stand on the residual stream"),),
     ),
     Family(
         model_type="gpt2",
@@ -125,8 +145,12 @@ _ROWS = (
         qkv="stacked",
         attention_in=("attn.c_attn",),
         attention_out=("attn.c_proj",),
+        attention_scale="attn.scaling",
         mlp_in=("mlp.c_fc",),
         mlp_out=("mlp.c_proj",),
+        mlp_layout="plain",
+        activation="activation_function",
+        positions="learned",
         depth_scaled_query="attn.c_attn",
     ),
     _NEOX,
@@ -137,7 +161,10 @@ _ROWS = (
         embeddings=("transformer.word_embeddings",),
         norms=("input_layernorm", "post_attention_layernorm", "ln_attn", "ln_mlp"),
         parallel="parallel_attn",
-        qkv="per-group",
+        activation="activation",
+        positions="rope",
+        alibi_flag="alibi",
+        alibi_scaled=True,
     ),
     replace(_LLAMA, model_type="olmo", norm="layernorm"),
     replace(
@@ -161,6 +188,8 @@ _ROWS = (
         norm="layernorm",
         parallel=True,
         attention_norms=_QK_NORMS,
+        positions="rope-interleaved",
+        logits_multiplier="logit_scale",
     ),
     _MIXTRAL,
     replace(
@@ -170,6 +199,19 @@ _ROWS = (
         mlp_in=("mlp.experts.gate_up_proj", "mlp.gate_proj", "mlp.up_proj"),
         mlp_out=("mlp.experts.down_proj", "mlp.down_proj"),
         dense_blocks="mlp_only_layers",
+    ),
+    replace(
+        _LLAMA,
+        model_type="secateur",
+        embeddings=("model.embed_tokens", "model.embed_positions"),
+        norms=("norm",),
+        parallel="parallel",
+        attention_norms=_QK_NORMS,
+        mlp_in=("mlp.gate_proj", "mlp.up_proj", "mlp.experts"),
+        mlp_out=("mlp.down_proj", "mlp.experts"),
+        router=("mlp.gate",),
+        per_layer_lists=("intermediate_sizes", "experts", "rope_blocks", "layer_types"),
+        per_point_lists=("widths", "shortcuts"),
     ),
 )
 

@@ -96,7 +96,7 @@ def open_model(
     if skeleton and pickled:
         raise InputError(f"{source}: a skeleton reads safetensors only; open this model without it.")
     if skeleton:
-        module = _empty(config, arithmetic, place, trust_remote_code=trust_remote_code)
+        module = empty_model(config, arithmetic, place, trust_remote_code=trust_remote_code)
         shards = Shards.of(folder, family.blocks, place)
     else:
         everywhere = device == "auto" and torch.cuda.device_count() > 1
@@ -234,7 +234,7 @@ def _too_large(folder: Path, saved: torch.dtype, arithmetic: torch.dtype, device
     return needed > _SHARE_OF_MEMORY * free
 
 
-def _empty(config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
+def empty_model(config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
     """Build a model without weights but with its buffers (rotary tables and the like)."""
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

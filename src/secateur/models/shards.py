@@ -66,6 +66,7 @@ class Shards:
         blocks: path of the list of blocks in the model, such as `model.layers`.
         device: where weights are put when they are read.
         kept: for each block of the model its number in the checkpoint; None means all, in order.
+        owner: keeps the folder alive where it is a temporary one.
     """
 
     folder: Path
@@ -73,6 +74,7 @@ class Shards:
     kept: tuple[int, ...] | None = None
     files: tuple[Path, ...] = field(default=())
     device: torch.device = field(default=torch.device("cpu"))
+    owner: Any = field(default=None, compare=False)
 
     @classmethod
     def of(cls, folder: Path, blocks: str, device: torch.device) -> Shards:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from secateur.calibration.backward import back_through, loss_gradients
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, loss_sum, open_store, require_predictions, walk_blocks
+from secateur.calibration.stream import Batch, open_store, walk_blocks
 from secateur.calibration.texts import Windows
 from secateur.errors import NumericsError
 from secateur.models.decoder import Decoder
-from secateur.models.replay import run_block
 
 
 def taylor(
@@ -39,27 +39,11 @@ def taylor(
     scores = []
     with open_store(decoder) as kept:
         batches = walk_blocks(decoder, windows, kept, batch_size=size, progress=progress)
-        _loss_gradients(decoder, batches, kept)
+        loss_gradients(decoder, batches, kept)
         order = list(reversed(range(decoder.block_count)))
         for index in progress(order, "walking back through the blocks", len(order)):
             scores.append(_block_score(decoder, index, batches, kept, per_window=per_window))
     return scores[::-1]
-
-
-def _loss_gradients(decoder: Decoder, batches: list[Batch], kept: StateStore) -> None:
-    """Put ∂L/∂X^L of every batch in the store."""
-    predictions = 0
-    with decoder.outer(), torch.enable_grad():
-        for batch in batches:
-            hidden = kept.get((batch.index, decoder.block_count)).detach().requires_grad_()
-            loss, counted = loss_sum(decoder, batch, hidden)
-            (gradient,) = torch.autograd.grad(loss, hidden)
-            kept.put(("gradient", batch.index), gradient)
-            predictions += counted
-    require_predictions(predictions)
-    for batch in batches:
-        kept.put(("gradient", batch.index), kept.get(("gradient", batch.index)) / predictions)
-        kept.drop((batch.index, decoder.block_count))
 
 
 def _block_score(decoder: Decoder, index: int, batches: list[Batch], kept: StateStore, *, per_window: bool) -> float:
@@ -71,7 +55,7 @@ def _block_score(decoder: Decoder, index: int, batches: list[Batch], kept: State
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         try:
             for batch in batches:
-                for running, gradient in zip(sums, _backward(decoder, index, batch, kept, weights), strict=True):
+                for running, gradient in zip(sums, back_through(decoder, index, batch, kept, weights), strict=True):
                     if gradient is not None:
                         running += gradient.float()
                 if per_window:
@@ -87,19 +71,6 @@ def _block_score(decoder: Decoder, index: int, batches: list[Batch], kept: State
     if not torch.isfinite(total):
         raise NumericsError(f"the Taylor score of block {index} is {score}; try --dtype float32.")
     return score
-
-
-def _backward(
-    decoder: Decoder, index: int, batch: Batch, kept: StateStore, weights: list[nn.Parameter]
-) -> tuple[torch.Tensor | None, ...]:
-    """Differentiate one block on one batch; its input's gradient replaces its output's in the store."""
-    hidden = kept.get((batch.index, index)).detach().requires_grad_()
-    output = run_block(decoder.block_list[index], batch.calls[index], hidden)
-    arriving = kept.get(("gradient", batch.index)).to(output.device, output.dtype)
-    leaving, *gradients = torch.autograd.grad(output, [hidden, *weights], arriving, allow_unused=True)
-    kept.put(("gradient", batch.index), leaving)
-    kept.drop((batch.index, index))
-    return tuple(gradients)
 
 
 def _importance(weights: list[nn.Parameter], gradients: list[torch.Tensor]) -> torch.Tensor:

@@ -19,11 +19,17 @@ def keep_blocks(decoder: Decoder, kept: Sequence[int]) -> Decoder:
     """Give the decoder that keeps only these blocks; the given one stays as it is and shares its weights.
 
     Raises:
-        ModelError: the architecture derives weights' scales from block numbers and the model is a skeleton.
+        ModelError: the architecture derives weights' scales from block numbers and the model is a skeleton, or the
+            model is sliced.
     """
     if list(kept) == list(range(decoder.block_count)):
         return decoder
     family = decoder.anatomy.family
+    if any(getattr(decoder.config, "shortcuts", None) or ()):
+        raise ModelError(
+            f"{decoder.source}: neighbouring blocks of this sliced model fit only each other; take blocks out of the "
+            "dense model first, then slice."
+        )
     module = with_blocks(decoder.module, family, kept).requires_grad_(False)
     if family.depth_scaled_query and getattr(decoder.config, "scale_attn_by_inverse_layer_idx", False):
         if decoder.is_skeleton:

@@ -1,0 +1,74 @@
+"""Walk back through the blocks: the gradient of the loss by each block's input, one block at a time.
+
+Needs the states X⁰ … X^L in a store under (batch, depth), as `walk_blocks` leaves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from secateur.calibration.store import StateStore
+from secateur.calibration.stream import Batch, loss_sum, require_predictions
+from secateur.models.decoder import Decoder
+from secateur.models.replay import run_block
+
+
+def loss_gradients(decoder: Decoder, batches: list[Batch], kept: StateStore) -> None:
+    """Put ∂L/∂X^L of every batch in the store under ("gradient", batch); L is the mean loss over all predictions."""
+    predictions = 0
+    with decoder.outer(), torch.enable_grad():
+        for batch in batches:
+            hidden = kept.get((batch.index, decoder.block_count)).detach().requires_grad_()
+            loss, counted = loss_sum(decoder, batch, hidden)
+            (gradient,) = torch.autograd.grad(loss, hidden)
+            kept.put(("gradient", batch.index), gradient)
+            predictions += counted
+    require_predictions(predictions)
+    for batch in batches:
+        kept.put(("gradient", batch.index), kept.get(("gradient", batch.index)) / predictions)
+        kept.drop((batch.index, decoder.block_count))
+
+
+def back_through(
+    decoder: Decoder,
+    index: int,
+    batch: Batch,
+    kept: StateStore,
+    weights: Sequence[nn.Parameter] = (),
+    inputs_of: Sequence[nn.Module] = (),
+) -> tuple[torch.Tensor | None, ...]:
+    """Differentiate one block (its weights present) on one batch.
+
+    The gradient of its input replaces that of its output in the store, and its input is forgotten.
+
+    Args:
+        decoder: the model.
+        index: number of the block.
+        batch: the batch.
+        kept: the store.
+        weights: parameters to differentiate by; they must require gradients.
+        inputs_of: modules inside the block, by whose first input to differentiate.
+
+    Returns:
+        The gradients by the weights, then by those inputs; None where the loss does not depend on one.
+    """
+    hidden = kept.get((batch.index, index)).detach().requires_grad_()
+    entering: dict[int, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, number=number: entering.__setitem__(number, args[0]))
+        for number, module in enumerate(inputs_of)
+    ]
+    try:
+        output = run_block(decoder.block_list[index], batch.calls[index], hidden)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    arriving = kept.get(("gradient", batch.index)).to(output.device, output.dtype)
+    wanted = [hidden, *weights, *(entering[number] for number in range(len(inputs_of)))]
+    leaving, *gradients = torch.autograd.grad(output, wanted, arriving, allow_unused=True)
+    kept.put(("gradient", batch.index), leaving)
+    kept.drop((batch.index, index))
+    return tuple(gradients)

@@ -1,0 +1,96 @@
+"""Put a model of a new shape together piece by piece, from the weights of another."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from secateur.models.anatomy import Family, resolve
+from secateur.models.decoder import Decoder
+from secateur.models.fingerprint import of_edit
+from secateur.models.open import empty_model
+from secateur.models.shards import Shards
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Assembly:
+    """A model of a new shape as it grows, block by block; that of a skeleton grows in a temporary folder on disk.
+
+    Attributes:
+        dense: the model it is made from.
+        decoder: the model as far as it is there; in memory until `result`.
+    """
+
+    def __init__(self, dense: Decoder, config: Any, family: Family, stored: torch.dtype | None = None) -> None:
+        """Start empty.
+
+        Args:
+            dense: the model it is made from.
+            config: configuration of the new model.
+            family: row of the new model's architecture.
+            stored: dtype to which weights are rounded; None is the one they will be saved in.
+        """
+        module = empty_model(config, dense.module.dtype, dense.device, trust_remote_code=False)
+        module.generation_config = copy.deepcopy(dense.module.generation_config)
+        self.dense = dense
+        self.decoder = dataclasses.replace(
+            dense, module=module.eval().requires_grad_(False), anatomy=resolve(module, family), shards=None
+        )
+        self._blocks = f"{family.blocks}."
+        self._stored = stored or dense.saved_dtype
+        self._folder = tempfile.TemporaryDirectory(prefix="secateur-") if dense.is_skeleton else None
+        self._parts = 0
+
+    def block_path(self, index: int) -> str:
+        """Prefix of the names of block `index`, the dot included."""
+        return f"{self._blocks}{index}."
+
+    def layer(self, index: int) -> Any:
+        """Block `index` of the sliced model."""
+        return self.decoder.block_list[index]
+
+    def put(self, where: str, tensors: Tensors) -> None:
+        """Give parameters below the path `where` their values, in the dtype they will be saved in."""
+        dtype = self.decoder.module.dtype
+        for name, tensor in tensors.items():
+            owner, _, leaf = f"{where}{name}".rpartition(".")
+            holder = self.decoder.module.get_submodule(owner)
+            value = tensor.to(self._stored).to(self.dense.device, dtype).contiguous()
+            holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def finish(self, where: str) -> None:
+        """Everything below the path `where` is in place; on disk it can be let go."""
+        if self._folder is None:
+            return
+        stored = {name: one.to("cpu", self._stored).contiguous() for name, one in self._below(where).items()}
+        save_file(stored, Path(self._folder.name, f"part-{self._parts:05d}.safetensors"))
+        self._parts += 1
+        self.release(where)
+
+    def release(self, where: str) -> None:
+        """Let the weights below the path `where` go; only their shapes stay."""
+        for name, parameter in self._below(where).items():
+            owner, _, leaf = name.rpartition(".")
+            holder = self.decoder.module.get_submodule(owner)
+            holder._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def _below(self, where: str) -> dict[str, nn.Parameter]:
+        """Parameters below a path; below the empty path those of no block."""
+        named = self.decoder.module.named_parameters()
+        return {n: one for n, one in named if n.startswith(where) and (where or not n.startswith(self._blocks))}
+
+    def result(self, edit: dict[str, Any]) -> Decoder:
+        """Give the finished model; `edit` says what was done, for its fingerprint."""
+        shards = None
+        if self._folder is not None:
+            shards = Shards.of(Path(self._folder.name), self._blocks.removesuffix("."), self.dense.device)
+            shards = dataclasses.replace(shards, owner=self._folder)
+        return dataclasses.replace(self.decoder, shards=shards, fingerprint=of_edit(self.dense.fingerprint, edit))

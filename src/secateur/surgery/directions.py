@@ -1,0 +1,116 @@
+"""Which directions of the hidden states to keep, and how a layer best reads from what is kept.
+
+Legend: D = dense width, d = kept width, H (tokens, D) = states at a reading point, P (D, d) = orthonormal directions
+that are kept, x = H P. Sums are float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from secateur.errors import ModelError
+
+Directions = torch.Tensor
+"""P, (D, d) float64."""
+
+Signals = Literal["raw", "normed"]
+"""States as they are, or scaled to a mean square of 1 as the norm that reads them does."""
+
+_SENSITIVITY_FLOOR = 0.3
+"""Share of the identity beside the gradient's second moments (trace D); 0.3 and 1 measured alike."""
+_RIDGE = 1e-6
+
+
+class Covariance:
+    """Running sum of `Hᵀ H` over tokens, (D, D), float64."""
+
+    def __init__(self, width: int, signals: Signals = "raw") -> None:
+        """Start at zero for a stream of this width."""
+        self._sum: torch.Tensor | None = None
+        self._width, self._normed = width, signals == "normed"
+
+    def update(self, states: torch.Tensor) -> None:
+        """Add states (tokens, D)."""
+        exact = _exact(states)
+        if self._normed:
+            exact = unit_scale(exact)
+        if self._sum is None:
+            self._sum = torch.zeros(self._width, self._width, dtype=torch.float64, device=exact.device)
+        self._sum.addmm_(exact.T, exact)
+
+    def matrix(self) -> torch.Tensor:
+        """The sum so far.
+
+        Raises:
+            ModelError: no token was seen.
+        """
+        if self._sum is None:
+            raise ModelError("no state was seen; the windows are empty.")
+        return self._sum
+
+
+def principal_directions(covariance: torch.Tensor) -> Directions:
+    """Give all eigenvectors as columns, largest eigenvalue first, (D, D), with the signs made unique."""
+    vectors = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return vectors * largest.sign()
+
+
+def sensitive_directions(covariance: torch.Tensor, gradients: torch.Tensor, width: int) -> Directions:
+    """Give the directions that matter to the loss, (D, d): principal directions where errors are measured by S.
+
+    With Γ the second moments of the loss's gradient by the states, `S = (Γ·D/trace Γ + 0.3 I)^½`; the principal
+    directions of S·C·S are mapped back by S⁻¹ and made orthonormal again (METHODS §7b).
+    """
+    size = len(covariance)
+    weight = gradients * (size / gradients.trace().clamp_min(1e-300))
+    weight.diagonal().add_(_SENSITIVITY_FLOOR)
+    values, vectors = torch.linalg.eigh(weight)
+    root = (vectors * values.sqrt()) @ vectors.T
+    inverse = (vectors * values.rsqrt()) @ vectors.T
+    return torch.linalg.qr(inverse @ principal_directions(root @ covariance @ root)[:, :width]).Q
+
+
+class Reconstruction:
+    """Least squares for what a layer should read: M (D, d) such that norm(x) Mᵀ comes closest to norm(H).
+
+    A plain slice reads `W P`; `W M` also guesses, from the directions that are kept, what stood in those that are
+    not, and makes up for the energy that the norm no longer sees.
+    """
+
+    def __init__(self, directions: Directions, eps: float) -> None:
+        """Start for these directions; `eps` is that of the norm."""
+        width = directions.shape[1]
+        self._directions, self._eps = directions, eps
+        self._gram = torch.zeros(width, width, dtype=torch.float64, device=directions.device)
+        self._cross = torch.zeros(width, directions.shape[0], dtype=torch.float64, device=directions.device)
+
+    def update(self, states: torch.Tensor) -> None:
+        """Add states H (tokens, D)."""
+        exact = _exact(states)
+        kept = exact @ self._directions
+        kept = kept / (kept.pow(2).sum(-1, keepdim=True) / exact.shape[1] + self._eps).sqrt()
+        self._gram.addmm_(kept.T, kept)
+        self._cross.addmm_(kept.T, unit_scale(exact, self._eps))
+
+    def reading(self) -> Directions:
+        """Give M, (D, d)."""
+        ridge = _RIDGE * self._gram.diagonal().mean()
+        steady = self._gram + ridge * torch.eye(len(self._gram), dtype=torch.float64, device=self._gram.device)
+        return torch.linalg.solve(steady, self._cross).T
+
+
+def unit_scale(states: torch.Tensor, eps: float = 1e-24) -> torch.Tensor:
+    """Divide each state by the root of its mean square."""
+    return states / (states.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def times(tensor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Multiply in float64, give float32."""
+    return (tensor.to(matrix.device, torch.float64) @ matrix).float()
+
+
+def _exact(states: torch.Tensor) -> torch.Tensor:
+    return states.to("cpu" if states.device.type == "mps" else states.device, torch.float64)

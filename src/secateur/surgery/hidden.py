@@ -1,0 +1,227 @@
+"""Rotate and slice hidden states (SliceGPT, Ashkboos et al. 2024, sections 3 and 4; METHODS §6).
+
+At each point where the residual stream is read, the principal directions of what stands there are kept. Points are
+numbered in order: attention and MLP of each block (one point where they run side by side), last the head.
+
+Legend: D = dense width of the stream, d = width that is kept, P (D, d) = orthonormal directions that are kept, H =
+states in the dense coordinates (…, D), x = H P. What a branch adds follows linearly from what it adds in the dense
+coordinates, so each block's attention and MLP run once: on x, writing D directions, before P of the next point is
+known; then `H' = x Pᵀ + branch(x)` is measured, and the writer is rotated and sliced afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.reading_points import centred, points_per_block
+from secateur.calibration.statistics import real_tokens
+from secateur.calibration.store import StateStore
+from secateur.calibration.stream import Batch, loss_sum, mean_of, open_store, start
+from secateur.calibration.texts import Windows
+from secateur.models.decoder import Decoder
+from secateur.models.families import FAMILIES
+from secateur.models.replay import require_finite
+from secateur.shapes import SecateurConfig
+from secateur.surgery.assembly import Assembly, Tensors
+from secateur.surgery.directions import Covariance, Directions, Signals, principal_directions, times
+from secateur.surgery.folding import (
+    ATTENTION_READERS,
+    ATTENTION_WRITER,
+    folded_block,
+    folded_config,
+    folded_outer,
+)
+
+_FAMILY = FAMILIES[SecateurConfig.model_type]
+
+
+def rotate_readers(weights: Tensors, directions: Directions, *, attention: bool) -> Tensors:
+    """Let what reads the stream in attention (or in the MLP) read x = H P: `W ← W P`; biases stay."""
+    found = {}
+    for name, tensor in weights.items():
+        if not _reads(name, attention=attention):
+            continue
+        found[name] = times(tensor, directions) if name.endswith("proj.weight") or name == "mlp.gate.weight" else tensor
+    return found
+
+
+def rotate_writers(weights: Tensors, directions: Directions, *, attention: bool) -> Tensors:
+    """Let what attention (or the MLP) writes be in the coordinates of P: `W ← Pᵀ W`, `b ← Pᵀ b`."""
+    return {
+        name: times(tensor.T, directions).T if tensor.dim() == 2 else times(tensor, directions)
+        for name, tensor in weights.items()
+        if _writes(name, attention=attention)
+    }
+
+
+def _reads(name: str, *, attention: bool) -> bool:
+    if attention:
+        return name.startswith((*ATTENTION_READERS, "self_attn.q_norm", "self_attn.k_norm"))
+    return name.startswith("mlp.") and "down_proj" not in name
+
+
+def _writes(name: str, *, attention: bool) -> bool:
+    return name.startswith(ATTENTION_WRITER) if attention else "down_proj" in name
+
+
+@dataclass
+class _Pass:
+    """One walk over the windows through the model that is being sliced."""
+
+    assembly: Assembly
+    store: StateStore
+    batches: list[Batch]
+    signals: Signals
+
+    def through(self, directions: Directions, branch: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor:
+        """Take every batch over one reading point: keep P, add the branch; give the covariance of what comes out."""
+        covariance = Covariance(directions.shape[0], self.signals)
+        kept = directions.to(self.assembly.decoder.device, self.assembly.decoder.module.dtype)
+        for batch in self.batches:
+            narrow = self.store.get(batch.index) @ kept
+            hidden = narrow @ kept.T + branch(narrow, batch)
+            self.store.put(batch.index, hidden)
+            covariance.update(*real_tokens([hidden], batch.mask))
+        return covariance.matrix()
+
+
+@torch.no_grad()
+def slice_by_principal_directions(
+    decoder: Decoder,
+    windows: Windows,
+    widths: Sequence[int],
+    *,
+    signals: Signals = "raw",
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Decoder, float]:
+    """Slice with a basis of its own at every reading point, measured on the model as sliced so far (SliceGPT).
+
+    The head keeps the full width and the dense coordinates.
+
+    Args:
+        decoder: the dense model; it stays as it is.
+        windows: calibration windows.
+        widths: directions kept in each block, d of both its reading points.
+        signals: principal directions of the states as they are, or as the norm leaves them.
+        batch_size: windows per batch.
+        progress: shows how far it is.
+
+    Returns:
+        The sliced model, and its mean loss in nats on the windows.
+
+    Raises:
+        ModelError: the family cannot be sliced.
+        NumericsError: NaN or infinity on the way.
+    """
+    every = [width for width in widths for _ in range(points_per_block(decoder))]
+    assembly = empty_sliced(decoder, [*every, decoder.hidden_size], [True] * len(every))
+    with open_store(decoder) as store:
+        entering = _dense_start(decoder, windows, store, batch_size, signals)
+        directions = principal_directions(entering)[:, : every[0]]
+        put_outer(assembly, directions, None)
+        kept = [directions]
+        batches = [batch for batch, _ in start(assembly.decoder, windows, batch_size)]
+        walk = _Pass(assembly, store, batches, signals)
+        for index in progress(range(decoder.block_count), "slicing block by block", decoder.block_count):
+            following = widths[index + 1] if index + 1 < len(widths) else None
+            kept.append(_slice_block(walk, index, kept[-1], widths[index], following))
+        loss = _final_loss(walk)
+    assembly.finish("")
+    return assembly.result(sliced_fingerprint(kept)), loss
+
+
+def sliced_fingerprint(directions: Sequence[Directions]) -> dict[str, Any]:
+    """Say for a fingerprint which directions were kept: their widths, and some of their numbers."""
+    parts = [one.flatten()[:: max(1, one.numel() // 64)] for one in directions]
+    return {
+        "widths": [one.shape[1] for one in directions],
+        "directions": [[round(float(value), 6) for value in part] for part in parts],
+    }
+
+
+def _dense_start(
+    decoder: Decoder, windows: Windows, store: StateStore, batch_size: int | None, signals: Signals
+) -> torch.Tensor:
+    """Put what enters block 0 in the store, its mean over directions removed for LayerNorm models."""
+    covariance = Covariance(decoder.hidden_size, signals)
+    for batch, hidden in start(decoder, windows, batch_size):
+        hidden = centred(decoder, hidden)
+        store.put(batch.index, hidden)
+        covariance.update(*real_tokens([hidden], batch.mask))
+    return covariance.matrix()
+
+
+def empty_sliced(
+    dense: Decoder, widths: Sequence[int], shortcuts: Sequence[bool], stored: torch.dtype | None = None
+) -> Assembly:
+    """Start a sliced model of these widths at the reading points (the head last) and these shortcut matrices."""
+    config = folded_config(dense)
+    config.widths, config.shortcuts = list(widths), list(shortcuts)
+    return Assembly(dense, config, _FAMILY, stored)
+
+
+def put_outer(assembly: Assembly, first: Directions, last: Directions | None) -> None:
+    """Put embeddings in the coordinates of the first point, and the head in those of the last (None: dense)."""
+    with assembly.dense.outer():
+        outer = folded_outer(assembly.dense)
+    found = {name: times(tensor, first) if "embed" in name else tensor for name, tensor in outer.items()}
+    if last is not None:
+        found["lm_head.weight"] = times(found["lm_head.weight"], last)
+    assembly.put("", found)
+
+
+def _slice_block(walk: _Pass, index: int, first: Directions, width: int, following: int | None) -> Directions:
+    """Slice one block; gives the directions that the next block (or the head) reads."""
+    assembly = walk.assembly
+    where = assembly.block_path(index)
+    with assembly.dense.block(index):
+        weights = folded_block(assembly.dense, index)
+    layer = assembly.layer(index)
+    assembly.put(where, rotate_readers(weights, first, attention=True))
+    assembly.put(where, {name: one for name, one in weights.items() if "o_proj" in name or "down_proj" in name})
+
+    def attention(narrow: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return layer.attention_branch(narrow, **batch.calls[index].kwargs)
+
+    def mlp(narrow: torch.Tensor, _: Batch) -> torch.Tensor:
+        return layer.mlp_branch(narrow)
+
+    if layer.parallel:
+        assembly.put(where, rotate_readers(weights, first, attention=False))
+        leaving = walk.through(first, lambda narrow, batch: attention(narrow, batch) + mlp(narrow, batch))
+        middle = last = _next_directions(leaving, following)
+        second = first
+    else:
+        second = middle = principal_directions(walk.through(first, attention))[:, :width]
+        assembly.put(where, rotate_readers(weights, middle, attention=False))
+        last = _next_directions(walk.through(middle, mlp), following)
+        assembly.put(where, {"attn_shortcut.weight": (first.T @ middle).T})
+    assembly.put(where, rotate_writers(weights, middle, attention=True))
+    assembly.put(where, rotate_writers(weights, last, attention=False))
+    assembly.put(where, {"mlp_shortcut.weight": (second.T @ last).T})
+    assembly.finish(where)
+    return last
+
+
+def _next_directions(covariance: torch.Tensor, width: int | None) -> Directions:
+    """Directions of the next block; the head (width None) reads the dense coordinates."""
+    if width is None:
+        return torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+    return principal_directions(covariance)[:, :width]
+
+
+def _final_loss(walk: _Pass) -> float:
+    total, predictions = 0.0, 0
+    for batch in walk.batches:
+        hidden = walk.store.get(batch.index)
+        require_finite(hidden, "what leaves the last block", batch.mask)
+        found, counted = loss_sum(walk.assembly.decoder, batch, hidden)
+        total += float(found)
+        predictions += counted
+    return mean_of(total, predictions)
