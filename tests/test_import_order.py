@@ -7,6 +7,7 @@ import secateur
 
 ORDER = [
     {"errors", "steps", "plan", "versions", "__init__"},
+    {"shapes"},
     {"models"},
     {"calibration"},
     {"evaluation"},

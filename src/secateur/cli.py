@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,6 +22,7 @@ from secateur.checkpoints.folders import check_target, replacing
 from secateur.console import facts_table, plan_summary, results_table, scores_table, showing_progress
 from secateur.errors import InputError, SecateurError, unknown
 from secateur.evaluation.results import append_results
+from secateur.methods.planning import windows_of_plan
 from secateur.methods.registry import METHODS, find_method
 from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
@@ -142,9 +144,9 @@ def prune(
         made = _decide(decoder, method, amount, reading, dry_run=dry_run)
     if made is None:
         return
-    pruned = secateur.prune(decoder, made)
     err.print(plan_summary(made))
-    if dry_run:
+    pruned = _apply(decoder, made, reading, dry_run=dry_run)
+    if pruned is None:
         return
     with err.status("saving, and reopening in a fresh process" if check else "saving"):
         record = secateur.save(pruned, folder, dtype=save_dtype, check=check)
@@ -282,6 +284,7 @@ def _decide(decoder: Decoder, method: str, amount: Amount, reading: Reading, *, 
             remove=amount.remove,
             target_params=amount.target_params,
             blocks=amount.blocks,
+            slice=amount.slice_,
             texts=windows,
             seed=reading.seed,
             batch_size=reading.batch_size,
@@ -289,6 +292,21 @@ def _decide(decoder: Decoder, method: str, amount: Amount, reading: Reading, *, 
             scores=known,
             progress=progress,
         )
+
+
+def _apply(decoder: Decoder, made: Plan, reading: Reading, *, dry_run: bool) -> Decoder | None:
+    """Apply a plan, the estimate printed first if it measures; None where only the estimate was asked for."""
+    windows = None
+    with warnings.catch_warnings(record=True) as caught:
+        if any(step.measures for step in made.steps):
+            windows = windows_of_plan(decoder, made, reading.texts)
+            _announce(decoder, windows, sum(step.forwards() for step in made.steps))
+    for warning in caught:
+        err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
+    if dry_run:
+        return None
+    with showing_progress(err) as progress:
+        return secateur.prune(decoder, made, texts=windows, batch_size=reading.batch_size, progress=progress)
 
 
 def _announce(decoder: Decoder, windows: Windows, forwards: float) -> None:

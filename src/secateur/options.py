@@ -107,6 +107,9 @@ class Amount:
     remove: Annotated[str | None, typer.Option(help="Share of all parameters to remove: 25% or 0.25.")] = None
     target_params: Annotated[str | None, typer.Option(help="Parameters to stay at or below: 5.5B, 350M.")] = None
     blocks: Annotated[int | None, typer.Option(help="Number of blocks to take out.")] = None
+    slice_: Annotated[
+        str | None, typer.Option("--slice", help="Share of the hidden directions to slice away: 20%.")
+    ] = None
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method (repeatable)."),

@@ -57,6 +57,10 @@ class Step(BaseModel, ABC):
             InputError: the step cannot be applied to a model of these sizes.
         """
 
+    def forwards(self) -> float:
+        """What applying it costs, in plain forward passes over the calibration windows."""
+        return 0.0
+
     @abstractmethod
     def says(self) -> tuple[str, str]:
         """Say in a few words what is done, and to what: `("takes out", "4, 5")`."""
@@ -199,6 +203,12 @@ class SliceHidden(Step):
         """Give the sizes of the sliced model, shortcut matrices and the untied head included."""
         self.kept(len(sizes.blocks))
         return self.sizes.at(*self.points())
+
+    def forwards(self) -> float:
+        """One walk that measures and slices, or walks that measure, differentiate and reconstruct."""
+        if self.bases is None:
+            return 2.0
+        return 1.5 + 4.0 * self.settings.get("sensitivity", True) + 1.5 * self.settings.get("reconstruct", True)
 
     def says(self) -> tuple[str, str]:
         """Say how many directions stay."""

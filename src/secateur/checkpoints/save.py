@@ -18,6 +18,7 @@ from secateur.checkpoints.folders import MARKER, replacing
 from secateur.checkpoints.writer import SHARD_BYTES, write_weights
 from secateur.errors import InputError
 from secateur.models.decoder import Decoder
+from secateur.shapes import AUTO_MAP, MODELLING_FILE, SecateurConfig
 from secateur.versions import versions
 
 _CARRIED = (
@@ -45,11 +46,13 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     check: bool = True,
 ) -> dict[str, Any]:
-    """Save a decoder as a stock checkpoint folder.
+    """Save a decoder as a checkpoint folder that plain transformers opens.
 
     The folder holds safetensors weights, configuration, tokenizer, chat template, generation configuration, model
-    card and `secateur.json`. It is written beside the target, reopened in a fresh process without secateur, and only
-    renamed to the target if logits and cached generation are the same there.
+    card and `secateur.json`; for shapes that no stock architecture can hold also the modelling file
+    (`trust_remote_code=True` opens it where secateur is not imported). It is written beside the target,
+    reopened in a fresh process without secateur, and only renamed to the target if logits and cached generation are
+    the same there.
 
     Args:
         decoder: what to save.
@@ -94,6 +97,11 @@ def _write_config(decoder: Decoder, folder: Path, stored: torch.dtype) -> None:
     config = copy.deepcopy(decoder.config)
     config.architectures = [type(decoder.module).__name__]
     config.dtype = stored
+    if isinstance(config, SecateurConfig):
+        config.auto_map = AUTO_MAP
+        config.save_pretrained(folder)
+        shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
+        return
     config.save_pretrained(folder)
     if getattr(config, "auto_map", None) and decoder.folder:
         for file in decoder.folder.glob("*.py"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from secateur.errors import InputError
 
-Aim = Literal["blocks", "remove", "target_params"]
+Native = Literal["blocks", "slice"]
+"""What a method counts in by itself."""
+
+Aim = Literal["blocks", "slice", "remove", "target_params"]
 
 
 @dataclass(frozen=True)
@@ -16,9 +19,10 @@ class Budget:
     """How much has to go.
 
     Attributes:
-        aim: `blocks`: exactly that many blocks; `remove`: the closest non-zero cut to this fraction of all
-            parameters; `target_params`: the largest model that has no more than this many parameters.
-        value: a number of blocks, a fraction in (0, 1), or a number of parameters.
+        aim: `blocks`: exactly that many blocks; `slice`: that fraction of the hidden directions; `remove`: the
+            closest non-zero cut to this fraction of all parameters; `target_params`: the largest model that has no
+            more than this many parameters.
+        value: a number of blocks, a fraction in [0, 1) or (0, 1), or a number of parameters.
     """
 
     aim: Aim
@@ -26,8 +30,8 @@ class Budget:
 
     @property
     def is_zero(self) -> bool:
-        """Whether nothing is to go, which is legal only as a number of blocks."""
-        return self.aim == "blocks" and self.value == 0
+        """Whether nothing is to go, which is legal only in a method's own unit."""
+        return self.aim in ("blocks", "slice") and self.value == 0
 
     def describe(self) -> dict[str, Any]:
         """Give the request as data for the plan."""
@@ -35,7 +39,10 @@ class Budget:
 
 
 def read_budget(
-    blocks: int | None = None, remove: float | str | None = None, target_params: float | str | None = None
+    blocks: int | None = None,
+    remove: float | str | None = None,
+    target_params: float | str | None = None,
+    slice: float | str | None = None,
 ) -> Budget:
     """Read the one amount that was given.
 
@@ -43,27 +50,30 @@ def read_budget(
         blocks: number of blocks to take out; 0 changes nothing.
         remove: fraction of all parameters, 0.25 or "25%".
         target_params: parameters to stay at or below, 5500000000 or "5.5B".
+        slice: fraction of the hidden directions to slice away, 0.2 or "20%"; 0 changes nothing.
 
     Raises:
         InputError: none or several given, or a value out of range.
     """
-    given = {"blocks": blocks, "remove": remove, "target_params": target_params}
+    given = {"blocks": blocks, "slice": slice, "remove": remove, "target_params": target_params}
     named = {name: value for name, value in given.items() if value is not None}
     if len(named) != 1:
         what = "no amount given" if not named else f"several amounts given ({', '.join(named)})"
-        raise InputError(f"{what}: say one of remove (25%), target-params (5.5B) or blocks (4).")
+        raise InputError(f"{what}: say one of remove (25%), target-params (5.5B), blocks (4) or slice (20%).")
     if blocks is not None:
         if blocks < 0:
             raise InputError(f"blocks={blocks}: must be 0 or more.")
         return Budget("blocks", blocks)
+    if slice is not None:
+        return Budget("slice", read_fraction(slice, "slice", zero=True))
     if remove is not None:
         return Budget("remove", read_fraction(remove))
     assert target_params is not None
     return Budget("target_params", read_count(target_params))
 
 
-def read_fraction(text: float | str) -> float:
-    """Read 0.25 or "25%".
+def read_fraction(text: float | str, name: str = "remove", *, zero: bool = False) -> float:
+    """Read 0.25 or "25%"; `zero` allows 0.
 
     Raises:
         InputError: not a number, or outside (0, 1).
@@ -72,10 +82,10 @@ def read_fraction(text: float | str) -> float:
     try:
         value = float(stripped[:-1]) / 100 if stripped.endswith("%") else float(stripped)
     except ValueError as error:
-        raise InputError(f"remove={text}: not a number; write 25% or 0.25.") from error
-    if not 0 < value < 1:
+        raise InputError(f"{name}={text}: not a number; write 25% or 0.25.") from error
+    if not (0 < value < 1 or (zero and value == 0)):
         hint = f" Did you mean {stripped}%?" if 1 <= value < 100 and "%" not in stripped else ""
-        raise InputError(f"remove={text}: must be between 0 and 1 (0 % and 100 %), both excluded.{hint}")
+        raise InputError(f"{name}={text}: must be between 0 and 1 (0 % and 100 %), both excluded.{hint}")
     return value
 
 
@@ -139,6 +149,36 @@ def choose_blocks(
             f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {least / total:.1%} (one block)."
         )
     return min(tried, key=lambda one: abs(one[0] - wanted))[1]
+
+
+def choose_size(budget: Budget, left: Sequence[int], total: int) -> int:
+    """Give the position of the candidate that meets a budget of parameters.
+
+    Args:
+        budget: `remove` or `target_params`.
+        left: parameters that each candidate leaves.
+        total: parameters of the dense model.
+
+    Raises:
+        InputError: no candidate is smaller than the dense model, or the budget lies outside what they reach.
+    """
+    smaller = [place for place, parameters in enumerate(left) if parameters < total]
+    wanted = total * (1 - budget.value) if budget.aim == "remove" else budget.value
+    least, most = (min(left), max((left[place] for place in smaller), default=total))
+    if budget.aim == "target_params":
+        if wanted >= total:
+            raise InputError(f"target-params={budget.value:,.0f}: the model has only {total:,} parameters.")
+        below = [place for place in smaller if left[place] <= wanted]
+        if below:
+            return max(below, key=lambda place: left[place])
+    elif smaller and total - wanted <= (total - least) * (1 + _ROUNDING):
+        if total - wanted < (total - most) * (1 - _ROUNDING) / 2:
+            raise InputError(
+                f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {1 - most / total:.1%}."
+            )
+        return min(smaller, key=lambda place: abs(left[place] - wanted))
+    asked = f"remove={budget.value:.1%}" if budget.aim == "remove" else f"target-params={budget.value:,.0f}"
+    raise InputError(f"{asked}: unreachable, at most {1 - least / total:.1%} of the parameters can go like this.")
 
 
 _ROUNDING = 0.005

@@ -11,17 +11,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError, unknown
-from secateur.methods.budget import Budget
+from secateur.methods.budget import Budget, Native
 from secateur.models.decoder import Decoder
 from secateur.scores.measure import score_model
 from secateur.scores.profile import Kind, Scores
 from secateur.steps import AnyStep
 
 
-class Settings(BaseModel):
-    """Settings every method that takes out blocks has; unknown keys are refused."""
+class MethodSettings(BaseModel):
+    """Settings of a method; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Settings(MethodSettings):
+    """Settings every method that takes out blocks has."""
 
     protect_first: int = Field(0, ge=0, description="how many of the first blocks are never touched")
     protect_last: int = Field(0, ge=0, description="how many of the last blocks are never touched")
@@ -82,7 +86,8 @@ class Method:
         paper: authors, year, title.
         settings: its settings and their defaults.
         decide: evidence, settings and budget to the steps of a plan.
-        needs_texts: whether it measures the model on texts, given its settings.
+        native: what it counts in by itself: whole blocks, or directions sliced away.
+        needs_texts: whether the model is measured on texts to decide or to apply, given its settings.
         forwards: what deciding costs, in plain forward passes over the windows, given the number of blocks, the
             number to go, and the settings.
     """
@@ -90,8 +95,9 @@ class Method:
     name: str
     summary: str
     paper: str
-    settings: type[Settings]
+    settings: type[MethodSettings]
     decide: Callable[[Evidence, Any, Budget], Sequence[AnyStep]]
+    native: Native = "blocks"
     needs_texts: Callable[[Any], bool] = lambda _: True
     forwards: Callable[[int, int, Any], float] = lambda _blocks, _gone, _settings: 1.0
 

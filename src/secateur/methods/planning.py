@@ -28,6 +28,7 @@ def make_plan(
     remove: float | str | None = None,
     target_params: float | str | None = None,
     blocks: int | None = None,
+    slice: float | str | None = None,
     texts: Texts = None,
     windows: int | None = 32,
     seq_len: int | None = None,
@@ -44,7 +45,9 @@ def make_plan(
         method: a name of `secateur methods`, such as `streamline`.
         remove: fraction of all parameters to take away, 0.25 or "25%".
         target_params: parameters to stay at or below, such as "5.5B".
-        blocks: number of blocks to take out. Exactly one of these amounts is given (or the method's own `window`).
+        blocks: number of blocks to take out, for methods that take out blocks.
+        slice: fraction of the hidden directions to slice away, for methods that slice. Exactly one of these amounts
+            is given (or the method's own `window`).
         texts: what the model is measured on: see `secateur texts`; None is `python-stdlib`.
         windows: number of windows; None takes all.
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
@@ -63,10 +66,12 @@ def make_plan(
     own = dict(settings or {})
     checked = chosen.read_settings(own)
     if own.get("window") is not None:
-        if any(amount is not None for amount in (blocks, remove, target_params)):
+        if any(amount is not None for amount in (blocks, slice, remove, target_params)):
             raise InputError("window and another amount contradict each other; give one of them.")
         blocks = checked.window
-    budget = read_budget(blocks, remove, target_params)
+    budget = read_budget(blocks, remove, target_params, slice)
+    if budget.aim in ("blocks", "slice") and budget.aim != chosen.native:
+        raise InputError(f"{method} does not count in {budget.aim}; give {chosen.native}, remove or target-params.")
     if scores is not None and scores.fingerprint != model.fingerprint:
         raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
     used: Windows | None = None

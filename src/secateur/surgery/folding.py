@@ -185,12 +185,12 @@ def norm_eps(norm: nn.Module) -> float:
 
 def stream_sizes(config: SecateurConfig) -> StreamSizes:
     """Count what stands on the residual stream of a folded model."""
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
+    size = int(config.head_dim or 0)
+    queries = config.num_attention_heads * size
+    keys = int(config.num_key_value_heads or 0) * size
     gates = 2 if config.gated else 1
-    head_scales = config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
-    head_scales = (head_scales if config.qk_norm_per_head else 2 * config.head_dim) if config.qk_norm else 0
-    experts = list(zip(config.intermediate_sizes, config.experts, strict=True))
+    head_scales = (queries + keys if config.qk_norm_per_head else 2 * size) if config.qk_norm else 0
+    experts = list(zip(config.intermediate_sizes or (), config.experts or (), strict=True))
     learned = config.positions.startswith("learned")
     blocks = config.num_hidden_layers
     return StreamSizes(

@@ -29,6 +29,12 @@ from secateur.surgery.folding import folded_config, refuse_unsliceable, stream_s
 from secateur.surgery.hidden import sliced_fingerprint
 
 
+def stays_stock(decoder: Decoder) -> bool:
+    """Whether a stock architecture can hold the sliced model: a stock LayerNorm subtracts the mean of the kept
+    directions, which is not the mean of all."""
+    return decoder.anatomy.family.norm != "layernorm"
+
+
 def refuse_as_stock(decoder: Decoder) -> None:
     """Stop where a stock architecture cannot hold the sliced model.
 
@@ -36,11 +42,8 @@ def refuse_as_stock(decoder: Decoder) -> None:
         ModelError: with the reason.
     """
     refuse_unsliceable(decoder)
-    if decoder.anatomy.family.norm == "layernorm":
-        raise ModelError(
-            f"{decoder.source}: a stock LayerNorm subtracts the mean of the kept directions, which is not the mean of "
-            "all; slicegpt and dynamic-slicing write a modelling file that can."
-        )
+    if not stays_stock(decoder):
+        raise ModelError(f"{decoder.source}: no stock LayerNorm can hold sliced states; the modelling file can.")
 
 
 def config_of_width(decoder: Decoder, width: int) -> Any:

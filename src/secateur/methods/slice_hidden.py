@@ -1,0 +1,350 @@
+"""Methods that slice hidden states; they differ in how many directions each block keeps, and in whose basis.
+
+* SliceGPT: Ashkboos et al. 2024, "SliceGPT: Compress Large Language Models by Deleting Rows and Columns".
+* DynamicSlicing: Dumitru et al. 2024, "Dynamic Slicing of Large Language Models with Layer Redundancy" (METHODS §7):
+  block l loses the fraction `FS(l) = SB + LR(l) · (SP − SB) / mean(LR)`.
+* stock-slicing is ours (METHODS §7b): one basis for the whole model, which therefore stays a stock one.
+
+Legend: SP = mean fraction sliced away, SB = the fraction every block loses, LR = layer redundancy in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from secateur.errors import InputError
+from secateur.methods.budget import Budget, choose_size
+from secateur.methods.method import Evidence, Method, MethodSettings
+from secateur.models.decoder import Decoder
+from secateur.steps import SliceHidden, StreamSizes
+from secateur.surgery.directions import Signals
+from secateur.surgery.folding import folded_config, refuse_unsliceable, stream_sizes
+from secateur.surgery.hidden import slice_by_principal_directions
+from secateur.surgery.invariance import require_invariance
+from secateur.surgery.shared import find_bases, find_borders, slice_with_shared_bases
+from secateur.surgery.stock import stays_stock, stock_stream_sizes, width_step
+
+Normalise = Literal["minmax", "interior", "rank"]
+Widths = tuple[int, ...]
+
+_STEPS = 1000
+"""Slice percentages tried when a number of parameters is asked for."""
+_BASES_TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""`slice_base="auto"`: shares of SP that are tried as SB; 1 is constant slicing."""
+
+
+class ConstantSettings(MethodSettings):
+    """Settings of `slicegpt`."""
+
+    rounding: int = Field(8, ge=1, description="kept widths are rounded down to a multiple of this")
+    signals: Signals = Field("raw", description="principal directions of the states as they are, or as normed")
+
+
+class DynamicSettings(ConstantSettings):
+    """Settings of `dynamic-slicing`."""
+
+    slice_base: float | Literal["auto"] = Field(
+        "auto", description="fraction every block loses (the paper's SB), or auto: the best of several on the texts"
+    )
+    normalise: Normalise = Field(
+        "minmax", description="how layer redundancy becomes [0, 1]: the paper's minmax, without outer blocks, by rank"
+    )
+    cap: float = Field(0.9, gt=0, lt=1, description="largest fraction any block loses")
+
+
+class StockSettings(MethodSettings):
+    """Settings of `stock-slicing`."""
+
+    rounding: int = Field(8, ge=1, description="the kept width is a multiple of this (and of the heads if need be)")
+    bases: int = Field(1, ge=1, description="number of bases; with more than one the result needs its modelling file")
+    signals: Signals = Field("normed", description="covariances of the states as they are, or as normed")
+    sensitivity: bool = Field(True, description="weigh directions by how much the loss feels them (a backward pass)")
+    reconstruct: bool = Field(True, description="let layers read by least squares what the kept directions tell")
+
+
+def slice_fractions(redundancy: Sequence[float], mean: float, base: float, cap: float = 0.9) -> list[float]:
+    """Share the slicing among blocks: `FS(l) = SB + LR(l) · (SP − SB) / mean(LR)`, capped, the mean kept.
+
+    Args:
+        redundancy: LR of each block, in [0, 1], 1 the most redundant.
+        mean: SP, the mean of the result.
+        base: SB, from 0 to SP.
+        cap: no block loses more; what it would have lost goes to the others in proportion to FS − SB, or evenly.
+
+    Raises:
+        InputError: SP above the cap, or SB above SP.
+    """
+    if not 0 <= mean <= cap:
+        raise InputError(f"slice={mean:.1%}: must be at most the cap, {cap:.0%} (--set cap=…).")
+    if not 0 <= base <= mean:
+        raise InputError(f"slice_base={base:g}: must be between 0 and the slice percentage, {mean:g}.")
+    average = sum(redundancy) / len(redundancy)
+    above = [(mean - base) * (one / average if average > 0 else 1.0) for one in redundancy]
+    capped: set[int] = set()
+    while True:
+        over = {block for block, extra in enumerate(above) if base + extra > cap * (1 + 1e-12)}
+        if not over:
+            return [base + extra for extra in above]
+        capped |= over
+        free = [block for block in range(len(above)) if block not in capped]
+        left = (mean - base) * len(above) - len(capped) * (cap - base)
+        total = sum(above[block] for block in free)
+        for block in capped:
+            above[block] = cap - base
+        for block in free:
+            above[block] = left * above[block] / total if total > 0 else left / len(free)
+
+
+def normalised(redundancy: Sequence[float], how: Normalise) -> list[float]:
+    """Bring layer redundancy E cos(X^l, X^{l+1}) to [0, 1].
+
+    `minmax` is the paper's; `interior` takes smallest and largest of blocks 1 … L−2 and clips the outer two, so that
+    one outlier does not make all others alike; `rank` spaces the blocks evenly by their order.
+    """
+    if how == "rank":
+        order = sorted(range(len(redundancy)), key=lambda block: (redundancy[block], block))
+        return [order.index(block) / max(1, len(order) - 1) for block in range(len(order))]
+    inner = redundancy[1:-1] if how == "interior" and len(redundancy) > 2 else redundancy
+    low, high = min(inner), max(inner)
+    if high <= low:
+        return [1.0] * len(redundancy)
+    return [min(1.0, max(0.0, (one - low) / (high - low))) for one in redundancy]
+
+
+def rounded_width(fraction: float, width: int, rounding: int) -> int:
+    """Directions kept when a fraction goes: rounded down to a multiple of `rounding`, at least one multiple."""
+    if fraction <= 0:
+        return width
+    return min(width, max(rounding, int(((1 - fraction) * width + 1e-9) // rounding) * rounding))
+
+
+def decide_constant(evidence: Evidence, settings: ConstantSettings, budget: Budget) -> Sequence[SliceHidden]:
+    """Keep the same number of directions in every block."""
+    sizes = stream_sizes(folded_config(evidence.decoder))
+    if budget.is_zero:
+        return ()
+    widths = _constant_widths(sizes, settings.rounding, budget, evidence.decoder.parameter_count)
+    return (_own_bases("slicegpt", settings.model_dump(), widths, sizes),)
+
+
+def decide_by_redundancy(evidence: Evidence, settings: DynamicSettings, budget: Budget) -> Sequence[SliceHidden]:
+    """Slice redundant blocks more; with `slice_base="auto"` the base that measures best on the texts.
+
+    Every base that is tried removes at least as many parameters as constant slicing, which is tried too.
+    """
+    decoder = evidence.decoder
+    sizes = stream_sizes(folded_config(decoder))
+    if budget.is_zero:
+        return ()
+    cosines = evidence.scores("cosine").cosine
+    assert cosines is not None
+    redundancy = normalised([cosines[block][block + 1] for block in range(decoder.block_count)], settings.normalise)
+    search = _Search(redundancy, sizes, settings, decoder.parameter_count)
+    if settings.slice_base != "auto":
+        mean, widths = search.meet(budget, settings.slice_base)
+        used: dict[str, Any] = {"slice": mean, "slice_base": settings.slice_base}
+        return (_own_bases("dynamic-slicing", settings.model_dump() | used, widths, sizes),)
+    require_invariance(decoder)
+    trials = list(search.trials(budget))
+    losses = [
+        slice_by_principal_directions(
+            decoder,
+            evidence.need_windows(),
+            widths,
+            signals=settings.signals,
+            batch_size=evidence.batch_size,
+            progress=evidence.progress,
+        )[1]
+        for _, _, widths in evidence.progress(trials, "trying slice bases", len(trials))
+    ]
+    best = min(range(len(trials)), key=lambda place: losses[place])
+    mean, base, widths = trials[best]
+    tried = {f"{one:.3f}": round(loss, 4) for (_, one, _), loss in zip(trials, losses, strict=True)}
+    used = {"slice": mean, "slice_base": base, "loss_by_slice_base": tried}
+    return (_own_bases("dynamic-slicing", settings.model_dump() | used, widths, sizes),)
+
+
+class _Search:
+    """Finds slice percentages that meet a budget, for one model and its redundancy."""
+
+    def __init__(self, redundancy: Sequence[float], sizes: StreamSizes, settings: DynamicSettings, total: int) -> None:
+        self._redundancy, self._sizes, self._settings, self._total = redundancy, sizes, settings, total
+
+    def meet(self, budget: Budget, base: float) -> tuple[float, Widths]:
+        """Give SP, and the widths, for a fixed SB."""
+        if budget.aim == "slice":
+            return budget.value, self._widths(budget.value, base)
+        if base > self._settings.cap:
+            raise InputError(f"slice_base={base:g}: above the cap, {self._settings.cap:.0%}.")
+        span = self._settings.cap - base
+        means = [base + span * number / _STEPS for number in range(_STEPS + 1)]
+        found = [self._widths(mean, base) for mean in means]
+        place = choose_size(budget, [_parameters(self._sizes, one) for one in found], self._total)
+        return means[place], found[place]
+
+    def trials(self, budget: Budget) -> Iterator[tuple[float, float, Widths]]:
+        """Give SP, SB and widths of constant slicing, and of bases below that remove at least as much."""
+        constant = _constant_widths(self._sizes, self._settings.rounding, budget, self._total)
+        allowed = _parameters(self._sizes, constant)
+        mean = budget.value if budget.aim == "slice" else 1 - constant[0] / self._sizes.width
+        yield mean, mean, constant
+        seen = {constant}
+        for share in _BASES_TRIED[1:]:
+            found = self._no_larger(mean, share, allowed)
+            if found is not None and found[1] not in seen:
+                seen.add(found[1])
+                yield found[0], share * found[0], found[1]
+
+    def _no_larger(self, start: float, share: float, allowed: int) -> tuple[float, Widths] | None:
+        """Give the smallest SP from a little below `start` on whose model is no larger than allowed."""
+        cap = self._settings.cap
+        for number in range(_STEPS + 1):
+            mean = min(cap, 0.8 * start) + (cap - min(cap, 0.8 * start)) * number / _STEPS
+            widths = self._widths(mean, share * mean)
+            if _parameters(self._sizes, widths) <= allowed:
+                return mean, widths
+        return None
+
+    def _widths(self, mean: float, base: float) -> Widths:
+        fractions = slice_fractions(self._redundancy, mean, base, self._settings.cap)
+        return tuple(rounded_width(one, self._sizes.width, self._settings.rounding) for one in fractions)
+
+
+def decide_shared(evidence: Evidence, settings: StockSettings, budget: Budget) -> Sequence[SliceHidden]:
+    """Keep one width everywhere; where several bases are asked for, put their borders where the states change most."""
+    decoder = evidence.decoder
+    refuse_unsliceable(decoder)
+    if settings.bases > decoder.block_count:
+        raise InputError(f"bases={settings.bases}: the model has only {decoder.block_count} blocks.")
+    if budget.is_zero:
+        return ()
+    stock = settings.bases == 1 and stays_stock(decoder)
+    sizes = stock_stream_sizes(decoder) if stock else stream_sizes(folded_config(decoder))
+    rounding = width_step(decoder, settings.rounding) if stock else settings.rounding
+    starts: tuple[int, ...] = (0,)
+    if settings.bases > 1:
+        starts = find_borders(
+            decoder,
+            evidence.need_windows(),
+            settings.bases,
+            signals=settings.signals,
+            batch_size=evidence.batch_size,
+            progress=evidence.progress,
+        )
+
+    def step(width: int) -> SliceHidden:
+        return SliceHidden(
+            method="stock-slicing",
+            settings=settings.model_dump(),
+            widths=(width,) * decoder.block_count,
+            head_width=width,
+            bases=starts,
+            stock=stock,
+            sizes=sizes,
+        )
+
+    if budget.aim == "slice":
+        return (step(rounded_width(budget.value, sizes.width, rounding)),)
+    candidates = [step(width) for width in range(rounding, sizes.width, rounding)]
+    left = [sizes.at(*one.points()).total for one in candidates]
+    return (candidates[choose_size(budget, left, decoder.parameter_count)],)
+
+
+def _constant_widths(sizes: StreamSizes, rounding: int, budget: Budget, total: int) -> Widths:
+    blocks = len(sizes.fixed)
+    if budget.aim == "slice":
+        return (rounded_width(budget.value, sizes.width, rounding),) * blocks
+    candidates = [(width,) * blocks for width in range(rounding, sizes.width, rounding)]
+    if not candidates:
+        raise InputError(f"rounding={rounding}: the model has only {sizes.width} directions.")
+    return candidates[choose_size(budget, [_parameters(sizes, one) for one in candidates], total)]
+
+
+def _parameters(sizes: StreamSizes, widths: Widths) -> int:
+    """Parameters with a basis of its own at every reading point."""
+    points = [width for width in widths for _ in range(1 if sizes.parallel else 2)] + [sizes.width]
+    return sizes.at(points, [True] * (len(points) - 1)).total
+
+
+def _own_bases(method: str, settings: dict[str, Any], widths: Widths, sizes: StreamSizes) -> SliceHidden:
+    settings = {"slice": 1 - sum(widths) / len(widths) / sizes.width} | settings
+    return SliceHidden(method=method, settings=settings, widths=widths, head_width=sizes.width, sizes=sizes)
+
+
+def apply(evidence: Evidence, step: SliceHidden) -> Decoder:
+    """Slice as the step says; bases are measured on the texts, after rotation alone was seen to change nothing.
+
+    Raises:
+        InputError: the step was made for a model of another shape.
+        ModelError: the family cannot be sliced.
+    """
+    decoder = evidence.decoder
+    sizes = stock_stream_sizes(decoder) if step.stock else stream_sizes(folded_config(decoder))
+    if sizes != step.sizes:
+        raise InputError("this slicing step was made for a model of another shape; make a new plan for this one.")
+    require_invariance(decoder)
+    windows, settings = evidence.need_windows(), step.settings
+    if step.bases is None:
+        return slice_by_principal_directions(
+            decoder,
+            windows,
+            step.widths,
+            signals=settings.get("signals", "raw"),
+            batch_size=evidence.batch_size,
+            progress=evidence.progress,
+        )[0]
+    bases = find_bases(
+        decoder,
+        windows,
+        step.head_width,
+        step.bases,
+        signals=settings.get("signals", "normed"),
+        sensitivity=settings.get("sensitivity", True),
+        batch_size=evidence.batch_size,
+        progress=evidence.progress,
+    )
+    return slice_with_shared_bases(
+        decoder,
+        windows,
+        bases,
+        stock=step.stock,
+        reconstruct=settings.get("reconstruct", True),
+        batch_size=evidence.batch_size,
+        progress=evidence.progress,
+    )
+
+
+METHODS = (
+    Method(
+        name="slicegpt",
+        summary="keep the principal directions of the hidden states, the same number in every block",
+        paper="Ashkboos et al. 2024, SliceGPT",
+        settings=ConstantSettings,
+        decide=decide_constant,
+        native="slice",
+        forwards=lambda _blocks, _gone, _settings: 0.0,
+    ),
+    Method(
+        name="dynamic-slicing",
+        summary="as slicegpt, but redundant blocks keep fewer directions",
+        paper="Dumitru et al. 2024, DynamicSlicing",
+        settings=DynamicSettings,
+        decide=decide_by_redundancy,
+        native="slice",
+        forwards=lambda _blocks, _gone, settings: 1.0 + 2.0 * len(_BASES_TRIED) * (settings.slice_base == "auto"),
+    ),
+    Method(
+        name="stock-slicing",
+        summary="one basis for the whole model, which stays a stock architecture with a smaller hidden size",
+        paper="secateur's own (docs/methods.md)",
+        settings=StockSettings,
+        decide=decide_shared,
+        native="slice",
+        forwards=lambda _blocks, _gone, settings: 1.0 if settings.bases > 1 else 0.0,
+    ),
+)
+
+APPLY = {"slice-hidden": apply}
