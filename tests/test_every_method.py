@@ -13,22 +13,31 @@ from safetensors.torch import load_file
 from secateur import Plan, make_plan, open_model, prune, save
 from secateur.calibration.texts import Windows
 from secateur.checkpoints.check import record_expected, reopen
+from secateur.errors import ModelError
 from secateur.methods.registry import METHODS
 from secateur.models.decoder import Decoder
 from secateur.models.replay import capture, logits, run_block
 from tiny_models import OTHER_FAMILIES, VARIANTS, VOCABULARY, save_tiny
 
+DROP, SLICE = {"blocks": 2}, {"slice": 0.25}
 CASES = [
-    ("shortgpt", {}),
-    ("uidl", {}),
-    ("streamline", {}),
-    ("last-n", {}),
-    ("shortened-llama", {"criterion": "ppl"}),
-    ("shortened-llama", {"criterion": "taylor"}),
-    ("shortened-llama", {"criterion": "taylor", "per_window": True}),
-    ("shortened-llama", {"criterion": "magnitude"}),
-    ("sleb", {}),
+    ("shortgpt", DROP, {}),
+    ("uidl", DROP, {}),
+    ("streamline", DROP, {}),
+    ("last-n", DROP, {}),
+    ("shortened-llama", DROP, {"criterion": "ppl"}),
+    ("shortened-llama", DROP, {"criterion": "taylor"}),
+    ("shortened-llama", DROP, {"criterion": "taylor", "per_window": True}),
+    ("shortened-llama", DROP, {"criterion": "magnitude"}),
+    ("sleb", DROP, {}),
+    ("slicegpt", SLICE, {}),
+    ("dynamic-slicing", SLICE, {"slice_base": 0.1}),
+    ("stock-slicing", SLICE, {}),
+    ("stock-slicing", SLICE, {"bases": 2, "sensitivity": False}),
 ]
+UNSLICEABLE = {"gemma2", "gemma3_text", "olmo2", "opt-post-norm", "secateur", *OTHER_FAMILIES}
+"""Norms after the branches or on the stream, families only detected, and what is in its sliced form already."""
+
 IN_MEMORY_ONLY = {"gpt2-scaled"}
 """Attention scaled by block number: queries are rescaled when blocks go, which a skeleton refuses."""
 
@@ -59,31 +68,39 @@ def answers(decoder: Decoder) -> torch.Tensor:
         return logits(decoder, hidden, WINDOWS.tokens)
 
 
-def plan_for(decoder: Decoder, method: str, settings: dict, blocks: int) -> Plan:
-    return make_plan(decoder, method=method, blocks=blocks, texts=WINDOWS, settings=settings, seed=3)
+def plan_for(decoder: Decoder, method: str, amount: dict, settings: dict) -> Plan:
+    return make_plan(decoder, method=method, **amount, texts=WINDOWS, settings=settings, seed=3)
+
+
+def cut(decoder: Decoder, plan: Plan) -> Decoder:
+    return prune(decoder, plan, texts=WINDOWS)
 
 
 def test_every_method_has_a_case():
-    assert {name for name, _ in CASES} == set(METHODS)
+    assert {name for name, *_ in CASES} == set(METHODS)
 
 
-@pytest.mark.parametrize(("method", "settings"), CASES, ids=lambda value: str(value))
-def test_contract(opened, method, settings, tmp_path_factory):
+@pytest.mark.parametrize(("method", "amount", "settings"), CASES, ids=lambda value: str(value))
+def test_contract(opened, method, amount, settings, tmp_path_factory):
     name, models = opened
+    if amount is SLICE and name in UNSLICEABLE:
+        with pytest.raises(ModelError, match="cannot be sliced: "):
+            plan_for(models.memory, method, amount, settings)
+        return
     before = answers(models.memory)
 
-    nothing = plan_for(models.memory, method, settings, 0)
-    assert torch.equal(answers(prune(models.memory, nothing)), before)
+    nothing = plan_for(models.memory, method, dict.fromkeys(amount, 0), settings)
+    assert torch.equal(answers(cut(models.memory, nothing)), before)
     assert nothing.parameters_after == nothing.parameters_before == models.memory.parameter_count
 
-    plan = plan_for(models.memory, method, settings, 2)
-    assert len(plan.steps[0].blocks) == 2
-    assert plan == plan_for(models.memory, method, settings, 2)
+    plan = plan_for(models.memory, method, amount, settings)
+    assert plan == plan_for(models.memory, method, amount, settings)
     assert Plan.model_validate_json(plan.to_json()) == plan
 
-    pruned = prune(models.memory, plan)
-    assert pruned.parameter_count == plan.parameters_after < plan.parameters_before
-    assert pruned.block_count == 6
+    pruned = cut(models.memory, plan)
+    assert pruned.parameter_count == plan.parameters_after != plan.parameters_before
+    assert pruned.block_parameter_counts() == plan.sizes_after().blocks
+    assert pruned.block_count == 8 - amount.get("blocks", 0)
     after = answers(pruned)
     assert not torch.allclose(after, before, atol=1e-3)
     assert torch.equal(answers(models.memory), before), "the model given must stay as it is"
@@ -92,10 +109,10 @@ def test_contract(opened, method, settings, tmp_path_factory):
     save(pruned, folder, check=False)
     JOBS.append(record_expected(pruned, folder.parent / "expected.npz").job(folder))
 
-    if name not in IN_MEMORY_ONLY:
-        from_skeleton = plan_for(models.skeleton, method, settings, 2)
+    if amount is SLICE or name not in IN_MEMORY_ONLY:
+        from_skeleton = plan_for(models.skeleton, method, amount, settings)
         assert from_skeleton.steps == plan.steps
-        light = prune(models.skeleton, from_skeleton)
+        light = cut(models.skeleton, from_skeleton)
         assert torch.equal(answers(light), after)
         save(light, folder.parent / "light", check=False, shard_bytes=20_000)
         assert_same_weights(folder, folder.parent / "light")
@@ -114,7 +131,8 @@ def assert_same_weights(left, right):
 
 
 def test_every_folder_reopens_in_a_fresh_process():
-    assert len(JOBS) == len(CASES) * len(VARIANTS)
+    slicing = sum(amount is SLICE for _, amount, _ in CASES)
+    assert len(JOBS) == len(CASES) * len(VARIANTS) - slicing * len(UNSLICEABLE)
     assert OTHER_FAMILIES
     assert set(OTHER_FAMILIES) <= set(VARIANTS), "families outside the table are part of the contract"
     results = reopen(JOBS)

@@ -122,6 +122,15 @@ _CANONICAL = (
     _row("bloom"),
     _row("mixtral", **_GROUPED, num_local_experts=4),
     _row("qwen3_moe", **_QWEN3_MOE),
+    _row(
+        "secateur",
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        intermediate_sizes=lambda blocks: [INTERMEDIATE - 8 * (i % 2) for i in range(blocks)],
+        experts=lambda blocks: [4 * (i % 3 == 1) for i in range(blocks)],
+        positions="learned",
+        qk_norm="rms",
+    ),
 )
 
 _VARIATIONS = (

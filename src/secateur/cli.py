@@ -20,7 +20,7 @@ from secateur.calibration.estimate import estimate
 from secateur.calibration.texts import Windows, text_names
 from secateur.checkpoints.folders import check_target, replacing
 from secateur.console import facts_table, plan_summary, results_table, scores_table, showing_progress
-from secateur.errors import InputError, SecateurError, unknown
+from secateur.errors import InputError, SecateurError, TextsWarning, unknown
 from secateur.evaluation.results import append_results
 from secateur.methods.planning import windows_of_plan
 from secateur.methods.registry import METHODS, find_method
@@ -297,15 +297,16 @@ def _decide(decoder: Decoder, method: str, amount: Amount, reading: Reading, *, 
 def _apply(decoder: Decoder, made: Plan, reading: Reading, *, dry_run: bool) -> Decoder | None:
     """Apply a plan, the estimate printed first if it measures; None where only the estimate was asked for."""
     windows = None
-    with warnings.catch_warnings(record=True) as caught:
-        if any(step.measures for step in made.steps):
+    if any(step.measures for step in made.steps):
+        with warnings.catch_warnings(record=True) as caught:
             windows = windows_of_plan(decoder, made, reading.texts)
-            _announce(decoder, windows, sum(step.forwards() for step in made.steps))
-    for warning in caught:
-        err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
+        for warning in caught:
+            err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
+        _announce(decoder, windows, sum(step.forwards() for step in made.steps))
     if dry_run:
         return None
-    with showing_progress(err) as progress:
+    with showing_progress(err) as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TextsWarning)  # said above
         return secateur.prune(decoder, made, texts=windows, batch_size=reading.batch_size, progress=progress)
 
 

@@ -21,6 +21,10 @@ class CheckError(SecateurError):
     """A written checkpoint did not behave like the model it was written from."""
 
 
+class TextsWarning(UserWarning):
+    """The texts are not those that a plan was made on."""
+
+
 def unknown(what: str, name: str, known: list[str]) -> InputError:
     """Build the error for a name that is not known, naming those that are and the nearest one."""
     from difflib import get_close_matches

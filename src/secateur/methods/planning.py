@@ -11,7 +11,7 @@ from typing import Any
 from secateur.calibration.choose import Texts, windows_for
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.texts import Windows
-from secateur.errors import InputError, ModelError
+from secateur.errors import InputError, ModelError, TextsWarning
 from secateur.methods.budget import read_budget
 from secateur.methods.method import Evidence
 from secateur.methods.registry import APPLY, find_method
@@ -169,6 +169,7 @@ def windows_of_plan(model: Decoder, plan: Plan, texts: Texts = None) -> Windows:
         warnings.warn(
             f"the texts differ from those the plan was made on ({found.fingerprint} instead of "
             f"{recorded.get('fingerprint')}); bases and matrices are measured on them as they are now.",
+            TextsWarning,
             stacklevel=3,
         )
     return found

@@ -140,7 +140,8 @@ class HeadNorm(nn.Module):
     def __init__(self, config: SecateurConfig, heads: int) -> None:
         """Norm for this many heads."""
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads if config.qk_norm_per_head else 1, config.head_dim))
+        shape = (heads, config.head_dim) if config.qk_norm_per_head else (config.head_dim,)
+        self.weight = nn.Parameter(torch.ones(shape))
         self.centred, self.eps = config.qk_norm == "layernorm", config.norm_eps
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -234,14 +235,17 @@ class SecateurMLP(nn.Module):
 
 
 class SecateurExperts(nn.Module):
-    """Mixture of experts; each token goes to the few that the router likes best."""
+    """Mixture of gated experts; each token goes to the few that the router likes best."""
 
     def __init__(self, config: SecateurConfig, count: int, inner: int, width_in: int, width_out: int) -> None:
         """Build `count` experts of `inner` channels each."""
         super().__init__()
         self.picked, self.normalised = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = nn.Linear(width_in, count, bias=False)
-        self.experts = nn.ModuleList(SecateurMLP(config, inner, width_in, width_out) for _ in range(count))
+        self.gate_projs = nn.ModuleList(nn.Linear(width_in, inner, bias=False) for _ in range(count))
+        self.up_projs = nn.ModuleList(nn.Linear(width_in, inner, bias=False) for _ in range(count))
+        self.down_projs = nn.ModuleList(nn.Linear(inner, width_out, bias=False) for _ in range(count))
+        self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Give the weighted sum of what the chosen experts say."""
@@ -254,11 +258,15 @@ class SecateurExperts(nn.Module):
         said = []
         for number in chosen.unique().tolist():
             rows, places = torch.where(chosen == number)
-            said.append((rows, self.experts[number](tokens[rows]) * best[rows, places, None]))
+            said.append((rows, self._expert(number, tokens[rows]) * best[rows, places, None]))
         mixed = tokens.new_zeros(tokens.shape[0], said[0][1].shape[-1])
         for rows, one in said:
             mixed = mixed.index_add(0, rows, one)
         return mixed.view(*hidden_states.shape[:-1], -1)
+
+    def _expert(self, number: int, tokens: torch.Tensor) -> torch.Tensor:
+        inner = self.act_fn(self.gate_projs[number](tokens)) * self.up_projs[number](tokens)
+        return self.down_projs[number](inner)
 
 
 class SecateurDecoderLayer(GradientCheckpointingLayer):

@@ -135,14 +135,14 @@ def _head_norm_settings(decoder: Decoder) -> dict[str, Any]:
     if not norms:
         return {}
     kind = "layernorm" if family.norm == "layernorm" else "rms"
-    return {"qk_norm": kind, "qk_norm_per_head": _head_scales(norms[0][1]).shape[0] > 1}
+    return {"qk_norm": kind, "qk_norm_per_head": _head_scales(norms[0][1]).dim() == 2}
 
 
 def _head_scales(norm: Any) -> torch.Tensor:
-    """Scales of a norm over heads, (1 or heads, h)."""
+    """Scales of a norm over heads: (h,) for all alike, or (heads, h)."""
     parts = getattr(norm, "norms", None)
-    weight = torch.stack([part.weight for part in parts]) if parts is not None else norm.weight
-    return weight.float().reshape(-1, weight.shape[-1])
+    weight: torch.Tensor = torch.stack([part.weight for part in parts]) if parts is not None else norm.weight
+    return weight.float()
 
 
 def _heads(decoder: Decoder) -> tuple[int, int, int]:
@@ -347,7 +347,7 @@ def _mlp_readers(block: nn.Module, decoder: Decoder) -> dict[str, Linear]:
         found: dict[str, Linear] = {"mlp.gate": (routers[0].weight.float(), None)}
         for number, stacked in enumerate(modules[0].float()):
             gate, up = stacked.chunk(2)
-            found |= {f"mlp.experts.{number}.gate_proj": (gate, None), f"mlp.experts.{number}.up_proj": (up, None)}
+            found |= {f"mlp.gate_projs.{number}": (gate, None), f"mlp.up_projs.{number}": (up, None)}
         return found
     linears = [_linear(module) for module in modules]
     if len(linears) == 2:
@@ -365,5 +365,5 @@ def _writers(block: nn.Module, decoder: Decoder) -> dict[str, Linear]:
     found = {ATTENTION_WRITER: _linear(next(present(block, family.attention_out))[1])}
     writer = next(present(block, family.mlp_out))[1]
     if isinstance(writer, nn.Parameter):
-        return found | {f"mlp.experts.{n}.down_proj": (one, None) for n, one in enumerate(writer.float())}
+        return found | {f"mlp.down_projs.{n}": (one, None) for n, one in enumerate(writer.float())}
     return found | {"mlp.down_proj": _linear(writer)}

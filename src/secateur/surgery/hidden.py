@@ -42,12 +42,11 @@ _FAMILY = FAMILIES[SecateurConfig.model_type]
 
 def rotate_readers(weights: Tensors, directions: Directions, *, attention: bool) -> Tensors:
     """Let what reads the stream in attention (or in the MLP) read x = H P: `W ← W P`; biases stay."""
-    found = {}
-    for name, tensor in weights.items():
-        if not _reads(name, attention=attention):
-            continue
-        found[name] = times(tensor, directions) if name.endswith("proj.weight") or name == "mlp.gate.weight" else tensor
-    return found
+    return {
+        name: times(tensor, directions) if tensor.dim() == 2 and "_norm." not in name else tensor
+        for name, tensor in weights.items()
+        if _reads(name, attention=attention)
+    }
 
 
 def rotate_writers(weights: Tensors, directions: Directions, *, attention: bool) -> Tensors:
