@@ -21,6 +21,7 @@ Signals = Literal["raw", "normed"]
 _SENSITIVITY_FLOOR = 0.3
 """Share of the identity beside the gradient's second moments (trace D); 0.3 and 1 measured alike."""
 _RIDGE = 1e-6
+_CHUNK_BYTES = 32 << 20
 
 
 class Covariance:
@@ -108,8 +109,15 @@ def unit_scale(states: torch.Tensor, eps: float = 1e-24) -> torch.Tensor:
 
 
 def times(tensor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Multiply in float64, give float32."""
-    return (tensor.to(matrix.device, torch.float64) @ matrix).float()
+    """Multiply in float64, give float32; some rows at a time, so that no float64 copy of a whole table is made."""
+    if tensor.dim() != 2:
+        return (tensor.to(matrix.device, torch.float64) @ matrix).float()
+    found = torch.empty(tensor.shape[0], matrix.shape[1], device=matrix.device)
+    rows = max(1, _CHUNK_BYTES // (8 * tensor.shape[1]))
+    for first in range(0, tensor.shape[0], rows):
+        part = tensor[first : first + rows].to(matrix.device, torch.float64)
+        found[first : first + rows] = part @ matrix
+    return found
 
 
 def _exact(states: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -210,23 +211,24 @@ def stream_sizes(config: SecateurConfig) -> StreamSizes:
     )
 
 
-def folded_outer(decoder: Decoder) -> Tensors:
-    """Give embeddings and head, folded; `decoder.outer()` must be open. The head is a copy where it was tied."""
+def folded_outer(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give tables and head one after the other, folded; `decoder.outer()` must be open. A tied head is a copy."""
     family, config = decoder.anatomy.family, decoder.config
-    table = _embedding_rows(decoder)
-    found = {"model.embed_tokens.weight": table}
+    yield "model.embed_tokens.weight", _table(decoder, _embedding_rows(decoder))
     if family.positions.startswith("learned"):
         positions = find(decoder.module, family.embeddings[1])
-        found["model.embed_positions.weight"] = positions.weight.float()[getattr(positions, "offset", 0) :]
-    if family.norm == "layernorm":
-        found = {name: rows - rows.mean(dim=1, keepdim=True) for name, rows in found.items()}
+        rows = positions.weight.float()[getattr(positions, "offset", 0) :]
+        yield "model.embed_positions.weight", _table(decoder, rows)
     head = find(decoder.module, family.head)
     scale = getattr(config, family.logits_multiplier or "", 1.0) / getattr(config, family.logits_divisor or "", 1.0)
     weight, bias = _reading(head.weight.float(), _bias(head), find(decoder.module, family.final[0]), family.norm)
-    found["lm_head.weight"] = weight * scale
+    yield "lm_head.weight", weight * scale
     if bias is not None:
-        found["lm_head.bias"] = bias * scale
-    return found
+        yield "lm_head.bias", bias * scale
+
+
+def _table(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
+    return rows - rows.mean(dim=1, keepdim=True) if decoder.anatomy.family.norm == "layernorm" else rows
 
 
 def _embedding_rows(decoder: Decoder) -> torch.Tensor:

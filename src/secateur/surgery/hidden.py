@@ -122,17 +122,16 @@ def slice_by_principal_directions(
     assembly = empty_sliced(decoder, [*every, decoder.hidden_size], [True] * len(every))
     with open_store(decoder) as store:
         entering = _dense_start(decoder, windows, store, batch_size, signals)
-        directions = principal_directions(entering)[:, : every[0]]
-        put_outer(assembly, directions, None)
-        kept = [directions]
+        kept = [principal_directions(entering)[:, : every[0]]]
+        put_outer(assembly, kept[0], None)
         batches = [batch for batch, _ in start(assembly.decoder, windows, batch_size)]
+        assembly.finish("")
         walk = _Pass(assembly, store, batches, signals)
         for index in progress(range(decoder.block_count), "slicing block by block", decoder.block_count):
             following = widths[index + 1] if index + 1 < len(widths) else None
             kept.append(_slice_block(walk, index, kept[-1], widths[index], following))
-        loss = _final_loss(walk)
-    assembly.finish("")
-    return assembly.result(sliced_fingerprint(kept)), loss
+        sliced = assembly.result(sliced_fingerprint(kept))
+        return sliced, _final_loss(sliced, walk)
 
 
 def sliced_fingerprint(directions: Sequence[Directions]) -> dict[str, Any]:
@@ -168,11 +167,9 @@ def empty_sliced(
 def put_outer(assembly: Assembly, first: Directions, last: Directions | None) -> None:
     """Put embeddings in the coordinates of the first point, and the head in those of the last (None: dense)."""
     with assembly.dense.outer():
-        outer = folded_outer(assembly.dense)
-    found = {name: times(tensor, first) if "embed" in name else tensor for name, tensor in outer.items()}
-    if last is not None:
-        found["lm_head.weight"] = times(found["lm_head.weight"], last)
-    assembly.put("", found)
+        for name, tensor in folded_outer(assembly.dense):
+            directions = first if "embed" in name else last if name == "lm_head.weight" else None
+            assembly.put("", {name: tensor if directions is None else times(tensor, directions)})
 
 
 def _slice_block(walk: _Pass, index: int, first: Directions, width: int, following: int | None) -> Directions:
@@ -215,12 +212,13 @@ def _next_directions(covariance: torch.Tensor, width: int | None) -> Directions:
     return principal_directions(covariance)[:, :width]
 
 
-def _final_loss(walk: _Pass) -> float:
+def _final_loss(sliced: Decoder, walk: _Pass) -> float:
     total, predictions = 0.0, 0
-    for batch in walk.batches:
-        hidden = walk.store.get(batch.index)
-        require_finite(hidden, "what leaves the last block", batch.mask)
-        found, counted = loss_sum(walk.assembly.decoder, batch, hidden)
-        total += float(found)
-        predictions += counted
+    with sliced.outer():
+        for batch in walk.batches:
+            hidden = walk.store.get(batch.index)
+            require_finite(hidden, "what leaves the last block", batch.mask)
+            found, counted = loss_sum(sliced, batch, hidden)
+            total += float(found)
+            predictions += counted
     return mean_of(total, predictions)
