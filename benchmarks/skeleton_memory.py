@@ -1,4 +1,4 @@
-"""Peak memory of `score` on a 1.5 GB bf16 Llama opened as a skeleton, above the interpreter's own."""
+"""Peak memory of work on a 1.5 GB bf16 Llama opened as a skeleton, above the interpreter's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from common import keep, random_windows
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SCORE = """
+PROGRAM = """
 import sys
 import secateur
 
@@ -20,7 +20,13 @@ def highest():
 
 before = highest()
 model = secateur.open_model(sys.argv[1], skeleton=True)
-secateur.score(model, texts=sys.argv[2])
+windows = sys.argv[2]
+if sys.argv[3] == "score":
+    secateur.score(model, texts=windows)
+elif sys.argv[3] == "eval":
+    secateur.eval(model, texts=windows)
+else:
+    secateur.prune(model, secateur.make_plan(model, method=sys.argv[3], slice=0.25, texts=windows))
 print(before, highest())
 """
 
@@ -46,27 +52,29 @@ def build(folder: Path) -> int:
 
 def peak(*arguments: str) -> tuple[int, int]:
     """Run in a process of its own; returns resident bytes after the imports, and at the peak."""
-    done = subprocess.run([sys.executable, "-c", SCORE, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True)
     after_imports, highest = map(int, done.stdout.split())
     return after_imports, highest
 
 
 def main(windows: int = 8, length: int = 512) -> None:
-    """Measure the peak of scoring 8 windows of 512."""
+    """Measure the peaks of scoring, evaluating and slicing with 8 windows of 512."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as scratch:
         size = build(Path(scratch, "model"))
         file = Path(scratch, "windows.npy")
         np.save(file, random_windows(windows, length).tokens.numpy())
-        own, highest = peak(str(Path(scratch, "model")), str(file))
-    found = {
-        "checkpoint_mb": round(size / 1e6),
-        "interpreter_mb": round(own / 1e6),
-        "peak_mb": round(highest / 1e6),
-        "above_interpreter": round((highest - own) / size, 3),
-    }
-    keep("skeleton_memory", {"windows": windows, "seq_len": length, "width": 2048, "blocks": 12}, found)
+        for work in ("score", "eval", "slicegpt", "stock-slicing"):
+            own, highest = peak(str(Path(scratch, "model")), str(file), work)
+            found = {
+                "checkpoint_mb": round(size / 1e6),
+                "interpreter_mb": round(own / 1e6),
+                "peak_mb": round(highest / 1e6),
+                "above_interpreter": round((highest - own) / size, 3),
+            }
+            setting = {"work": work, "windows": windows, "seq_len": length, "width": 2048, "blocks": 12}
+            keep("skeleton_memory", setting, found)
 
 
 if __name__ == "__main__":

@@ -261,6 +261,8 @@ def test_a_sliced_model_is_not_cut_again(plan, tiny):
     sliced = prune(tiny("llama"), plan, texts=draw_windows())
     with pytest.raises(ModelError, match="take blocks out of the dense model first"):
         prune(sliced, make_plan(sliced, method="last-n", blocks=1))
+    with pytest.raises(ModelError, match="different bases"):
+        score(sliced, texts=draw_windows())
     with pytest.raises(ModelError, match="sliced already"):
         make_plan(sliced, method="slicegpt", slice=0.2, texts=draw_windows())
 

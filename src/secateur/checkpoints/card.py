@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from secateur.models.decoder import Decoder
 from secateur.plan import Plan
+from secateur.shapes import SecateurConfig
 
 
 def model_card(decoder: Decoder, record: dict[str, Any]) -> ModelCard:
@@ -40,13 +41,17 @@ def _body(decoder: Decoder, record: dict[str, Any]) -> str:
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{_own_code(decoder)})',
         "```",
         "",
         "Plan, settings, versions and fingerprints: `secateur.json`.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _own_code(decoder: Decoder) -> str:
+    return ", trust_remote_code=True" if isinstance(decoder.config, SecateurConfig) else ""
 
 
 def _original_card(folder: Path | None) -> dict[str, Any]:

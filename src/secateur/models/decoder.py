@@ -77,6 +77,11 @@ class Decoder:
         return int(self.config.hidden_size)
 
     @property
+    def changes_basis(self) -> bool:
+        """Whether shortcut matrices turn the residual stream on its way, so that blocks fit only their neighbours."""
+        return any(getattr(self.config, "shortcuts", None) or ())
+
+    @property
     def block_list(self) -> nn.ModuleList:
         """The list of blocks; in a skeleton their weights are absent until asked for with `block`."""
         blocks: nn.ModuleList = find(self.module, self.anatomy.family.blocks)

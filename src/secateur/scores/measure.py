@@ -12,7 +12,7 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import AngularSums, CkaSums, CosineSums, real_tokens
 from secateur.calibration.stream import check_windows, open_store, perplexity_of, states_by_batch
 from secateur.calibration.texts import Windows
-from secateur.errors import InputError, NumericsError, unknown
+from secateur.errors import InputError, ModelError, NumericsError, unknown
 from secateur.models.decoder import Decoder
 from secateur.scores.profile import KINDS, ONE_PASS, Kind, Matrix, Scores
 from secateur.scores.removal import RemovalProbe
@@ -74,6 +74,7 @@ def score_model(
 
     Raises:
         InputError: an unknown kind, or no windows for a kind that needs them.
+        ModelError: the model is sliced, and its states cannot be compared.
         NumericsError: NaN or infinity; it never becomes a score.
     """
     for kind in kinds:
@@ -84,6 +85,11 @@ def score_model(
         found["magnitude"] = weight_magnitudes(decoder)
     if windows is not None:
         check_windows(decoder, windows)
+        if decoder.changes_basis and set(kinds) - {"taylor"}:
+            raise ModelError(
+                f"{decoder.source}: the states of this sliced model stand in different bases and cannot be compared; "
+                "score the dense model."
+            )
         if set(kinds) & set(ONE_PASS):
             found |= _one_pass(decoder, windows, kinds, batch_size, seed, progress)
         if "perplexity" in kinds:

@@ -25,7 +25,7 @@ def keep_blocks(decoder: Decoder, kept: Sequence[int]) -> Decoder:
     if list(kept) == list(range(decoder.block_count)):
         return decoder
     family = decoder.anatomy.family
-    if any(getattr(decoder.config, "shortcuts", None) or ()):
+    if decoder.changes_basis:
         raise ModelError(
             f"{decoder.source}: neighbouring blocks of this sliced model fit only each other; take blocks out of the "
             "dense model first, then slice."
