@@ -21,11 +21,11 @@ from secateur.methods.method import Evidence, Method, MethodSettings
 from secateur.models.decoder import Decoder
 from secateur.steps import SliceHidden, StreamSizes
 from secateur.surgery.directions import Signals
-from secateur.surgery.folding import folded_config, refuse_unsliceable, stream_sizes
+from secateur.surgery.folding import folded_config, stream_sizes
 from secateur.surgery.hidden import slice_by_principal_directions
 from secateur.surgery.invariance import require_invariance
 from secateur.surgery.shared import find_bases, find_borders, slice_with_shared_bases
-from secateur.surgery.stock import stays_stock, stock_stream_sizes, width_step
+from secateur.surgery.stock import stock_stream_sizes, width_step
 
 Normalise = Literal["minmax", "interior", "rank"]
 Widths = tuple[int, ...]
@@ -216,14 +216,14 @@ class _Search:
 def decide_shared(evidence: Evidence, settings: StockSettings, budget: Budget) -> Sequence[SliceHidden]:
     """Keep one width everywhere; where several bases are asked for, put their borders where the states change most."""
     decoder = evidence.decoder
-    refuse_unsliceable(decoder)
     if settings.bases > decoder.block_count:
         raise InputError(f"bases={settings.bases}: the model has only {decoder.block_count} blocks.")
     if budget.is_zero:
         return ()
-    stock = settings.bases == 1 and stays_stock(decoder)
+    step_of_stock = width_step(decoder, settings.rounding) if settings.bases == 1 else None
+    stock = step_of_stock is not None
     sizes = stock_stream_sizes(decoder) if stock else stream_sizes(folded_config(decoder))
-    rounding = width_step(decoder, settings.rounding) if stock else settings.rounding
+    rounding = step_of_stock or settings.rounding
     starts: tuple[int, ...] = (0,)
     if settings.bases > 1:
         starts = find_borders(

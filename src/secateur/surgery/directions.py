@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from secateur.errors import ModelError
+from secateur.errors import NumericsError
 
 Directions = torch.Tensor
 """P, (D, d) float64."""
@@ -45,10 +45,10 @@ class Covariance:
         """The sum so far.
 
         Raises:
-            ModelError: no token was seen.
+            NumericsError: the states held NaN or infinity.
         """
-        if self._sum is None:
-            raise ModelError("no state was seen; the windows are empty.")
+        if self._sum is None or not bool(torch.isfinite(self._sum).all()):
+            raise NumericsError("NaN or infinity in the hidden states (or their gradients); try --dtype float32.")
         return self._sum
 
 

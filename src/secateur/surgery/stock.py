@@ -29,23 +29,6 @@ from secateur.surgery.folding import folded_config, refuse_unsliceable, stream_s
 from secateur.surgery.hidden import sliced_fingerprint
 
 
-def stays_stock(decoder: Decoder) -> bool:
-    """Whether a stock architecture can hold the sliced model: a stock LayerNorm subtracts the mean of the kept
-    directions, which is not the mean of all."""
-    return decoder.anatomy.family.norm != "layernorm"
-
-
-def refuse_as_stock(decoder: Decoder) -> None:
-    """Stop where a stock architecture cannot hold the sliced model.
-
-    Raises:
-        ModelError: with the reason.
-    """
-    refuse_unsliceable(decoder)
-    if not stays_stock(decoder):
-        raise ModelError(f"{decoder.source}: no stock LayerNorm can hold sliced states; the modelling file can.")
-
-
 def config_of_width(decoder: Decoder, width: int) -> Any:
     """Give the configuration of the same architecture with another hidden size; heads keep their size.
 
@@ -64,20 +47,23 @@ def config_of_width(decoder: Decoder, width: int) -> Any:
     return config
 
 
-def width_step(decoder: Decoder, rounding: int) -> int:
+def width_step(decoder: Decoder, rounding: int) -> int | None:
     """Give the number that kept widths must be multiples of: `rounding`, and the heads where the config wants it.
 
+    None where no stock model can hold sliced states: a stock LayerNorm subtracts the mean of the kept directions,
+    which is not the mean of all, and some configurations tie the hidden size to other sizes (Phi-3 with long rope).
+
     Raises:
-        ModelError: no width can be kept in a stock architecture.
+        ModelError: the hidden states cannot be rotated at all.
     """
-    refuse_as_stock(decoder)
-    step = math.lcm(rounding, int(decoder.config.num_attention_heads))
-    for candidate in (rounding, step):
-        if candidate < decoder.hidden_size and _allowed(
-            decoder, decoder.hidden_size // candidate * candidate - candidate
-        ):
-            return candidate
-    return step
+    refuse_unsliceable(decoder)
+    if decoder.anatomy.family.norm == "layernorm":
+        return None
+    for step in (rounding, math.lcm(rounding, int(decoder.config.num_attention_heads))):
+        largest = (decoder.hidden_size - 1) // step * step
+        if largest > 0 and _allowed(decoder, largest):
+            return step
+    return None
 
 
 def _allowed(decoder: Decoder, width: int) -> bool:
@@ -109,7 +95,8 @@ class StockSlicing:
         Raises:
             ModelError: a stock architecture cannot hold the result.
         """
-        refuse_as_stock(decoder)
+        if width_step(decoder, 1) is None:
+            raise ModelError(f"{decoder.source}: no stock model can hold its sliced states; the modelling file can.")
         family, width = decoder.anatomy.family, directions.shape[1]
         self._dense, self._directions = decoder, directions
         self._assembly = Assembly(decoder, config_of_width(decoder, width), family)
