@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -92,5 +92,82 @@ class DropBlocks(Step):
         return "takes out", ", ".join(map(str, self.blocks)) or "nothing"
 
 
-AnyStep = DropBlocks
+Span = tuple[int, int]
+"""Neighbouring blocks, from the first to the last of them, both included."""
+
+Rule = Literal["delta-sum", "top", "mean", "weighted"]
+"""How the weights of neighbouring blocks become those of one."""
+
+
+class MergeBlocks(Step):
+    """Make one block, in the place of the lowest, of each window of neighbouring blocks.
+
+    Attributes:
+        windows: lowest and highest block of each window.
+        rule: how their weights become one block's.
+        influence: block influence of every block; needed by the rule `weighted`, empty for the others.
+        across_types: whether blocks of differing layer types may become one; its type is the lowest block's.
+        similarity: that of the final hidden states to the original model's, as measured when it was decided.
+        threshold: the threshold that gives these windows; None where they are an earlier stage of such a run.
+    """
+
+    kind: Literal["merge-blocks"] = "merge-blocks"
+    windows: tuple[Span, ...]
+    rule: Rule
+    influence: tuple[float, ...] = ()
+    across_types: bool = False
+    similarity: float | None = None
+    threshold: float | None = None
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """Give the blocks that stay, of `count`: the lowest of each window, and all outside the windows.
+
+        Raises:
+            InputError: a window of blocks that do not exist, of fewer than two blocks, or that overlaps another; or
+                the rule needs block influences and there is not one for each block.
+        """
+        absorbed: set[int] = set()
+        touched: set[int] = set()
+        for low, high in self.windows:
+            require_span(low, high, count, "merges")
+            if low == high:
+                raise InputError(f"the plan merges block {low} alone; a window has at least two blocks.")
+            if touched & set(range(low, high + 1)):
+                raise InputError(f"the plan merges a block twice: {[list(window) for window in self.windows]}.")
+            touched |= set(range(low, high + 1))
+            absorbed |= set(range(low + 1, high + 1))
+        if self.rule == "weighted" and self.windows:
+            _require_influence(self.influence, count)
+        return tuple(block for block in range(count) if block not in absorbed)
+
+    def left(self, sizes: Sizes) -> Sizes:
+        """Give the sizes with one block in the place of each window."""
+        return Sizes(tuple(sizes.blocks[block] for block in self.kept(len(sizes.blocks))), sizes.other)
+
+    def says(self) -> tuple[str, str]:
+        """Name the windows."""
+        windows = ", ".join(f"{low} to {high}" for low, high in sorted(self.windows))
+        return "merges", f"{windows} ({self.rule})" if windows else "nothing"
+
+
+def require_span(low: int, high: int, count: int, does: str) -> None:
+    """Refuse neighbouring blocks that a model of `count` blocks does not have.
+
+    Raises:
+        InputError: saying what the plan does to them.
+    """
+    if not 0 <= low <= high < count:
+        raise InputError(f"the plan {does} blocks {low} to {high}, but this model has blocks 0 to {count - 1}.")
+
+
+def _require_influence(influence: tuple[float, ...], count: int) -> None:
+    if len(influence) != count:
+        raise InputError(
+            f"the plan merges by block influence, but names {len(influence)} influences for {count} blocks."
+        )
+    if not all(0 <= value < float("inf") for value in influence):
+        raise InputError("the plan merges by block influence, but one is negative or not a number.")
+
+
+AnyStep = Annotated[DropBlocks | MergeBlocks, Field(discriminator="kind")]
 """Every kind of step a plan file can hold."""

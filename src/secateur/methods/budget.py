@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from secateur.errors import InputError
 
-Aim = Literal["blocks", "remove", "target_params"]
+Aim = Literal["blocks", "remove", "target_params", "own"]
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,15 @@ class Budget:
 
     Attributes:
         aim: `blocks`: exactly that many blocks; `remove`: the closest non-zero cut to this fraction of all
-            parameters; `target_params`: the largest model that has no more than this many parameters.
-        value: a number of blocks, a fraction in (0, 1), or a number of parameters.
+            parameters; `target_params`: the largest model that has no more than this many parameters; `own`: what the
+            method's own knob gives.
+        value: a number of blocks, a fraction in (0, 1), a number of parameters, or the value of the knob.
+        knob: name of the method's setting that asks for it, if one does.
     """
 
     aim: Aim
     value: float
+    knob: str | None = None
 
     @property
     def is_zero(self) -> bool:
@@ -31,7 +34,7 @@ class Budget:
 
     def describe(self) -> dict[str, Any]:
         """Give the request as data for the plan."""
-        return {self.aim: self.value}
+        return {(self.knob or "own") if self.aim == "own" else self.aim: self.value}
 
 
 def read_budget(

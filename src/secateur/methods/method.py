@@ -30,6 +30,10 @@ class Settings(BaseModel):
         """Give the blocks that may go, of `count`."""
         return range(self.protect_first, max(self.protect_first, count - self.protect_last))
 
+    def own_amount(self) -> Budget | None:
+        """Give the amount that one of these settings asks for by itself, as the papers' knobs do; None without."""
+        return None
+
 
 @dataclass
 class Evidence:

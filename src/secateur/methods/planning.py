@@ -44,7 +44,8 @@ def make_plan(
         method: a name of `secateur methods`, such as `streamline`.
         remove: fraction of all parameters to take away, 0.25 or "25%".
         target_params: parameters to stay at or below, such as "5.5B".
-        blocks: number of blocks to take out. Exactly one of these amounts is given (or the method's own `window`).
+        blocks: number of blocks to take out. Exactly one of these amounts is given, or one of the method's own
+            settings that is an amount, such as `window`.
         texts: what the model is measured on: see `secateur texts`; None is `python-stdlib`.
         windows: number of windows; None takes all.
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
@@ -60,13 +61,11 @@ def make_plan(
         NumericsError: NaN or infinity while measuring.
     """
     chosen = find_method(method)
-    own = dict(settings or {})
-    checked = chosen.read_settings(own)
-    if own.get("window") is not None:
-        if any(amount is not None for amount in (blocks, remove, target_params)):
-            raise InputError("window and another amount contradict each other; give one of them.")
-        blocks = checked.window
-    budget = read_budget(blocks, remove, target_params)
+    checked = chosen.read_settings(dict(settings or {}))
+    own = checked.own_amount()
+    if own is not None and any(amount is not None for amount in (blocks, remove, target_params)):
+        raise InputError(f"{own.knob} and another amount contradict each other; give one of them.")
+    budget = own or read_budget(blocks, remove, target_params)
     if scores is not None and scores.fingerprint != model.fingerprint:
         raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
     used: Windows | None = None
