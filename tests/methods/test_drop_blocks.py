@@ -8,12 +8,14 @@ import torch
 from oracles import draw_windows, loss_without, plain_states, plain_taylor
 from secateur import make_plan, prune
 from secateur.errors import InputError, NumericsError
-from secateur.methods.registry import METHODS, find_method
+from secateur.methods import drop_blocks
+from secateur.methods.registry import find_method
 from secateur.models.open import open_model
 from secateur.scores.measure import score_model
 from secateur.scores.profile import KINDS, Scores
 from tiny_models import build
 
+METHODS = [method.name for method in drop_blocks.METHODS]
 BLOCKS = 10  # room between the ends that Shortened-LLaMA protects
 
 
