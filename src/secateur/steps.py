@@ -150,6 +150,52 @@ class MergeBlocks(Step):
         return "merges", f"{windows} ({self.rule})" if windows else "nothing"
 
 
+class LinearizeBlocks(Step):
+    """Take windows of neighbouring blocks out, each replaced by a matrix on the MLP output of the block before it.
+
+    The matrices are not in the plan: they are measured when it is applied.
+
+    Attributes:
+        windows: first and last block of each window that goes.
+        ridge: how strongly a matrix is pulled toward the identity, in mean squares of the MLP's output.
+        error: of each window, the share of the state that leaves it which is not reproduced, as measured when it was
+            decided; empty where that was not measured.
+    """
+
+    measures: ClassVar[bool] = True
+
+    kind: Literal["linearize-blocks"] = "linearize-blocks"
+    windows: tuple[Span, ...] = Field(min_length=1)
+    ridge: float = Field(ge=0, allow_inf_nan=False)
+    error: tuple[float, ...] = ()
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """Give the blocks that stay, of `count`.
+
+        Raises:
+            InputError: a window of blocks that do not exist, without a block before it that stays, or that overlaps
+                another.
+        """
+        gone: set[int] = set()
+        for low, high in self.windows:
+            require_span(low, high, count, "replaces")
+            if gone & set(range(low, high + 1)):
+                raise InputError(f"the plan replaces a block twice: {[list(window) for window in self.windows]}.")
+            gone |= set(range(low, high + 1))
+        for low, high in self.windows:
+            if low == 0 or low - 1 in gone:
+                raise InputError(f"the plan replaces blocks {low} to {high}, but the block before them does not stay.")
+        return tuple(block for block in range(count) if block not in gone)
+
+    def left(self, sizes: Sizes) -> Sizes:
+        """Give the sizes without the blocks that go."""
+        return Sizes(tuple(sizes.blocks[block] for block in self.kept(len(sizes.blocks))), sizes.other)
+
+    def says(self) -> tuple[str, str]:
+        """Name the windows."""
+        return "replaces", ", ".join(f"{low} to {high}" for low, high in sorted(self.windows)) + " (a matrix each)"
+
+
 def require_span(low: int, high: int, count: int, does: str) -> None:
     """Refuse neighbouring blocks that a model of `count` blocks does not have.
 
@@ -169,5 +215,5 @@ def _require_influence(influence: tuple[float, ...], count: int) -> None:
         raise InputError("the plan merges by block influence, but one is negative or not a number.")
 
 
-AnyStep = Annotated[DropBlocks | MergeBlocks, Field(discriminator="kind")]
+AnyStep = Annotated[DropBlocks | MergeBlocks | LinearizeBlocks, Field(discriminator="kind")]
 """Every kind of step a plan file can hold."""
