@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import gc
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import psutil
 import torch
@@ -21,7 +22,10 @@ from secateur.methods import merge_blocks
 from secateur.methods.merge_blocks import Slide, find_threshold, slide
 from secateur.models.decoder import Decoder
 from secateur.scores.likeness import Merged, MergeProbe, window_cosines
+from secateur.steps import MergeBlocks
 from secateur.surgery.merging import merged_tensors, shares_for
+
+Run = Callable[[Decoder, Windows, int], Merged]
 
 
 @torch.no_grad()
@@ -83,25 +87,45 @@ def seconds_of_a_block(model: Decoder, windows: Windows) -> float:
     return statistics.median(times)
 
 
-def peak_anonymous(run: Callable[[], object]) -> int:
-    """Bytes of anonymous memory of this process at the peak of a run, sampled every five milliseconds."""
-    process, done, peak = psutil.Process(), threading.Event(), [0]
+def anonymous() -> int:
+    """Bytes of anonymous memory of this process."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
+
+
+def memory_of(run: Run, windows: int, length: int, count: int) -> tuple[int, int]:
+    """Bytes of anonymous memory that the open model takes, and that model and run take at the peak of the run.
+
+    The interpreter's own memory is not counted. Called in a process of its own; samples every two milliseconds.
+    """
+    own = anonymous()
+    model, read = random_llama(), random_windows(windows, length)
+    opened = anonymous() - own
+    done, peak = threading.Event(), [0]
 
     def watch() -> None:
-        while not done.is_set():
-            memory = process.memory_info()
-            peak[0] = max(peak[0], memory.rss - memory.shared)
-            time.sleep(0.005)
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous() - own)
 
-    gc.collect()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    try:
-        run()
-    finally:
-        done.set()
-        watcher.join()
-    return peak[0]
+    run(model, read, count)
+    done.set()
+    watcher.join()
+    return opened, peak[0]
+
+
+def in_a_process(run: Run, *setting: int) -> tuple[int, int]:
+    """Measure memory in a fresh process, so that what an earlier run left behind does not count."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(memory_of, run, *setting).result()
+
+
+def merge_with_caches(model: Decoder, windows: Windows, count: int) -> Merged:
+    """Make the search as the library does."""
+    (step,) = secateur.make_plan(model, method="swm", blocks=count, texts=windows).steps
+    assert isinstance(step, MergeBlocks)
+    return step.windows
 
 
 def main(windows: int = 4, length: int = 256, count: int = 3, rounds: int = 2) -> None:
@@ -114,30 +138,26 @@ def main(windows: int = 4, length: int = 256, count: int = 3, rounds: int = 2) -
             super().__init__(*given, **named)  # type: ignore[arg-type]
 
     merge_blocks.MergeProbe = Counted  # type: ignore[misc]
-    base = psutil.Process().memory_info()
     model, read = random_llama(), random_windows(windows, length)
-    plan = secateur.make_plan(model, method="swm", blocks=count, texts=read)
-    assert plan.steps[0].windows == merge_in_full(model, read, count), "both must choose the same windows"
+    chosen = merge_with_caches(model, read, count)
+    assert chosen == merge_in_full(model, read, count), "both must choose the same windows"
     evaluations = probes[0].evaluated
     blocks: list[float] = []
 
     times = interleaved(
-        {"swm": lambda: secateur.make_plan(model, method="swm", blocks=count, texts=read)}
+        {"swm": lambda: merge_with_caches(model, read, count)}
         | {"blocks": lambda: blocks.append(seconds_of_a_block(model, read))}
         | {"in_full": lambda: merge_in_full(model, read, count)},
         rounds,
     )
     one = statistics.median(blocks[1:])
     swm = statistics.median(wall for wall, _ in times["swm"])
-    own = base.rss - base.shared
-    memory = {
-        "swm_peak_mib": peak_anonymous(lambda: secateur.make_plan(model, method="swm", blocks=count, texts=read)) - own,
-        "in_full_peak_mib": peak_anonymous(lambda: merge_in_full(model, read, count)) - own,
-    }
+    opened, cached = in_a_process(merge_with_caches, windows, length, count)
+    _, copied = in_a_process(merge_in_full, windows, length, count)
     keep(
         "swm_speed",
         {"windows": windows, "seq_len": length, "width": 768, "blocks": 12, "removed": count, "rounds": rounds}
-        | {"chosen": plan.steps[0].windows},
+        | {"chosen": chosen},
         compare(times, "in_full", "swm")
         | {
             "candidates": len(probes[0].known),
@@ -145,8 +165,9 @@ def main(windows: int = 4, length: int = 256, count: int = 3, rounds: int = 2) -
             "seconds_per_block": round(one, 4),
             "time_over_block_evaluations": round(swm / (evaluations * one), 3),
         }
-        | {name: round(value / 2**20) for name, value in memory.items()}
-        | {"memory_ratio": round(memory["swm_peak_mib"] / memory["in_full_peak_mib"], 3)},
+        | {"model_mib": opened >> 20, "swm_peak_mib": cached >> 20, "in_full_peak_mib": copied >> 20}
+        | {"memory_ratio": round(cached / copied, 3)}
+        | {"memory_ratio_above_the_model": round((cached - opened) / (copied - opened), 3)},
     )
 
 

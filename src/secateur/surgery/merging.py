@@ -108,8 +108,8 @@ def merged_tensors(decoder: Decoder, window: Span, shares: Shares, place: int | 
             for name, tensor, is_norm in _tensors(decoder, block, index, low if place is None else place):
                 share = of_norms if is_norm else of_linears
                 if share != 0:
-                    part = tensor.to(home, torch.promote_types(tensor.dtype, torch.float32)) * share
-                    total[name] = total[name].add_(part) if name in total else part
+                    part = tensor.to(home, torch.promote_types(tensor.dtype, torch.float32))
+                    total[name] = _plus(total.get(name), part, share)
     return {name: tensor.to(decoder.saved_dtype).to(decoder.module.dtype) for name, tensor in total.items()}
 
 
@@ -171,6 +171,13 @@ def _shapes(block: nn.Module) -> dict[str, torch.Size]:
 
 def _kind(decoder: Decoder, index: int) -> tuple[object, ...]:
     return block_kind(decoder.config, decoder.anatomy.family, index)
+
+
+def _plus(total: torch.Tensor | None, part: torch.Tensor, share: float) -> torch.Tensor:
+    """Add a share of a part; a whole part alone stays the tensor it is, uncopied."""
+    if total is None:
+        return part if share == 1 else part * share
+    return torch.add(total, part, alpha=share)
 
 
 def _tensors(decoder: Decoder, block: nn.Module, index: int, place: int) -> Iterator[tuple[str, torch.Tensor, bool]]:
