@@ -280,6 +280,16 @@ def test_shares_of_all_parameters(tiny):
         assert plan.removed_fraction == pytest.approx(count * share)
 
 
+@pytest.mark.parametrize("share", [0.92, 0.8])
+def test_blocks_of_two_sizes(share, tiny):
+    decoder = tiny("qwen3_moe-mixed")
+    assert len(set(decoder.block_parameter_counts())) == 2
+    target = int(share * decoder.parameter_count)
+    plan = make_plan(decoder, method="swm", target_params=target, texts=draw_windows())
+    assert plan.parameters_after <= target
+    assert prune(decoder, plan).parameter_count == plan.parameters_after
+
+
 @pytest.mark.parametrize("amount", [{"blocks": 7}, {"remove": 0.9}, {"remove": 0.01}, {"target_params": 100}])
 def test_out_of_reach(amount, tiny):
     with pytest.raises(InputError, match=r"at most 6 blocks|unreachable"):
