@@ -1,7 +1,11 @@
-"""What each method does to the bundled model: held-out perplexity against parameters removed, no healing."""
+"""What each method does to the bundled model: held-out perplexity against parameters removed, no healing.
+
+Names of methods on the command line restrict it to these.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from common import keep
@@ -18,28 +22,34 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("shortened-llama", {"criterion": "taylor"}),
     ("shortened-llama", {"criterion": "magnitude"}),
     ("sleb", {}),
+    ("swm", {"rule": "top"}),
+    ("swm", {"rule": "delta-sum"}),
+    ("replaceme", {}),
+    ("replaceme", {"max_window": 1}),
 ]
 
 
-def main(windows: int = 32, amounts: tuple[int, ...] = (1, 2, 3, 4)) -> None:
+def main(only: list[str], windows: int = 32, amounts: tuple[int, ...] = (1, 2, 3, 4)) -> None:
     """Take out 1 to 4 of 12 blocks by every method; calibration and held-out modules are disjoint."""
     model = secateur.open_model("bundled")
     calibration = windows_for(model, None, windows=windows)
     held_out = windows_for(model, None, windows=64, split="held-out")
     scores = secateur.score(model, texts=calibration, kinds=("cosine", "angular", "magnitude", "perplexity", "taylor"))
     dense = secateur.eval(model, texts=held_out)[0].value
-    for method, settings in CASES:
+    for method, settings in [case for case in CASES if not only or case[0] in only]:
         for count in amounts:
             plan = secateur.make_plan(
                 model, method=method, blocks=count, texts=calibration, settings=settings, scores=scores
             )
-            found = secateur.eval(secateur.prune(model, plan), texts=held_out)[0].value
+            pruned = secateur.prune(model, plan, texts=calibration)
+            found = secateur.eval(pruned, texts=held_out)[0].value
+            gone = sorted(set(range(model.block_count)) - set(plan.kept_blocks()))
             keep(
                 "methods_table",
                 {"method": method, **settings, "blocks": count, "windows": windows},
                 {
                     "removed": round(plan.removed_fraction, 4),
-                    "gone": list(plan.steps[0].blocks),
+                    "gone": gone,
                     "perplexity": round(found, 2),
                     "dense": round(dense, 2),
                 },
@@ -47,4 +57,4 @@ def main(windows: int = 32, amounts: tuple[int, ...] = (1, 2, 3, 4)) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -236,3 +236,22 @@ def test_a_full_disk_is_one_clear_message(run, model, windows, monkeypatch):
 def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "secateur", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "secateur 0.1.0\n")
+
+
+def test_a_plan_that_merges_is_drawn(run, model, windows, tmp_path):
+    words = ["plan", model, "--method", "swm", "--blocks", "2", "--texts", windows, "-o", "plans/plan.json"]
+    code, out, err = run(*words)
+    assert code == 0
+    assert "merges" in out
+    assert "windows.png" in err
+    assert (tmp_path / "plans" / "windows.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (tmp_path / "plans").iterdir()} == {"plan.json", "windows.png"}
+
+
+def test_a_picture_that_cannot_be_drawn_is_said(run, model, tmp_path):
+    np.save(tmp_path / "short.npy", np.array([[5, 6, 7]]))
+    code, _, err = run("plan", model, "--method", "swm", "--blocks", "2", "--texts", "short.npy", "-o", "plan.json")
+    assert code == 0
+    assert "no picture of the windows: CKA needs at least 4 tokens" in err
+    assert not (tmp_path / "windows.png").exists()
+    assert Plan.read("plan.json").steps[0].windows

@@ -126,7 +126,7 @@ _CANONICAL = (
         "secateur",
         num_key_value_heads=2,
         max_position_embeddings=POSITIONS,
-        intermediate_sizes=lambda blocks: [INTERMEDIATE - 8 * (i % 2) for i in range(blocks)],
+        intermediate_sizes=lambda blocks: [INTERMEDIATE] * blocks,
         experts=lambda blocks: [4 * (i % 3 == 1) for i in range(blocks)],
         positions="learned",
         qk_norm="rms",

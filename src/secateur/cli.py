@@ -29,8 +29,9 @@ from secateur.models.families import FAMILIES
 from secateur.options import Amount, HeldOut, Opening, Reading, grouped
 from secateur.plan import Plan
 from secateur.runs import mark, replace_file, run_folder
-from secateur.scores.pictures import draw_scores
+from secateur.scores.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
+from secateur.steps import MergeBlocks
 
 app = typer.Typer(
     name="secateur",
@@ -114,6 +115,7 @@ def plan(
     if made is None:
         return
     replace_file(target, made.to_json())
+    _draw_merged(decoder, made, amount, reading, target.with_name("windows.png"))
     _answer(made.model_dump(mode="json"), plan_summary(made), as_json=as_json)
     err.print(f"Written: [bold]{escape(str(target))}[/]\nTo apply it: secateur prune {model} --plan {target} -o FOLDER")
 
@@ -308,6 +310,30 @@ def _apply(decoder: Decoder, made: Plan, reading: Reading, *, dry_run: bool) -> 
     with showing_progress(err) as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", TextsWarning)  # said above
         return secateur.prune(decoder, made, texts=windows, batch_size=reading.batch_size, progress=progress)
+
+
+def _draw_merged(decoder: Decoder, made: Plan, amount: Amount, reading: Reading, path: Path) -> None:
+    """Draw the windows that a plan merges on the model's CKA map, measured now where no scores file holds it."""
+    windows = [window for step in made.steps[:1] if isinstance(step, MergeBlocks) for window in step.windows]
+    if not windows:
+        return
+    try:
+        known = amount.known_scores()
+        if known is None or not known.has(["cka"]):
+            with showing_progress(err) as progress:
+                known = secateur.score(
+                    decoder,
+                    texts=reading.calibration(decoder),
+                    kinds=("cka",),
+                    seed=reading.seed,
+                    batch_size=reading.batch_size,
+                    progress=progress,
+                )
+        draw_windows(known, windows, path)
+    except SecateurError as error:
+        err.print(f"[yellow]note:[/] no picture of the windows: {escape(str(error))}")
+        return
+    err.print(f"Written: [bold]{escape(str(path))}[/] (the blocks that become one, on the CKA map)")
 
 
 def _announce(decoder: Decoder, windows: Windows, forwards: float) -> None:

@@ -6,6 +6,7 @@ and `result`, and counts real tokens only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -91,6 +92,56 @@ class AngularSums:
         return (self._sum / self._windows).fill_diagonal_(0.0)
 
 
+class LinearSums:
+    """Normal equations of the matrix on one part of a state that turns the state into another one.
+
+    With the part P (M × d) contained in the state X = R + P, the matrix T that brings R + P T nearest to Y solves
+    Pᵀ P (T − I) = Pᵀ (Y − X). Ridge is added to the left, so it pulls T toward the identity, not toward 0.
+    """
+
+    def __init__(self, width: int) -> None:
+        """Start at zero for states of this width d."""
+        self._gram = torch.zeros(width, width, dtype=torch.float64)
+        self._cross = torch.zeros(width, width, dtype=torch.float64)
+        self._difference = 0.0
+        self._target = 0.0
+
+    def update(self, part: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add tokens: P, X and Y, each (M, d)."""
+        home = _device_with_float64(part.device)
+        rows = max(1, _CHUNK_BYTES // (8 * part.shape[1]))
+        for first in range(0, len(part), rows):
+            part_Md, before_Md, after_Md = (
+                one[first : first + rows].to(home).double() for one in (part, before, after)
+            )
+            change_Md = after_Md - before_Md
+            self._gram += (part_Md.T @ part_Md).cpu()
+            self._cross += (part_Md.T @ change_Md).cpu()
+            self._difference += float(change_Md.square().sum())
+            self._target += float(after_Md.square().sum())
+
+    def result(self, ridge: float) -> torch.Tensor:
+        """Give T, (d, d), for rows: P T.
+
+        Args:
+            ridge: added to the diagonal of Pᵀ P, as a multiple of its mean.
+
+        Raises:
+            NumericsError: NaN or infinity in the sums, or a part that is 0 everywhere.
+        """
+        scale = float(self._gram.diagonal().mean())
+        if not (math.isfinite(scale) and scale > 0 and bool(torch.isfinite(self._cross).all())):
+            raise NumericsError("the matrix that stands in for the blocks is undefined: the MLP's output is 0 or NaN.")
+        identity = torch.eye(len(self._gram), dtype=torch.float64)
+        return identity + _solve_symmetric(self._gram + ridge * scale * identity, self._cross)
+
+    def error(self, matrix_dd: torch.Tensor) -> float:
+        """Give ‖R + P T − Y‖² / ‖Y‖² over all tokens for this T."""
+        change = matrix_dd - torch.eye(len(matrix_dd), dtype=torch.float64)
+        missed = self._difference - 2 * (change * self._cross).sum() + (change * (self._gram @ change)).sum()
+        return max(float(missed), 0.0) / self._target
+
+
 class CkaSums:
     """Centred kernel alignment between block outputs, by unbiased minibatch HSIC.
 
@@ -174,6 +225,18 @@ def unbiased_hsic(kernels_LMM: torch.Tensor) -> torch.Tensor:
 
 def _device_with_float64(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def _solve_symmetric(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Solve with a positive matrix; where it is singular, take the solution of least norm."""
+    factor, failed = torch.linalg.cholesky_ex(left)
+    smallest, largest = factor.diagonal().abs().min(), factor.diagonal().abs().max()
+    if not failed and smallest > 1e-7 * largest:
+        return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(left)
+    kept = values > 1e-13 * len(values) * values[-1]
+    inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
+    return vectors @ (inverse[:, None] * (vectors.T @ right))
 
 
 def _squared_distances(gram: torch.Tensor) -> torch.Tensor:

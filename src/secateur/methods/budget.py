@@ -11,7 +11,7 @@ from secateur.errors import InputError
 Native = Literal["blocks", "slice"]
 """What a method counts in by itself."""
 
-Aim = Literal["blocks", "slice", "remove", "target_params"]
+Aim = Literal["blocks", "slice", "remove", "target_params", "own"]
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class Budget:
     Attributes:
         aim: `blocks`: exactly that many blocks; `slice`: that fraction of the hidden directions; `remove`: the
             closest non-zero cut to this fraction of all parameters; `target_params`: the largest model that has no
-            more than this many parameters.
-        value: a number of blocks, a fraction in [0, 1) or (0, 1), or a number of parameters.
+            more than this many parameters; `own`: what the method's own knob gives.
+        value: a number of blocks, a fraction in [0, 1) or (0, 1), a number of parameters, or the value of the knob.
+        knob: name of the method's setting that asks for it, if one does.
     """
 
     aim: Aim
     value: float
+    knob: str | None = None
 
     @property
     def is_zero(self) -> bool:
@@ -35,7 +37,7 @@ class Budget:
 
     def describe(self) -> dict[str, Any]:
         """Give the request as data for the plan."""
-        return {self.aim: self.value}
+        return {(self.knob or "own") if self.aim == "own" else self.aim: self.value}
 
 
 def read_budget(

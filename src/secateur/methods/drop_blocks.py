@@ -37,6 +37,10 @@ class WindowSettings(Settings):
 
     window: int | None = Field(None, ge=0, description="how many neighbouring blocks go (the papers' n)")
 
+    def own_amount(self) -> Budget | None:
+        """Give the papers' n."""
+        return None if self.window is None else Budget("blocks", self.window, knob="window")
+
 
 class LastSettings(Settings):
     """Settings of `last-n`; the paper keeps the very last block."""

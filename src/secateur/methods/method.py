@@ -23,6 +23,10 @@ class MethodSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def own_amount(self) -> Budget | None:
+        """Give the amount that one of these settings asks for by itself, as the papers' knobs do; None without."""
+        return None
+
 
 class Settings(MethodSettings):
     """Settings every method that takes out blocks has."""

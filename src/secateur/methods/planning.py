@@ -47,7 +47,7 @@ def make_plan(
         target_params: parameters to stay at or below, such as "5.5B".
         blocks: number of blocks to take out, for methods that take out blocks.
         slice: fraction of the hidden directions to slice away, for methods that slice. Exactly one of these amounts
-            is given (or the method's own `window`).
+            is given, or one of the method's own settings that is an amount, such as `window`.
         texts: what the model is measured on: see `secateur texts`; None is `python-stdlib`.
         windows: number of windows; None takes all.
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
@@ -63,13 +63,11 @@ def make_plan(
         NumericsError: NaN or infinity while measuring.
     """
     chosen = find_method(method)
-    own = dict(settings or {})
-    checked = chosen.read_settings(own)
-    if own.get("window") is not None:
-        if any(amount is not None for amount in (blocks, slice, remove, target_params)):
-            raise InputError("window and another amount contradict each other; give one of them.")
-        blocks = checked.window
-    budget = read_budget(blocks, remove, target_params, slice)
+    checked = chosen.read_settings(dict(settings or {}))
+    own = checked.own_amount()
+    if own is not None and any(amount is not None for amount in (blocks, slice, remove, target_params)):
+        raise InputError(f"{own.knob} and another amount contradict each other; give one of them.")
+    budget = own or read_budget(blocks, remove, target_params, slice)
     if budget.aim in ("blocks", "slice") and budget.aim != chosen.native:
         raise InputError(f"{method} does not count in {budget.aim}; give {chosen.native}, remove or target-params.")
     if scores is not None and scores.fingerprint != model.fingerprint:

@@ -46,6 +46,16 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
     return edited
 
 
+def block_kind(config: Any, family: Family, index: int) -> tuple[Any, ...]:
+    """Give what the configuration says of this block alone: its layer type, whether it has rotary positions, …"""
+    lists = [getattr(config, name, None) for name in family.per_layer_lists]
+    return tuple(
+        values[index]
+        for values in lists
+        if isinstance(values, list | tuple) and len(values) == config.num_hidden_layers
+    )
+
+
 def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) -> PreTrainedModel:
     """Build the model that keeps only these blocks; its tensors are the old model's own."""
     config = config_with_blocks(module.config, family, kept)

@@ -61,7 +61,7 @@ def capture(
 
     with decoder.outer(head=False), _forwards(decoder.block_list, recorder):
         try:
-            _call_model(decoder, tokens, mask)
+            _call(decoder.module, tokens, mask)
         except _Stop:
             return first[0], calls
     raise ModelError(f"{decoder.source}: the model's forward did not call all of its {last + 1} blocks.")
@@ -80,12 +80,20 @@ def logits(
 
     `decoder.outer()` must be open around this call for a skeleton.
     """
+    with _blocks_giving(decoder, hidden):
+        result: torch.Tensor = _call(decoder.module, tokens, mask).logits
+    return result
 
-    def stub(_: int) -> Callable[..., Any]:
-        return lambda *args, **kwargs: _as_block_output(decoder, hidden)
 
-    with _forwards(decoder.block_list, stub):
-        result: torch.Tensor = _call_model(decoder, tokens, mask).logits
+def final_states(
+    decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Give what the head reads, from what leaves the last block: after the final norm, (batch, positions, d).
+
+    `decoder.outer(head=False)` must be open around this call for a skeleton.
+    """
+    with _blocks_giving(decoder, hidden):
+        result: torch.Tensor = _call(decoder.module.base_model, tokens, mask).last_hidden_state
     return result
 
 
@@ -123,13 +131,24 @@ def _same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def _call_model(decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None) -> Any:
+def _call(module: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None) -> Any:
     given = {} if mask is None else {"attention_mask": mask.long()}
-    return decoder.module(input_ids=tokens, use_cache=False, **given)
+    return module(input_ids=tokens, use_cache=False, **given)
 
 
 def _as_block_output(decoder: Decoder, hidden: torch.Tensor) -> Any:
     return (hidden, None) if decoder.anatomy.family.tuple_output else hidden
+
+
+@contextmanager
+def _blocks_giving(decoder: Decoder, hidden: torch.Tensor) -> Iterator[None]:
+    """Let every block answer with these hidden states, so that only what comes after the blocks is computed."""
+
+    def stub(_: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: _as_block_output(decoder, hidden)
+
+    with _forwards(decoder.block_list, stub):
+        yield
 
 
 @contextmanager

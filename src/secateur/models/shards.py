@@ -11,7 +11,7 @@ import ctypes
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -29,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from secateur.errors import ModelError
+from secateur.models.overlay import EditedPart
 
 OUTER = -1
 """Group of every tensor that belongs to no block: embeddings, final norm, head."""
@@ -66,7 +67,7 @@ class Shards:
         blocks: path of the list of blocks in the model, such as `model.layers`.
         device: where weights are put when they are read.
         kept: for each block of the model its number in the checkpoint; None means all, in order.
-        owner: keeps the folder alive where it is a temporary one.
+        edited: by number in the checkpoint (or `OUTER`), weights to read in place of the checkpoint's.
     """
 
     folder: Path
@@ -74,7 +75,7 @@ class Shards:
     kept: tuple[int, ...] | None = None
     files: tuple[Path, ...] = field(default=())
     device: torch.device = field(default=torch.device("cpu"))
-    owner: Any = field(default=None, compare=False)
+    edited: Mapping[int, EditedPart] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path, blocks: str, device: torch.device) -> Shards:
@@ -98,19 +99,31 @@ class Shards:
         current = self.kept
         return replace(self, kept=tuple(current[i] if current else i for i in kept))
 
+    def with_part(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Shards:
+        """Give shards that read block `index` (number in this model, or `OUTER`) from these tensors instead.
+
+        Args:
+            index: the part.
+            tensors: all its parameters, named as in the block (`OUTER`: as in the model), in the dtype to be saved.
+
+        Raises:
+            OSError: there is no room for the tensors.
+        """
+        return replace(self, edited={**self.edited, self._stored(index): EditedPart(tensors)})
+
+    def _stored(self, index: int) -> int:
+        return index if index == OUTER or self.kept is None else self.kept[index]
+
     def load(self, module: PreTrainedModel, index: int, without: str | None = None) -> None:
         """Give block `index` of a skeleton (or `OUTER`) its weights; `without` names a module to leave empty.
 
         Raises:
             ModelError: the checkpoint has no such block, a shape differs from the model's, or a file is damaged.
         """
-        stored = index if index == OUTER or self.kept is None else self.kept[index]
-        if stored not in self.keys:
-            raise ModelError(f"{self.folder}: no weights of block {stored} in the checkpoint.")
+        stored = self._stored(index)
         left_out = f"{without}." if without else None
-        wanted = {k: f for k, f in self.keys[stored].items() if left_out is None or not k.startswith(left_out)}
-        handles = {file: open_shard(file) for file in sorted(set(wanted.values()))}
-        slices = {self._renumber(k, stored, index): handles[f].get_slice(k) for k, f in wanted.items()}
+        slices = self._slices(stored, index)
+        slices = {name: piece for name, piece in slices.items() if left_out is None or not name.startswith(left_out)}
         try:
             if set(slices) <= {name for name, _ in _part(module, self.blocks, index)}:
                 found = _fill(module, slices, self.device)
@@ -127,6 +140,18 @@ class Shards:
         empty = [n for n in empty if left_out is None or not n.startswith(left_out)]
         if empty:
             raise ModelError(f"{self.folder}: the checkpoint has no weights for {', '.join(empty[:4])}.")
+
+    def _slices(self, stored: int, index: int) -> dict[str, Any]:
+        """Open the tensors of a part by the names they have in this model; nothing of them is read yet."""
+        if stored in self.edited:
+            prefix = "" if index == OUTER else f"{self.blocks}.{index}."
+            handle = open_shard(self.edited[stored].file)
+            return {prefix + key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
+        if stored not in self.keys:
+            raise ModelError(f"{self.folder}: no weights of block {stored} in the checkpoint.")
+        found = self.keys[stored]
+        handles = {file: open_shard(file) for file in sorted(set(found.values()))}
+        return {self._renumber(key, stored, index): handles[file].get_slice(key) for key, file in found.items()}
 
     def release(self, module: PreTrainedModel, index: int) -> None:
         """Let the weights of block `index` (or `OUTER`) go; only their shapes stay."""

@@ -1,13 +1,16 @@
-"""Pictures of scores: redundancy bars, and heat maps of window cosines and CKA."""
+"""Pictures of scores: redundancy bars, heat maps of window cosines and CKA, and the windows a plan merges on CKA."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
+from secateur.errors import InputError
 from secateur.scores.profile import Matrix, Scores
 
 _BLUE, _ORANGE, _GREY = "#2f6f9f", "#d9822b", "#8a8f98"
@@ -21,6 +24,23 @@ def draw_scores(scores: Scores, folder: Path) -> list[Path]:
         figure.savefig(path, dpi=150, bbox_inches="tight")
         drawn.append(path)
     return drawn
+
+
+def draw_windows(scores: Scores, windows: Sequence[tuple[int, int]], path: Path) -> None:
+    """Draw the CKA maps with an outline around each window of blocks (lowest and highest), as a PNG file.
+
+    Raises:
+        InputError: the scores do not hold CKA.
+    """
+    if scores.cka_linear is None or scores.cka_rbf is None:
+        raise InputError("these scores do not hold 'cka'; measure it first.")
+    figure = _pair_of_heat_maps({"linear CKA": scores.cka_linear, "RBF CKA": scores.cka_rbf}, "output of block")
+    for axes in figure.axes[:2]:
+        for low, high in windows:
+            size = high - low + 1
+            axes.add_patch(Rectangle((low - 0.5, low - 0.5), size, size, fill=False, edgecolor=_ORANGE, linewidth=2.5))
+    figure.suptitle("outlined: the blocks that become one", x=0.01, ha="left", fontsize="medium")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def _figures(scores: Scores) -> dict[str, Figure]:

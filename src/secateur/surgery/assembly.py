@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from secateur.models.anatomy import Family, resolve
 from secateur.models.decoder import Decoder
 from secateur.models.fingerprint import of_edit
 from secateur.models.open import empty_model
-from secateur.models.shards import Shards
+from secateur.models.overlay import EditedPart
+from secateur.models.shards import OUTER, Shards
 
 Tensors = dict[str, torch.Tensor]
 
 
 class Assembly:
-    """A model of a new shape as it grows, block by block; that of a skeleton grows in a temporary folder on disk.
+    """A model of a new shape as it grows, block by block; that of a skeleton grows in temporary files.
 
     Attributes:
         dense: the model it is made from.
@@ -46,8 +44,7 @@ class Assembly:
         )
         self._blocks = f"{family.blocks}."
         self._stored = stored or dense.saved_dtype
-        self._folder = tempfile.TemporaryDirectory(prefix="secateur-") if dense.is_skeleton else None
-        self._parts = 0
+        self._parts: dict[int, EditedPart] = {}
 
     def block_path(self, index: int) -> str:
         """Prefix of the names of block `index`, the dot included."""
@@ -66,13 +63,13 @@ class Assembly:
             value = tensor.to(self._stored).to(self.dense.device, dtype).contiguous()
             holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
-    def finish(self, where: str) -> None:
-        """Everything below the path `where` is in place; on disk it can be let go."""
-        if self._folder is None:
+    def finish(self, part: int) -> None:
+        """Block `part` (or `OUTER`) is in place; that of a skeleton goes to disk and is let go."""
+        if not self.dense.is_skeleton:
             return
-        stored = {name: one.to("cpu", self._stored).contiguous() for name, one in self._below(where).items()}
-        save_file(stored, Path(self._folder.name, f"part-{self._parts:05d}.safetensors"))
-        self._parts += 1
+        where = "" if part == OUTER else self.block_path(part)
+        named = {name.removeprefix(where): tensor for name, tensor in self._below(where).items()}
+        self._parts[part] = EditedPart({name: tensor.to(self._stored) for name, tensor in named.items()})
         self.release(where)
 
     def release(self, where: str) -> None:
@@ -90,7 +87,7 @@ class Assembly:
     def result(self, edit: dict[str, Any]) -> Decoder:
         """Give the finished model; `edit` says what was done, for its fingerprint."""
         shards = None
-        if self._folder is not None:
-            shards = Shards.of(Path(self._folder.name), self._blocks.removesuffix("."), self.dense.device)
-            shards = dataclasses.replace(shards, owner=self._folder)
+        if self.dense.shards is not None:
+            shards = Shards(self.dense.shards.folder, self._blocks.removesuffix("."), device=self.dense.device)
+            shards = dataclasses.replace(shards, edited=self._parts)
         return dataclasses.replace(self.decoder, shards=shards, fingerprint=of_edit(self.dense.fingerprint, edit))

@@ -1,9 +1,10 @@
-"""Take whole blocks out of a decoder."""
+"""Take whole blocks out of a decoder, or give blocks other weights."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,13 +32,14 @@ def keep_blocks(decoder: Decoder, kept: Sequence[int]) -> Decoder:
             "dense model first, then slice."
         )
     module = with_blocks(decoder.module, family, kept).requires_grad_(False)
-    if family.depth_scaled_query and getattr(decoder.config, "scale_attn_by_inverse_layer_idx", False):
+    scaled = query_scaled_by_number(decoder)
+    if scaled is not None:
         if decoder.is_skeleton:
             raise ModelError(
                 f"{decoder.source}: attention is scaled by the block's number, so queries must be rescaled; "
                 "open it without skeleton."
             )
-        _rescale_queries(module, family.blocks, family.depth_scaled_query, kept, decoder.saved_dtype)
+        _rescale_queries(module, family.blocks, scaled, kept, decoder.saved_dtype)
     return dataclasses.replace(
         decoder,
         module=module,
@@ -45,6 +47,39 @@ def keep_blocks(decoder: Decoder, kept: Sequence[int]) -> Decoder:
         fingerprint=of_edit(decoder.fingerprint, {"keep": list(kept)}),
         shards=decoder.shards.select(kept) if decoder.shards else None,
     )
+
+
+def with_block_tensors(decoder: Decoder, edits: Iterable[tuple[int, Mapping[str, torch.Tensor]]], edit: Any) -> Decoder:
+    """Give the decoder in which some blocks have other weights; the given one stays and shares all others.
+
+    Args:
+        decoder: the decoder.
+        edits: numbers of blocks, each with all parameters of the block by their names there; read one by one.
+        edit: what is done, as data that tells the result from any other.
+    """
+    family = decoder.anatomy.family
+    module = with_blocks(decoder.module, family, range(decoder.block_count)).requires_grad_(False)
+    blocks, shards = find(module, family.blocks), decoder.shards
+    for index, tensors in edits:
+        if shards is not None:
+            shards = shards.with_part(index, {name: t.to(decoder.saved_dtype) for name, t in tensors.items()})
+            continue
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            blocks[index].get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    return dataclasses.replace(
+        decoder,
+        module=module,
+        anatomy=resolve(module, family),
+        fingerprint=of_edit(decoder.fingerprint, edit),
+        shards=shards,
+    )
+
+
+def query_scaled_by_number(decoder: Decoder) -> str | None:
+    """Give the fused query projection whose queries stock code divides by the block's number + 1, if it does so."""
+    scaled = getattr(decoder.config, "scale_attn_by_inverse_layer_idx", False)
+    return decoder.anatomy.family.depth_scaled_query if scaled else None
 
 
 def _rescale_queries(module: nn.Module, blocks: str, path: str, kept: Sequence[int], stored: torch.dtype) -> None:

@@ -26,6 +26,7 @@ from secateur.calibration.texts import Windows
 from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
 from secateur.models.replay import require_finite
+from secateur.models.shards import OUTER
 from secateur.shapes import SecateurConfig
 from secateur.surgery.assembly import Assembly, Tensors
 from secateur.surgery.directions import Covariance, Directions, Signals, principal_directions, times
@@ -80,7 +81,7 @@ class _Pass:
     def through(self, directions: Directions, branch: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor:
         """Take every batch over one reading point: keep P, add the branch; give the covariance of what comes out."""
         covariance = Covariance(directions.shape[0], self.signals)
-        kept = directions.to(self.assembly.decoder.device, self.assembly.decoder.module.dtype)
+        kept = directions.to(self.assembly.dense.device, self.assembly.dense.module.dtype)
         for batch in self.batches:
             narrow = self.store.get(batch.index) @ kept
             hidden = narrow @ kept.T + branch(narrow, batch)
@@ -125,7 +126,7 @@ def slice_by_principal_directions(
         kept = [principal_directions(entering)[:, : every[0]]]
         put_outer(assembly, kept[0], None)
         batches = [batch for batch, _ in start(assembly.decoder, windows, batch_size)]
-        assembly.finish("")
+        assembly.finish(OUTER)
         walk = _Pass(assembly, store, batches, signals)
         for index in progress(range(decoder.block_count), "slicing block by block", decoder.block_count):
             following = widths[index + 1] if index + 1 < len(widths) else None
@@ -201,7 +202,7 @@ def _slice_block(walk: _Pass, index: int, first: Directions, width: int, followi
     assembly.put(where, rotate_writers(weights, middle, attention=True))
     assembly.put(where, rotate_writers(weights, last, attention=False))
     assembly.put(where, {"mlp_shortcut.weight": (second.T @ last).T})
-    assembly.finish(where)
+    assembly.finish(index)
     return last
 
 

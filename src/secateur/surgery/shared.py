@@ -20,6 +20,7 @@ from secateur.calibration.reading_points import Visit, points_per_block, visit_g
 from secateur.calibration.texts import Windows
 from secateur.models.anatomy import find
 from secateur.models.decoder import Decoder
+from secateur.models.shards import OUTER
 from secateur.surgery.directions import (
     Covariance,
     Directions,
@@ -93,12 +94,12 @@ class FoldedSlicing:
         assembly.put(where, rotate_writers(weights, following, attention=False))
         if following is not here:
             assembly.put(where, {"mlp_shortcut.weight": (here.T @ following).T})
-        assembly.finish(where)
+        assembly.finish(index)
 
     def finish(self, reading: Directions) -> Decoder:
         """Slice embeddings and head, the latter with M, and give the model."""
         put_outer(self._assembly, self._bases.directions[0], reading)
-        self._assembly.finish("")
+        self._assembly.finish(OUTER)
         return self._assembly.result(sliced_fingerprint(self._bases.directions))
 
 

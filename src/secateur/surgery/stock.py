@@ -22,6 +22,7 @@ from torch import nn
 from secateur.errors import ModelError
 from secateur.models.anatomy import find, present
 from secateur.models.decoder import Decoder
+from secateur.models.shards import OUTER
 from secateur.steps import StreamSizes
 from secateur.surgery.assembly import Assembly, Tensors
 from secateur.surgery.directions import Directions, times
@@ -107,14 +108,14 @@ class StockSlicing:
         """Slice block `index`, whose dense weights are present, with M of each of its reading points."""
         where = self._assembly.block_path(index)
         self._assembly.put(where, _block(self._dense, index, self._directions, readings, self._scale))
-        self._assembly.finish(where)
+        self._assembly.finish(index)
 
     @torch.no_grad()
     def finish(self, reading: Directions) -> Decoder:
         """Slice embeddings and head, the latter with M, and give the model."""
         with self._dense.outer():
             self._assembly.put("", _outer(self._assembly, self._directions, reading, self._scale))
-        self._assembly.finish("")
+        self._assembly.finish(OUTER)
         return self._assembly.result(sliced_fingerprint([self._directions]))
 
 

@@ -1,0 +1,278 @@
+"""Sliding-Window Merging: neighbouring blocks become one, window by window from the top of the model down.
+
+Ding et al. 2025, "A Sliding Layer Merging Method for Efficient Depth-Wise Pruning in LLMs" (arXiv:2502.19159).
+
+At a given threshold the window begins with the two highest blocks that may change (the last block stays out). As long
+as the model with every merge so far keeps a similarity above the threshold, the window takes in one block more; where
+it does not, the window is closed and the next one begins with the block that was refused. A window open at the lowest
+block that may change is merged too (the released code loses it). Windows never hold blocks of differing shapes, nor,
+unless asked, of differing layer types: there the window is closed without measuring.
+
+The paper tunes the threshold by hand. Here a budget searches it. What a run at one threshold does is the same for all
+thresholds from the largest similarity it refused up to the smallest it accepted, so the runs at neighbouring
+thresholds can be listed one by one without leaving any out; bisection between them proposes the next threshold, always
+one of the similarities seen, until a run takes out as many blocks as wanted or all runs are known. Similarities are
+measured once for each set of windows, whatever the threshold. Where no threshold takes out exactly the number wanted
+(the number jumps where a window opens that then grows by several blocks), the answer is an earlier stage of a run:
+of all the models measured on the way that lack this many blocks, the one most alike the original.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pydantic import Field
+
+from secateur.calibration.store import StateStore
+from secateur.calibration.stream import open_store
+from secateur.errors import InputError
+from secateur.methods.budget import Budget, choose_blocks
+from secateur.methods.method import Evidence, Method, Settings
+from secateur.models.decoder import Decoder
+from secateur.scores.likeness import Merged, MergeProbe
+from secateur.steps import MergeBlocks, Rule
+from secateur.surgery.merging import alike, merge_windows, shares_for
+
+_ALL, _NONE = -1.0, 1.0
+"""Thresholds that every similarity is above, and none."""
+
+
+class MergeSettings(Settings):
+    """Settings of `swm`; the paper keeps the last block."""
+
+    threshold: float | None = Field(
+        None, gt=0, le=1, description="similarity above which a window grows (the paper's T); an amount by itself"
+    )
+    rule: Rule = Field("top", description="how the weights of a window become one block's")
+    across_types: bool = Field(
+        False, description="let blocks of differing layer types become one, of the lowest block's type"
+    )
+    protect_last: int = Field(1, ge=1, description="how many of the last blocks are never touched")
+
+    def own_amount(self) -> Budget | None:
+        """Give the paper's threshold."""
+        return None if self.threshold is None else Budget("own", self.threshold, knob="threshold")
+
+
+@dataclass(frozen=True)
+class Slide:
+    """One run of the window from the top of the model down.
+
+    Attributes:
+        merged: the windows that were merged.
+        floor: the largest similarity that was refused.
+        ceiling: the smallest that was accepted; every threshold from `floor` to below `ceiling` gives this run.
+    """
+
+    merged: Merged
+    floor: float
+    ceiling: float
+
+    @property
+    def gone(self) -> int:
+        """How many blocks fewer the model has."""
+        return _gone(self.merged)
+
+
+def slide(
+    likeness: Callable[[Merged], float], fits: Callable[[int], bool], lows: Iterable[int], threshold: float
+) -> Slide:
+    """Run the window once.
+
+    Args:
+        likeness: similarity to the original model with these windows merged, from the top down.
+        fits: whether a block and the one above it may be in one window.
+        lows: blocks that a window may take in, from the highest down; the block above the first is where it begins.
+        threshold: a window grows as long as the similarity is larger.
+    """
+    merged: Merged = ()
+    floor, ceiling = -math.inf, math.inf
+    high = low = None
+    for low in lows:
+        high = low + 1 if high is None else high
+        if fits(low):
+            found = likeness((*merged, (low, high)))
+            if found > threshold:
+                ceiling = min(ceiling, found)
+                continue
+            floor = max(floor, found)
+        merged, high = _closed(merged, low + 1, high), low
+    if high is not None and low is not None:
+        merged = _closed(merged, low, high)
+    return Slide(merged, floor, ceiling)
+
+
+def find_threshold(run: Callable[[float], Slide], seen: Callable[[], Iterable[float]], wanted: int) -> list[Slide]:
+    """Try thresholds until a run takes out `wanted` blocks, or every run there is has been made.
+
+    Args:
+        run: makes a run at a threshold.
+        seen: all similarities measured so far, by any run.
+        wanted: how many blocks fewer the model is to have.
+
+    Returns:
+        All runs made, in the order of their thresholds.
+    """
+    runs = [run(_ALL)]
+    if runs[0].ceiling <= _NONE:
+        runs.append(run(_NONE))
+    while all(one.gone != wanted for one in runs):
+        unknown = [(left, right) for left, right in pairwise(runs) if left.ceiling < right.floor]
+        if not unknown:
+            break
+        left, right = min(unknown, key=lambda gap: _promise(gap[0].gone - wanted, gap[1].gone - wanted))
+        inside = sorted(value for value in seen() if left.ceiling <= value < right.floor)
+        runs.append(run(inside[len(inside) // 2]))
+        runs.sort(key=lambda one: one.floor)
+    return runs
+
+
+def _promise(left: int, right: int) -> tuple[bool, int]:
+    """Rank two neighbouring runs by how many blocks too many they take out: first those with the wanted in between."""
+    return (left > 0) == (right > 0), min(abs(left), abs(right))
+
+
+def decide(evidence: Evidence, settings: MergeSettings, budget: Budget) -> Sequence[MergeBlocks]:
+    """Find the windows.
+
+    Raises:
+        InputError: no two neighbouring blocks may be merged, or the budget is out of reach.
+        NumericsError: NaN or infinity while measuring.
+    """
+    influence = _influence(evidence, settings) if not budget.is_zero else ()
+    step = MergeBlocks(
+        method="swm",
+        settings=settings.model_dump(exclude_none=True),
+        windows=(),
+        rule=settings.rule,
+        influence=influence,
+        across_types=settings.across_types,
+    )
+    if budget.is_zero:
+        return (step,)
+    decoder = evidence.decoder
+    free = settings.free_blocks(decoder.block_count)
+    lows = range(free.start, max(free.start, free.stop - 1))
+    fitting = {low for low in lows if alike(decoder, low, across_types=settings.across_types)}
+    if not fitting:
+        raise InputError(_nothing_to_merge(decoder, lows))
+    with _open_store(decoder) as store:
+        probe = MergeProbe(
+            decoder,
+            evidence.need_windows(),
+            store,
+            lambda window: shares_for(settings.rule, window, influence),
+            lows,
+            evidence.batch_size,
+        )
+
+        def run(threshold: float) -> Slide:
+            order = evidence.progress(reversed(lows), f"threshold {threshold:.4f}", len(lows))
+            return slide(probe.likeness, fitting.__contains__, order, threshold)
+
+        if budget.aim == "own":
+            found = run(budget.value)
+            return (_filled(step, found.merged, probe.known, budget.value),)
+        runs = _runs_for(budget, run, probe, decoder)
+    thresholds = {one.merged: _between(one) for one in runs}
+    candidates = _most_alike(probe.known, thresholds)
+    chosen = _choose(budget, candidates, decoder)
+    return (_filled(step, chosen, probe.known, thresholds.get(chosen)),)
+
+
+def _runs_for(budget: Budget, run: Callable[[float], Slide], probe: MergeProbe, decoder: Decoder) -> list[Slide]:
+    """Make the runs for a budget; the stages of the run that merges everything say how many blocks that is."""
+    run(_ALL)
+    wanted = _gone(_choose(budget, probe.known, decoder))
+    return find_threshold(run, probe.known.values, wanted)
+
+
+def _choose(budget: Budget, candidates: Iterable[Merged], decoder: Decoder) -> Merged:
+    """Take the candidate that meets the budget; they take out 1, 2, 3, … blocks."""
+    by_blocks = {_absorbed(merged): merged for merged in candidates}
+    chosen = choose_blocks(
+        budget, by_blocks, decoder.block_parameter_counts(), decoder.parameter_count, max(map(len, by_blocks))
+    )
+    return by_blocks[chosen]
+
+
+def _most_alike(known: Mapping[Merged, float], thresholds: Mapping[Merged, float]) -> list[Merged]:
+    """For each number of blocks take what a threshold gives, else what is most alike the original model."""
+    best: dict[int, Merged] = {}
+    for merged in sorted(known, key=lambda one: (one not in thresholds, -known[one])):
+        best.setdefault(_gone(merged), merged)
+    return [best[count] for count in sorted(best)]
+
+
+def _filled(step: MergeBlocks, merged: Merged, known: Mapping[Merged, float], threshold: float | None) -> MergeBlocks:
+    found = {"windows": tuple(sorted(merged)), "similarity": known.get(merged), "threshold": threshold}
+    return step.model_copy(update=found)
+
+
+def _closed(merged: Merged, low: int, high: int) -> Merged:
+    return (*merged, (low, high)) if high > low else merged
+
+
+def _gone(merged: Merged) -> int:
+    return sum(high - low for low, high in merged)
+
+
+def _absorbed(merged: Merged) -> tuple[int, ...]:
+    return tuple(sorted(block for low, high in merged for block in range(low + 1, high + 1)))
+
+
+def _between(one: Slide) -> float:
+    """Give a threshold that makes this run, in the middle of those that do."""
+    return (max(one.floor, _ALL) + min(one.ceiling, _NONE)) / 2
+
+
+def _influence(evidence: Evidence, settings: MergeSettings) -> tuple[float, ...]:
+    if settings.rule != "weighted":
+        return ()
+    found = evidence.scores("cosine").block_influence
+    assert found is not None
+    return found
+
+
+def _open_store(decoder: Decoder) -> StateStore:
+    """Keep few states in memory: they are read once per candidate, which costs nothing beside running its blocks."""
+    if decoder.is_skeleton:
+        return open_store(decoder)
+    return StateStore(max(decoder.block_parameter_counts()) * decoder.module.dtype.itemsize)
+
+
+def _nothing_to_merge(decoder: Decoder, lows: range) -> str:
+    if len(lows) == 0:
+        return f"swm: fewer than two of {decoder.block_count} blocks may change; lower protect_first or protect_last."
+    if any(alike(decoder, low, across_types=True) for low in lows):
+        return "swm: neighbouring blocks differ in layer type everywhere; across_types=true merges them all the same."
+    return "swm: neighbouring blocks differ in shape everywhere, so no two of them can become one."
+
+
+def _forwards(blocks: int, _gone: int, settings: MergeSettings) -> float:
+    runs = 1.0 if settings.threshold is not None else 4.0
+    return 1 + runs * blocks / 2
+
+
+METHODS = (
+    Method(
+        name="swm",
+        summary="merge windows of neighbouring blocks into one each, as long as the final states stay alike",
+        paper="Ding et al. 2025, Sliding-Window Merging",
+        settings=MergeSettings,
+        decide=decide,
+        forwards=_forwards,
+    ),
+)
+
+
+def apply(evidence: Evidence, step: MergeBlocks) -> Decoder:
+    """Merge the step's windows."""
+    step.kept(evidence.decoder.block_count)
+    return merge_windows(evidence.decoder, step.windows, step.rule, step.influence, across_types=step.across_types)
+
+
+APPLY = {"merge-blocks": apply}

@@ -1,0 +1,27 @@
+"""The edits a plan can hold, as data."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from secateur.steps.depth import DropBlocks, LinearizeBlocks, MergeBlocks, Rule, Span
+from secateur.steps.step import Sizes, Step
+from secateur.steps.width import SliceHidden, StreamSizes
+
+AnyStep = Annotated[DropBlocks | MergeBlocks | LinearizeBlocks | SliceHidden, Field(discriminator="kind")]
+"""Every kind of step a plan file can hold."""
+
+__all__ = [
+    "AnyStep",
+    "DropBlocks",
+    "LinearizeBlocks",
+    "MergeBlocks",
+    "Rule",
+    "Sizes",
+    "SliceHidden",
+    "Span",
+    "Step",
+    "StreamSizes",
+]
