@@ -24,6 +24,7 @@ from secateur.errors import InputError, SecateurError, TextsWarning, unknown
 from secateur.evaluation.results import append_results
 from secateur.methods.planning import windows_of_plan
 from secateur.methods.registry import METHODS, find_method
+from secateur.methods.sequence import read_sequence
 from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
 from secateur.options import Amount, HeldOut, Opening, Reading, grouped
@@ -96,7 +97,7 @@ def score(
 @grouped
 def plan(
     model: ModelArg,
-    method: Annotated[str, typer.Option(help="See `secateur methods`.")],
+    method: Annotated[str, typer.Option(help="See `secateur methods`; several in order: swm:0.5,slicegpt:0.5.")],
     amount: Amount,
     reading: Reading,
     opening: Opening,
@@ -269,14 +270,14 @@ def _opened(opening: Opening, source: str, *, only_shapes: bool = False) -> Deco
 
 def _decide(decoder: Decoder, method: str, amount: Amount, reading: Reading, *, dry_run: bool) -> Plan | None:
     """Make a plan, the estimate printed first; None where only the estimate was asked for."""
-    chosen = find_method(method)
-    settings = chosen.read_settings(amount.settings())
+    parts = read_sequence(method, amount.settings())
     known = amount.known_scores()
     windows = None
-    if chosen.needs_texts(settings):
+    if any(part.method.needs_texts(part.settings) for part in parts):
         windows = reading.calibration(decoder)
         gone = amount.blocks if amount.blocks is not None else decoder.block_count // 4
-        _announce(decoder, windows, 0.0 if known else chosen.forwards(decoder.block_count, gone, settings))
+        each = (part.method.forwards(decoder.block_count, gone, part.settings) for part in parts)
+        _announce(decoder, windows, 0.0 if known and len(parts) == 1 else sum(each))
     if dry_run:
         return None
     with showing_progress(err) as progress:

@@ -182,9 +182,7 @@ MEASURED = (
     "llama",
     "gemma",
     "opt",
-    "gpt2",
     "gpt_neox",
-    "gpt_neox-sequential",
     "cohere",
     "falcon-new",
     "bloom",
@@ -290,7 +288,7 @@ def projected(decoder, bases):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "granite", "llama-bias"])
-@pytest.mark.parametrize("starts", [(0,), (0, 2), (0, 1, 3)])
+@pytest.mark.parametrize("starts", [(0,), (0, 1, 3)])
 def test_what_is_not_kept_is_gone_and_nothing_else(name, starts, small):
     decoder, windows = small(name), draw_windows(side="left")
     bases = SharedBases(starts, tuple(orthonormal(32, 16, seed=seed) for seed in range(len(starts))))
@@ -328,14 +326,11 @@ def test_only_borders_carry_shortcuts(name, starts, small):
     assert torch.isfinite(forward(sliced.module, windows.tokens)).all()
 
 
-@pytest.mark.parametrize("reconstruct", [False, True])
 @pytest.mark.parametrize("name", STOCK)
-def test_stock_and_folded_results_are_the_same_model(name, reconstruct, small):
+def test_stock_and_folded_results_are_the_same_model(name, small):
     decoder, windows = small(name), draw_windows(side="left")
     bases = find_bases(decoder, windows, 16, sensitivity=False)
-    stock, folded = (
-        slice_with_shared_bases(decoder, windows, bases, stock=kind, reconstruct=reconstruct) for kind in (True, False)
-    )
+    stock, folded = (slice_with_shared_bases(decoder, windows, bases, stock=kind) for kind in (True, False))
     expected = forward(folded.module, windows.tokens, windows.mask)[windows.mask]
     assert gap(forward(stock.module, windows.tokens, windows.mask)[windows.mask], expected) < 1e-4
     assert gap(forward(decoder.module, windows.tokens, windows.mask)[windows.mask], expected) > 1e-2

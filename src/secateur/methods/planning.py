@@ -12,12 +12,14 @@ from secateur.calibration.choose import Texts, windows_for
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError, ModelError, TextsWarning
-from secateur.methods.budget import read_budget
+from secateur.methods.budget import Budget, read_budget
 from secateur.methods.method import Evidence
-from secateur.methods.registry import APPLY, find_method
+from secateur.methods.registry import APPLY
+from secateur.methods.sequence import Part, part_of, read_sequence, whole_budget
 from secateur.models.decoder import Decoder
 from secateur.plan import ModelRef, Plan
 from secateur.scores.profile import Scores
+from secateur.steps import AnyStep
 from secateur.versions import secateur_version
 
 
@@ -42,7 +44,8 @@ def make_plan(
 
     Args:
         model: the open model; it is not changed.
-        method: a name of `secateur methods`, such as `streamline`.
+        method: a name of `secateur methods`, such as `streamline`; or several that are applied one after the other,
+            each with its share of what is to go: `swm:0.5,slicegpt:0.5`.
         remove: fraction of all parameters to take away, 0.25 or "25%".
         target_params: parameters to stay at or below, such as "5.5B".
         blocks: number of blocks to take out, for methods that take out blocks.
@@ -53,7 +56,7 @@ def make_plan(
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
         seed: of everything drawn at random.
         batch_size: windows per batch; None chooses by the device.
-        settings: the method's own settings by name.
+        settings: the method's own settings by name; of several methods as `swm.rule`.
         scores: scores of this model measured earlier, so that they are not measured again.
         progress: shows how far it is.
 
@@ -62,30 +65,40 @@ def make_plan(
             of another model.
         NumericsError: NaN or infinity while measuring.
     """
-    chosen = find_method(method)
-    checked = chosen.read_settings(dict(settings or {}))
-    own = checked.own_amount()
-    if own is not None and any(amount is not None for amount in (blocks, slice, remove, target_params)):
-        raise InputError(f"{own.knob} and another amount contradict each other; give one of them.")
-    budget = own or read_budget(blocks, remove, target_params, slice)
-    if budget.aim in ("blocks", "slice") and budget.aim != chosen.native:
-        raise InputError(f"{method} does not count in {budget.aim}; give {chosen.native}, remove or target-params.")
+    parts = read_sequence(method, dict(settings or {}))
+    amounts = {"blocks": blocks, "remove": remove, "target_params": target_params, "slice": slice}
+    given = any(amount is not None for amount in amounts.values())
+    budget = whole_budget(parts, read_budget(**amounts) if given else None)  # type: ignore[arg-type]
     if scores is not None and scores.fingerprint != model.fingerprint:
         raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
     used: Windows | None = None
-    if chosen.needs_texts(checked) and not budget.is_zero:
+    if any(part.method.needs_texts(part.settings) for part in parts) and not budget.is_zero:
         used = windows_for(model, texts, windows=windows, seq_len=seq_len, seed=seed)
         if scores is not None and (scores.texts or {}).get("fingerprint") != used.fingerprint:
             scores = None
-    evidence = Evidence(model, used, scores, batch_size, seed, progress)
     return Plan(
         version=secateur_version(),
         model=model_ref(model),
-        requested=budget.describe(),
+        requested=budget.describe() | ({"methods": method} if len(parts) > 1 else {}),
         texts=used.describe() if used is not None else None,
         seed=seed,
-        steps=tuple(chosen.decide(evidence, checked, budget)),
+        steps=_decide(parts, budget, Evidence(model, used, scores, batch_size, seed, progress)),
     )
+
+
+def _decide(parts: tuple[Part, ...], budget: Budget, evidence: Evidence) -> tuple[AnyStep, ...]:
+    """Let each part decide on what the parts before it leave."""
+    dense = evidence.decoder.parameter_count
+    steps: list[AnyStep] = []
+    for number, part in enumerate(parts):
+        own = part_of(budget, parts, number, dense, evidence.decoder.parameter_count)
+        found = () if own is None else part.method.decide(evidence, part.settings, own)
+        steps += found
+        if number + 1 < len(parts):
+            for step in found:
+                left = APPLY[step.kind](evidence, step)
+                evidence = dataclasses.replace(evidence, decoder=left, known=None)
+    return tuple(steps)
 
 
 def model_ref(model: Decoder) -> ModelRef:

@@ -1,0 +1,112 @@
+"""Several methods one after the other, each on what the one before left, with one budget split between them.
+
+`swm:0.5,slicegpt:0.5` gives each half of what is to go; shares are of parameters of the dense model, and what one step
+misses the next makes up for. Methods that take blocks out come before those that slice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.errors import InputError, unknown
+from secateur.methods.budget import Budget
+from secateur.methods.method import Method, MethodSettings
+from secateur.methods.registry import find_method
+
+
+@dataclass(frozen=True)
+class Part:
+    """One method of a sequence.
+
+    Attributes:
+        method: the method.
+        settings: its settings.
+        share: its share of what is to go; those of a sequence sum to 1.
+    """
+
+    method: Method
+    settings: MethodSettings
+    share: float
+
+
+def read_sequence(spec: str, settings: dict[str, Any]) -> tuple[Part, ...]:
+    """Read `streamline` or `swm:0.5,slicegpt:0.5`.
+
+    Args:
+        spec: names, each with its share; without shares all have the same.
+        settings: settings by name; in a sequence with the method before a dot, `swm.rule`.
+
+    Raises:
+        InputError: an unknown method or setting, or shares that are no positive numbers.
+    """
+    entries = [entry.partition(":") for entry in spec.split(",")]
+    methods = [find_method(name.strip()) for name, _, _ in entries]
+    shares = [_share(text, spec) for _, _, text in entries]
+    known = [method.name for method in methods]
+    by_method: dict[str, dict[str, Any]] = {name: {} for name in known}
+    for key, value in settings.items():
+        owner, dot, name = key.partition(".")
+        if len(methods) == 1 and not dot:
+            owner, name = known[0], key
+        elif not dot:
+            raise InputError(f"{key}: say whose setting it is, such as {known[0]}.{key}.")
+        if owner not in by_method:
+            raise unknown("method in the sequence", owner, known)
+        by_method[owner][name] = value
+    return tuple(
+        Part(method, method.read_settings(by_method[method.name]), share / sum(shares))
+        for method, share in zip(methods, shares, strict=True)
+    )
+
+
+def _share(text: str, spec: str) -> float:
+    try:
+        share = float(text) if text.strip() else 1.0
+    except ValueError as error:
+        raise InputError(f"{spec}: '{text}' is not a number; write swm:0.5,slicegpt:0.5.") from error
+    if not 0 < share < float("inf"):
+        raise InputError(f"{spec}: shares must be positive numbers.")
+    return share
+
+
+def whole_budget(parts: tuple[Part, ...], given: Budget | None) -> Budget:
+    """Give what is to go altogether: the amount given, or the one that a setting of a single method asks for.
+
+    Raises:
+        InputError: no amount or two, or one that these methods do not count in.
+    """
+    own = [amount for part in parts if (amount := part.settings.own_amount()) is not None]
+    if own and (given is not None or len(parts) > 1):
+        raise InputError(f"{own[0].knob} and another amount contradict each other; give one of them.")
+    budget = own[0] if own else given
+    if budget is None:
+        raise InputError("no amount given: say one of remove (25%), target-params (5.5B), blocks (4) or slice (20%).")
+    if budget.aim in ("blocks", "slice"):
+        native = {part.method.native for part in parts}
+        if len(parts) > 1:
+            raise InputError(f"several methods share one budget: give remove or target-params, not {budget.aim}.")
+        if budget.aim not in native:
+            raise InputError(
+                f"{parts[0].method.name} does not count in {budget.aim}; give {native.pop()}, remove or target-params."
+            )
+    return budget
+
+
+def part_of(budget: Budget, parts: tuple[Part, ...], number: int, dense: int, current: int) -> Budget | None:
+    """Give what part `number` is to remove of a model that has `current` of `dense` parameters left.
+
+    None where the parts before have removed that much already.
+
+    Raises:
+        InputError: the model is as small as that to begin with.
+    """
+    if len(parts) == 1:
+        return budget
+    gone = budget.value * dense if budget.aim == "remove" else dense - budget.value
+    if gone <= 0:
+        raise InputError(f"target-params={budget.value:,.0f}: the model has only {dense:,} parameters.")
+    if number + 1 == len(parts) and budget.aim == "target_params":
+        return budget if current > budget.value else None
+    after = dense - gone * sum(part.share for part in parts[: number + 1])
+    return Budget("remove", 1 - after / current) if after < current else None
