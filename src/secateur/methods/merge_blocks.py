@@ -34,6 +34,7 @@ from secateur.methods.method import Evidence, Method, Settings
 from secateur.models.decoder import Decoder
 from secateur.scores.likeness import Merged, MergeProbe
 from secateur.steps import MergeBlocks, Rule
+from secateur.surgery.blocks import require_one_basis
 from secateur.surgery.merging import alike, merge_windows, shares_for
 
 _ALL, _NONE = -1.0, 1.0
@@ -140,8 +141,10 @@ def decide(evidence: Evidence, settings: MergeSettings, budget: Budget) -> Seque
 
     Raises:
         InputError: no two neighbouring blocks may be merged, or the budget is out of reach.
+        ModelError: the model is sliced.
         NumericsError: NaN or infinity while measuring.
     """
+    require_one_basis(evidence.decoder)
     influence = _influence(evidence, settings) if not budget.is_zero else ()
     step = MergeBlocks(
         method="swm",

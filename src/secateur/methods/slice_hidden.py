@@ -123,9 +123,9 @@ def rounded_width(fraction: float, width: int, rounding: int) -> int:
 
 def decide_constant(evidence: Evidence, settings: ConstantSettings, budget: Budget) -> Sequence[SliceHidden]:
     """Keep the same number of directions in every block."""
-    sizes = stream_sizes(folded_config(evidence.decoder))
     if budget.is_zero:
         return ()
+    sizes = stream_sizes(folded_config(evidence.decoder))
     widths = _constant_widths(sizes, settings.rounding, budget, evidence.decoder.parameter_count)
     return (_own_bases("slicegpt", settings.model_dump(), widths, sizes),)
 
@@ -135,10 +135,10 @@ def decide_by_redundancy(evidence: Evidence, settings: DynamicSettings, budget: 
 
     Every base that is tried removes at least as many parameters as constant slicing, which is tried too.
     """
-    decoder = evidence.decoder
-    sizes = stream_sizes(folded_config(decoder))
     if budget.is_zero:
         return ()
+    decoder = evidence.decoder
+    sizes = stream_sizes(folded_config(decoder))
     cosines = evidence.scores("cosine").cosine
     assert cosines is not None
     redundancy = normalised([cosines[block][block + 1] for block in range(decoder.block_count)], settings.normalise)

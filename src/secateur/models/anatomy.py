@@ -55,7 +55,7 @@ class Family:
     alibi_flag: str | None = None
     """Configuration entry that says, where it is true, that positions are ALiBi after all."""
     alibi_scaled: bool = False
-    """ALiBi is multiplied by the attention scale like the products of queries and keys."""
+    """ALiBi is multiplied by the attention scale like the products of queries and keys, and computed in bfloat16."""
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
     logits_multiplier: str | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -25,6 +26,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 
+@strict
 class SecateurConfig(PreTrainedConfig):
     """Shapes of a pruned decoder.
 
@@ -40,6 +42,8 @@ class SecateurConfig(PreTrainedConfig):
         gated: the MLP is `down(act(gate(x)) * up(x))`, else `down(act(up(x)))`.
         positions: `rope`, `learned` (a table added to the embeddings), `learned-unpadded` (the same, counted without
             padding) or `alibi` (slopes below).
+        alibi_scale: what slope times position is multiplied by.
+        alibi_in_bfloat16: slope times position is rounded to bfloat16, as Falcon does.
         rope_blocks: for each block whether it applies rotary positions. None means all.
         qk_norm: `rms` or `layernorm` over each head of queries and keys, or None.
         qk_norm_per_head: each head has scales of its own, instead of one set for all heads.
@@ -71,6 +75,8 @@ class SecateurConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     rope_blocks: list[bool] | None = None
     alibi_slopes: list[float] | None = None
+    alibi_scale: float = 1.0
+    alibi_in_bfloat16: bool = False
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     qk_norm: str | None = None
@@ -409,8 +415,9 @@ class SecateurModel(SecateurPreTrainedModel):
         if real is not None and real.dim() == 2:
             place = (real.long().cumsum(-1) - 1) * real.long()
             place = nn.functional.pad(place, (0, mask.shape[-1] - place.shape[-1]))
-        slopes = torch.tensor(self.config.alibi_slopes, device=hidden.device)
-        bias = (slopes[None, :, None, None] * place[:, None, None, :]).to(hidden.dtype)
+        kind = torch.bfloat16 if self.config.alibi_in_bfloat16 else torch.float32
+        slopes = torch.tensor(self.config.alibi_slopes, device=hidden.device, dtype=kind)
+        bias = (slopes[None, :, None, None] * place[:, None, None, :]).to(hidden.dtype) * self.config.alibi_scale
         hidden_from_view = ~mask if mask.dtype == torch.bool else mask < -1
         return bias.expand(-1, -1, mask.shape[-2], -1).masked_fill(hidden_from_view, torch.finfo(hidden.dtype).min)
 

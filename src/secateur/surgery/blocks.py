@@ -26,11 +26,7 @@ def keep_blocks(decoder: Decoder, kept: Sequence[int]) -> Decoder:
     if list(kept) == list(range(decoder.block_count)):
         return decoder
     family = decoder.anatomy.family
-    if decoder.changes_basis:
-        raise ModelError(
-            f"{decoder.source}: neighbouring blocks of this sliced model fit only each other; take blocks out of the "
-            "dense model first, then slice."
-        )
+    require_one_basis(decoder)
     module = with_blocks(decoder.module, family, kept).requires_grad_(False)
     scaled = query_scaled_by_number(decoder)
     if scaled is not None:
@@ -47,6 +43,19 @@ def keep_blocks(decoder: Decoder, kept: Sequence[int]) -> Decoder:
         fingerprint=of_edit(decoder.fingerprint, {"keep": list(kept)}),
         shards=decoder.shards.select(kept) if decoder.shards else None,
     )
+
+
+def require_one_basis(decoder: Decoder) -> None:
+    """Refuse sliced models whose blocks fit only their neighbours.
+
+    Raises:
+        ModelError: saying what to do.
+    """
+    if decoder.changes_basis:
+        raise ModelError(
+            f"{decoder.source}: neighbouring blocks of this sliced model fit only each other; take blocks out of the "
+            "dense model first, then slice."
+        )
 
 
 def with_block_tensors(decoder: Decoder, edits: Iterable[tuple[int, Mapping[str, torch.Tensor]]], edit: Any) -> Decoder:

@@ -20,7 +20,12 @@ Signals = Literal["raw", "normed"]
 
 _SENSITIVITY_FLOOR = 0.3
 """Share of the identity beside the gradient's second moments (trace D); 0.3 and 1 measured alike."""
-_RIDGE = 1e-6
+_PRIOR = 1.0
+"""Weight of a plain slice in `Reconstruction`, in as many tokens as there are kept directions.
+
+Without it few tokens do harm (the bundled model at 144 of 192 directions and 512 tokens: perplexity 36 instead of
+25); with many it is not felt.
+"""
 _CHUNK_BYTES = 32 << 20
 
 
@@ -47,7 +52,8 @@ class Covariance:
         Raises:
             NumericsError: the states held NaN or infinity.
         """
-        if self._sum is None or not bool(torch.isfinite(self._sum).all()):
+        assert self._sum is not None, "windows are never empty"
+        if not bool(torch.isfinite(self._sum).all()):
             raise NumericsError("NaN or infinity in the hidden states (or their gradients); try --dtype float32.")
         return self._sum
 
@@ -78,7 +84,7 @@ class Reconstruction:
     """Least squares for what a layer should read: M (D, d) such that norm(x) Mᵀ comes closest to norm(H).
 
     A plain slice reads `W P`; `W M` also guesses, from the directions that are kept, what stood in those that are
-    not, and makes up for the energy that the norm no longer sees.
+    not, and makes up for the energy that the norm no longer sees. The solution is pulled toward P.
     """
 
     def __init__(self, directions: Directions, eps: float) -> None:
@@ -86,21 +92,23 @@ class Reconstruction:
         width = directions.shape[1]
         self._directions, self._eps = directions, eps
         self._gram = torch.zeros(width, width, dtype=torch.float64, device=directions.device)
+        self._tokens = 0
         self._cross = torch.zeros(width, directions.shape[0], dtype=torch.float64, device=directions.device)
 
     def update(self, states: torch.Tensor) -> None:
         """Add states H (tokens, D)."""
         exact = _exact(states)
+        self._tokens += len(exact)
         kept = exact @ self._directions
         kept = kept / (kept.pow(2).sum(-1, keepdim=True) / exact.shape[1] + self._eps).sqrt()
         self._gram.addmm_(kept.T, kept)
         self._cross.addmm_(kept.T, unit_scale(exact, self._eps))
 
     def reading(self) -> Directions:
-        """Give M, (D, d)."""
-        ridge = _RIDGE * self._gram.diagonal().mean()
-        steady = self._gram + ridge * torch.eye(len(self._gram), dtype=torch.float64, device=self._gram.device)
-        return torch.linalg.solve(steady, self._cross).T
+        """Give M, (D, d): P where nothing was seen, the least-squares solution where much was."""
+        weight = _PRIOR * self._gram.diagonal().mean() * len(self._gram) / max(1, self._tokens)
+        steady = self._gram + weight * torch.eye(len(self._gram), dtype=torch.float64, device=self._gram.device)
+        return torch.linalg.solve(steady, self._cross + weight * self._directions.T).T
 
 
 def unit_scale(states: torch.Tensor, eps: float = 1e-24) -> torch.Tensor:

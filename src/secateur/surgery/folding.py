@@ -112,8 +112,10 @@ def _position_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
         "positions": "alibi" if alibi else family.positions.removesuffix("-interleaved"),
     }
     if alibi:
-        scale = find(decoder.block_list[0], family.attention_scale) if family.alibi_scaled else 1.0
-        found["alibi_slopes"] = [scale * slope for slope in alibi_slopes(heads)]
+        found["alibi_slopes"] = alibi_slopes(heads)
+        found["alibi_in_bfloat16"] = family.alibi_scaled
+        if family.alibi_scaled:
+            found["alibi_scale"] = find(decoder.block_list[0], family.attention_scale)
     if found["positions"] == "rope":
         found["rope_parameters"] = copy.deepcopy(config.rope_parameters)
         rotating = getattr(config, "no_rope_layers", None)

@@ -24,7 +24,7 @@ from secateur.models.anatomy import present
 from secateur.models.decoder import Decoder
 from secateur.models.replay import Call
 from secateur.steps import Span
-from secateur.surgery.blocks import keep_blocks, with_block_tensors
+from secateur.surgery.blocks import keep_blocks, require_one_basis, with_block_tensors
 
 
 def require_plain_mlp_output(decoder: Decoder) -> None:
@@ -33,6 +33,7 @@ def require_plain_mlp_output(decoder: Decoder) -> None:
     Raises:
         ModelError: with the reason.
     """
+    require_one_basis(decoder)
     family = decoder.anatomy.family
     if family.detected:
         raise ModelError(
@@ -97,5 +98,5 @@ def _mlp_writers(decoder: Decoder, block: nn.Module) -> Iterator[tuple[str, torc
         if isinstance(found, nn.Parameter):
             yield name, found.detach(), False
             continue
-        for leaf, parameter in found.named_parameters(recurse=False):
+        for leaf, parameter in found.named_parameters():
             yield f"{name}.{leaf}", parameter.detach(), parameter.dim() == 1 or isinstance(found, Conv1D)
