@@ -204,8 +204,9 @@ def to_checkpoint(module: PreTrainedModel, state: dict[str, torch.Tensor]) -> di
 
 
 def _part(module: PreTrainedModel, blocks: str, index: int) -> list[tuple[str, nn.Parameter]]:
-    prefix = f"{blocks}." if index == OUTER else f"{blocks}.{index}."
-    return [(n, p) for n, p in module.named_parameters() if n.startswith(prefix) != (index == OUTER)]
+    if index == OUTER:
+        return [(name, one) for name, one in module.named_parameters() if not name.startswith(f"{blocks}.")]
+    return list(module.get_submodule(f"{blocks}.{index}").named_parameters(f"{blocks}.{index}"))
 
 
 def _return_freed_memory() -> None:
