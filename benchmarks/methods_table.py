@@ -25,7 +25,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("swm", {"rule": "top"}),
     ("swm", {"rule": "delta-sum"}),
     ("replaceme", {}),
-    ("replaceme", {"max_window": 1}),
+    ("replaceme", {"max_window": 4}),
 ]
 
 

@@ -32,7 +32,7 @@ CASES = [
     ("sleb", DROP, {}),
     ("swm", DROP, {"rule": "delta-sum", "across_types": True, "protect_first": 2}),
     ("replaceme", DROP, {}),
-    ("replaceme", DROP, {"choose": "cosine", "max_window": 1}),
+    ("replaceme", DROP, {"choose": "cosine", "max_window": 2}),
     ("slicegpt", SLICE, {}),
     ("dynamic-slicing", SLICE, {"slice_base": 0.1}),
     ("stock-slicing", SLICE, {}),

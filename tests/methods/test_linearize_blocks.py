@@ -178,7 +178,7 @@ def test_the_window_of_least_error(name, count, tiny):
     decoder, windows = tiny(name), windows_of_text()
     errors = {low: plain_fit(decoder, windows, low, low + count - 1, 0.1)[1] for low in range(1, BLOCKS - count + 1)}
     best = min(errors, key=errors.get)
-    step = found_by(decoder, windows, count)
+    step = found_by(decoder, windows, count, max_window=count)
     assert step.windows == ((best, best + count - 1),)
     assert step.error == pytest.approx((errors[best],), rel=1e-3)
 
@@ -188,7 +188,7 @@ def test_the_window_of_least_distance(choose, tiny):
     decoder, windows = tiny("llama"), windows_of_text()
     other = {"cosine": "streamline", "angular": "uidl"}[choose]
     dropped = make_plan(decoder, method=other, blocks=3, texts=windows, settings={"protect_first": 1}).steps[0].blocks
-    step = found_by(decoder, windows, 3, choose=choose)
+    step = found_by(decoder, windows, 3, choose=choose, max_window=3)
     assert step.windows == ((dropped[0], dropped[-1]),)
     assert step.error == ()
 
@@ -197,11 +197,17 @@ def test_protected_blocks(tiny):
     """The block before a window is changed, so it must be free as well."""
     decoder, windows = tiny("llama"), windows_of_text()
     step = found_by(decoder, windows, 2, protect_first=3, protect_last=2)
-    assert step.windows == ((4, 5),)
+    assert step.windows == ((4, 5),)  # windows of one block have no room for two here
     with pytest.raises(InputError, match="at most 2 blocks"):
         found_by(decoder, windows, 3, protect_first=3, protect_last=2)
     with pytest.raises(InputError, match="replaceme: fewer than two of 8 blocks may change"):
         found_by(decoder, windows, 1, protect_first=5, protect_last=2)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(3, [1, 1, 1]), (4, [1, 1, 1, 1]), (5, [1, 2, 2]), (6, [3, 3]), (7, [7])])
+def test_windows_are_as_short_as_the_amount_allows(count, sizes, tiny):
+    step = found_by(tiny("llama"), windows_of_text(), count)
+    assert sorted(high - low + 1 for low, high in step.windows) == sizes
 
 
 def test_several_windows(tiny):
@@ -215,7 +221,7 @@ def test_several_windows(tiny):
 
 @pytest.mark.parametrize(
     ("count", "longest", "sizes"),
-    [(5, None, (5,)), (5, 2, (2, 2, 1)), (6, 3, (3, 3)), (4, 3, (2, 2)), (3, 1, (1,) * 3)],
+    [(5, 5, (5,)), (5, 2, (2, 2, 1)), (6, 3, (3, 3)), (4, 3, (2, 2)), (3, 1, (1,) * 3)],
 )
 def test_sizes(count, longest, sizes):
     assert window_sizes(count, longest) == sizes
@@ -225,9 +231,9 @@ def test_sizes(count, longest, sizes):
 def test_as_many_as_there_is_room_for(free, longest):
     most = most_blocks(free, longest)
     for count in range(1, most + 1):
-        sizes = window_sizes(count, longest)
+        sizes = window_sizes(count, longest or count)
         assert sum(sizes) + len(sizes) <= free
-    larger = window_sizes(most + 1, longest)
+    larger = window_sizes(most + 1, longest or most + 1)
     assert sum(larger) + len(larger) > free
 
 
@@ -281,7 +287,7 @@ def test_the_papers_n(tiny):
     decoder, windows = tiny("llama"), windows_of_text()
     plan = make_plan(decoder, method="replaceme", texts=windows, settings={"window": 2})
     assert plan.requested == {"blocks": 2}
-    assert plan.steps[0].windows == found_by(decoder, windows, 2).windows
+    assert plan.steps[0].windows == found_by(decoder, windows, 2, max_window=2).windows
     with pytest.raises(InputError, match="window and another amount contradict"):
         found_by(decoder, windows, 2, window=2)
 

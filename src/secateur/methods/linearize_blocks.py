@@ -9,8 +9,9 @@ T = argmin ‖R + P T − X^{l+n}‖² + λ‖T − I‖², λ = ridge · mean d
 pulls toward the identity, so that a strong one simply drops the blocks; and the window can be chosen by the error that
 is left after T, relative to the size of the state that is to be reproduced, not only by the distance before.
 
-The first block is never in a window, since no block stands before it. Blocks may go in several windows; their matrices
-are all measured on the uncut model, in one walk.
+Where the paper takes one window, the blocks go in several, as short as the amount allows unless asked otherwise: on
+the bundled model that is far better from three blocks on (docs/methods.md). Their matrices are all measured on the
+uncut model, in one walk. The first block is never in a window, since no block stands before it.
 """
 
 from __future__ import annotations
@@ -39,11 +40,19 @@ class LinearizeSettings(Settings):
         "error", description="what windows are chosen by: the least-squares error, or the cosine or angle before it"
     )
     ridge: float = Field(0.1, ge=0, allow_inf_nan=False, description="pull of the matrix toward the identity")
-    max_window: int | None = Field(None, ge=1, description="longest window; more blocks go in several")
-    window: int | None = Field(None, ge=0, description="how many blocks go (the papers' n)")
+    max_window: int | None = Field(
+        None, ge=1, description="longest window, more blocks go in several; by itself as short as the amount allows"
+    )
+    window: int | None = Field(None, ge=0, description="how many blocks go, all in one window (the paper's n)")
+
+    def longest(self, count: int, free: int) -> int:
+        """Give the longest window allowed when `count` of `free` neighbouring blocks go."""
+        if self.window is not None:
+            return max(1, count)
+        return self.max_window or next(size for size in range(1, free) if most_blocks(free, size) >= count)
 
     def own_amount(self) -> Budget | None:
-        """Give the papers' n."""
+        """Give the paper's n."""
         return None if self.window is None else Budget("blocks", self.window, knob="window")
 
 
@@ -69,7 +78,7 @@ def decide(evidence: Evidence, settings: LinearizeSettings, budget: Budget) -> S
     errors: dict[Span, float] = {}
 
     def windows_for(count: int) -> tuple[Span, ...]:
-        sizes = window_sizes(count, settings.max_window)
+        sizes = window_sizes(count, settings.longest(count, len(free)))
         costs = _costs(evidence, settings, free, sizes)
         if settings.choose == "error":
             errors.update(costs)
@@ -115,9 +124,9 @@ def most_blocks(free: int, longest: int | None) -> int:
     return whole * longest + max(0, rest - 1)
 
 
-def window_sizes(count: int, longest: int | None) -> tuple[int, ...]:
+def window_sizes(count: int, longest: int) -> tuple[int, ...]:
     """Split a number of blocks into as few windows as allowed, of sizes as equal as can be, largest first."""
-    parts = 1 if longest is None else -(-count // longest)
+    parts = -(-count // longest)
     small, larger = divmod(count, parts)
     return (small + 1,) * larger + (small,) * (parts - larger)
 
