@@ -27,7 +27,7 @@ from secateur.models.decoder import Decoder
 from secateur.scores.removal import RemovalProbe
 from secateur.scores.taylor import taylor
 from secateur.steps import DropBlocks
-from secateur.surgery.blocks import keep_blocks
+from secateur.surgery.blocks import keep_blocks, require_one_basis
 
 Candidates = Iterator[tuple[int, ...]]
 
@@ -147,6 +147,8 @@ def _decide(
 
     def decide(evidence: Evidence, settings: Any, budget: Budget) -> Sequence[DropBlocks]:
         decoder = evidence.decoder
+        if not budget.is_zero:
+            require_one_basis(decoder)
         free = settings.free_blocks(decoder.block_count)
         most = min(len(free), decoder.block_count - 1)
         if most < 1 and not budget.is_zero:

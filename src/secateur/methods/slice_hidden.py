@@ -145,7 +145,7 @@ def decide_by_redundancy(evidence: Evidence, settings: DynamicSettings, budget: 
     search = _Search(redundancy, sizes, settings, decoder.parameter_count)
     if settings.slice_base != "auto":
         mean, widths = search.meet(budget, settings.slice_base)
-        used: dict[str, Any] = {"slice": mean, "slice_base": settings.slice_base}
+        used: dict[str, Any] = {"slice": round(mean, 6), "slice_base": settings.slice_base}
         return (_own_bases("dynamic-slicing", settings.model_dump() | used, widths, sizes),)
     require_invariance(decoder)
     trials = list(search.trials(budget))
@@ -163,7 +163,7 @@ def decide_by_redundancy(evidence: Evidence, settings: DynamicSettings, budget: 
     best = min(range(len(trials)), key=lambda place: losses[place])
     mean, base, widths = trials[best]
     tried = {f"{one:.3f}": round(loss, 4) for (_, one, _), loss in zip(trials, losses, strict=True)}
-    used = {"slice": mean, "slice_base": base, "loss_by_slice_base": tried}
+    used = {"slice": round(mean, 6), "slice_base": round(base, 6), "loss_by_slice_base": tried}
     return (_own_bases("dynamic-slicing", settings.model_dump() | used, widths, sizes),)
 
 
@@ -270,7 +270,7 @@ def _parameters(sizes: StreamSizes, widths: Widths) -> int:
 
 
 def _own_bases(method: str, settings: dict[str, Any], widths: Widths, sizes: StreamSizes) -> SliceHidden:
-    settings = {"slice": 1 - sum(widths) / len(widths) / sizes.width} | settings
+    settings = {"slice": round(1 - sum(widths) / len(widths) / sizes.width, 6)} | settings
     return SliceHidden(method=method, settings=settings, widths=widths, head_width=sizes.width, sizes=sizes)
 
 
