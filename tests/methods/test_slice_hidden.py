@@ -156,6 +156,17 @@ def test_amounts_that_cannot_be(amount, says, bundled):
         make_plan(bundled, method="slicegpt", texts=Windows.of([[3, 4, 5, 6]]), **amount)
 
 
+def test_the_papers_slice_percentage(bundled):
+    windows = Windows.of(torch.arange(3, 67).view(2, 32))
+    settings = {"slice_base": 0.1, "slice_percentage": 0.25}
+    plan = make_plan(bundled, method="dynamic-slicing", texts=windows, settings=settings)
+    same = make_plan(bundled, method="dynamic-slicing", slice=0.25, texts=windows, settings={"slice_base": 0.1})
+    assert plan.steps[0].widths == same.steps[0].widths
+    assert plan.requested == {"slice": 0.25}
+    with pytest.raises(InputError, match="slice_percentage and another amount contradict"):
+        make_plan(bundled, method="dynamic-slicing", remove=0.2, texts=windows, settings=settings)
+
+
 def test_depth_methods_do_not_slice(tiny):
     with pytest.raises(InputError, match="shortgpt does not count in slice; give blocks"):
         make_plan(tiny("llama"), method="shortgpt", slice=0.2, texts=draw_windows())

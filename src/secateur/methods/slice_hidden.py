@@ -53,6 +53,15 @@ class DynamicSettings(ConstantSettings):
         "minmax", description="how layer redundancy becomes [0, 1]: the paper's minmax, without outer blocks, by rank"
     )
     cap: float = Field(0.9, gt=0, lt=1, description="largest fraction any block loses")
+    slice_percentage: float | None = Field(
+        None, ge=0, lt=1, description="mean fraction sliced away (the paper's SP); an amount by itself, as --slice"
+    )
+
+    def own_amount(self) -> Budget | None:
+        """Give the paper's SP."""
+        if self.slice_percentage is None:
+            return None
+        return Budget("slice", self.slice_percentage, knob="slice_percentage")
 
 
 class StockSettings(MethodSettings):
@@ -146,7 +155,7 @@ def decide_by_redundancy(evidence: Evidence, settings: DynamicSettings, budget: 
     if settings.slice_base != "auto":
         mean, widths = search.meet(budget, settings.slice_base)
         used: dict[str, Any] = {"slice": round(mean, 6), "slice_base": settings.slice_base}
-        return (_own_bases("dynamic-slicing", settings.model_dump() | used, widths, sizes),)
+        return (_own_bases("dynamic-slicing", settings.model_dump(exclude_none=True) | used, widths, sizes),)
     require_invariance(decoder)
     trials = list(search.trials(budget))
     losses = [
@@ -164,7 +173,7 @@ def decide_by_redundancy(evidence: Evidence, settings: DynamicSettings, budget: 
     mean, base, widths = trials[best]
     tried = {f"{one:.3f}": round(loss, 4) for (_, one, _), loss in zip(trials, losses, strict=True)}
     used = {"slice": round(mean, 6), "slice_base": round(base, 6), "loss_by_slice_base": tried}
-    return (_own_bases("dynamic-slicing", settings.model_dump() | used, widths, sizes),)
+    return (_own_bases("dynamic-slicing", settings.model_dump(exclude_none=True) | used, widths, sizes),)
 
 
 class _Search:
