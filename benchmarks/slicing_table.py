@@ -17,14 +17,14 @@ CASES: list[tuple[str, dict[str, Any], tuple[float, ...]]] = [
     ("dynamic-slicing", {}, AMOUNTS),
     ("stock-slicing", {}, AMOUNTS),
     ("stock-slicing", {"bases": 2}, AMOUNTS),
-    ("slicegpt", {"signals": "normed"}, SOME),
-    ("dynamic-slicing", {"normalise": "interior"}, SOME),
-    ("dynamic-slicing", {"normalise": "rank"}, SOME),
+    ("slicegpt", {"signals": "raw"}, SOME),
+    ("dynamic-slicing", {"normalise": "interior"}, SOME[1:2]),
+    ("dynamic-slicing", {"normalise": "rank"}, SOME[1:2]),
     ("stock-slicing", {"sensitivity": False}, SOME),
     ("stock-slicing", {"sensitivity": False, "reconstruct": False}, SOME),
     ("stock-slicing", {"signals": "raw"}, SOME),
-    ("stock-slicing", {"bases": 4}, SOME),
-    ("stock-slicing", {"bases": 12}, SOME),
+    ("stock-slicing", {"bases": 4}, SOME[:2]),
+    ("stock-slicing", {"bases": 12}, SOME[:2]),
 ]
 
 

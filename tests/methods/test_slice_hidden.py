@@ -179,8 +179,8 @@ def test_the_automatic_base_is_never_worse_than_constant_slicing(bundled):
     assert plan.parameters_after <= constant.parameters_after
     tried = plan.steps[0].settings["loss_by_slice_base"]
     assert len(tried) >= 3
-    loss = slice_by_principal_directions(bundled, windows, plan.steps[0].widths)[1]
-    other = slice_by_principal_directions(bundled, windows, constant.steps[0].widths)[1]
+    loss = slice_by_principal_directions(bundled, windows, plan.steps[0].widths, signals="normed")[1]
+    other = slice_by_principal_directions(bundled, windows, constant.steps[0].widths, signals="normed")[1]
     assert loss == min(loss, other)
     assert round(loss, 4) == min(tried.values())
 

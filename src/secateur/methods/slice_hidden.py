@@ -40,7 +40,7 @@ class ConstantSettings(MethodSettings):
     """Settings of `slicegpt`."""
 
     rounding: int = Field(8, ge=1, description="kept widths are rounded down to a multiple of this")
-    signals: Signals = Field("raw", description="principal directions of the states as they are, or as normed")
+    signals: Signals = Field("normed", description="principal directions of the states as normed, or as they are (raw)")
 
 
 class DynamicSettings(ConstantSettings):
