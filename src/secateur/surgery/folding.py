@@ -224,9 +224,9 @@ def folded_outer(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
     head = find(decoder.module, family.head)
     scale = getattr(config, family.logits_multiplier or "", 1.0) / getattr(config, family.logits_divisor or "", 1.0)
     weight, bias = _reading(head.weight.float(), _bias(head), find(decoder.module, family.final[0]), family.norm)
-    yield "lm_head.weight", weight * scale
+    yield "lm_head.weight", _scaled(weight, scale)
     if bias is not None:
-        yield "lm_head.bias", bias * scale
+        yield "lm_head.bias", _scaled(bias, scale)
 
 
 def _table(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
@@ -237,12 +237,17 @@ def _embedding_rows(decoder: Decoder) -> torch.Tensor:
     """What each token brings into the residual stream (V, D): its row, its multiplier, a norm over it."""
     family = decoder.anatomy.family
     embed = find(decoder.module, family.embeddings[0])
-    rows: torch.Tensor = embed.weight.float() * getattr(decoder.config, family.embedding_multiplier or "", 1.0)
+    rows = _scaled(embed.weight.float(), getattr(decoder.config, family.embedding_multiplier or "", 1.0))
     scale = getattr(embed, "embed_scale", None)
     if scale is not None:
         rows = rows * scale.to(embed.weight.dtype).float()
     norm = find(decoder.module, family.embeddings[1]) if len(family.embeddings) > 1 else None
     return norm(rows.to(norm.weight.dtype)).float() if isinstance(norm, nn.LayerNorm) else rows
+
+
+def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """Multiply; by 1 without a copy, for tables are large."""
+    return tensor if factor == 1 else tensor * factor
 
 
 def folded_block(decoder: Decoder, index: int) -> Tensors:
@@ -255,7 +260,7 @@ def folded_block(decoder: Decoder, index: int) -> Tensors:
     _put(found, _mlp_readers(block, decoder), norms[-1], family.norm)
     multiplier = getattr(config, family.residual_multiplier or "", 1.0)
     for name, (weight, bias) in _writers(block, decoder).items():
-        weight, bias = weight * multiplier, None if bias is None else bias * multiplier
+        weight, bias = _scaled(weight, multiplier), None if bias is None else _scaled(bias, multiplier)
         if family.norm == "layernorm":
             bias = torch.zeros(weight.shape[0], device=weight.device) if bias is None else bias
             weight, bias = weight - weight.mean(dim=0, keepdim=True), bias - bias.mean()
