@@ -13,7 +13,7 @@ from torch import nn
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import Batch, loss_sum, require_predictions
 from secateur.models.decoder import Decoder
-from secateur.models.replay import run_block
+from secateur.models.replay import inputs_of, run_block
 
 
 def loss_gradients(decoder: Decoder, batches: list[Batch], kept: StateStore) -> None:
@@ -38,7 +38,7 @@ def back_through(
     batch: Batch,
     kept: StateStore,
     weights: Sequence[nn.Parameter] = (),
-    inputs_of: Sequence[nn.Module] = (),
+    entering: Sequence[nn.Module] = (),
 ) -> tuple[torch.Tensor | None, ...]:
     """Differentiate one block (its weights present) on one batch.
 
@@ -50,24 +50,16 @@ def back_through(
         batch: the batch.
         kept: the store.
         weights: parameters to differentiate by; they must require gradients.
-        inputs_of: modules inside the block, by whose first input to differentiate.
+        entering: modules inside the block, called in this order, by whose first input to differentiate.
 
     Returns:
         The gradients by the weights, then by those inputs; None where the loss does not depend on one.
     """
     hidden = kept.get((batch.index, index)).detach().requires_grad_()
-    entering: dict[int, torch.Tensor] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, number=number: entering.__setitem__(number, args[0]))
-        for number, module in enumerate(inputs_of)
-    ]
-    try:
+    with inputs_of(entering) as within:
         output = run_block(decoder.block_list[index], batch.calls[index], hidden)
-    finally:
-        for hook in hooks:
-            hook.remove()
     arriving = kept.get(("gradient", batch.index)).to(output.device, output.dtype)
-    wanted = [hidden, *weights, *(entering[number] for number in range(len(inputs_of)))]
+    wanted = [hidden, *weights, *within]
     leaving, *gradients = torch.autograd.grad(output, wanted, arriving, allow_unused=True)
     kept.put(("gradient", batch.index), leaving)
     kept.drop((batch.index, index))

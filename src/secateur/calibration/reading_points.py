@@ -6,8 +6,7 @@ The state at a point is the stream before the norm that reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from secateur.calibration.stream import Batch, open_store, start, step, walk_blo
 from secateur.calibration.texts import Windows
 from secateur.models.anatomy import present
 from secateur.models.decoder import Decoder
+from secateur.models.replay import inputs_of
 
 Visit = Callable[[int, torch.Tensor], None]
 """Called with the number of a point and states (tokens, D) that stand there."""
@@ -65,7 +65,7 @@ def visit_reading_points(
                 for batch in batches:
                     hidden = store.get(batch.index)
                     shown(points * index, hidden, batch)
-                    with _inputs(norms_within(decoder, block)) as entering:
+                    with inputs_of(norms_within(decoder, block)) as entering:
                         store.put(batch.index, step(decoder, index, batch, hidden))
                     for middle in entering:
                         shown(points * index + 1, middle, batch)
@@ -98,7 +98,7 @@ def visit_gradients(
         for index in progress(order, "walking back through the blocks", len(order)):
             with decoder.block(index) as block, torch.enable_grad():
                 for batch in batches:
-                    within = back_through(decoder, index, batch, kept, inputs_of=norms_within(decoder, block))
+                    within = back_through(decoder, index, batch, kept, entering=norms_within(decoder, block))
                     for gradient in within:
                         shown(points * index + 1, gradient, batch)
                     shown(points * index, kept.get(("gradient", batch.index)), batch)
@@ -121,15 +121,3 @@ def norms_within(decoder: Decoder, block: nn.Module) -> list[nn.Module]:
     """The norm between attention and MLP of a sequential block; none in a parallel one."""
     found = [norm for _, norm in present(block, decoder.anatomy.family.norms)]
     return found[1:2] if points_per_block(decoder) == 2 else []
-
-
-@contextmanager
-def _inputs(modules: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """Collect the first input of each of these modules while the block runs."""
-    entering: list[torch.Tensor] = []
-    hooks = [module.register_forward_pre_hook(lambda _, args: entering.append(args[0])) for module in modules]
-    try:
-        yield entering
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -108,7 +108,7 @@ class LinearSums:
 
     def update(self, part: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
         """Add tokens: P, X and Y, each (M, d)."""
-        home = _device_with_float64(part.device)
+        home = device_with_float64(part.device)
         rows = max(1, _CHUNK_BYTES // (8 * part.shape[1]))
         for first in range(0, len(part), rows):
             part_Md, before_Md, after_Md = (
@@ -176,7 +176,7 @@ class CkaSums:
         while len(inside):
             waiting = sum(part.shape[1] for part in self._waiting)
             taken, inside = inside[: self._size - waiting], inside[self._size - waiting :]
-            home = _device_with_float64(outputs[0].device)
+            home = device_with_float64(outputs[0].device)
             picked = [output[taken.to(output.device)].float().to(home) for output in outputs]
             self._waiting.append(torch.stack(picked))
             if waiting + len(taken) == self._size:
@@ -223,7 +223,8 @@ def unbiased_hsic(kernels_LMM: torch.Tensor) -> torch.Tensor:
     return (trace + products - crossed) / (samples * (samples - 3))
 
 
-def _device_with_float64(device: torch.device) -> torch.device:
+def device_with_float64(device: torch.device) -> torch.device:
+    """Give the device itself, or the CPU for one that has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 

@@ -12,7 +12,7 @@ from secateur.calibration.choose import Texts, windows_for
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError, ModelError, TextsWarning
-from secateur.methods.budget import Budget, read_budget
+from secateur.methods.budget import Budget
 from secateur.methods.method import Evidence
 from secateur.methods.registry import APPLY
 from secateur.methods.sequence import Part, part_of, read_sequence, whole_budget
@@ -67,8 +67,7 @@ def make_plan(
     """
     parts = read_sequence(method, dict(settings or {}))
     amounts = {"blocks": blocks, "remove": remove, "target_params": target_params, "slice": slice}
-    given = any(amount is not None for amount in amounts.values())
-    budget = whole_budget(parts, read_budget(**amounts) if given else None)  # type: ignore[arg-type]
+    budget = whole_budget(parts, amounts)
     if scores is not None and scores.fingerprint != model.fingerprint:
         raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
     used: Windows | None = None

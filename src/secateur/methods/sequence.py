@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import InputError, unknown
-from secateur.methods.budget import Budget
+from secateur.methods.budget import Budget, read_budget
 from secateur.methods.method import Method, MethodSettings
 from secateur.methods.registry import find_method
 
@@ -70,18 +70,18 @@ def _share(text: str, spec: str) -> float:
     return share
 
 
-def whole_budget(parts: tuple[Part, ...], given: Budget | None) -> Budget:
-    """Give what is to go altogether: the amount given, or the one that a setting of a single method asks for.
+def whole_budget(parts: tuple[Part, ...], amounts: dict[str, Any]) -> Budget:
+    """Give what is to go altogether: the one amount given, or what a setting of a single method asks for.
+
+    Of `amounts`, by the names `read_budget` takes, all but one are None; all are where a setting says it.
 
     Raises:
         InputError: no amount or two, or one that these methods do not count in.
     """
     own = [amount for part in parts if (amount := part.settings.own_amount()) is not None]
-    if own and (given is not None or len(parts) > 1):
+    if own and (len(parts) > 1 or any(amount is not None for amount in amounts.values())):
         raise InputError(f"{own[0].knob} and another amount contradict each other; give one of them.")
-    budget = own[0] if own else given
-    if budget is None:
-        raise InputError("no amount given: say one of remove (25%), target-params (5.5B), blocks (4) or slice (20%).")
+    budget = own[0] if own else read_budget(**amounts)
     if budget.aim in ("blocks", "slice"):
         native = {part.method.native for part in parts}
         if len(parts) > 1:

@@ -97,6 +97,18 @@ def final_states(
     return result
 
 
+@contextmanager
+def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Collect the first input of each of these modules, in the order in which they are called."""
+    entering: list[torch.Tensor] = []
+    hooks = [module.register_forward_pre_hook(lambda _, args: entering.append(args[0])) for module in modules]
+    try:
+        yield entering
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def require_finite(hidden: torch.Tensor, where: str, mask: torch.Tensor | None = None) -> None:
     """Stop at NaN or infinity.
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from secateur.calibration.statistics import device_with_float64
 from secateur.errors import NumericsError
 
 Directions = torch.Tensor
@@ -129,4 +130,4 @@ def times(tensor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _exact(states: torch.Tensor) -> torch.Tensor:
-    return states.to("cpu" if states.device.type == "mps" else states.device, torch.float64)
+    return states.to(device_with_float64(states.device)).double()

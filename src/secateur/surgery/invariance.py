@@ -44,8 +44,8 @@ def rotation_error(decoder: Decoder) -> float:
             weights = folded_block(decoder, index)
         where, first = rotated.block_path(index), points_per_block(decoder) * index
         for name, attention in (("attn", True), ("mlp", False)):
-            before = turns[first % 2] if attention or decoder.anatomy.parallel else turns[(first + 1) % 2]
-            after = turns[(first + 1) % 2] if attention or decoder.anatomy.parallel else turns[first % 2]
+            point = first if attention or decoder.anatomy.parallel else first + 1
+            before, after = turns[point % 2], turns[(point + 1) % 2]
             rotated.put(where, rotate_readers(weights, before, attention=attention))
             rotated.put(where, rotate_writers(weights, after, attention=attention))
             if not (attention and decoder.anatomy.parallel):
