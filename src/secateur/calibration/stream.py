@@ -7,7 +7,7 @@ batches through one block, so that each block's weights are read once per walk.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -172,20 +172,21 @@ def mean_loss(
     Raises:
         NumericsError: NaN or infinity on the way.
     """
-    total, predictions = 0.0, 0
-    for batch, hidden in _last_states(decoder, windows, batch_size, progress):
-        found, counted = loss_sum(decoder, batch, hidden)
-        total += float(found)
-        predictions += counted
-    return mean_of(total, predictions)
+    return mean_loss_of(decoder, _last_states(decoder, windows, batch_size, progress))
 
 
-def mean_of(total: float, predictions: int) -> float:
-    """Mean loss of so many predictions.
+def mean_loss_of(decoder: Decoder, last: Iterable[tuple[Batch, torch.Tensor]]) -> float:
+    """Mean next-token loss in nats, from what leaves the last block; `decoder.outer()` must be open for a skeleton.
 
     Raises:
         InputError: there is nothing to predict.
+        NumericsError: NaN or infinity.
     """
+    total, predictions = 0.0, 0
+    for batch, hidden in last:
+        found, counted = loss_sum(decoder, batch, hidden)
+        total += float(found)
+        predictions += counted
     require_predictions(predictions)
     return total / predictions
 

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, loss_sum, mean_of, start, step
+from secateur.calibration.stream import Batch, mean_loss_of, start, step
 from secateur.calibration.texts import Windows
 from secateur.models.decoder import Decoder
 
@@ -68,13 +68,9 @@ class RemovalProbe:
         for index in range(depth, end):
             if index not in gone:
                 self._advance(index, gone)
-        total, predictions = 0.0, 0
         with self._decoder.outer():
-            for batch in self._batches:
-                found, counted = loss_sum(self._decoder, batch, self._store.get(_key(batch, end, gone)))
-                total += float(found)
-                predictions += counted
-        return mean_of(total, predictions)
+            last = ((batch, self._store.get(_key(batch, end, gone))) for batch in self._batches)
+            return mean_loss_of(self._decoder, last)
 
     def _advance(self, index: int, gone: Gone) -> None:
         """Take the states from the entry of block `index` to the entry of the next one.

@@ -11,7 +11,7 @@ known; then `H' = x Pᵀ + branch(x)` is measured, and the writer is rotated and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.reading_points import centred, points_per_block
 from secateur.calibration.statistics import real_tokens
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, loss_sum, mean_of, open_store, start
+from secateur.calibration.stream import Batch, mean_loss_of, open_store, start
 from secateur.calibration.texts import Windows
 from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
@@ -132,7 +132,8 @@ def slice_by_principal_directions(
             following = widths[index + 1] if index + 1 < len(widths) else None
             kept.append(_slice_block(walk, index, kept[-1], widths[index], following))
         sliced = assembly.result(sliced_fingerprint(kept))
-        return sliced, _final_loss(sliced, walk)
+        with sliced.outer():
+            return sliced, mean_loss_of(sliced, _final_states(walk))
 
 
 def sliced_fingerprint(directions: Sequence[Directions]) -> dict[str, Any]:
@@ -213,13 +214,8 @@ def _next_directions(covariance: torch.Tensor, width: int | None) -> Directions:
     return principal_directions(covariance)[:, :width]
 
 
-def _final_loss(sliced: Decoder, walk: _Pass) -> float:
-    total, predictions = 0.0, 0
-    with sliced.outer():
-        for batch in walk.batches:
-            hidden = walk.store.get(batch.index)
-            require_finite(hidden, "what leaves the last block", batch.mask)
-            found, counted = loss_sum(sliced, batch, hidden)
-            total += float(found)
-            predictions += counted
-    return mean_of(total, predictions)
+def _final_states(walk: _Pass) -> Iterator[tuple[Batch, torch.Tensor]]:
+    for batch in walk.batches:
+        hidden = walk.store.get(batch.index)
+        require_finite(hidden, "what leaves the last block", batch.mask)
+        yield batch, hidden
