@@ -15,6 +15,7 @@ from secateur.checkpoints.save import save
 from secateur.demonstration import demo
 from secateur.errors import SecateurError
 from secateur.evaluation.perplexity import eval
+from secateur.healing.heal import heal
 from secateur.methods.planning import make_plan, prune
 from secateur.models.inspection import inspect
 from secateur.models.open import open_model
@@ -26,6 +27,7 @@ __all__ = [
     "SecateurError",
     "demo",
     "eval",
+    "heal",
     "inspect",
     "make_plan",
     "open_model",

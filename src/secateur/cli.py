@@ -21,21 +21,25 @@ from transformers.utils import logging
 
 import secateur
 from secateur.calibration.estimate import estimate
-from secateur.calibration.texts import Windows, text_names
+from secateur.calibration.texts import text_names
 from secateur.checkpoints.folders import check_target, replacing
-from secateur.console import facts_table, plan_summary, results_table, scores_table, showing_progress
+from secateur.console import facts_table, healing_table, plan_summary, results_table, scores_table, showing_progress
 from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
 from secateur.evaluation.results import append_results
+from secateur.healing.heal import find_rung
+from secateur.healing.processes import leads
+from secateur.healing.rungs import Data
 from secateur.methods.planning import windows_of_plan
 from secateur.methods.registry import METHODS, find_method
 from secateur.methods.sequence import read_sequence
 from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
-from secateur.options import Amount, HeldOut, Opening, Reading, grouped
-from secateur.plan import Plan
+from secateur.options import Amount, HeldOut, Learning, Opening, Reading, grouped
+from secateur.plan import Plan, plans_in
 from secateur.runs import mark, replace_file, run_folder, training_folder
 from secateur.scores.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
+from secateur.settings import describe_settings
 from secateur.steps import MergeBlocks
 
 app = typer.Typer(
@@ -47,7 +51,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out_console = Console()
-err = Console(stderr=True)
+err = Console(stderr=True, quiet=not leads())
 
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub name, or 'bundled'.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write. (default: under secateur-runs/)")]
@@ -164,6 +168,52 @@ def prune(
     err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
 
 
+@app.command()
+@grouped
+def heal(
+    model: ModelArg,
+    learning: Learning,
+    opening: Opening,
+    out: Out = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Reopen the result in a fresh process.")] = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train a pruned model to get back what the cut has cost; killed and started again, it goes on."""
+    rung = find_rung(learning.with_)
+    folder = _target(out, model, "heal")
+    decoder = _opened(opening, model, only_shapes=dry_run, whole=rung.whole)
+    check_target(folder, reads=decoder.folder)
+    named = learning.teacher or _dense_of(decoder)
+    teacher = _opened(opening, named, only_shapes=dry_run) if rung.teacher else None
+    data = learning.data(decoder)
+    _announce(decoder, data, rung.passes)
+    if dry_run:
+        return
+    work = training_folder(folder)
+    err.print(f"{rung.name}: {rung.summary}. Killed and started again, it goes on from {work}.")
+    with _saying_warnings(), showing_progress(err) as progress:
+        healed = secateur.heal(
+            decoder,
+            by=rung.name,
+            texts=data,
+            teacher=teacher,
+            settings=learning.settings(),
+            seed=learning.seed,
+            trackers=tuple(learning.track or ()),
+            work=work,
+            progress=progress,
+        )
+    if not leads():
+        return
+    with err.status("saving, and reopening in a fresh process" if check else "saving"):
+        secateur.save(healed, folder, check=check)
+    shutil.rmtree(work, ignore_errors=True)
+    facts = healed.history[-1]["healing"]
+    _answer(facts, healing_table(facts), as_json=as_json)
+    err.print(f"Written: [bold]{escape(str(folder))}[/]")
+
+
 @app.command("eval")
 @grouped
 def evaluate(
@@ -216,9 +266,8 @@ def methods(
     """List the methods, or the settings of one."""
     if name is not None:
         one = find_method(name)
-        _answer(
-            one.describe_settings(), facts_table(f"{name}: {one.summary}", one.describe_settings()), as_json=as_json
-        )
+        described = describe_settings(one.settings)
+        _answer(described, facts_table(f"{name}: {one.summary}", described), as_json=as_json)
         return
     table = Table("method", "what it does", "paper")
     for one in METHODS.values():
@@ -269,9 +318,15 @@ def _root(
     """Structured pruning of language models: score, plan, prune, eval. Start with: secateur demo."""
 
 
-def _opened(opening: Opening, source: str, *, only_shapes: bool = False) -> Decoder:
+def _opened(opening: Opening, source: str, *, only_shapes: bool = False, whole: bool = False) -> Decoder:
     with err.status(f"opening {source}"):
-        return opening.open(source, only_shapes=only_shapes)
+        return opening.open(source, only_shapes=only_shapes, whole=whole)
+
+
+def _dense_of(decoder: Decoder) -> str:
+    """Name the model that a pruned one was made from; itself where nothing is known."""
+    first = next(iter(plans_in(decoder.history)), None)
+    return first.model.source if first else decoder.source
 
 
 def _decide(
@@ -361,7 +416,7 @@ def _draw_merged(decoder: Decoder, made: Plan, amount: Amount, reading: Reading,
     err.print(f"Written: [bold]{escape(str(path))}[/] (the blocks that become one, on the CKA map)")
 
 
-def _announce(decoder: Decoder, windows: Windows, forwards: float) -> None:
+def _announce(decoder: Decoder, windows: Data, forwards: float) -> None:
     """Say what is about to happen and what it needs."""
     needs = estimate(decoder, windows.token_count, forwards)
     how = "skeleton, block by block" if decoder.is_skeleton else "in memory"
