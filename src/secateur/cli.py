@@ -21,13 +21,13 @@ from transformers.utils import logging
 
 import secateur
 from secateur.calibration.estimate import estimate
+from secateur.calibration.processes import leads
 from secateur.calibration.texts import text_names
 from secateur.checkpoints.folders import check_target, replacing
 from secateur.console import facts_table, healing_table, plan_summary, results_table, scores_table, showing_progress
 from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
 from secateur.evaluation.results import append_results
 from secateur.healing.heal import find_rung
-from secateur.healing.processes import leads
 from secateur.healing.rungs import Data
 from secateur.methods.planning import windows_of_plan
 from secateur.methods.registry import METHODS, find_method

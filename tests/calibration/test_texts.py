@@ -22,7 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import secateur
-from secateur.calibration import sources
+from secateur.calibration import local_files, sources
 from secateur.calibration.texts import Windows, open_texts, text_names
 from secateur.errors import InputError
 
@@ -490,7 +490,7 @@ def test_what_cannot_be_read_is_an_error_with_advice(tmp_path, tokenizer):
         with pytest.raises(InputError, match=message):
             open_texts(str(tmp_path / name), tokenizer)
     with pytest.raises(InputError, match=r"cannot read .*check the file"):
-        list(sources._whole_file(tmp_path / "missing.txt"))
+        list(local_files._whole_file(tmp_path / "missing.txt"))
 
 
 def test_files_are_read_no_further_than_needed(tmp_path, tokenizer):

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from secateur.calibration.processes import add_up
 from secateur.errors import InputError, NumericsError
 
 _CHUNK_BYTES = 16 << 20
@@ -38,7 +39,7 @@ class CosineSums:
         """Start at zero for `states` = L+1 states."""
         self._sum = torch.zeros(states, states, dtype=torch.float64)
         self._relative = torch.zeros(states - 1, dtype=torch.float64)
-        self._tokens = 0
+        self._tokens = torch.zeros((), dtype=torch.int64)
 
     def update(self, states: Sequence[torch.Tensor]) -> None:
         """Add tokens; `states` holds S tensors (M, d)."""
@@ -52,6 +53,10 @@ class CosineSums:
             unit_SX = chunk.div_(length_SM[..., None]).flatten(1)
             self._sum += (unit_SX @ unit_SX.T).cpu().double()
         self._tokens += tokens
+
+    def combine(self) -> None:
+        """Add what the other processes have summed."""
+        add_up(self._sum, self._relative, self._tokens)
 
     def result(self) -> torch.Tensor:
         """Mean cosines, (S, S), diagonal exactly 1."""
@@ -69,7 +74,7 @@ class AngularSums:
     def __init__(self, states: int) -> None:
         """Start at zero for `states` = L+1 states."""
         self._sum = torch.zeros(states, states, dtype=torch.float64)
-        self._windows = 0
+        self._windows = torch.zeros((), dtype=torch.int64)
 
     def update(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> None:
         """Add windows; states are (windows, positions, d), the mask (windows, positions)."""
@@ -87,6 +92,10 @@ class AngularSums:
         self._sum += angle.sum(dim=0)
         self._windows += windows
 
+    def combine(self) -> None:
+        """Add what the other processes have summed."""
+        add_up(self._sum, self._windows)
+
     def result(self) -> torch.Tensor:
         """Mean angular distances in [0, 1], (S, S), diagonal exactly 0."""
         return (self._sum / self._windows).fill_diagonal_(0.0)
@@ -103,8 +112,7 @@ class LinearSums:
         """Start at zero for states of this width d."""
         self._gram = torch.zeros(width, width, dtype=torch.float64)
         self._cross = torch.zeros(width, width, dtype=torch.float64)
-        self._difference = 0.0
-        self._target = 0.0
+        self._squares = torch.zeros(2, dtype=torch.float64)
 
     def update(self, part: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
         """Add tokens: P, X and Y, each (M, d)."""
@@ -117,8 +125,11 @@ class LinearSums:
             change_Md = after_Md - before_Md
             self._gram += (part_Md.T @ part_Md).cpu()
             self._cross += (part_Md.T @ change_Md).cpu()
-            self._difference += float(change_Md.square().sum())
-            self._target += float(after_Md.square().sum())
+            self._squares += torch.stack((change_Md.square().sum(), after_Md.square().sum())).cpu()
+
+    def combine(self) -> None:
+        """Add what the other processes have summed."""
+        add_up(self._gram, self._cross, self._squares)
 
     def result(self, ridge: float) -> torch.Tensor:
         """Give T, (d, d), for rows: P T.
@@ -138,8 +149,9 @@ class LinearSums:
     def error(self, matrix_dd: torch.Tensor) -> float:
         """Give ‖R + P T − Y‖² / ‖Y‖² over all tokens for this T."""
         change = matrix_dd - torch.eye(len(matrix_dd), dtype=torch.float64)
-        missed = self._difference - 2 * (change * self._cross).sum() + (change * (self._gram @ change)).sum()
-        return max(float(missed), 0.0) / self._target
+        difference, target = self._squares.tolist()
+        missed = difference - 2 * (change * self._cross).sum() + (change * (self._gram @ change)).sum()
+        return max(float(missed), 0.0) / target
 
 
 class CkaSums:
@@ -150,8 +162,23 @@ class CkaSums:
     taken. The RBF width of a block is the median distance of its outputs in the first minibatch.
     """
 
-    def __init__(self, total_tokens: int, *, seed: int = 0, limit: int = 4096, size: int = 256) -> None:
-        """Choose the tokens; `total_tokens` is how many real tokens will pass by.
+    def __init__(
+        self,
+        total_tokens: int,
+        *,
+        seed: int = 0,
+        limit: int = 4096,
+        size: int = 256,
+        numbers: torch.Tensor | None = None,
+    ) -> None:
+        """Choose the tokens.
+
+        Args:
+            total_tokens: how many real tokens there are.
+            seed: of the choice.
+            limit: most tokens chosen.
+            size: of a minibatch.
+            numbers: which of them pass by here, in order, where several processes share them; None is all.
 
         Raises:
             InputError: fewer than 4 tokens, which no unbiased HSIC can be computed from.
@@ -162,6 +189,8 @@ class CkaSums:
         count = min(limit, total_tokens) // self._size * self._size
         generator = torch.Generator().manual_seed(seed)
         self._chosen = torch.randperm(total_tokens, generator=generator)[:count].sort().values
+        self._numbers = numbers
+        self._apart: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._passed = 0
         self._waiting: list[torch.Tensor] = []
         self._hsic: dict[Kernel, torch.Tensor] = {}
@@ -171,17 +200,39 @@ class CkaSums:
     def update(self, outputs: Sequence[torch.Tensor]) -> None:
         """Add tokens: L tensors (M, d), the outputs of the blocks."""
         tokens = outputs[0].shape[0]
+        if self._numbers is not None:
+            self._keep_for_exchange(outputs, self._numbers[self._passed : self._passed + tokens])
+            self._passed += tokens
+            return
         inside = self._chosen[(self._chosen >= self._passed) & (self._chosen < self._passed + tokens)] - self._passed
         self._passed += tokens
         while len(inside):
             waiting = sum(part.shape[1] for part in self._waiting)
             taken, inside = inside[: self._size - waiting], inside[self._size - waiting :]
-            home = device_with_float64(outputs[0].device)
-            picked = [output[taken.to(output.device)].float().to(home) for output in outputs]
-            self._waiting.append(torch.stack(picked))
+            self._waiting.append(_picked(outputs, taken, device_with_float64(outputs[0].device)))
             if waiting + len(taken) == self._size:
                 self._add_minibatch(torch.cat(self._waiting, dim=1))
                 self._waiting = []
+
+    def _keep_for_exchange(self, outputs: Sequence[torch.Tensor], numbers: torch.Tensor) -> None:
+        """Keep what was chosen of the tokens of these numbers, with its place among all chosen."""
+        places = torch.searchsorted(self._chosen, numbers).clamp_max(len(self._chosen) - 1)
+        here = (self._chosen[places] == numbers).nonzero().flatten()
+        self._apart.append((places[here], _picked(outputs, here, torch.device("cpu"))))
+
+    def combine(self) -> None:
+        """Put the minibatches together from what each process has; all compute them."""
+        if self._numbers is None:
+            return
+        places = torch.cat([one for one, _ in self._apart])
+        outputs = torch.cat([one for _, one in self._apart], dim=1)
+        for first in range(0, len(self._chosen), self._size):
+            mine = (places >= first) & (places < first + self._size)
+            minibatch = torch.zeros(outputs.shape[0], self._size, outputs.shape[2])
+            minibatch[:, places[mine] - first] = outputs[:, mine]
+            add_up(minibatch)
+            self._add_minibatch(minibatch)
+        self._apart.clear()
 
     def _add_minibatch(self, outputs_LMd: torch.Tensor) -> None:
         gram = [output.double() @ output.double().T for output in outputs_LMd]
@@ -208,6 +259,10 @@ class CkaSums:
             raise NumericsError(f"CKA is undefined: the outputs of block {block} do not vary over the tokens.")
         cka = hsic / torch.sqrt(own[:, None] * own[None, :])
         return ((cka + cka.T) / 2).fill_diagonal_(1.0)
+
+
+def _picked(outputs: Sequence[torch.Tensor], rows: torch.Tensor, home: torch.device) -> torch.Tensor:
+    return torch.stack([output[rows.to(output.device)].float().to(home) for output in outputs])
 
 
 def unbiased_hsic(kernels_LMM: torch.Tensor) -> torch.Tensor:

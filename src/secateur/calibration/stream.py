@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from secateur.calibration.processes import add_up
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.store import StateStore
 from secateur.calibration.texts import Windows
@@ -175,19 +176,26 @@ def mean_loss(
     return mean_loss_of(decoder, last_states(decoder, windows, batch_size, progress))
 
 
-def mean_loss_of(decoder: Decoder, last: Iterable[tuple[Batch, torch.Tensor]]) -> float:
+def mean_loss_of(decoder: Decoder, last: Iterable[tuple[Batch, torch.Tensor]], *, shared: bool = False) -> float:
     """Mean next-token loss in nats, from what leaves the last block; `decoder.outer()` must be open for a skeleton.
+
+    Args:
+        decoder: the model.
+        last: batches with what leaves the last block.
+        shared: they are this process's share of them; the mean is over all.
 
     Raises:
         InputError: there is nothing to predict.
         NumericsError: NaN or infinity.
     """
-    total, predictions = 0.0, 0
+    sums = torch.zeros(2, dtype=torch.float64)
     for batch, hidden in last:
         found, counted = loss_sum(decoder, batch, hidden)
-        total += float(found)
-        predictions += counted
-    require_predictions(predictions)
+        sums += torch.stack((found, torch.tensor(float(counted), dtype=torch.float64)))
+    if shared:
+        add_up(sums)
+    total, predictions = sums.tolist()
+    require_predictions(int(predictions))
     return total / predictions
 
 

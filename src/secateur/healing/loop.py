@@ -23,6 +23,7 @@ from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, rel
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -30,6 +31,7 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.errors import InputError, NumericsError, TrainingWarning
 from secateur.healing.run_folder import RunFolder, read
 from secateur.healing.settings import TrainingSettings
+from secateur.healing.sharding import shard, sharding_asked, sync_gradients, whole
 
 Batch = dict[str, torch.Tensor]
 Sums = tuple[torch.Tensor, torch.Tensor]
@@ -126,6 +128,7 @@ def train(
     recipe: dict[str, Any],
     seed: int = 0,
     folder: Path | None = None,
+    units: Sequence[nn.Module] = (),
     trackers: Sequence[str] = (),
     what: str = "training",
     progress: Progress = SILENT,
@@ -142,6 +145,8 @@ def train(
         seed: of the order of the data and of everything drawn.
         folder: where the run keeps its state; one that holds the same run goes on where that was killed. None keeps
             nothing beyond the call.
+        units: parts of the module, such as blocks, that are gathered one by one where the launcher asked for sharding
+            (FSDP2); afterwards the module's parameters stay divided (`sharding.whole_parameters`).
         trackers: Accelerate's: tensorboard, mlflow, wandb.
         what: said by the progress bar.
         progress: shows how far it is.
@@ -150,6 +155,8 @@ def train(
         InputError: too little data, or the folder holds another run.
         NumericsError: the loss became NaN or infinite before anything was gained.
     """
+    if sharding_asked() and units:
+        shard(objective, units)
     accelerator = accelerator_for(device, settings, seed, trackers, folder)
     recipe = recipe | {"training": settings.model_dump(), "seed": seed}
     made: list[RunFolder | None] = [None]
@@ -194,7 +201,7 @@ class _Run:
                 f"{self.batch_size} windows; give more text, or a smaller batch size."
             )
         self.outcome = Outcome(planned=steps)
-        self.module = accelerator.prepare_model(objective)
+        self.module = objective if isinstance(objective, FSDPModule) else accelerator.prepare_model(objective)
         self.parameters = [one for one in self.module.parameters() if one.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -262,7 +269,7 @@ class _Run:
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(self.accelerator.num_processes / terms)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)))
         self.outcome.steps += 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.outcome.stopped = f"stopped at step {self.outcome.steps}: the loss or its gradient is NaN or infinite"
@@ -308,6 +315,7 @@ class _Run:
         for first in range(0, count, self.micro):
             part = {name: one[first : first + self.micro] for name, one in batch.items()}
             last = first + self.micro >= count
+            sync_gradients(self.module, last)
             with nullcontext() if last else self.accelerator.no_sync(self.module), self.accelerator.autocast():
                 loss, counted = self.module(**part)
                 self.accelerator.backward(loss)

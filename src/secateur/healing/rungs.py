@@ -20,6 +20,7 @@ from secateur.healing.instructions import InstructionData
 from secateur.healing.language import LanguageModelling
 from secateur.healing.loop import train
 from secateur.healing.settings import TrainingSettings
+from secateur.healing.sharding import whole_parameters
 from secateur.healing.weights import Prepared, Trained, prepare
 from secateur.models.decoder import Decoder
 from secateur.plan import blocks_kept_by
@@ -152,12 +153,13 @@ class Job:
             recipe=self.recipe,
             seed=self.seed,
             folder=self.folder,
+            units=list(prepared.blocks),
             trackers=self.trackers,
             what="healing",
             progress=self.progress,
         )
         self.facts |= {"trained_weights": prepared.trained, **outcome.describe(), "curve": outcome.sketch()}
-        return prepared.finish()
+        return prepared.finish(whole_parameters(prepared.module))
 
 
 def _by_language(which: Trained) -> Callable[[Job], Decoder]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,13 +32,15 @@ class Prepared:
 
     Attributes:
         module: the model; what is trained requires gradients and is in float32.
+        blocks: its blocks, which several processes may share one by one.
         trained: number of weights that are trained.
-        finish: gives the decoder with the weights as trained, rounded to the dtype to be saved.
+        finish: gives the decoder with weights as trained, by their names in `module`, rounded to the dtype to be saved.
     """
 
     module: nn.Module
+    blocks: nn.ModuleList
     trained: int
-    finish: Callable[[], Decoder]
+    finish: Callable[[Mapping[str, torch.Tensor]], Decoder]
 
 
 def prepare(decoder: Decoder, which: Trained, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> Prepared:
@@ -59,26 +61,37 @@ def prepare(decoder: Decoder, which: Trained, *, rank: int = 16, alpha: int = 32
             f"{decoder.source}: training these weights needs the whole model in memory; open it with --in-memory, or "
             "heal with blocks."
         )
-    module = with_blocks(decoder.module, decoder.anatomy.family, range(decoder.block_count)).requires_grad_(False)
     if which == "lora":
-        return _with_lora(decoder, module, rank, alpha, dropout)
+        return _with_lora(decoder, rank, alpha, dropout)
+    module = _copy(decoder)
     chosen = [name for name, _ in module.named_parameters() if which == "full" or _is_last(decoder, name)]
-    replace_parameters(module, chosen, lambda tensor: nn.Parameter(tensor.detach().clone().float()))
+    replace_parameters(module, chosen, lambda _, tensor: nn.Parameter(tensor.detach().clone().float()))
 
-    def finish() -> Decoder:
-        return _finished(decoder, module, chosen)
+    def finish(trained: Mapping[str, torch.Tensor]) -> Decoder:
+        return _finished(decoder, _copy(decoder), trained)
 
-    return Prepared(module, sum(p.numel() for p in module.parameters() if p.requires_grad), finish)
+    return Prepared(module, find(module, decoder.anatomy.family.blocks), _trained_count(module), finish)
 
 
-def replace_parameters(module: PreTrainedModel, names: list[str], make: Callable[[torch.Tensor], nn.Parameter]) -> None:
+def _copy(decoder: Decoder) -> PreTrainedModel:
+    """A model of the same tensors, in modules of its own."""
+    return with_blocks(decoder.module, decoder.anatomy.family, range(decoder.block_count)).requires_grad_(False)
+
+
+def _trained_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def replace_parameters(
+    module: PreTrainedModel, names: Iterable[str], make: Callable[[str, torch.Tensor], nn.Parameter]
+) -> None:
     """Give parameters new tensors by name; tied ones stay tied."""
     for name in names:
         owner, _, leaf = name.rpartition(".")
         holder = module.get_submodule(owner)
         found = holder._parameters[leaf]
         assert found is not None
-        holder._parameters[leaf] = make(found)
+        holder._parameters[leaf] = make(name, found)
     module.tie_weights()
 
 
@@ -93,24 +106,26 @@ def _is_last(decoder: Decoder, name: str) -> bool:
     return any(name.startswith(f"{part}.") for part in parts)
 
 
-def _with_lora(decoder: Decoder, module: PreTrainedModel, rank: int, alpha: int, dropout: float) -> Prepared:
+def _with_lora(decoder: Decoder, rank: int, alpha: int, dropout: float) -> Prepared:
     targets = sorted(_linear_layers(decoder))
     if not targets:
         raise ModelError(f"{decoder.source}: no linear layers in its blocks for LoRA; heal with full or last-layers.")
-    replace_parameters(
-        module,
-        [f"{name}.weight" for name in targets],
-        lambda tensor: nn.Parameter(tensor.detach().clone(), requires_grad=False),
-    )
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", bias="none"
     )
-    adapted: Any = get_peft_model(module, config)
+    adapted: Any = get_peft_model(_copy(decoder), config)
 
-    def finish() -> Decoder:
-        return _finished(decoder, adapted.merge_and_unload(), [f"{name}.weight" for name in targets])
+    def finish(trained: Mapping[str, torch.Tensor]) -> Decoder:
+        weights = [f"{name}.weight" for name in targets]
+        module = _copy(decoder)
+        replace_parameters(module, weights, lambda _, one: nn.Parameter(one.detach().clone(), requires_grad=False))
+        merging: Any = get_peft_model(module, config)
+        merging.load_state_dict(dict(trained), strict=False)
+        merged = merging.merge_and_unload()
+        return _finished(decoder, merged, {name: merged.get_parameter(name) for name in weights})
 
-    return Prepared(adapted, sum(p.numel() for p in adapted.parameters() if p.requires_grad), finish)
+    blocks = find(adapted.base_model.model, decoder.anatomy.family.blocks)
+    return Prepared(adapted, blocks, _trained_count(adapted), finish)
 
 
 def _linear_layers(decoder: Decoder) -> Iterator[str]:
@@ -124,13 +139,16 @@ def _linear_layers(decoder: Decoder) -> Iterator[str]:
                 yield f"{decoder.anatomy.block_path(index)}.{name}"
 
 
-def _finished(decoder: Decoder, module: Any, trained: list[str]) -> Decoder:
+def _finished(decoder: Decoder, module: PreTrainedModel, trained: Mapping[str, torch.Tensor]) -> Decoder:
     stored, dtype = decoder.saved_dtype, decoder.module.dtype
-    replace_parameters(
-        module, trained, lambda tensor: nn.Parameter(tensor.detach().to(stored).to(dtype), requires_grad=False)
-    )
+
+    def rounded(name: str, before: torch.Tensor) -> nn.Parameter:
+        value = trained[name].detach().to(stored).to(before.device, dtype)
+        return nn.Parameter(value, requires_grad=False)
+
+    replace_parameters(module, trained, rounded)
     module = module.requires_grad_(False).eval()
-    sums = [[name, float(find(module, name).double().sum())] for name in trained]
+    sums = [[name, float(module.get_parameter(name).double().sum())] for name in trained]
     return dataclasses.replace(
         decoder,
         module=module,

@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 import torch
 
+from secateur.calibration.processes import share_of
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import LinearSums, real_tokens
 from secateur.calibration.store import StateStore
@@ -48,7 +49,7 @@ def linear_sums(
     before = {low - 1 for low, _ in spans}
     with open_store(decoder) as store:
         batches: list[Batch] = []
-        for batch, hidden in start(decoder, windows, batch_size):
+        for batch, hidden in start(decoder, share_of(windows), batch_size):
             batches.append(batch)
             store.put((batch.index, 0), hidden)
         depths = range(max(high for _, high in spans) + 1)
@@ -64,6 +65,8 @@ def linear_sums(
                 for depth in set(range(index + 1)) - {low for low, high in spans if high > index}:
                     store.drop((batch.index, depth))
                     store.drop((batch.index, depth, "part"))
+    for one in sums.values():
+        one.combine()
     return sums
 
 

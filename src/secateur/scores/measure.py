@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from secateur.calibration.choose import Texts, windows_for
+from secateur.calibration.processes import process_count, share_of, token_numbers
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import AngularSums, CkaSums, CosineSums, real_tokens
 from secateur.calibration.stream import check_windows, open_store, perplexity_of, states_by_batch
@@ -113,13 +114,18 @@ def _one_pass(
     states_count = decoder.block_count + 1
     cosine = CosineSums(states_count)
     angular = AngularSums(states_count)
-    cka = CkaSums(windows.token_count, seed=seed) if "cka" in kinds else None
-    for batch, states in states_by_batch(decoder, windows, batch_size=batch_size, progress=progress):
+    numbers = token_numbers(windows) if process_count() > 1 else None
+    cka = CkaSums(windows.token_count, seed=seed, numbers=numbers) if "cka" in kinds else None
+    for batch, states in states_by_batch(decoder, share_of(windows), batch_size=batch_size, progress=progress):
         flat = real_tokens(states, batch.mask)
         cosine.update(flat)
         angular.update(states, batch.mask)
         if cka is not None:
             cka.update(flat[1:])
+    cosine.combine()
+    angular.combine()
+    if cka is not None:
+        cka.combine()
     found: dict[str, Any] = {}
     if "cosine" in kinds:
         found["cosine"] = _rows(cosine.result())

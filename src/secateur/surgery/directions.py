@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from secateur.calibration.processes import add_up
 from secateur.calibration.statistics import device_with_float64
 from secateur.errors import NumericsError
 
@@ -46,6 +47,11 @@ class Covariance:
         if self._sum is None:
             self._sum = torch.zeros(self._width, self._width, dtype=torch.float64, device=exact.device)
         self._sum.addmm_(exact.T, exact)
+
+    def combine(self) -> None:
+        """Add what the other processes have summed."""
+        assert self._sum is not None, "windows are never empty"
+        add_up(self._sum)
 
     def matrix(self) -> torch.Tensor:
         """The sum so far.

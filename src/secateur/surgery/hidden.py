@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from secateur.calibration.processes import share_of
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.reading_points import centred, points_per_block
 from secateur.calibration.statistics import real_tokens
@@ -87,6 +88,7 @@ class _Pass:
             hidden = narrow @ kept.T + branch(narrow, batch)
             self.store.put(batch.index, hidden)
             covariance.update(*real_tokens([hidden], batch.mask))
+        covariance.combine()
         return covariance.matrix()
 
 
@@ -121,6 +123,7 @@ def slice_by_principal_directions(
     """
     every = [width for width in widths for _ in range(points_per_block(decoder))]
     assembly = empty_sliced(decoder, [*every, decoder.hidden_size], [True] * len(every))
+    windows = share_of(windows)
     with open_store(decoder) as store:
         entering = _dense_start(decoder, windows, store, batch_size, signals)
         kept = [principal_directions(entering)[:, : every[0]]]
@@ -133,7 +136,7 @@ def slice_by_principal_directions(
             kept.append(_slice_block(walk, index, kept[-1], widths[index], following))
         sliced = assembly.result(sliced_fingerprint(kept))
         with sliced.outer():
-            return sliced, mean_loss_of(sliced, _final_states(walk))
+            return sliced, mean_loss_of(sliced, _final_states(walk), shared=True)
 
 
 def sliced_fingerprint(directions: Sequence[Directions]) -> dict[str, Any]:
@@ -154,6 +157,7 @@ def _dense_start(
         hidden = centred(decoder, hidden)
         store.put(batch.index, hidden)
         covariance.update(*real_tokens([hidden], batch.mask))
+    covariance.combine()
     return covariance.matrix()
 
 

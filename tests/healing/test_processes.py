@@ -1,0 +1,59 @@
+"""Two processes on CPUs (gloo) measure and train what one does: data parallel, and with weights divided (FSDP2)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_models import save_tiny
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What one process finds, two, and two that share the weights; all started at once."""
+    folder = tmp_path_factory.mktemp("processes")
+    model = save_tiny("llama", folder / "model")
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    kinds = {"one": [sys.executable], "two": two, "sharded": two}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    started = {}
+    for kind, launcher in kinds.items():
+        fsdp = {"ACCELERATE_USE_FSDP": "true"} if kind == "sharded" else {}
+        command = [*launcher, str(SCRIPT), str(model), str(folder / f"{kind}.pt"), kind]
+        started[kind] = subprocess.Popen(
+            command, env=environment | fsdp, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    said = {kind: process.communicate(timeout=300)[0] for kind, process in started.items()}
+    assert all(process.returncode == 0 for process in started.values()), said
+    return {kind: torch.load(folder / f"{kind}.pt") for kind in kinds}
+
+
+def test_statistics_are_those_of_one_process(found):
+    assert [found[kind]["processes"] for kind in ("one", "two", "sharded")] == [1, 2, 2]
+    one, two = found["one"]["statistics"], found["two"]["statistics"]
+    for name in ("cosine", "angular", "cka_linear", "cka_rbf", "relative_magnitude"):
+        torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)
+    for name in ("replaceme", "slicegpt"):
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "by"), [("two", "full"), ("two", "lora"), ("sharded", "full")])
+def test_training_is_that_of_one_process(kind, by, found):
+    one, several = found["one"][by], found[kind][by]
+    assert len(one["curve"]) == 20
+    torch.testing.assert_close(several["curve"], one["curve"], rtol=0, atol=1e-4)
+    assert one["weights"].keys() == several["weights"].keys()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(several["weights"][name], weight, rtol=0, atol=1e-4)
+
+
+def test_the_weights_really_are_divided(found):
+    assert found["sharded"]["shards"]
+    assert all(local <= -(-total // 2) + 32 for total, local in found["sharded"]["shards"])
+    whole, local = (sum(column) for column in zip(*found["sharded"]["shards"], strict=True))
+    assert local < 0.55 * whole

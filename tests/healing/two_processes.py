@@ -1,0 +1,62 @@
+"""What two processes compute together, for `test_processes.py` to hold against what one computes."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from secateur import heal, make_plan, open_model, prune, score
+from secateur.calibration.processes import leads, process_count
+from secateur.calibration.texts import Windows
+from secateur.healing import loop, sharding
+
+
+def windows_of(count, padded):
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(3, 256, (count, 16), generator=generator)
+    mask = torch.arange(16) < torch.randint(8, 17, (count, 1), generator=generator)
+    return Windows.of(tokens, mask if padded else None)
+
+
+def statistics(folder):
+    decoder, windows = open_model(folder), windows_of(7, padded=True)
+    scores = score(decoder, texts=windows)
+    found = {name: torch.tensor(getattr(scores, name)) for name in ("cosine", "angular", "cka_linear", "cka_rbf")}
+    found["relative_magnitude"] = torch.tensor(scores.relative_magnitude)
+    for method, amount in {"replaceme": {"blocks": 2}, "slicegpt": {"slice": 0.25}}.items():
+        pruned = prune(decoder, make_plan(decoder, method=method, **amount, texts=windows), texts=windows)
+        # eigenvectors are unique but for nearly equal eigenvalues; what the model answers is
+        with torch.no_grad():
+            found[method] = pruned.module(windows.tokens).logits
+    return found
+
+
+def training(folder, by, work):
+    decoder = open_model(folder)
+    settings = {"batch_size": 4, "micro_batch": 1, "learning_rate": 1e-3, "evaluations": 2, "clip": 0.5}
+    healed = heal(decoder, by=by, texts=windows_of(84, padded=True), settings=settings, work=work)
+    curve = [entry["loss"] for entry in healed.history[-1]["healing"]["curve"] if "loss" in entry]
+    return {"curve": torch.tensor(curve), "weights": dict(healed.module.named_parameters())}
+
+
+def main(folder, out, kind):
+    shards = []
+    if kind == "sharded":
+        plain = sharding.shard
+
+        def watched(module, units):
+            plain(module, units)
+            shards.extend((p.numel(), p.to_local().numel()) for p in module.parameters())
+
+        loop.shard = watched
+    found = {"processes": process_count(), "full": training(folder, "full", Path(out).parent / f"{kind}-full")}
+    if kind != "sharded":
+        found["statistics"] = statistics(folder)
+        found["lora"] = training(folder, "lora", Path(out).parent / f"{kind}-lora")
+    found["shards"] = shards
+    if leads():
+        torch.save(found, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
