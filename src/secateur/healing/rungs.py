@@ -165,7 +165,7 @@ class Job:
 def _by_language(which: Trained) -> Callable[[Job], Decoder]:
     def heal(job: Job) -> Decoder:
         given = {name: getattr(job.settings, name) for name in ("rank", "alpha", "dropout") if which == "lora"}
-        prepared = prepare(job.decoder, which, **given)
+        prepared = prepare(job.decoder, which, **given, seed=job.seed)
         rate = _LORA_RATE if which == "lora" else _RATE
         return job.run(prepared, LanguageModelling(prepared.module), *job.items(), rate)
 
@@ -200,7 +200,7 @@ def _by_distillation(job: Job) -> Decoder:
     elif teacher.is_skeleton:
         raise InputError("the teacher runs beside the student: open both with --in-memory, or set top=64.")
     lora = {name: getattr(settings, name) for name in ("rank", "alpha", "dropout") if settings.trains == "lora"}
-    prepared = prepare(job.decoder, settings.trains, **lora)
+    prepared = prepare(job.decoder, settings.trains, **lora, seed=job.seed)
     objective = Distillation(
         prepared.module,
         None if settings.top is not None else teacher.module,

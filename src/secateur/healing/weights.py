@@ -43,7 +43,9 @@ class Prepared:
     finish: Callable[[Mapping[str, torch.Tensor]], Decoder]
 
 
-def prepare(decoder: Decoder, which: Trained, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> Prepared:
+def prepare(
+    decoder: Decoder, which: Trained, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, seed: int = 0
+) -> Prepared:
     """Make a model of which only some weights are trained; the given one stays as it is and shares the others.
 
     Args:
@@ -51,6 +53,7 @@ def prepare(decoder: Decoder, which: Trained, *, rank: int = 16, alpha: int = 32
         which: `full`: all; `last-layers`: the head, the final norm and the last three blocks; `lora`: low-rank
             updates of the linear layers of all blocks (Hu et al. 2021), merged back by `finish`.
         rank, alpha, dropout: of `lora`.
+        seed: of what its updates begin with.
 
     Raises:
         InputError: the decoder is a skeleton.
@@ -62,7 +65,7 @@ def prepare(decoder: Decoder, which: Trained, *, rank: int = 16, alpha: int = 32
             "heal with blocks."
         )
     if which == "lora":
-        return _with_lora(decoder, rank, alpha, dropout)
+        return _with_lora(decoder, rank, alpha, dropout, seed)
     module = _copy(decoder)
     chosen = [name for name, _ in module.named_parameters() if which == "full" or _is_last(decoder, name)]
     replace_parameters(module, chosen, lambda _, tensor: nn.Parameter(tensor.detach().clone().float()))
@@ -106,14 +109,16 @@ def _is_last(decoder: Decoder, name: str) -> bool:
     return any(name.startswith(f"{part}.") for part in parts)
 
 
-def _with_lora(decoder: Decoder, rank: int, alpha: int, dropout: float) -> Prepared:
+def _with_lora(decoder: Decoder, rank: int, alpha: int, dropout: float, seed: int) -> Prepared:
     targets = sorted(_linear_layers(decoder))
     if not targets:
         raise ModelError(f"{decoder.source}: no linear layers in its blocks for LoRA; heal with full or last-layers.")
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", bias="none"
     )
-    adapted: Any = get_peft_model(_copy(decoder), config)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        adapted: Any = get_peft_model(_copy(decoder), config)
 
     def finish(trained: Mapping[str, torch.Tensor]) -> Decoder:
         weights = [f"{name}.weight" for name in targets]
