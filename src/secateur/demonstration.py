@@ -14,7 +14,7 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.checkpoints.folders import replacing
 from secateur.checkpoints.save import save
 from secateur.console import plan_summary, results_table, scores_table
-from secateur.evaluation.perplexity import eval as evaluate
+from secateur.evaluation.evaluate import eval as evaluate
 from secateur.evaluation.results import append_results
 from secateur.methods.planning import make_plan, prune
 from secateur.models.decoder import Decoder
