@@ -13,8 +13,9 @@ ORDER = [
     {"evaluation"},
     {"scores", "surgery"},
     {"methods", "checkpoints"},
-    {"runs", "console", "options"},
-    {"demonstration"},
+    {"runs", "console", "result_tables", "options"},
+    {"terminal"},
+    {"demonstration", "measuring"},
     {"cli"},
     {"__main__"},
 ]
