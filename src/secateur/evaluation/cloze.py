@@ -27,6 +27,8 @@ OPTIONS = 4
 
 _CHARACTERS = 20_000
 """Of each module only so much is read."""
+_TRIES = 20
+"""Places that are tried per question asked for."""
 _LINE_END = re.compile(r"\S(?=\n[ ]*[^\s#])")
 """The last character of a line that code follows at once."""
 
@@ -67,7 +69,7 @@ def questions(
     places = [place for place in chain.from_iterable(zip_longest(*every)) if place is not None]
     cut = _Cutter(tokenizer, modules, context_tokens, option_tokens)
     found: list[Question] = []
-    for place in places:
+    for place in places[: _TRIES * count]:
         question = cut.question(place, places, rng)
         if question is not None:
             found.append(question)
