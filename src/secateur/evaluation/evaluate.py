@@ -57,25 +57,26 @@ def eval(
     """
     if against is not None:
         require_same_vocabulary(model, against)
+    if stability and tasks is None:
+        raise InputError("stability is measured on tasks; name some, such as stdlib-cloze.")
     models = {"model": model} | ({"against": against} if against is not None else {})
-    results: list[Result] = []
-    if texts is not None or tasks is None:
-        used = windows_for(model, texts, windows=windows, seq_len=seq_len, split="held-out")
-        results = [measure_perplexity(one, role, used, batch_size, progress) for role, one in models.items()]
-    if tasks is None:
-        if stability:
-            raise InputError("stability is measured on tasks; name some, such as stdlib-cloze.")
-        return results
-    return results + measure_tasks(
-        models,
-        tasks,
-        limit=limit,
-        shots=shots,
-        stability=stability,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    asked: list[Result] = []
+    if tasks is not None:
+        asked = measure_tasks(
+            models,
+            tasks,
+            limit=limit,
+            shots=shots,
+            stability=stability,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        if texts is None:
+            return asked
+    used = windows_for(model, texts, windows=windows, seq_len=seq_len, split="held-out")
+    read = [measure_perplexity(one, role, used, batch_size, progress) for role, one in models.items()]
+    return read + asked
 
 
 def require_same_vocabulary(model: Decoder, against: Decoder) -> None:
