@@ -12,6 +12,7 @@ ORDER = [
     {"calibration"},
     {"evaluation"},
     {"scores", "surgery"},
+    {"healing"},
     {"methods", "checkpoints"},
     {"runs", "console", "result_tables", "options"},
     {"terminal"},

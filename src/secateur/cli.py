@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -17,7 +21,7 @@ import secateur
 from secateur.calibration.texts import text_names
 from secateur.checkpoints.folders import check_target, replacing
 from secateur.console import facts_table, plan_summary, scores_table, showing_progress
-from secateur.errors import InputError, SecateurError, TextsWarning, unknown
+from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
 from secateur.measuring import bench, evaluate
 from secateur.methods.planning import windows_of_plan
 from secateur.methods.registry import METHODS, find_method
@@ -26,7 +30,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
 from secateur.options import Amount, Opening, Reading, grouped
 from secateur.plan import Plan
-from secateur.runs import mark, replace_file, run_folder
+from secateur.runs import mark, replace_file, run_folder, training_folder
 from secateur.scores.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
 from secateur.steps import MergeBlocks
@@ -134,16 +138,18 @@ def prune(
     folder = target(out, model, "prune")
     decoder = opened(opening, model, only_shapes=dry_run)
     check_target(folder, reads=decoder.folder)
+    work = training_folder(folder)
     if method is not None:
-        made = _decide(decoder, method, amount, reading, dry_run=dry_run)
+        made = _decide(decoder, method, amount, reading, dry_run=dry_run, work=work)
     if made is None:
         return
     err.print(plan_summary(made))
-    pruned = _apply(decoder, made, reading, dry_run=dry_run)
+    pruned = _apply(decoder, made, reading, dry_run=dry_run, work=work)
     if pruned is None:
         return
     with err.status("saving, and reopening in a fresh process" if check else "saving"):
         record = secateur.save(pruned, folder, dtype=save_dtype, check=check)
+    shutil.rmtree(work, ignore_errors=True)
     answer(record, None, as_json=as_json)
     proof = "reopened in a fresh process: same logits, same generation" if check else "not checked (--no-check)"
     err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
@@ -228,7 +234,9 @@ def _root(
     """Structured pruning of language models: score, plan, prune, eval, bench. Start with: secateur demo."""
 
 
-def _decide(decoder: Decoder, method: str, amount: Amount, reading: Reading, *, dry_run: bool) -> Plan | None:
+def _decide(
+    decoder: Decoder, method: str, amount: Amount, reading: Reading, *, dry_run: bool, work: Path | None = None
+) -> Plan | None:
     """Make a plan, the estimate printed first; None where only the estimate was asked for."""
     parts = read_sequence(method, amount.settings())
     known = amount.known_scores()
@@ -240,7 +248,7 @@ def _decide(decoder: Decoder, method: str, amount: Amount, reading: Reading, *, 
         announce(decoder, windows, 0.0 if known and len(parts) == 1 else sum(each))
     if dry_run:
         return None
-    with showing_progress(err) as progress:
+    with _saying_warnings(), showing_progress(err) as progress:
         return secateur.make_plan(
             decoder,
             method=method,
@@ -250,24 +258,40 @@ def _decide(decoder: Decoder, method: str, amount: Amount, reading: Reading, *, 
             batch_size=reading.batch_size,
             settings=amount.settings(),
             scores=known,
+            work=work,
             progress=progress,
         )
 
 
-def _apply(decoder: Decoder, made: Plan, reading: Reading, *, dry_run: bool) -> Decoder | None:
+def _apply(decoder: Decoder, made: Plan, reading: Reading, *, dry_run: bool, work: Path) -> Decoder | None:
     """Apply a plan, the estimate printed first if it measures; None where only the estimate was asked for."""
     windows = None
     if any(step.measures for step in made.steps):
-        with warnings.catch_warnings(record=True) as caught:
+        with _saying_warnings():
             windows = windows_of_plan(decoder, made, reading.texts)
-        for warning in caught:
-            err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
-        announce(decoder, windows, sum(step.forwards() for step in made.steps))
+        for step in made.steps:
+            kept = step.disk_bytes(decoder.hidden_size, skeleton=decoder.is_skeleton)
+            if kept:
+                err.print(f"{step.method}: {kept / 2**30:,.2f} GiB of hidden states go to {tempfile.gettempdir()}")
+        announce(decoder, windows, sum(step.forwards(windows.token_count) for step in made.steps))
     if dry_run:
         return None
-    with showing_progress(err) as progress, warnings.catch_warnings():
-        warnings.simplefilter("ignore", TextsWarning)  # said above
-        return secateur.prune(decoder, made, texts=windows, batch_size=reading.batch_size, progress=progress)
+    with _saying_warnings(without=TextsWarning), showing_progress(err) as progress:
+        return secateur.prune(decoder, made, texts=windows, batch_size=reading.batch_size, work=work, progress=progress)
+
+
+@contextmanager
+def _saying_warnings(without: type[SecateurWarning] | None = None) -> Iterator[None]:
+    """Print our own warnings at the end of the block; those of one kind were said before."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SecateurWarning)
+        try:
+            yield
+        finally:
+            said = [one for one in caught if issubclass(one.category, SecateurWarning)]
+            for warning in said:
+                if without is None or not issubclass(warning.category, without):
+                    err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
 
 
 def _draw_merged(decoder: Decoder, made: Plan, amount: Amount, reading: Reading, path: Path) -> None:

@@ -14,8 +14,10 @@ from rich.text import Text
 
 from secateur.calibration.progress import Progress
 from secateur.methods.amounts import gigabytes
+from secateur.methods.registry import METHODS
 from secateur.plan import Plan
 from secateur.scores.profile import Scores
+from secateur.steps import AnyStep
 
 Item = TypeVar("Item")
 
@@ -33,8 +35,11 @@ def showing_progress(console: Console) -> Iterator[Progress]:
     )
     with RichProgress(*columns, console=console, transient=True) as bars:
 
-        def track(items: Iterable[Item], description: str, total: int, /) -> Iterable[Item]:
-            return bars.track(items, total=total, description=description)
+        def track(items: Iterable[Item], description: object, total: int, /) -> Iterable[Item]:
+            task = bars.add_task(str(description), total=total)
+            for item in items:
+                yield item
+                bars.update(task, advance=1, description=str(description))
 
         yield track
 
@@ -74,7 +79,7 @@ def plan_summary(plan: Plan) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("model", f"{plan.model.source} ({plan.model.family})")
     for step in plan.steps:
-        settings = ", ".join(f"{name}={value}" for name, value in step.settings.items() if value)
+        settings = ", ".join(f"{name}={value}" for name, value in _unusual(step).items())
         table.add_row("method", step.method + (f" ({settings})" if settings else ""))
         table.add_row(*step.says())
     table.add_row("blocks", _strip(plan))
@@ -90,6 +95,13 @@ def plan_summary(plan: Plan) -> Table:
             f"{plan.texts['windows']} windows of {plan.texts['seq_len']}, {plan.texts['source']}",
         )
     return table
+
+
+def _unusual(step: AnyStep) -> dict[str, Any]:
+    """Give the settings of a step that are not the method's defaults."""
+    fields = METHODS[step.method].settings.model_fields if step.method in METHODS else {}
+    defaults = {name: field.default for name, field in fields.items()}
+    return {name: value for name, value in step.settings.items() if value and value != defaults.get(name)}
 
 
 def _asked(plan: Plan) -> str:

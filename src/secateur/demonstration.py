@@ -36,7 +36,7 @@ PROMPT = '''class Stack:
 def demo(
     out: str | Path | None = None, *, show: Callable[[Any], object] = rich.print, progress: Progress = SILENT
 ) -> Path:
-    """Score, plan (streamline, 25 %), prune, check and compare the bundled model on Python's standard library.
+    """Score, plan (replaceme, 25 %), prune, check and compare the bundled model on Python's standard library.
 
     Args:
         out: folder to write; None makes a new one under `secateur-runs/`.
@@ -56,12 +56,12 @@ def demo(
         scores.write(part / "scores.json")
         draw_scores(scores, part)
         show(scores_table(scores))
-        show("3. Plan: the window of blocks that changes the hidden states least, about 25 % of all parameters.")
-        plan = make_plan(model, method="streamline", remove=0.25, texts=windows, scores=scores)
+        show("3. Plan: which blocks a matrix can stand in for, about 25 % of all parameters; nothing is trained.")
+        plan = make_plan(model, method="replaceme", remove=0.25, texts=windows, scores=scores, progress=progress)
         plan.write(part / "plan.json")
         show(plan_summary(plan))
         show("4. Prune: cut, save, and reopen in a fresh process that knows nothing of secateur.")
-        pruned = prune(model, plan)
+        pruned = prune(model, plan, progress=progress)
         record = save(pruned, part / "cut")
         show(f"   {record['check']['architecture']} of {record['blocks']} blocks: same logits, same generation.")
         show("5. Compare on modules that neither training nor scoring has seen.")
@@ -85,11 +85,12 @@ def _continuation(model: Decoder) -> str:
 def _farewell(folder: Path) -> str:
     return f"""
 Everything is in {folder}: scores.json and its pictures, plan.json, the pruned checkpoint cut/, results.jsonl.
-A cut alone costs quality. Which blocks go, and how many, is the first choice: see `secateur methods`.
+A cut costs quality; training gets some of it back. Which blocks go, and how many, is the first choice: see
+`secateur methods`.
 
 For a model of yours (a folder, or a name on the hub):
   secateur score MODEL
-  secateur plan  MODEL --method streamline --remove 25% -o plan.json
+  secateur plan  MODEL --method replaceme --remove 25% -o plan.json
   secateur prune MODEL --plan plan.json -o cut/
   secateur eval  cut/ --against MODEL
 """

@@ -21,8 +21,16 @@ class CheckError(SecateurError):
     """A written checkpoint did not behave like the model it was written from."""
 
 
-class TextsWarning(UserWarning):
+class SecateurWarning(UserWarning):
+    """Something the user should know that stops nothing."""
+
+
+class TextsWarning(SecateurWarning):
     """The texts are not those that a plan was made on."""
+
+
+class TrainingWarning(SecateurWarning):
+    """A training run ended early or gained nothing."""
 
 
 def unknown(what: str, name: str, known: list[str]) -> InputError:

@@ -27,6 +27,11 @@ def run_folder(model: str, command: str) -> Path:
     return folder
 
 
+def training_folder(target: Path) -> Path:
+    """Name the folder beside a target in which training keeps its states until the target is there."""
+    return target.with_name(f"{target.name}.training")
+
+
 def mark(folder: Path, command: str, details: dict[str, Any]) -> None:
     """Leave the file by which a later run knows this folder as its own."""
     record = {"secateur": versions()["secateur"], "command": command, **details, "versions": versions()}

@@ -8,19 +8,22 @@ import torch
 from oracles import draw_windows, loss_without, plain_states, plain_taylor
 from secateur import make_plan, prune
 from secateur.errors import InputError, NumericsError
-from secateur.methods import drop_blocks
+from secateur.methods import drop_blocks, replace_blocks
 from secateur.methods.registry import find_method
 from secateur.models.open import open_model
 from secateur.scores.measure import score_model
 from secateur.scores.profile import KINDS, Scores
 from tiny_models import build
 
-METHODS = [method.name for method in drop_blocks.METHODS]
+METHODS = [method.name for method in (*drop_blocks.METHODS, *replace_blocks.METHODS)]
+CUT_ALONE = {"streamline": {"network": "none"}}
+"""Nothing is put in the place of the blocks."""
 
 BLOCKS = 10  # room between the ends that Shortened-LLaMA protects
 
 
 def dropped(decoder, method, blocks, windows=None, **settings):
+    settings = CUT_ALONE.get(method, {}) | settings
     plan = make_plan(decoder, method=method, blocks=blocks, texts=windows, settings=settings)
     (step,) = plan.steps
     assert step.method == method
@@ -224,6 +227,7 @@ def test_ties_go_to_the_lower_block(tiny):
     scores = made_up(decoder, windows, cosine=same, angular=same, magnitude=(2.0,) * 8)
 
     def found(method, **settings):
+        settings = CUT_ALONE.get(method, {}) | settings
         plan = make_plan(decoder, method=method, blocks=2, texts=windows, scores=scores, settings=settings)
         return plan.steps[0].blocks
 
@@ -240,7 +244,10 @@ def test_blocks_are_ranked_alone_and_windows_as_a_whole(tiny):
     scores = made_up(decoder, windows, cosine=tuple(map(tuple, matrix)))
 
     def found(method):
-        return make_plan(decoder, method=method, blocks=2, texts=windows, scores=scores).steps[0].blocks
+        settings = CUT_ALONE.get(method)
+        return (
+            make_plan(decoder, method=method, blocks=2, texts=windows, scores=scores, settings=settings).steps[0].blocks
+        )
 
     assert found("shortgpt") == (0, 2)
     assert found("streamline") == (5, 6)
@@ -322,12 +329,14 @@ def test_settings_as_typed_on_a_command_line(tiny):
 @pytest.mark.parametrize("method", ["uidl", "streamline"])
 def test_the_window_of_the_papers(method, tiny):
     decoder, windows = tiny("llama"), draw_windows()
-    by_window = make_plan(decoder, method=method, texts=windows, settings={"window": 3})
+    alone = CUT_ALONE.get(method, {})
+    by_window = make_plan(decoder, method=method, texts=windows, settings={"window": 3} | alone)
     assert by_window.steps[0].blocks == dropped(decoder, method, 3, windows)
-    assert make_plan(decoder, method=method, texts=windows, settings={"window": "3"}).steps[0].blocks == (
+    assert make_plan(decoder, method=method, texts=windows, settings={"window": "3"} | alone).steps[0].blocks == (
         by_window.steps[0].blocks
     )
-    assert make_plan(decoder, method=method, settings={"window": 0}).steps[0].blocks == ()
+    nothing = make_plan(decoder, method=method, settings={"window": 0} | alone)
+    assert nothing.parameters_after == nothing.parameters_before
 
 
 @pytest.mark.parametrize("amount", [{"remove": 0.3}, {"blocks": 2}, {"target_params": 60_000}])
@@ -352,7 +361,7 @@ def test_nothing_is_measured_for_nothing(name, tiny, monkeypatch):
     monkeypatch.setattr("secateur.methods.drop_blocks.RemovalProbe", None)
     plan = make_plan(decoder, method=name.split()[0], blocks=0, settings=settings)
     assert plan.texts is None
-    assert plan.steps[0].blocks == ()
+    assert plan.kept_blocks() == tuple(range(8))
     assert plan.removed_fraction == 0
     assert plan.parameters_after == decoder.parameter_count
     assert torch.equal(

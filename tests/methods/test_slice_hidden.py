@@ -275,7 +275,7 @@ def test_a_sliced_model_is_not_cut_again(plan, tiny):
             make_plan(sliced, method=method, blocks=1, texts=draw_windows())
     with pytest.raises(ModelError, match="different bases"):
         score(sliced, texts=draw_windows())
-    with pytest.raises(ModelError, match="sliced already"):
+    with pytest.raises(ModelError, match="own form already"):
         make_plan(sliced, method="slicegpt", slice=0.2, texts=draw_windows())
 
 

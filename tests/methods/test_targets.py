@@ -88,6 +88,19 @@ def test_speed_is_the_smallest_cut_that_reaches_it(method, tiny, clock):
     assert Plan.model_validate_json(plan.to_json()) == plan
 
 
+@pytest.mark.parametrize("network", ["block", "swiglu"])
+def test_a_network_in_the_place_of_a_window(network, tiny, clock):
+    decoder = tiny("llama")
+    wanted = 0.7 * bytes_of(decoder, 64)
+    settings = {"network": network, "inner": 16} if network == "swiglu" else {"network": network}
+    given = {"method": "streamline", "settings": settings, "texts": WINDOWS}
+    plan = make_plan(decoder, target_memory=wanted, context=64, **given)
+    kept = len(plan.kept_blocks())
+    exact = 4 * (plan.parameters_after + kept * cache_size(decoder, 64)[0])
+    assert plan.counts_on["bytes"] == exact <= wanted, "the network is counted as if it had a cache"
+    assert make_plan(decoder, target_speedup=1.3, **given).counts_on["speedup"] >= 1.3
+
+
 def test_really_measured(tiny):
     decoder = tiny("llama")
     plan = make_plan(decoder, method="last-n", target_speedup=1.01)

@@ -53,6 +53,8 @@ class Windows:
     seed: int | None
     bos: bool
     notes: tuple[str, ...] = ()
+    given: bool = False
+    """Made by `of`: the source is a name for the reader and cannot be opened for more."""
 
     @classmethod
     def of(cls, tokens: Any, mask: Any = None, source: str = "tokens", *, bos: bool = False) -> "Windows":
@@ -64,7 +66,7 @@ class Windows:
         """
         tokens_WT = _checked_tokens(_tensor(tokens, source), source)
         mask_WT = None if mask is None else _checked_mask(_tensor(mask, source), tokens_WT)
-        return cls(tokens_WT, mask_WT, source, f"{source}:{_digest(tokens_WT, mask_WT)}", None, bos)
+        return cls(tokens_WT, mask_WT, source, f"{source}:{_digest(tokens_WT, mask_WT)}", None, bos, given=True)
 
     def __len__(self) -> int:
         """Return the number of windows."""

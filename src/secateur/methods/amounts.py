@@ -22,7 +22,7 @@ def read_fraction(text: float | str, name: str = "remove", *, zero: bool = False
     return value
 
 
-def read_count(text: float | str) -> float:
+def read_count(text: float | str, name: str = "target-params") -> float:
     """Read 5500000000, "5.5B", "350M" or "12k".
 
     Raises:
@@ -33,9 +33,9 @@ def read_count(text: float | str) -> float:
     try:
         value = float(stripped[:-1] if scale > 1 else stripped) * scale
     except ValueError as error:
-        raise InputError(f"target-params={text}: not a number; write 5.5B, 350M or 5500000000.") from error
+        raise InputError(f"{name}={text}: not a number; write 5.5B, 350M or 5500000000.") from error
     if not 0 < value < float("inf"):
-        raise InputError(f"target-params={text}: must be a positive number.")
+        raise InputError(f"{name}={text}: must be a positive number.")
     return value
 
 

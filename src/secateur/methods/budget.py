@@ -181,13 +181,14 @@ def weigh(budget: Budget, block_parameters: tuple[int, ...], total: int) -> tupl
     return (block_parameters, total) if budget.scale is None else (budget.scale.blocks, budget.scale.total)
 
 
-def choose_size(budget: Budget, left: Sequence[int], total: int) -> int:
+def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[Sequence[int]] | None = None) -> int:
     """Give the position of the candidate that meets a budget.
 
     Args:
         budget: a fraction or a target.
         left: parameters that each candidate leaves.
         total: parameters of the dense model.
+        kept: blocks that each candidate keeps; None where all keep all.
 
     Raises:
         InputError: no candidate is smaller than the dense model, or the budget lies outside what they reach.
@@ -195,7 +196,9 @@ def choose_size(budget: Budget, left: Sequence[int], total: int) -> int:
     weights: Sequence[float] = left
     whole: float = total
     if budget.scale is not None:
-        weights, whole = [budget.scale.of_parameters(count) for count in left], budget.scale.total
+        blocks = kept if kept is not None else [range(len(budget.scale.blocks))] * len(left)
+        weights = [budget.scale.of(stay, count) for stay, count in zip(blocks, left, strict=True)]
+        whole = budget.scale.total
     smaller = [place for place, weight in enumerate(weights) if weight < whole]
     wanted = budget.limit(whole)
     least, most = (min(weights), max((weights[place] for place in smaller), default=whole))

@@ -2,8 +2,6 @@
 
 * ShortGPT: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect".
 * UIDL, last-n: Gromov et al. 2024, "The Unreasonable Ineffectiveness of the Deeper Layers".
-* LLM-Streamline (its cut; nothing is put in the place of the blocks): Chen et al. 2024, "Streamlining Redundant
-  Layers to Compress Large Language Models".
 * Shortened-LLaMA: Kim et al. 2024, "Shortened LLaMA: Depth Pruning for Large Language Models".
 * SLEB: Song et al. 2024, "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer
   Blocks".
@@ -91,15 +89,6 @@ def by_angle(evidence: Evidence, settings: WindowSettings, _budget: Budget) -> C
     for length in range(1, len(free) + 1):
         angles = scores.window_angle(length)
         yield _window(min(_starts(free, length), key=lambda start: angles[start]), length)
-
-
-def by_window_cosine(evidence: Evidence, settings: WindowSettings, _budget: Budget) -> Candidates:
-    """For each length take the window with the largest mean cosine C(l, n)."""
-    scores = evidence.scores("cosine")
-    free = settings.free_blocks(evidence.decoder.block_count)
-    for length in range(1, len(free) + 1):
-        cosines = scores.window_cosine(length)
-        yield _window(max(_starts(free, length), key=lambda start: cosines[start]), length)
 
 
 def deepest(evidence: Evidence, settings: Settings, _budget: Budget) -> Candidates:
@@ -198,13 +187,6 @@ METHODS = (
         paper=_UIDL,
         settings=WindowSettings,
         decide=_decide("uidl", by_angle),
-    ),
-    Method(
-        name="streamline",
-        summary="take out the window of blocks with the largest cosine between what enters and what leaves",
-        paper="Chen et al. 2024, LLM-Streamline (the cut; nothing is put in its place)",
-        settings=WindowSettings,
-        decide=_decide("streamline", by_window_cosine),
     ),
     Method(
         name="last-n",

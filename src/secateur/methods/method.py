@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -48,6 +49,8 @@ class Evidence:
         decoder: the model.
         windows: calibration windows, None where the method needs none.
         known: scores measured earlier for this model and these windows.
+        work: folder in which training keeps states to go on from after a kill; None keeps none.
+        facts: what applying a step measured, by name; goes into the record of the result.
     """
 
     decoder: Decoder
@@ -56,6 +59,8 @@ class Evidence:
     batch_size: int | None = None
     seed: int = 0
     progress: Progress = field(default=SILENT)
+    work: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def scores(self, *kinds: Kind) -> Scores:
         """Give scores that hold at least these kinds."""

@@ -42,6 +42,7 @@ def make_plan(
     batch_size: int | None = None,
     settings: dict[str, Any] | None = None,
     scores: Scores | None = None,
+    work: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Plan:
     """Decide what to cut.
@@ -66,6 +67,7 @@ def make_plan(
         batch_size: windows per batch; None chooses by the device.
         settings: the method's own settings by name; of several methods as `swm.rule`.
         scores: scores of this model measured earlier, so that they are not measured again.
+        work: folder in which training keeps its states; only a sequence of methods trains before the last.
         progress: shows how far it is.
 
     Raises:
@@ -91,7 +93,8 @@ def make_plan(
         used = windows_for(model, texts, windows=windows, seq_len=seq_len, seed=seed)
         if scores is not None and (scores.texts or {}).get("fingerprint") != used.fingerprint:
             scores = None
-    steps, counted = _decide(parts, budget, Evidence(model, used, scores, batch_size, seed, progress))
+    evidence = Evidence(model, used, scores, batch_size, seed, progress, None if work is None else Path(work))
+    steps, counted = _decide(parts, budget, evidence)
     return Plan(
         version=secateur_version(),
         model=model_ref(model),
@@ -139,6 +142,7 @@ def prune(
     *,
     texts: Texts = None,
     batch_size: int | None = None,
+    work: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Decoder:
     """Apply a plan; the given model stays as it is and shares its weights with the result where it can.
@@ -149,6 +153,8 @@ def prune(
         texts: what edits that measure are measured on; None takes what the plan names. Others than the plan was
             made on give a warning.
         batch_size: windows per batch; None chooses by the device.
+        work: folder in which what is trained keeps its states; after a kill the same call goes on there. None keeps
+            none. The caller removes it once the result is saved.
         progress: shows how far it is.
 
     Raises:
@@ -161,15 +167,23 @@ def prune(
             f"(fingerprint {plan.model.fingerprint[:12]}), this is {model.source} ({model.fingerprint[:12]})."
         )
     windows = windows_of_plan(model, plan, texts) if any(step.measures for step in plan.steps) else None
-    pruned = model
+    pruned, facts = model, dict[str, Any]()
     for step in plan.steps:
-        evidence = Evidence(pruned, windows, batch_size=batch_size, seed=plan.seed, progress=progress)
+        evidence = Evidence(
+            pruned,
+            windows,
+            batch_size=batch_size,
+            seed=plan.seed,
+            progress=progress,
+            work=None if work is None else Path(work),
+            facts=facts,
+        )
         pruned = APPLY[step.kind](evidence, step)
     if pruned.parameter_count != plan.parameters_after:
         raise ModelError(
             f"the result has {pruned.parameter_count:,} parameters where the plan counts {plan.parameters_after:,}."
         )
-    entry = {"plan": plan.model_dump(mode="json"), "applied": datetime.now(UTC).isoformat(timespec="seconds")}
+    entry = {"plan": plan.model_dump(mode="json"), "applied": datetime.now(UTC).isoformat(timespec="seconds")} | facts
     return dataclasses.replace(pruned, history=(*model.history, entry))
 
 

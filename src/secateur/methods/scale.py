@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ class Scale:
         blocks: what goes with each block.
         total: what the model weighs.
         dense: what the model weighed before anything went.
-        of_parameters: what a model of all these blocks but with so many parameters weighs.
+        of: what a model weighs that keeps these blocks and has so many parameters.
         facts: what it is counted on, for the plan.
     """
 
@@ -35,7 +35,7 @@ class Scale:
     blocks: tuple[float, ...]
     total: float
     dense: float
-    of_parameters: Callable[[int], float] = field(compare=False)
+    of: Callable[[Sequence[int], int], float] = field(compare=False)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,7 +49,7 @@ def memory_scale(decoder: Decoder, context: int) -> Scale:
         blocks=tuple(count * each + held for count, held in zip(decoder.block_parameter_counts(), cache, strict=True)),
         total=total,
         dense=total,
-        of_parameters=lambda left: left * each + sum(cache),
+        of=lambda kept, parameters: parameters * each + sum(cache[block] for block in kept),
         facts={"context": context, "dtype": str(decoder.saved_dtype).removeprefix("torch.")},
     )
 
@@ -66,13 +66,14 @@ def time_scale(decoder: Decoder, pace: Pace | None = None) -> Scale:
     kinds = [(block_kind(config, family, index), size) for index, size in enumerate(sizes)]
     request = _fitting(decoder)
     times = time_blocks(decoder, request, kinds=kinds)
-    by_parameters = pace(decoder, times) if pace is not None else _by_size(decoder, times)
+    by_size = _by_size(decoder, times)
+    curve = pace(decoder, times) if pace is not None else None
     return Scale(
         unit="seconds",
         blocks=times.blocks,
         total=times.whole,
         dense=times.whole,
-        of_parameters=by_parameters,
+        of=by_size if curve is None else lambda _, parameters: curve(parameters),
         facts={
             "batch": request.batch,
             "prompt": request.prompt,
@@ -92,7 +93,13 @@ def _fitting(decoder: Decoder) -> Request:
     return Request(1, max(1, room * 3 // 4), max(1, room // 4))
 
 
-def _by_size(decoder: Decoder, times: BlockTimes) -> Callable[[int], float]:
-    inside = sum(decoder.block_parameter_counts())
-    outside = decoder.parameter_count - inside
-    return lambda left: times.other + sum(times.blocks) * max(0.0, (left - outside) / inside)
+def _by_size(decoder: Decoder, times: BlockTimes) -> Callable[[Sequence[int], int], float]:
+    """Let the time in the blocks that are kept follow their size; a head that is untied on the way adds nothing."""
+    sizes = decoder.block_parameter_counts()
+    outside = decoder.parameter_count - sum(sizes)
+
+    def seconds(kept: Sequence[int], parameters: int) -> float:
+        share = max(0, parameters - outside) / sum(sizes[block] for block in kept)
+        return times.other + min(1.0, share) * sum(times.blocks[block] for block in kept)
+
+    return seconds

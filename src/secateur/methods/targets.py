@@ -47,10 +47,7 @@ def expected(budget: Budget, decoder: Decoder, steps: Sequence[AnyStep]) -> dict
     for step in steps:
         kept = tuple(kept[place] for place in step.kept(len(kept)))
         sizes = step.left(sizes)
-    if len(kept) < decoder.block_count:
-        left = scale.total - sum(weight for block, weight in enumerate(scale.blocks) if block not in kept)
-    else:
-        left = scale.of_parameters(sizes.total) if steps else scale.total
+    left = scale.of(kept, sizes.total) if steps else scale.total
     if scale.unit == "bytes":
         return {"bytes": int(left), "dense_bytes": int(scale.dense)} | scale.facts
     return {"speedup": round(scale.dense / left, 4), "seconds": left, "dense_seconds": scale.dense} | scale.facts

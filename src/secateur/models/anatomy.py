@@ -81,6 +81,8 @@ class Family:
     """A block returns a tuple whose first entry is the hidden states, not the hidden states themselves."""
     depth_scaled_query: str | None = None
     """Projection whose query rows carry a scale that stock code derives from the block's index."""
+    light_blocks: bool = False
+    """Some blocks may have an MLP alone."""
     detected: bool = False
     """True for a row that was guessed from an unknown architecture and proved on a tiny copy."""
 
@@ -141,8 +143,9 @@ def resolve(module: nn.Module, family: Family) -> Anatomy:
     for path in (*family.embeddings[:1], family.head):
         if find(module, path) is None:
             raise ModelError(f"{family.model_type}: nothing at '{path}' in {type(module).__name__}.")
+    parts = ("mlp_in", "mlp_out") if family.light_blocks else ("attention_in", "attention_out", "mlp_in", "mlp_out")
     for index, block in enumerate(blocks):
-        for part in ("attention_in", "attention_out", "mlp_in", "mlp_out"):
+        for part in parts:
             if not family.detected and not list(present(block, getattr(family, part))):
                 raise ModelError(f"{family.model_type}: block {index} has none of {getattr(family, part)}.")
     return Anatomy(

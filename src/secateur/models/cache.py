@@ -16,7 +16,8 @@ def cache_numbers(decoder: Decoder) -> tuple[int, ...]:
     """Numbers that each block adds to the cache per token: its keys and its values.
 
     What attention projects to and is not queries is keys and values; there are as many query rows as its output
-    projection reads. A family that is only detected is taken at its configuration's word.
+    projection reads. A block without attention adds nothing. A family that is only detected is taken at its
+    configuration's word.
     """
     family, config = decoder.anatomy.family, decoder.config
     if family.detected:
@@ -37,7 +38,7 @@ def cache_size(decoder: Decoder, context: int) -> tuple[int, ...]:
 
 def _projected(block: nn.Module, family: Family, *, spread: bool) -> int:
     projected = sum(_shape(module)[0] for _, module in present(block, family.attention_in))
-    queries = next(_shape(module)[1] for _, module in present(block, family.attention_out))
+    queries = sum(_shape(module)[1] for _, module in present(block, family.attention_out))
     return 2 * queries if spread else projected - queries
 
 

@@ -211,8 +211,9 @@ _ROWS = (
         mlp_in=("mlp.gate_proj", "mlp.up_proj", "mlp.gate_projs", "mlp.up_projs"),
         mlp_out=("mlp.down_proj", "mlp.down_projs"),
         router=("mlp.gate",),
-        per_layer_lists=("intermediate_sizes", "experts", "rope_blocks", "layer_types"),
+        per_layer_lists=("intermediate_sizes", "experts", "networks", "rope_blocks", "layer_types"),
         per_point_lists=("widths", "shortcuts"),
+        light_blocks=True,
     ),
 )
 

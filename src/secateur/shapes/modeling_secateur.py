@@ -39,6 +39,8 @@ class SecateurConfig(PreTrainedConfig):
         parallel: attention and MLP read the same normed state and are added to the same residual.
         intermediate_sizes: width of each block's MLP (of each of its experts).
         experts: number of experts of each block, 0 for a dense MLP. None means dense everywhere.
+        networks: for each block "", or the light network that stands in for several blocks: `ffn`,
+            `down(gelu(up(x)))`, or `swiglu`, `down(silu(gate(x)) * up(x))`, without attention. None means no network.
         gated: the MLP is `down(act(gate(x)) * up(x))`, else `down(act(up(x)))`.
         positions: `rope`, `learned` (a table added to the embeddings), `learned-unpadded` (the same, counted without
             padding) or `alibi` (slopes below).
@@ -66,6 +68,7 @@ class SecateurConfig(PreTrainedConfig):
     parallel: bool = False
     intermediate_sizes: list[int] | None = None
     experts: list[int] | None = None
+    networks: list[str] | None = None
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
     gated: bool = True
@@ -104,6 +107,7 @@ class SecateurConfig(PreTrainedConfig):
         self.shortcuts = self.shortcuts or [False] * (points - 1)
         self.intermediate_sizes = self.intermediate_sizes or [4 * self.hidden_size] * blocks
         self.experts = self.experts or [0] * blocks
+        self.networks = self.networks or [""] * blocks
         self.rope_blocks = self.rope_blocks or [True] * blocks
         self.layer_types = self.layer_types or ["full_attention"] * blocks
         super().__post_init__(**kwargs)
@@ -116,6 +120,7 @@ class SecateurConfig(PreTrainedConfig):
             ("shortcuts", connections),
             ("intermediate_sizes", self.num_hidden_layers),
             ("experts", self.num_hidden_layers),
+            ("networks", self.num_hidden_layers),
             ("rope_blocks", self.num_hidden_layers),
         ):
             if len(getattr(self, name)) != length:
@@ -222,16 +227,26 @@ def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     return torch.cat((turned * cos + rotate_half(turned) * sin, rest), dim=-1)
 
 
+_NETWORKS = {"ffn": (False, True, True, "gelu"), "swiglu": (True, False, False, "silu")}
+
+
+def mlp_traits(config: SecateurConfig, network: str = "") -> tuple[bool, bool, bool, str]:
+    """Give an ordinary block's or a network's: gated, bias of what reads, bias of what writes, activation."""
+    ordinary = (config.gated, config.mlp_bias, config.mlp_out_bias, config.hidden_act)
+    return _NETWORKS[network] if network else ordinary
+
+
 class SecateurMLP(nn.Module):
     """MLP, gated or not."""
 
-    def __init__(self, config: SecateurConfig, inner: int, width_in: int, width_out: int) -> None:
+    def __init__(self, config: SecateurConfig, inner: int, width_in: int, width_out: int, network: str = "") -> None:
         """MLP of `inner` channels, reading `width_in` and writing `width_out` directions."""
         super().__init__()
-        self.gate_proj = nn.Linear(width_in, inner, bias=config.mlp_bias) if config.gated else None
-        self.up_proj = nn.Linear(width_in, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, width_out, bias=config.mlp_out_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        gated, bias, out_bias, activation = mlp_traits(config, network)
+        self.gate_proj = nn.Linear(width_in, inner, bias=bias) if gated else None
+        self.up_proj = nn.Linear(width_in, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width_out, bias=out_bias)
+        self.act_fn = ACT2FN[activation]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Give what is added to the residual stream."""
@@ -276,7 +291,7 @@ class SecateurExperts(nn.Module):
 
 
 class SecateurDecoderLayer(GradientCheckpointingLayer):
-    """One block: attention and MLP, each between a norm and a residual connection."""
+    """One block: attention and MLP, each between a norm and a residual connection; a network has an MLP alone."""
 
     def __init__(self, config: SecateurConfig, layer_idx: int) -> None:
         """Block of the widths that the configuration gives it."""
@@ -286,12 +301,14 @@ class SecateurDecoderLayer(GradientCheckpointingLayer):
         widths = config.widths[layer_idx * step : layer_idx * step + step + 1]
         matrices = config.shortcuts[layer_idx * step : layer_idx * step + step]
         inner, experts = config.intermediate_sizes[layer_idx], config.experts[layer_idx]
+        network = config.networks[layer_idx]
+        self.layer_idx = layer_idx
         self.norm = ScaleFreeNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = SecateurAttention(config, layer_idx, widths[0], widths[1])
+        self.self_attn = None if network else SecateurAttention(config, layer_idx, widths[0], widths[1])
         self.mlp = (
             SecateurExperts(config, experts, inner, widths[-2], widths[-1])
             if experts
-            else SecateurMLP(config, inner, widths[-2], widths[-1])
+            else SecateurMLP(config, inner, widths[-2], widths[-1], network)
         )
         self.attn_shortcut = _shortcut(widths[0], widths[1], matrices[0]) if not config.parallel else None
         self.mlp_shortcut = _shortcut(widths[-2], widths[-1], matrices[-1])
@@ -307,12 +324,22 @@ class SecateurDecoderLayer(GradientCheckpointingLayer):
     def attention_branch(
         self, hidden_states: torch.Tensor, use_cache: bool | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """What attention adds to the residual stream."""
+        """What attention adds to the residual stream: nothing where there is none."""
+        if self.self_attn is None:
+            _note_positions(kwargs.get("past_key_values"), self.layer_idx, hidden_states)
+            return hidden_states.new_zeros(())
         return self.self_attn(self.norm(hidden_states), **kwargs)[0]
 
     def mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the MLP adds to the residual stream."""
         return self.mlp(self.norm(hidden_states))
+
+
+def _note_positions(cache: Any, layer_idx: int, hidden_states: torch.Tensor) -> None:
+    """Tell the cache how many positions were seen, by one number each: it may ask any block for that."""
+    if cache is not None:
+        mark = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+        cache.update(mark, mark, layer_idx)
 
 
 def _shortcut(width_in: int, width_out: int, matrix: bool) -> nn.Module:

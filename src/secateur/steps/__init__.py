@@ -7,10 +7,13 @@ from typing import Annotated
 from pydantic import Field
 
 from secateur.steps.depth import DropBlocks, LinearizeBlocks, MergeBlocks, Rule, Span
+from secateur.steps.replace import Network, ReplaceBlocks
 from secateur.steps.step import Sizes, Step
 from secateur.steps.width import SliceHidden, StreamSizes
 
-AnyStep = Annotated[DropBlocks | MergeBlocks | LinearizeBlocks | SliceHidden, Field(discriminator="kind")]
+AnyStep = Annotated[
+    DropBlocks | MergeBlocks | LinearizeBlocks | ReplaceBlocks | SliceHidden, Field(discriminator="kind")
+]
 """Every kind of step a plan file can hold."""
 
 __all__ = [
@@ -18,6 +21,8 @@ __all__ = [
     "DropBlocks",
     "LinearizeBlocks",
     "MergeBlocks",
+    "Network",
+    "ReplaceBlocks",
     "Rule",
     "Sizes",
     "SliceHidden",

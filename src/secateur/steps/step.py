@@ -54,9 +54,13 @@ class Step(BaseModel, ABC):
             InputError: the step cannot be applied to a model of these sizes.
         """
 
-    def forwards(self) -> float:
-        """What applying it costs, in plain forward passes over the calibration windows."""
+    def forwards(self, tokens: int) -> float:
+        """What applying it costs, in plain forward passes over the calibration windows, which hold so many tokens."""
         return 0.0
+
+    def disk_bytes(self, width: int, *, skeleton: bool) -> int:
+        """Bytes kept on disk while it is applied, to a model of this hidden size."""
+        return 0
 
     @abstractmethod
     def says(self) -> tuple[str, str]:

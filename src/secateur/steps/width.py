@@ -118,7 +118,7 @@ class SliceHidden(Step):
         self.kept(len(sizes.blocks))
         return self.sizes.at(*self.points())
 
-    def forwards(self) -> float:
+    def forwards(self, tokens: int) -> float:
         """One walk that measures and slices, or walks that measure, differentiate and reconstruct."""
         if self.bases is None:
             return 2.0

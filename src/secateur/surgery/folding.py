@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.errors import ModelError
 from secateur.models.anatomy import Anatomy, find, present
 from secateur.models.decoder import Decoder
-from secateur.shapes import SecateurConfig
+from secateur.shapes import SecateurConfig, mlp_traits
 from secateur.steps import StreamSizes
 from secateur.surgery.assembly import Tensors
 
@@ -31,21 +31,24 @@ _FUNCTIONAL_EPS = 1e-5
 """OLMo's LayerNorm keeps its eps in the code of its forward."""
 
 
-def refuse_unsliceable(decoder: Decoder) -> None:
-    """Stop where the algebra of rotation does not hold.
+CANNOT_SLICE = "the hidden size of this model cannot be sliced"
+
+
+def refuse_unsliceable(decoder: Decoder, refusal: str = CANNOT_SLICE) -> None:
+    """Stop where the model cannot be folded, or the algebra of rotation does not hold.
 
     Raises:
-        ModelError: with the reason.
+        ModelError: `refusal`, with the reason.
     """
     reason = _reason_against(decoder.anatomy, decoder.config, decoder.module)
     if reason:
-        raise ModelError(f"{decoder.source}: the hidden size of this model cannot be sliced: {reason}.")
+        raise ModelError(f"{decoder.source}: {refusal}: {reason}.")
 
 
 def _reason_against(anatomy: Anatomy, config: Any, module: nn.Module) -> str | None:
     family = anatomy.family
     if family.model_type == SecateurConfig.model_type:
-        return "it is sliced already; slice the dense model by more instead"
+        return "it is in secateur's own form already; cut the dense model by more instead"
     if family.detected:
         return f"{family.model_type} is not among the families known exactly (secateur families)"
     if family.order != "pre":
@@ -59,13 +62,13 @@ def _reason_against(anatomy: Anatomy, config: Any, module: nn.Module) -> str | N
     return f"it has blocks of the kind {sorted(kinds)[0]}" if kinds else None
 
 
-def folded_config(decoder: Decoder) -> SecateurConfig:
+def folded_config(decoder: Decoder, refusal: str = CANNOT_SLICE) -> SecateurConfig:
     """Give the configuration of the folded model at full width.
 
     Raises:
-        ModelError: the family cannot be put into this form.
+        ModelError: the family cannot be put into this form; says `refusal` and the reason.
     """
-    refuse_unsliceable(decoder)
+    refuse_unsliceable(decoder, refusal)
     family, config = decoder.anatomy.family, decoder.config
     blocks = list(decoder.block_list)
     queries, keys, size = _heads(decoder)
@@ -191,21 +194,26 @@ def stream_sizes(config: SecateurConfig) -> StreamSizes:
     size = int(config.head_dim or 0)
     queries = config.num_attention_heads * size
     keys = int(config.num_key_value_heads or 0) * size
-    gates = 2 if config.gated else 1
     head_scales = (queries + keys if config.qk_norm_per_head else 2 * size) if config.qk_norm else 0
-    experts = list(zip(config.intermediate_sizes or (), config.experts or (), strict=True))
     learned = config.positions.startswith("learned")
-    blocks = config.num_hidden_layers
+    attends = [not network for network in config.networks or ()]
+    mlps = [
+        (inner, count, *mlp_traits(config, network))
+        for inner, count, network in zip(
+            config.intermediate_sizes or (), config.experts or (), config.networks or (), strict=True
+        )
+    ]
     return StreamSizes(
         width=config.hidden_size,
         parallel=config.parallel,
-        attention_in=(queries + 2 * keys,) * blocks,
-        attention_out=(queries + config.attention_out_bias,) * blocks,
-        mlp_in=tuple(count + gates * inner * (count or 1) for inner, count in experts),
-        mlp_out=tuple((inner + config.mlp_out_bias) * (count or 1) for inner, count in experts),
+        attention_in=tuple((queries + 2 * keys) * one for one in attends),
+        attention_out=tuple((queries + config.attention_out_bias) * one for one in attends),
+        mlp_in=tuple(count + (1 + gated) * inner * (count or 1) for inner, count, gated, _, _, _ in mlps),
+        mlp_out=tuple((inner + out_bias) * (count or 1) for inner, count, _, _, out_bias, _ in mlps),
         fixed=tuple(
-            (queries + 2 * keys) * config.qkv_bias + head_scales + gates * inner * (count or 1) * config.mlp_bias
-            for inner, count in experts
+            ((queries + 2 * keys) * config.qkv_bias + head_scales) * attended
+            + (1 + gated) * inner * (count or 1) * bias
+            for attended, (inner, count, gated, bias, _, _) in zip(attends, mlps, strict=True)
         ),
         tables=config.vocab_size + learned * config.max_position_embeddings,
         head=config.vocab_size,

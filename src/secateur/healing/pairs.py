@@ -1,0 +1,153 @@
+"""Pairs of hidden states, what enters a window of blocks and what leaves it: recomputed, or kept on disk in bfloat16.
+
+LLM-Streamline trains the network that stands in for a window on such pairs (Chen et al. 2024, section 3.2). They never
+have to fit in memory: a model in memory computes them anew for each batch, a skeleton walks once and keeps them in
+memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.reading_points import centred
+from secateur.calibration.stream import open_store, start, step
+from secateur.calibration.texts import Windows
+from secateur.models.decoder import Decoder
+from secateur.models.replay import Call, capture, run_block
+from secateur.steps import Span
+
+Entering = tuple[torch.Tensor, list[Call]]
+
+
+def pair_bytes(windows: int, seq_len: int, width: int) -> int:
+    """Bytes on disk of the pairs of so many windows: two states of `width` bfloat16 numbers per token."""
+    return 2 * windows * seq_len * width * 2
+
+
+class StoredPairs:
+    """Both states of every window, in two memory-mapped files that go away with the object.
+
+    Attributes:
+        entering, leaving: bfloat16 (W, T, d).
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: Windows,
+        window: Span,
+        *,
+        batch_size: int | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Walk the model up to the end of a window of blocks and keep the states at both its ends.
+
+        Raises:
+            OSError: there is no room for them.
+            NumericsError: NaN or infinity on the way.
+        """
+        low, high = window
+        shape = (len(windows), windows.seq_len, decoder.hidden_size)
+        self.folder = Path(tempfile.mkdtemp(prefix="secateur-pairs-"))
+        self._removal = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        if shutil.disk_usage(self.folder).free < pair_bytes(*shape):
+            raise OSError(errno.ENOSPC, "no space left for hidden-state pairs; set TMPDIR to a larger disk")
+        self.entering, self.leaving = (self._mapped(name, shape) for name in ("entering", "leaving"))
+        with open_store(decoder) as store:
+            batches, rows = [], 0
+            for batch, hidden in start(decoder, windows, batch_size):
+                batches.append((batch, slice(rows, rows + len(hidden))))
+                rows += len(hidden)
+                store.put(batch.index, hidden)
+            for index in progress(range(high + 1), "keeping hidden states", high + 1):
+                with decoder.block(index):
+                    for batch, place in batches:
+                        hidden = store.get(batch.index)
+                        if index == low:
+                            self.entering[place] = hidden.to(torch.bfloat16).cpu()
+                        hidden = step(decoder, index, batch, hidden)
+                        store.put(batch.index, hidden)
+                        if index == high:
+                            self.leaving[place] = hidden.to(torch.bfloat16).cpu()
+
+    def _mapped(self, name: str, shape: tuple[int, int, int]) -> torch.Tensor:
+        size = shape[0] * shape[1] * shape[2]
+        path = str(self.folder / name)
+        return torch.from_file(path, shared=True, size=size, dtype=torch.bfloat16).view(shape)
+
+
+class PairData(Dataset[dict[str, torch.Tensor]]):
+    """Items of another data set, each with both its states."""
+
+    def __init__(self, items: Dataset[dict[str, torch.Tensor]], pairs: StoredPairs, numbers: range) -> None:
+        """Join items with the pairs of these numbers."""
+        self.items, self.pairs, self.numbers = items, pairs, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        number = self.numbers[item]
+        return self.items[item] | {"entering": self.pairs.entering[number], "leaving": self.pairs.leaving[number]}
+
+
+class PairRegression(nn.Module):
+    """Mean squared error between what a network makes of the states that enter a window and those that leave it."""
+
+    def __init__(self, decoder: Decoder, window: Span, network: nn.Module, *, folded: bool = False) -> None:
+        """Learn to stand in for a window.
+
+        Args:
+            decoder: the dense model, which is not trained.
+            window: first and last block of the window.
+            network: takes states (batch, positions, d) and the `Call` of the window's first block.
+            folded: states are those of the folded model, for LayerNorm models without their mean over directions.
+        """
+        super().__init__()
+        self.network = network
+        self._dense = (decoder,)  # in a tuple, so that its weights are no part of this module
+        self.window, self.folded = window, folded
+
+    def train(self, mode: bool = True) -> PairRegression:
+        """Stay as in use: dropout would be part of the error."""
+        return super().train(False)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        entering: torch.Tensor | None = None,
+        leaving: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the sum of squared errors at real tokens, and how many numbers that is."""
+        (decoder,), low = self._dense, self.window[0]
+        with torch.no_grad():
+            hidden, calls = capture(decoder, tokens, mask)
+            if entering is None or leaving is None:
+                entering, leaving = self._states(decoder, hidden, calls)
+            entering, leaving = (one.to(hidden.device).float() for one in (entering, leaving))
+            if self.folded:
+                entering, leaving = centred(decoder, entering), centred(decoder, leaving)
+        errors = (self.network(entering, calls[low]).float() - leaving).square()
+        if mask is not None:
+            errors = errors[mask]
+        return errors.sum(), torch.tensor(errors.numel(), device=errors.device)
+
+    def _states(self, decoder: Decoder, hidden: torch.Tensor, calls: list[Call]) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = self.window
+        entering = hidden
+        for index in range(high + 1):
+            entering = hidden if index == low else entering
+            with decoder.block(index) as block:
+                hidden = run_block(block, calls[index], hidden)
+        return entering, hidden

@@ -1,0 +1,315 @@
+"""LLM-Streamline: a window of neighbouring blocks goes, and one light network, trained for it, stands in its place.
+
+Chen et al. 2024, "Streamlining Redundant Layers to Compress Large Language Models" (arXiv:2403.19135). The window is
+the one with the largest mean cosine C(l, n+1) between what enters and what leaves; its n+1 blocks become one network,
+so n blocks go net. Departures from the paper and its code: cosines and targets are taken before the final norm also
+where the window ends with the last block; the network of lowest validation loss is really kept; the rate falls along
+one cosine; with `network=none` the window of n blocks simply goes.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+from torch.utils.data import Dataset
+
+from secateur.calibration.choose import windows_for
+from secateur.calibration.texts import Windows
+from secateur.errors import InputError, TrainingWarning
+from secateur.healing.data import WindowData, split_off_validation
+from secateur.healing.language import LanguageModelling
+from secateur.healing.loop import Outcome, train
+from secateur.healing.pairs import PairData, PairRegression, StoredPairs
+from secateur.healing.settings import TrainingSettings
+from secateur.methods.budget import Budget, choose_blocks, choose_size, read_count
+from secateur.methods.drop_blocks import WindowSettings
+from secateur.methods.method import Evidence, Method
+from secateur.models.decoder import Decoder
+from secateur.models.replay import Call, run_block
+from secateur.scores.profile import Scores
+from secateur.shapes import SecateurConfig
+from secateur.shapes.modeling_secateur import SecateurDecoderLayer
+from secateur.steps import DropBlocks, ReplaceBlocks, Sizes, Span
+from secateur.surgery.assembly import Tensors
+from secateur.surgery.blocks import keep_blocks, require_one_basis, with_block_tensors
+from secateur.surgery.folding import stream_sizes
+from secateur.surgery.networks import network_config, new_network, with_network
+
+Loss = Literal["mse", "lm", "mse+lm"]
+
+
+class StreamlineSettings(WindowSettings, TrainingSettings):
+    """Settings of `streamline`: the window, what stands in for it, and how that is trained."""
+
+    network: Literal["block", "ffn", "swiglu", "none"] = Field(
+        "block", description="what stands in for the window: block (the result stays stock), ffn, swiglu, or none"
+    )
+    inner: int | None = Field(None, ge=1, description="channels of ffn and swiglu; by itself those of the blocks' MLP")
+    loss: Loss = Field(
+        "mse", description="mse on hidden states, the language-modelling loss (in memory only), or one after the other"
+    )
+    train_texts: str | None = Field(None, description="what the network is trained on; by itself the calibration texts")
+    train_tokens: int = Field(1_000_000, ge=1, description="tokens it is trained on, such as 2M (the paper's: 205M)")
+    pairs: Literal["recompute", "disk"] | None = Field(
+        None, description="hidden states computed anew or kept on disk in bfloat16; by itself on disk for skeletons"
+    )
+
+    @field_validator("train_tokens", mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        return int(read_count(value, "train_tokens")) if isinstance(value, str) else value
+
+    def training(self) -> TrainingSettings:
+        """Give those of them that the training loop takes."""
+        return TrainingSettings(**{name: getattr(self, name) for name in TrainingSettings.model_fields})
+
+
+def decide(evidence: Evidence, settings: StreamlineSettings, budget: Budget) -> Sequence[DropBlocks | ReplaceBlocks]:
+    """Choose the window.
+
+    Raises:
+        InputError: too few blocks are free, or the budget is out of reach.
+        ModelError: the model cannot hold such a network.
+    """
+    if budget.is_zero:
+        return ()
+    decoder = evidence.decoder
+    require_one_basis(decoder)
+    free = settings.free_blocks(decoder.block_count)
+    extra = 0 if settings.network == "none" else 1
+    most = min(len(free), decoder.block_count - 1 + extra) - extra
+    if most < 1:
+        held = "all" if not free else f"all but {len(free)} of"
+        raise InputError(
+            f"streamline: {held} {decoder.block_count} blocks are protected; lower protect_first or protect_last."
+        )
+    cosines = evidence.scores("cosine")
+
+    def window(gone: int) -> Span:
+        length = gone + extra
+        found = cosines.window_cosine(length)
+        start = max(range(free.start, free.stop - length + 1), key=lambda one: found[one])
+        return start, start + length - 1
+
+    total, sizes = decoder.parameter_count, decoder.block_parameter_counts()
+    if settings.network in ("none", "block"):
+        candidates = (tuple(range(low + extra, high + 1)) for low, high in map(window, range(1, most + 1)))
+        gone = choose_blocks(budget, candidates, sizes, total, most)
+        if settings.network == "none":
+            return (DropBlocks(method="streamline", settings=settings.model_dump(exclude_none=True), blocks=gone),)
+        return (_step(decoder, settings, window(len(gone)), cosines),)
+    steps = [_step(decoder, settings, window(gone), cosines) for gone in range(1, most + 1)]
+    if budget.aim == "blocks":
+        if budget.value > most:
+            raise InputError(f"blocks={int(budget.value)}: at most {most} blocks can go, one network in their place.")
+        return (steps[int(budget.value) - 1],)
+    left = [step.left(Sizes(sizes, total - sum(sizes))).total for step in steps]
+    kept = [step.kept(decoder.block_count) for step in steps]
+    return (steps[choose_size(budget, left, total, kept)],)
+
+
+def _step(decoder: Decoder, settings: StreamlineSettings, window: Span, scores: Scores) -> ReplaceBlocks:
+    low, high = window
+    assert settings.network != "none"
+    mlp: dict[str, Any] = {}
+    if settings.network != "block":
+        config = network_config(decoder, window, settings.network, settings.inner)
+        mlp = {"inner": config.intermediate_sizes[low], "sizes": stream_sizes(config)}  # type: ignore[index]
+    return ReplaceBlocks(
+        method="streamline",
+        settings=settings.model_dump(exclude_none=True),
+        window=window,
+        network=settings.network,
+        train_tokens=settings.train_tokens,
+        cosine=scores.window_cosine(high - low + 1)[low],
+        **mlp,
+    )
+
+
+class _BlockNetwork(nn.Module):
+    """A block that begins as the window's first, called as that is."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        return run_block(self.block, call, hidden)
+
+
+class _MlpNetwork(nn.Module):
+    """An MLP with its norm and its residual."""
+
+    def __init__(self, block: SecateurDecoderLayer) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: torch.Tensor, _call: Call) -> torch.Tensor:
+        return hidden + self.block.mlp_branch(hidden)
+
+
+class _Training:
+    """Makes the network of one step, trains it, and puts it in."""
+
+    def __init__(self, evidence: Evidence, step: ReplaceBlocks) -> None:
+        self.evidence, self.step, self.decoder = evidence, step, evidence.decoder
+        self.settings = StreamlineSettings.model_validate(step.settings)
+        self.low, self.high = step.window
+        self.config: SecateurConfig | None = None
+        if step.network != "block":
+            self.config = network_config(self.decoder, step.window, step.network, step.inner)
+            if stream_sizes(self.config) != step.sizes:
+                raise InputError("this step was made for a model of another shape; make a new plan for this one.")
+        if "lm" in self.settings.loss and self.decoder.is_skeleton:
+            raise InputError(
+                f"loss={self.settings.loss}: the language-modelling loss needs the whole model in memory; open it "
+                "with --in-memory, or take loss=mse."
+            )
+        self.windows = training_windows(evidence, self.settings, step.train_tokens)
+        self.numbers, self.held_back = split_off_validation(self.windows)
+
+    def result(self) -> Decoder:
+        """Train as the step says; gives the model with the network in it."""
+        network = self._new_network()
+        if "mse" in self.settings.loss:
+            self._on_pairs(network)
+        tensors = _tensors(network.block)
+        if "lm" in self.settings.loss:
+            tensors = self._on_language(tensors)
+        return self._put_in(tensors)
+
+    def _new_network(self) -> _BlockNetwork | _MlpNetwork:
+        if self.config is not None:
+            return _MlpNetwork(new_network(self.config, self.low, self.decoder.device, self.evidence.seed))
+        with self.decoder.block(self.low) as block:
+            return _BlockNetwork(copy.deepcopy(block).float())
+
+    def _on_pairs(self, network: nn.Module) -> None:
+        """Train the network by itself, on what enters and what leaves the window."""
+        network.requires_grad_(True)
+        objective = PairRegression(self.decoder, self.step.window, network, folded=self.config is not None)
+        data, held_out = self._items(self.numbers), self._items(self.held_back)
+        if self.settings.pairs == "disk" or (self.settings.pairs is None and self.decoder.is_skeleton):
+            pairs = StoredPairs(
+                self.decoder,
+                self.windows,
+                self.step.window,
+                batch_size=self.evidence.batch_size,
+                progress=self.evidence.progress,
+            )
+            data, held_out = PairData(data, pairs, self.numbers), PairData(held_out, pairs, self.held_back)
+        with self.decoder.outer(head=False):
+            self._train("mse", objective, data, held_out)
+
+    def _on_language(self, tensors: Tensors) -> Tensors:
+        """Train the network in its place, everything else frozen, on the language-modelling loss."""
+        model = self._put_in(tensors)
+        block = model.block_list[self.low].float().requires_grad_(True)
+        if model.module.supports_gradient_checkpointing:
+            model.module.gradient_checkpointing_enable({"use_reentrant": False})
+        self._train("lm", LanguageModelling(model.module), self._items(self.numbers), self._items(self.held_back))
+        return _tensors(block)
+
+    def _items(self, numbers: range) -> Dataset[dict[str, torch.Tensor]]:
+        return WindowData(self.windows, numbers)
+
+    def _train(self, loss: str, objective: nn.Module, data: Any, held_out: Any) -> None:
+        """Run the loop, in a folder of its own where the caller keeps states."""
+        work = self.evidence.work
+        outcome = train(
+            objective,
+            data,
+            held_out,
+            self.settings.training(),
+            device=self.decoder.device,
+            recipe={
+                "model": self.decoder.fingerprint,
+                "step": self.step.model_dump(mode="json"),
+                "loss": loss,
+                "texts": self.windows.fingerprint,
+            },
+            seed=self.evidence.seed,
+            folder=None if work is None else work / f"{self.decoder.fingerprint[:12]}-{loss}",
+            what=f"training what stands in for blocks {self.low} to {self.high}",
+            progress=self.evidence.progress,
+        )
+        self.evidence.facts[f"training ({loss})"] = outcome.describe()
+        _warn_of(outcome, loss)
+
+    def _put_in(self, tensors: Tensors) -> Decoder:
+        """Give the model with the network in the window's place, its weights rounded to the dtype to be saved."""
+        edit = {
+            "replace": [self.low, self.high, self.step.network],
+            "weights": [[name, float(one.double().sum()), float(one.double().norm())] for name, one in tensors.items()],
+        }
+        if self.config is not None:
+            return with_network(self.decoder, self.config, self.step.window, tensors, edit)
+        stored = {name: one.to(self.decoder.saved_dtype).to(self.decoder.module.dtype) for name, one in tensors.items()}
+        shorter = keep_blocks(self.decoder, self.step.kept(self.decoder.block_count))
+        return with_block_tensors(shorter, [(self.low, stored)], edit)
+
+
+def training_windows(evidence: Evidence, settings: StreamlineSettings, tokens: int) -> Windows:
+    """Open the texts a network is trained on: those named, else more of what the calibration texts are from.
+
+    Windows that were given as tokens cannot be opened for more and are taken as they are.
+
+    Raises:
+        InputError: the texts cannot be opened, or there is too little of them.
+    """
+    calibration = evidence.need_windows()
+    if settings.train_texts is None and calibration.given:
+        return calibration
+    return windows_for(
+        evidence.decoder,
+        settings.train_texts or calibration.source,
+        windows=max(2, tokens // calibration.seq_len),
+        seq_len=calibration.seq_len,
+        seed=evidence.seed,
+    )
+
+
+def _tensors(block: nn.Module) -> Tensors:
+    return {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+
+
+def _warn_of(outcome: Outcome, loss: str) -> None:
+    """Say what the user should know of a run that did not go to its end, or gained nothing."""
+    if outcome.stopped and "NaN" in outcome.stopped:
+        message = f"{outcome.stopped}; the network of step {outcome.best_step} is kept. Try a lower learning_rate."
+    elif outcome.best_step == 0:
+        message = f"no step lowered the {loss} loss on held-back text; the network is as it began."
+    else:
+        return
+    warnings.warn(f"training what stands in for blocks: {message}", TrainingWarning, stacklevel=2)
+
+
+METHODS = (
+    Method(
+        name="streamline",
+        summary="take out the window that changes the hidden states least, and train a light network in its place",
+        paper="Chen et al. 2024, LLM-Streamline",
+        settings=StreamlineSettings,
+        decide=decide,
+    ),
+)
+
+
+def apply(evidence: Evidence, step: ReplaceBlocks) -> Decoder:
+    """Train the network that stands in for the step's window, and put it there.
+
+    Raises:
+        InputError: the step is for another model, there is too little text, or the model is not whole in memory.
+        NumericsError: the loss became NaN before anything was gained.
+    """
+    step.kept(evidence.decoder.block_count)
+    return _Training(evidence, step).result()
+
+
+APPLY = {"replace-blocks": apply}
