@@ -55,7 +55,7 @@ def test_the_whole_job(run, model, windows, tmp_path):
     assert np.asarray(scores["cosine"]).shape == (9, 9)
 
     code, out, _ = run(
-        "plan", model, "--method", "streamline", "--remove", "25%", "--texts", windows,
+        "plan", model, "--method", "shortgpt", "--remove", "25%", "--texts", windows,
         "--scores", "scores/scores.json", "-o", "plan.json",
     )  # fmt: skip
     assert code == 0

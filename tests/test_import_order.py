@@ -6,7 +6,7 @@ from pathlib import Path
 import secateur
 
 ORDER = [
-    {"errors", "steps", "plan", "versions", "__init__"},
+    {"errors", "settings", "steps", "plan", "versions", "__init__"},
     {"shapes"},
     {"models"},
     {"calibration"},

@@ -35,5 +35,5 @@ def test_no_machine_paths_and_no_leftovers_in_the_package():
         assert "TO" + "DO" not in text, file
 
 
-def test_there_are_eleven():
-    assert len(secateur.__all__) == 11
+def test_there_are_about_ten():
+    assert len(secateur.__all__) == 12

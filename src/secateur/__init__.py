@@ -16,6 +16,7 @@ from secateur.demonstration import demo
 from secateur.errors import SecateurError
 from secateur.evaluation.evaluate import eval
 from secateur.evaluation.speed import bench
+from secateur.healing.heal import heal
 from secateur.methods.planning import make_plan, prune
 from secateur.models.inspection import inspect
 from secateur.models.open import open_model
@@ -28,6 +29,7 @@ __all__ = [
     "bench",
     "demo",
     "eval",
+    "heal",
     "inspect",
     "make_plan",
     "open_model",

@@ -20,25 +20,28 @@ from transformers.utils import logging
 import secateur
 from secateur.calibration.texts import text_names
 from secateur.checkpoints.folders import check_target, replacing
-from secateur.console import facts_table, plan_summary, scores_table, showing_progress
+from secateur.console import facts_table, healing_table, plan_summary, scores_table, showing_progress
 from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
+from secateur.healing.heal import find_rung
+from secateur.healing.processes import leads
 from secateur.measuring import bench, evaluate
 from secateur.methods.planning import windows_of_plan
 from secateur.methods.registry import METHODS, find_method
 from secateur.methods.sequence import read_sequence
 from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
-from secateur.options import Amount, Opening, Reading, grouped
-from secateur.plan import Plan
+from secateur.options import Amount, Learning, Opening, Reading, grouped
+from secateur.plan import Plan, plans_in
 from secateur.runs import mark, replace_file, run_folder, training_folder
 from secateur.scores.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
+from secateur.settings import describe_settings
 from secateur.steps import MergeBlocks
 from secateur.terminal import DryRun, Json, ModelArg, Out, announce, answer, err, opened, out_console, target
 
 app = typer.Typer(
     name="secateur",
-    help="Structured pruning of language models: score, plan, prune, eval, bench. Start with: secateur demo",
+    help="Structured pruning of language models: score, plan, prune, heal, eval, bench. Start with: secateur demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -155,6 +158,52 @@ def prune(
     err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
 
 
+@app.command()
+@grouped
+def heal(
+    model: ModelArg,
+    learning: Learning,
+    opening: Opening,
+    out: Out = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Reopen the result in a fresh process.")] = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train a pruned model to get back what the cut has cost; killed and started again, it goes on."""
+    rung = find_rung(learning.with_)
+    folder = target(out, model, "heal")
+    decoder = opened(opening, model, only_shapes=dry_run, whole=rung.whole)
+    check_target(folder, reads=decoder.folder)
+    named = learning.teacher or _dense_of(decoder)
+    teacher = opened(opening, named, only_shapes=dry_run) if rung.teacher else None
+    data = learning.data(decoder)
+    announce(decoder, data, rung.passes)
+    if dry_run:
+        return
+    work = training_folder(folder)
+    err.print(f"{rung.name}: {rung.summary}. Killed and started again, it goes on from {work}.")
+    with _saying_warnings(), showing_progress(err) as progress:
+        healed = secateur.heal(
+            decoder,
+            by=rung.name,
+            texts=data,
+            teacher=teacher,
+            settings=learning.settings(),
+            seed=learning.seed,
+            trackers=tuple(learning.track or ()),
+            work=work,
+            progress=progress,
+        )
+    if not leads():
+        return
+    with err.status("saving, and reopening in a fresh process" if check else "saving"):
+        secateur.save(healed, folder, check=check)
+    shutil.rmtree(work, ignore_errors=True)
+    facts = healed.history[-1]["healing"]
+    answer(facts, healing_table(facts), as_json=as_json)
+    err.print(f"Written: [bold]{escape(str(folder))}[/]")
+
+
 app.command("eval")(evaluate)
 app.command()(bench)
 
@@ -183,7 +232,8 @@ def methods(
     """List the methods, or the settings of one."""
     if name is not None:
         one = find_method(name)
-        answer(one.describe_settings(), facts_table(f"{name}: {one.summary}", one.describe_settings()), as_json=as_json)
+        described = describe_settings(one.settings)
+        answer(described, facts_table(f"{name}: {one.summary}", described), as_json=as_json)
         return
     table = Table("method", "what it does", "paper")
     for one in METHODS.values():
@@ -231,7 +281,13 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Structured pruning of language models: score, plan, prune, eval, bench. Start with: secateur demo."""
+    """Structured pruning of language models: score, plan, prune, heal, eval, bench. Start with: secateur demo."""
+
+
+def _dense_of(decoder: Decoder) -> str:
+    """Name the model that a pruned one was made from; itself where nothing is known."""
+    first = next(iter(plans_in(decoder.history)), None)
+    return first.model.source if first else decoder.source
 
 
 def _decide(

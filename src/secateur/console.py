@@ -137,6 +137,18 @@ def _strip(plan: Plan) -> Text:
     return strip
 
 
+def healing_table(facts: dict[str, Any]) -> Table:
+    """What was trained, on how much, and what it brought on held-back text."""
+    rows = {"healed with": facts["with"], "tokens": f"{facts['tokens']:,} of {facts['texts']['source']}"}
+    if "start_loss" in facts:
+        rows["weights trained"] = f"{facts['trained_weights']:,}"
+        rows["loss on held-back text"] = f"{facts['start_loss']:.4f} → {facts['best_loss']:.4f}"
+        rows["steps"] = f"{facts['steps']:,} of {facts['planned']:,}, best after {facts['best_step']:,}"
+    for block, outcome in facts.get("blocks", {}).items():
+        rows[f"block {block}"] = f"error {outcome['start_loss']:.4g} → {outcome['best_loss']:.4g}"
+    return facts_table("Healing", rows)
+
+
 def facts_table(title: str, facts: dict[str, Any]) -> Table:
     """Names and values, one per row."""
     table = Table(title=title, title_justify="left", show_header=False)

@@ -28,8 +28,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity on held-out text, or tasks (or both), of the model and of the dense one in one run."""
     folder = target(out, model, "eval")
-    decoder = opened(opening, model, only_shapes=dry_run)
-    dense = opened(opening, against, only_shapes=dry_run) if against else None
+    whole = asking.tasks is not None
+    decoder = opened(opening, model, only_shapes=dry_run, whole=whole)
+    dense = opened(opening, against, only_shapes=dry_run, whole=whole) if against else None
     check_target(folder, reads=decoder.folder)
     windows = reading.held_out(decoder) if asking.tasks is None or reading.texts is not None else None
     if windows is not None:
@@ -78,8 +79,8 @@ def bench(
     folder = target(out, model, "bench")
     sizes = whole_numbers(batch_sizes, "--batch-sizes")
     lengths = None if prompts is None else whole_numbers(prompts, "--prompts")
-    decoder = opened(opening, model, only_shapes=dry_run)
-    dense = opened(opening, against, only_shapes=dry_run) if against else None
+    decoder = opened(opening, model, only_shapes=dry_run, whole=True)
+    dense = opened(opening, against, only_shapes=dry_run, whole=True) if against else None
     check_target(folder, reads=decoder.folder)
     both = [one for one in (decoder, dense) if one is not None]
     announce_whole(both, f"batch sizes {batch_sizes}, {warmup} + {repeats} rounds")

@@ -17,9 +17,16 @@ import typer
 from secateur.calibration.choose import windows_for
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError
+from secateur.healing.heal import training_data
+from secateur.healing.rungs import Data
+from secateur.methods.amounts import read_count
 from secateur.models.decoder import Decoder
 from secateur.models.open import open_model
 from secateur.scores.profile import Scores
+
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method (repeatable).")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +48,15 @@ class Opening:
         False
     )
 
-    def open(self, source: str, *, only_shapes: bool = False) -> Decoder:
-        """Open a model; `only_shapes` reads no weights where it can be helped."""
+    def open(self, source: str, *, only_shapes: bool = False, whole: bool = False) -> Decoder:
+        """Open a model; `only_shapes` reads no weights where it can be helped, `whole` holds them in memory."""
+        asked = False if whole and self.skeleton is None else self.skeleton
         return open_model(
             source,
             dtype=self.dtype,
             device=self.device,
             revision=self.revision,
-            skeleton=True if only_shapes and not self.allow_pickle else self.skeleton,
+            skeleton=True if only_shapes and not self.allow_pickle else asked,
             tokenizer=self.tokenizer,
             trust_remote_code=self.trust_remote_code,
             allow_pickle=self.allow_pickle,
@@ -116,6 +124,46 @@ class Asking:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What a model is trained on, and how."""
+
+    with_: Annotated[str, typer.Option("--with", help="lora, last-layers, full, distill, blocks.")] = "lora"
+    texts: Annotated[
+        str | None, typer.Option(help="Source of text: see `secateur texts`. (default: python-stdlib)")
+    ] = None
+    tokens: Annotated[str, typer.Option(help="Tokens to learn from, at most: 500k, 10M.")] = "1M"
+    instructions: Annotated[
+        bool, typer.Option("--instructions", help="The texts are chats or questions; only answers are learnt.")
+    ] = False
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512, or the model's positions)")] = (
+        None
+    )
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model, for distill and blocks. (default: what was pruned)")
+    ] = None
+    set_: Setting = None
+    track: Annotated[
+        list[str] | None, typer.Option(help="Send curves to tensorboard, mlflow or wandb besides (repeatable).")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Give the settings as typed."""
+        return read_pairs(self.set_)
+
+    def data(self, decoder: Decoder) -> Data:
+        """Open what the model learns from."""
+        return training_data(
+            decoder,
+            self.texts,
+            int(read_count(self.tokens, "tokens")),
+            instructions=self.instructions,
+            seq_len=self.seq_len,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Amount:
     """How much goes, and the method's own settings."""
 
@@ -134,10 +182,7 @@ class Amount:
     slice_: Annotated[
         str | None, typer.Option("--slice", help="Share of the hidden directions to slice away: 20%.")
     ] = None
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method (repeatable)."),
-    ] = None
+    set_: Setting = None
     scores: Annotated[Path | None, typer.Option(help="scores.json measured before on this model.")] = None
 
     def wanted(self) -> dict[str, Any]:
@@ -153,16 +198,8 @@ class Amount:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Give the method's settings as typed.
-
-        Raises:
-            InputError: a `--set` without `=`.
-        """
-        pairs = [text.partition("=") for text in self.set_ or []]
-        for name, equals, _ in pairs:
-            if not equals or not name:
-                raise InputError(f"--set {name}: write it as key=value, such as --set protect_last=2.")
-        return {name.strip(): value.strip() for name, _, value in pairs}
+        """Give the method's settings as typed."""
+        return read_pairs(self.set_)
 
     def known_scores(self) -> Scores | None:
         """Read the scores file, if one was named."""
@@ -179,6 +216,19 @@ def whole_numbers(text: str, option: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"{option} {text}: write whole numbers from 1 up, such as 1,8.")
     return [int(part) for part in parts]
+
+
+def read_pairs(typed: list[str] | None) -> dict[str, Any]:
+    """Read `key=value` pairs.
+
+    Raises:
+        InputError: one without `=`.
+    """
+    pairs = [text.partition("=") for text in typed or []]
+    for name, equals, _ in pairs:
+        if not equals or not name:
+            raise InputError(f"--set {name}: write it as key=value, such as --set protect_last=2.")
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -130,6 +130,20 @@ class Plan(BaseModel):
             raise InputError(f"{path}: not a valid plan: {'; '.join(_problems(error))}.") from error
 
 
+def plans_in(history: Iterable[dict[str, Any]]) -> tuple[Plan, ...]:
+    """Give the plans among the entries of a decoder's history, oldest first; other entries tell of healing."""
+    return tuple(Plan.model_validate(entry["plan"]) for entry in history if "plan" in entry)
+
+
+def blocks_kept_by(history: Iterable[dict[str, Any]], count: int) -> tuple[int, ...]:
+    """Give, for each of the `count` blocks a decoder has, its number in the model its history begins with."""
+    left = None
+    for plan in plans_in(history):
+        kept = plan.kept_blocks()
+        left = kept if left is None else tuple(left[block] for block in kept)
+    return tuple(range(count)) if left is None else left
+
+
 def _problems(error: ValidationError) -> Iterable[str]:
     for problem in error.errors()[:3]:
         place = ".".join(str(part) for part in problem["loc"])

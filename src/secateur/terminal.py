@@ -12,15 +12,16 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from secateur.calibration.estimate import estimate
-from secateur.calibration.texts import Windows
 from secateur.checkpoints.folders import check_target, replacing
 from secateur.evaluation.results import Result, append_results
+from secateur.healing.processes import leads
+from secateur.healing.rungs import Data
 from secateur.models.decoder import Decoder
 from secateur.options import Opening
 from secateur.runs import mark, run_folder
 
 out_console = Console()
-err = Console(stderr=True)
+err = Console(stderr=True, quiet=not leads())
 
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub name, or 'bundled'.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write. (default: under secateur-runs/)")]
@@ -28,10 +29,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need, and stop.")]
 
 
-def opened(opening: Opening, source: str, *, only_shapes: bool = False) -> Decoder:
-    """Open a model as its options say; `only_shapes` reads no weights where it can be helped."""
+def opened(opening: Opening, source: str, *, only_shapes: bool = False, whole: bool = False) -> Decoder:
+    """Open a model as its options say; `only_shapes` reads no weights where it can be helped, `whole` all."""
     with err.status(f"opening {source}"):
-        return opening.open(source, only_shapes=only_shapes)
+        return opening.open(source, only_shapes=only_shapes, whole=whole)
 
 
 def target(out: Path | None, model: str, command: str) -> Path:
@@ -41,7 +42,7 @@ def target(out: Path | None, model: str, command: str) -> Path:
     return folder
 
 
-def announce(decoder: Decoder, windows: Windows, forwards: float) -> None:
+def announce(decoder: Decoder, windows: Data, forwards: float) -> None:
     """Say what is about to happen and what it needs."""
     needs = estimate(decoder, windows.token_count, forwards)
     how = "skeleton, block by block" if decoder.is_skeleton else "in memory"

@@ -11,7 +11,7 @@ from oracles import draw_windows, forward, plain_loss, plain_states, walk
 from secateur import make_plan, open_model, prune, save
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError, ModelError, NumericsError, TrainingWarning
-from secateur.healing.pairs import PairRegression, StoredPairs, pair_bytes
+from secateur.healing.pairs import PairRegression, pair_bytes, store_pairs
 from secateur.methods.replace_blocks import training_windows
 from secateur.models.anatomy import find
 from secateur.steps import ReplaceBlocks
@@ -175,7 +175,7 @@ def test_the_language_modelling_loss_trains_the_network_alone(name, tiny):
 def test_pairs_on_disk_are_the_states(tiny):
     decoder, windows = tiny("llama", skeleton=True), windows_of_text("right")
     states = plain_states(tiny("llama"), windows.tokens, windows.mask)
-    pairs = StoredPairs(decoder, windows, (2, 4), batch_size=4)
+    pairs = store_pairs(decoder, windows, (2, 4), batch_size=4)
     real = windows.mask
     for stored, state in ((pairs.entering, states[2]), (pairs.leaving, states[5])):
         assert stored.dtype == torch.bfloat16
@@ -301,7 +301,7 @@ def test_nan_keeps_the_last_good_network_and_says_so(tiny, monkeypatch):
         return loss * (math.nan if len(steps) > 4 else 1), terms
 
     monkeypatch.setattr(PairRegression, "forward", spoilt)
-    with pytest.warns(TrainingWarning, match=r"stopped at step 5: .* NaN .*; the network of step \d is kept"):
+    with pytest.warns(TrainingWarning, match=r"stopped at step 5: .* NaN .*; the weights of step \d is kept"):
         pruned = cut(decoder, windows, **settings)
     assert torch.isfinite(logits(pruned, windows)).all()
     steps += [1] * 9

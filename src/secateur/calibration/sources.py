@@ -5,7 +5,6 @@ Nothing here knows about tokens; `texts.py` turns documents into windows.
 """
 
 import hashlib
-import json
 import os
 import platform
 import random
@@ -18,13 +17,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from secateur.calibration.local_files import joined, local_documents, local_rows
 from secateur.errors import InputError, unknown
 
 Split = Literal["calibration", "held-out"]
 
 STDLIB = "python-stdlib"
-LINES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson")
-READABLE = (".txt", ".md", *LINES, ".parquet")
 
 # A local file is shuffled through a pool of this size, so that small ones are shuffled as a whole.
 POOL_DOCUMENTS = 100_000
@@ -149,8 +147,26 @@ def open_documents(source: str, split: Split, seed: int, *, whole: bool) -> Docu
         names = [named.name for named in text_names()]
         raise InputError(f"{unknown('text', source, names)} A file or folder of your own may be given too.")
     path = Path(source).expanduser()
-    texts = _local_documents(path)
+    texts = local_documents(path)
     return Documents(_shuffled(texts, seed) if split == "calibration" else texts, path.resolve().name)
+
+
+def open_rows(source: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Give the rows of a data set on the hub or of a local file, all fields of them; those on the hub shuffled.
+
+    Raises:
+        InputError: the source is not known, holds no rows, or cannot be read.
+    """
+    if source in HUB:
+        row = HUB[source]
+        with _hub_errors(source, row):
+            data = _load(row, row.calibration)
+            yield from data.shuffle(seed=seed, buffer_size=row.pool) if row.streaming else data.shuffle(seed=seed)
+        return
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise InputError(f"{source}: no rows to read there; give a jsonl or parquet file, or a data set by name.")
+    yield from local_rows(path)
 
 
 def held_out(name: str) -> bool:
@@ -322,142 +338,3 @@ def _excerpts(texts: Iterable[str], characters: int, seed: int) -> Iterator[str]
     for text in texts:
         start = rng.randrange(max(1, len(text) - characters + 1))
         yield text[start : start + characters]
-
-
-# Local files
-
-
-def _local_documents(path: Path) -> Iterator[str]:
-    if not path.is_dir():
-        return _file_documents(path)
-    inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
-    files = [file for file in inside if file.suffix.lower() in READABLE and file.is_file()]
-    if not files:
-        raise InputError(f"nothing to read in {path}: no {', '.join(READABLE)} in it or below")
-    return (text for file in files for text in _file_documents(file))
-
-
-def _file_documents(path: Path) -> Iterator[str]:
-    kind = path.suffix.lower()
-    if kind in (".txt", ".md"):
-        return _whole_file(path)
-    if kind in LINES:
-        return _json_lines(path)
-    if kind == ".parquet":
-        return _parquet(path)
-    raise InputError(f"cannot read text from {path}: known are {', '.join(READABLE)}, .npy and folders")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        advice = f"convert it, for example with: iconv -f latin1 -t utf-8 {path.name}"
-        raise InputError(f"{path} is not UTF-8 text ({error.reason}); {advice}") from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"cannot read {path}: {reason}; check the file and its rights") from error
-
-
-def _whole_file(path: Path) -> Iterator[str]:
-    with _reading(path):
-        yield path.read_text(encoding="utf-8-sig")
-
-
-def _json_lines(path: Path) -> Iterator[str]:
-    fields: tuple[str, ...] = ()
-    with _reading(path), path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            item = _json_object(line, where)
-            fields = fields or text_fields({name: _kind(value) for name, value in item.items()}, where)
-            yield joined(item, fields, where)
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}); each line must be one object") from error
-    if not isinstance(item, dict):
-        raise InputError(f"{where}: a {type(item).__name__}; each line must be an object with a field 'text'")
-    return item
-
-
-def _kind(value: Any) -> str:
-    known = ((str, "string"), (list, "list"), (type(None), "null"))
-    return next((kind for python_type, kind in known if isinstance(value, python_type)), "other")
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with _reading(path):
-        try:
-            with pq.ParquetFile(path) as file:
-                kinds = {field.name: _arrow_kind(field.type) for field in file.schema_arrow}
-                fields = text_fields(kinds, str(path))
-                for batch in file.iter_batches(batch_size=256, columns=list(fields)):
-                    yield from (joined(item, fields, str(path)) for item in batch.to_pylist())
-        except pa.ArrowException as error:
-            raise InputError(f"{path} is not a readable parquet file: {error}; write it again") from error
-
-
-def _arrow_kind(arrow_type: Any) -> str:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(arrow_type):
-        return _arrow_kind(arrow_type.value_type)
-    if pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type):
-        return "list"
-    return "string" if str(arrow_type) in ("string", "large_string", "string_view") else "other"
-
-
-def text_fields(kinds: Mapping[str, str], where: str) -> tuple[str, ...]:
-    """Choose the fields that hold the text, given the kind ("string", "list", "null", ...) of each field.
-
-    The first of: `text`; `messages` of a chat; `instruction`, `input`, `output`; the only string; `content`.
-
-    Raises:
-        InputError: none of these; the message names the fields there are.
-    """
-    strings = [name for name, kind in kinds.items() if kind == "string"]
-    possible = [name for name, kind in kinds.items() if kind in ("string", "null")]
-    if "text" in possible:
-        return ("text",)
-    if kinds.get("messages") == "list":
-        return ("messages",)
-    if "instruction" in possible and "output" in possible:
-        return tuple(name for name in ("instruction", "input", "output") if name in possible)
-    if len(strings) == 1:
-        return (strings[0],)
-    if "content" in possible:
-        return ("content",)
-    raise InputError(
-        f"{where}: which field is the text? Found {', '.join(kinds) or 'none'}; rename the right one 'text'"
-    )
-
-
-def joined(item: Mapping[str, Any], fields: tuple[str, ...], where: str) -> str:
-    """Join the given fields of one row with newlines; nulls and empty strings are left out."""
-    missing = [name for name in fields if name not in item]
-    if len(missing) == len(fields):
-        raise InputError(f"{where}: no field '{missing[0]}'; found {', '.join(item) or 'none'}")
-    parts = [part for name in fields for part in _strings(item.get(name), name, where)]
-    return parts[0] if len(parts) == 1 else "\n".join(part for part in parts if part)
-
-
-def _strings(value: Any, name: str, where: str) -> list[str]:
-    """Return a field as strings: itself, or the contents of a list of chat messages."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [value]
-    if name == "messages" and isinstance(value, list):
-        contents = [turn.get("content") if isinstance(turn, dict) else turn for turn in value]
-        return [text for content in contents for text in _strings(content, f"{name}.content", where)]
-    raise InputError(f"{where}: field '{name}' is of type {type(value).__name__}, not text")

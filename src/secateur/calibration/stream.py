@@ -172,7 +172,7 @@ def mean_loss(
     Raises:
         NumericsError: NaN or infinity on the way.
     """
-    return mean_loss_of(decoder, _last_states(decoder, windows, batch_size, progress))
+    return mean_loss_of(decoder, last_states(decoder, windows, batch_size, progress))
 
 
 def mean_loss_of(decoder: Decoder, last: Iterable[tuple[Batch, torch.Tensor]]) -> float:
@@ -215,9 +215,15 @@ def perplexity_of(loss: float) -> float:
         ) from error
 
 
-def _last_states(
-    decoder: Decoder, windows: Windows, batch_size: int | None, progress: Progress
+@torch.no_grad()
+def last_states(
+    decoder: Decoder, windows: Windows, batch_size: int | None = None, progress: Progress = SILENT
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Give each batch with what leaves the last block, before the final norm; head and norm are present meanwhile.
+
+    Raises:
+        NumericsError: a state holds NaN or infinity at a real token.
+    """
     if not decoder.is_skeleton:
         count = -(-len(windows) // batch_size_for(decoder, windows, batch_size))
         for batch, hidden in progress(start(decoder, windows, batch_size), "reading the windows", count):

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from secateur.models.decoder import Decoder
-from secateur.plan import Plan
+from secateur.plan import plans_in
 from secateur.shapes import SecateurConfig
 
 
@@ -30,9 +30,8 @@ def _body(decoder: Decoder, record: dict[str, Any]) -> str:
     name = Path(decoder.source).name
     lines = [f"# {name}, pruned", "", f"Made from `{decoder.source}` with secateur {record['secateur']}.", ""]
     lines += ["| step | method | what it did |", "|---|---|---|"]
-    steps = [step for entry in record["history"] for step in Plan.model_validate(entry["plan"]).steps]
-    for number, step in enumerate(steps, 1):
-        lines.append(f"| {number} | {step.method} | {' '.join(step.says())} |")
+    done = [row for entry in record["history"] for row in _rows(entry)]
+    lines += [f"| {number} | {method} | {what} |" for number, (method, what) in enumerate(done, 1)]
     before, after = record["parameters_before"], record["parameters_after"]
     lines += [
         "",
@@ -48,6 +47,14 @@ def _body(decoder: Decoder, record: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _rows(entry: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say what one entry of the history did: the steps of a plan, or a training."""
+    if "healing" in entry:
+        facts = entry["healing"]
+        return [(f"heal, {facts['with']}", f"trained on {facts['tokens']:,} tokens of {facts['texts']['source']}")]
+    return [(step.method, " ".join(step.says())) for plan in plans_in([entry]) for step in plan.steps]
 
 
 def _own_code(decoder: Decoder) -> str:

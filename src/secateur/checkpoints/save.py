@@ -18,6 +18,7 @@ from secateur.checkpoints.folders import MARKER, replacing
 from secateur.checkpoints.writer import SHARD_BYTES, write_weights
 from secateur.errors import InputError
 from secateur.models.decoder import Decoder
+from secateur.plan import plans_in
 from secateur.shapes import AUTO_MAP, MODELLING_FILE, SecateurConfig
 from secateur.versions import versions
 
@@ -123,13 +124,13 @@ def _carry_over(decoder: Decoder, folder: Path) -> None:
 
 def _record(decoder: Decoder, stored: torch.dtype, size: int) -> dict[str, Any]:
     history = list(decoder.history)
-    before = history[0]["plan"]["parameters_before"] if history else decoder.parameter_count
+    first = next(iter(plans_in(history)), None)
     return {
         "secateur": versions()["secateur"],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base_model": history[0]["plan"]["model"]["source"] if history else decoder.source,
-        "base_fingerprint": history[0]["plan"]["model"]["fingerprint"] if history else decoder.fingerprint,
-        "parameters_before": before,
+        "base_model": first.model.source if first else decoder.source,
+        "base_fingerprint": first.model.fingerprint if first else decoder.fingerprint,
+        "parameters_before": first.parameters_before if first else decoder.parameter_count,
         "parameters_after": decoder.parameter_count,
         "blocks": decoder.block_count,
         "dtype": str(stored).removeprefix("torch."),

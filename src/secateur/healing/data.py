@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch.utils.data import Dataset
 
@@ -31,7 +33,17 @@ class WindowData(Dataset[dict[str, torch.Tensor]]):
         return found
 
 
-def split_off_validation(windows: Windows) -> tuple[range, range]:
+class Counted(Protocol):
+    """Anything that counts its windows and knows where they are from."""
+
+    @property
+    def source(self) -> str:
+        """What the user typed."""
+
+    def __len__(self) -> int: ...
+
+
+def split_off_validation(windows: Counted) -> tuple[range, range]:
     """Give the numbers of the windows to train on and of those held back: one in twenty, at most 128, the last ones.
 
     Raises:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from secateur.calibration.progress import SILENT, Progress
-from secateur.errors import InputError, NumericsError
+from secateur.errors import InputError, NumericsError, TrainingWarning
 from secateur.healing.run_folder import RunFolder, read
 from secateur.healing.settings import TrainingSettings
 
@@ -68,6 +69,22 @@ class Outcome:
         facts = asdict(self)
         del facts["curve"], facts["without_gain"]
         return facts
+
+    def sketch(self, points: int = 200) -> list[dict[str, Any]]:
+        """Give the curve with about so many of its training losses and all held-out ones, for a record or a plot."""
+        every = -(-self.steps // points) or 1
+        return [entry for entry in self.curve if "held_out_loss" in entry or entry["step"] % every == 0]
+
+
+def warn_of(facts: Mapping[str, Any], what: str) -> None:
+    """Say what the user should know of a run, as `describe` gives it, that was cut short by NaN or gained nothing."""
+    if facts["stopped"] and "NaN" in facts["stopped"]:
+        message = f"{facts['stopped']}; the weights of step {facts['best_step']} are kept. Try a lower learning_rate."
+    elif facts["best_step"] == 0:
+        message = "no step lowered the loss on held-back text; the weights are as before."
+    else:
+        return
+    warnings.warn(f"{what}: {message}", TrainingWarning, stacklevel=3)
 
 
 class Status:

@@ -7,11 +7,8 @@ memory-mapped files.
 
 from __future__ import annotations
 
-import errno
-import shutil
-import tempfile
-import weakref
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,13 +16,13 @@ from torch.utils.data import Dataset
 
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.reading_points import centred
-from secateur.calibration.stream import open_store, start, step
+from secateur.calibration.store import StateStore
+from secateur.calibration.stream import Batch, open_store, start, step
 from secateur.calibration.texts import Windows
+from secateur.healing.mapped import MappedTensors
 from secateur.models.decoder import Decoder
 from secateur.models.replay import Call, capture, run_block
 from secateur.steps import Span
-
-Entering = tuple[torch.Tensor, list[Call]]
 
 
 def pair_bytes(windows: int, seq_len: int, width: int) -> int:
@@ -33,57 +30,82 @@ def pair_bytes(windows: int, seq_len: int, width: int) -> int:
     return 2 * windows * seq_len * width * 2
 
 
-class StoredPairs:
-    """Both states of every window, in two memory-mapped files that go away with the object.
+class StoredPairs(MappedTensors):
+    """Both states of every window of text, in bfloat16.
 
     Attributes:
-        entering, leaving: bfloat16 (W, T, d).
+        entering, leaving: (W, T, d).
     """
 
-    @torch.no_grad()
-    def __init__(
-        self,
-        decoder: Decoder,
-        windows: Windows,
-        window: Span,
-        *,
-        batch_size: int | None = None,
-        progress: Progress = SILENT,
-    ) -> None:
-        """Walk the model up to the end of a window of blocks and keep the states at both its ends.
+    def __init__(self, windows: int, seq_len: int, width: int) -> None:
+        """Make room for so many windows.
 
         Raises:
-            OSError: there is no room for them.
-            NumericsError: NaN or infinity on the way.
+            OSError: there is none.
         """
-        low, high = window
-        shape = (len(windows), windows.seq_len, decoder.hidden_size)
-        self.folder = Path(tempfile.mkdtemp(prefix="secateur-pairs-"))
-        self._removal = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        if shutil.disk_usage(self.folder).free < pair_bytes(*shape):
-            raise OSError(errno.ENOSPC, "no space left for hidden-state pairs; set TMPDIR to a larger disk")
-        self.entering, self.leaving = (self._mapped(name, shape) for name in ("entering", "leaving"))
-        with open_store(decoder) as store:
-            batches, rows = [], 0
-            for batch, hidden in start(decoder, windows, batch_size):
-                batches.append((batch, slice(rows, rows + len(hidden))))
-                rows += len(hidden)
-                store.put(batch.index, hidden)
-            for index in progress(range(high + 1), "keeping hidden states", high + 1):
-                with decoder.block(index):
-                    for batch, place in batches:
-                        hidden = store.get(batch.index)
-                        if index == low:
-                            self.entering[place] = hidden.to(torch.bfloat16).cpu()
-                        hidden = step(decoder, index, batch, hidden)
-                        store.put(batch.index, hidden)
-                        if index == high:
-                            self.leaving[place] = hidden.to(torch.bfloat16).cpu()
+        super().__init__("hidden-states", pair_bytes(windows, seq_len, width))
+        self.entering, self.leaving = (
+            self.tensor(name, (windows, seq_len, width), torch.bfloat16) for name in ("entering", "leaving")
+        )
 
-    def _mapped(self, name: str, shape: tuple[int, int, int]) -> torch.Tensor:
-        size = shape[0] * shape[1] * shape[2]
-        path = str(self.folder / name)
-        return torch.from_file(path, shared=True, size=size, dtype=torch.bfloat16).view(shape)
+
+@torch.no_grad()
+def store_pairs(
+    decoder: Decoder, windows: Windows, window: Span, *, batch_size: int | None = None, progress: Progress = SILENT
+) -> StoredPairs:
+    """Walk a model up to the end of a window of blocks and keep the states at both its ends.
+
+    Raises:
+        OSError: there is no room for them.
+        NumericsError: NaN or infinity on the way.
+    """
+    low, high = window
+    pairs = StoredPairs(len(windows), windows.seq_len, decoder.hidden_size)
+    with open_store(decoder) as store:
+        walk = Rows.start(decoder, windows, store, batch_size)
+        for index in progress(range(high + 1), "keeping hidden states", high + 1):
+            if index == low:
+                walk.write(pairs.entering)
+            walk.through(index)
+        walk.write(pairs.leaving)
+    return pairs
+
+
+@dataclass
+class Rows:
+    """All windows on their way through a model, block by block; states in a store.
+
+    Attributes:
+        decoder: the model.
+        store: holds the state of each batch under its index.
+        batches: each with the rows of the windows it holds.
+    """
+
+    decoder: Decoder
+    store: StateStore
+    batches: list[tuple[Batch, slice]]
+
+    @classmethod
+    def start(cls, decoder: Decoder, windows: Windows, store: StateStore, batch_size: int | None = None) -> Rows:
+        """Put what enters block 0 into the store."""
+        batches, rows = [], 0
+        for batch, hidden in start(decoder, windows, batch_size):
+            batches.append((batch, slice(rows, rows + len(hidden))))
+            rows += len(hidden)
+            store.put(batch.index, hidden)
+        return cls(decoder, store, batches)
+
+    def through(self, index: int) -> None:
+        """Take all windows through block `index`."""
+        with self.decoder.block(index):
+            for batch, _ in self.batches:
+                self.store.put(batch.index, step(self.decoder, index, batch, self.store.get(batch.index)))
+
+    def write(self, target: torch.Tensor, turn: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        """Write where all windows are now, (W, T, d), each state turned into another one if asked."""
+        for batch, rows in self.batches:
+            state = self.store.get(batch.index)
+            target[rows] = (state if turn is None else turn(state)).to(target.dtype).cpu()
 
 
 class PairData(Dataset[dict[str, torch.Tensor]]):
@@ -99,6 +121,19 @@ class PairData(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         number = self.numbers[item]
         return self.items[item] | {"entering": self.pairs.entering[number], "leaving": self.pairs.leaving[number]}
+
+
+class BlockNetwork(nn.Module):
+    """A block on its own, called with the arguments recorded for it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        """Wrap a block."""
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """Run it on states (batch, positions, d)."""
+        return run_block(self.block, call, hidden)
 
 
 class PairRegression(nn.Module):

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.texts import Windows
-from secateur.errors import InputError, unknown
+from secateur.errors import InputError
 from secateur.methods.budget import Budget, Native
 from secateur.methods.scale import Pace
 from secateur.models.decoder import Decoder
 from secateur.scores.measure import score_model
 from secateur.scores.profile import Kind, Scores
+from secateur.settings import read_settings
 from secateur.steps import AnyStep
 
 
@@ -120,17 +121,4 @@ class Method:
         Raises:
             InputError: an unknown setting (the known ones are named) or a value it cannot take.
         """
-        known = list(self.settings.model_fields)
-        for name in given:
-            if name not in known:
-                raise unknown(f"setting of {self.name}", name, known)
-        try:
-            return self.settings.model_validate(given)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            name = ".".join(map(str, problem["loc"]))
-            raise InputError(f"{self.name}: {name}={problem['input']}: {problem['msg']}.") from error
-
-    def describe_settings(self) -> dict[str, str]:
-        """Give each setting with its meaning and default."""
-        return {n: f"{f.description} (default: {f.default})" for n, f in self.settings.model_fields.items()}
+        return read_settings(self.name, self.settings, given)

@@ -10,7 +10,6 @@ one cosine; with `network=none` the window of n blocks simply goes.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -21,17 +20,17 @@ from torch.utils.data import Dataset
 
 from secateur.calibration.choose import windows_for
 from secateur.calibration.texts import Windows
-from secateur.errors import InputError, TrainingWarning
+from secateur.errors import InputError
 from secateur.healing.data import WindowData, split_off_validation
 from secateur.healing.language import LanguageModelling
-from secateur.healing.loop import Outcome, train
-from secateur.healing.pairs import PairData, PairRegression, StoredPairs
+from secateur.healing.loop import train, warn_of
+from secateur.healing.pairs import BlockNetwork, PairData, PairRegression, store_pairs
 from secateur.healing.settings import TrainingSettings
 from secateur.methods.budget import Budget, choose_blocks, choose_size, read_count
 from secateur.methods.drop_blocks import WindowSettings
 from secateur.methods.method import Evidence, Method
 from secateur.models.decoder import Decoder
-from secateur.models.replay import Call, run_block
+from secateur.models.replay import Call
 from secateur.scores.profile import Scores
 from secateur.shapes import SecateurConfig
 from secateur.shapes.modeling_secateur import SecateurDecoderLayer
@@ -132,17 +131,6 @@ def _step(decoder: Decoder, settings: StreamlineSettings, window: Span, scores: 
     )
 
 
-class _BlockNetwork(nn.Module):
-    """A block that begins as the window's first, called as that is."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-        return run_block(self.block, call, hidden)
-
-
 class _MlpNetwork(nn.Module):
     """An MLP with its norm and its residual."""
 
@@ -184,11 +172,11 @@ class _Training:
             tensors = self._on_language(tensors)
         return self._put_in(tensors)
 
-    def _new_network(self) -> _BlockNetwork | _MlpNetwork:
+    def _new_network(self) -> BlockNetwork | _MlpNetwork:
         if self.config is not None:
             return _MlpNetwork(new_network(self.config, self.low, self.decoder.device, self.evidence.seed))
         with self.decoder.block(self.low) as block:
-            return _BlockNetwork(copy.deepcopy(block).float())
+            return BlockNetwork(copy.deepcopy(block).float())
 
     def _on_pairs(self, network: nn.Module) -> None:
         """Train the network by itself, on what enters and what leaves the window."""
@@ -196,7 +184,7 @@ class _Training:
         objective = PairRegression(self.decoder, self.step.window, network, folded=self.config is not None)
         data, held_out = self._items(self.numbers), self._items(self.held_back)
         if self.settings.pairs == "disk" or (self.settings.pairs is None and self.decoder.is_skeleton):
-            pairs = StoredPairs(
+            pairs = store_pairs(
                 self.decoder,
                 self.windows,
                 self.step.window,
@@ -240,7 +228,7 @@ class _Training:
             progress=self.evidence.progress,
         )
         self.evidence.facts[f"training ({loss})"] = outcome.describe()
-        _warn_of(outcome, loss)
+        warn_of(outcome.describe(), f"training what stands in for blocks {self.low} to {self.high} ({loss})")
 
     def _put_in(self, tensors: Tensors) -> Decoder:
         """Give the model with the network in the window's place, its weights rounded to the dtype to be saved."""
@@ -277,17 +265,6 @@ def training_windows(evidence: Evidence, settings: StreamlineSettings, tokens: i
 
 def _tensors(block: nn.Module) -> Tensors:
     return {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
-
-
-def _warn_of(outcome: Outcome, loss: str) -> None:
-    """Say what the user should know of a run that did not go to its end, or gained nothing."""
-    if outcome.stopped and "NaN" in outcome.stopped:
-        message = f"{outcome.stopped}; the network of step {outcome.best_step} is kept. Try a lower learning_rate."
-    elif outcome.best_step == 0:
-        message = f"no step lowered the {loss} loss on held-back text; the network is as it began."
-    else:
-        return
-    warnings.warn(f"training what stands in for blocks: {message}", TrainingWarning, stacklevel=2)
 
 
 METHODS = (

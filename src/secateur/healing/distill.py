@@ -1,0 +1,182 @@
+"""The dense model teaches: Kullback-Leibler divergence of next-token distributions (Hinton et al. 2015).
+
+The teacher runs beside the student, or its most likely tokens are written to disk first, so that only one model is in
+memory at a time. Of a distribution cut to k tokens what is left over counts as one more token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.stream import last_states
+from secateur.calibration.texts import Windows
+from secateur.errors import InputError
+from secateur.healing.data import WindowData
+from secateur.healing.language import IGNORED, targets_of
+from secateur.healing.mapped import MappedTensors
+from secateur.models.decoder import Decoder
+from secateur.models.replay import logits
+
+
+class Distillation(nn.Module):
+    """KL(teacher ‖ student) at a temperature, times its square; perhaps errors of hidden states besides."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        temperature: float = 1.0,
+        hidden_weight: float = 0.0,
+        kept: tuple[int, ...] = (),
+    ) -> None:
+        """Teach one model by another.
+
+        Args:
+            student: what is trained.
+            teacher: runs on the same tokens; None where items bring its `top_scores` and `top_tokens`.
+            temperature: logits of both are divided by it.
+            hidden_weight: weight of the mean squared error between what enters each student block and what enters the
+                same block of the teacher, relative to the latter's mean square.
+            kept: for each student block its number in the teacher.
+        """
+        super().__init__()
+        self.student = student
+        self._teacher = (teacher,)  # in a tuple, so that its weights are no part of this module
+        self.temperature, self.hidden_weight, self.kept = temperature, hidden_weight, kept
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        top_scores: torch.Tensor | None = None,
+        top_tokens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the sum over predictions, and their number; labels of -100 are not learnt from."""
+        given = {"input_ids": tokens, "use_cache": False, "output_hidden_states": self.hidden_weight > 0}
+        if mask is not None:
+            given["attention_mask"] = mask.long()
+        said = self.student(**given)
+        wanted = (targets_of(tokens, mask, labels) != IGNORED).flatten()
+        student = _log_probabilities(said.logits, wanted, self.temperature)
+        (teacher,) = self._teacher
+        if teacher is None:
+            assert top_scores is not None
+            assert top_tokens is not None
+            total = _cut_divergence(student, top_scores[:, :-1].flatten(0, 1)[wanted], top_tokens, wanted)
+        else:
+            with torch.no_grad():
+                taught = teacher(**given)
+            target = _log_probabilities(taught.logits, wanted, self.temperature)
+            total = nn.functional.kl_div(student, target, reduction="sum", log_target=True)
+        total = total * self.temperature**2
+        if self.hidden_weight and teacher is not None:
+            total = total + self.hidden_weight * wanted.sum() * self._hidden_errors(said, taught, mask)
+        return total, wanted.sum()
+
+    def _hidden_errors(self, said: Any, taught: Any, mask: torch.Tensor | None) -> torch.Tensor:
+        errors = []
+        for place, block in list(enumerate(self.kept))[1:]:  # what enters block 0 are the embeddings
+            own, dense = said.hidden_states[place].float(), taught.hidden_states[block].float()
+            if mask is not None:
+                own, dense = own[mask], dense[mask]
+            errors.append((own - dense).square().mean() / dense.square().mean())
+        return torch.stack(errors).mean()
+
+
+def _log_probabilities(scores: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
+    return (scores[:, :-1].flatten(0, 1)[wanted].float() / temperature).log_softmax(-1)
+
+
+def _cut_divergence(
+    student: torch.Tensor, top_scores: torch.Tensor, top_tokens: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """KL over the teacher's top tokens and one more that stands for all others."""
+    known = top_scores.float().to(student.device)
+    places = top_tokens[:, :-1].flatten(0, 1)[wanted].long().to(student.device)
+    own = student.gather(-1, places)
+    rest, own_rest = (_log_of_rest(one) for one in (known, own))
+    return (known.exp() * (known - own)).sum() + (rest.exp() * (rest - own_rest)).sum()
+
+
+def _log_of_rest(known: torch.Tensor) -> torch.Tensor:
+    """Give log(1 − Σ exp), at least that of 1e-6."""
+    return (1 - known.exp().sum(-1)).clamp_min(1e-6).log()
+
+
+class TeacherScores(MappedTensors):
+    """A teacher's k most likely tokens at every position.
+
+    Attributes:
+        scores: float16 (W, T, k), log-probabilities at the temperature.
+        tokens: int32 (W, T, k).
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        teacher: Decoder,
+        windows: Windows,
+        *,
+        top: int,
+        temperature: float = 1.0,
+        batch_size: int | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Run the teacher over all windows; a skeleton holds one block at a time.
+
+        Raises:
+            OSError: there is no room for the files.
+            NumericsError: NaN or infinity on the way.
+        """
+        shape = (len(windows), windows.seq_len, min(top, int(teacher.config.vocab_size)))
+        super().__init__("teacher-scores", teacher_bytes(*shape))
+        self.scores = self.tensor("scores", shape, torch.float16)
+        self.tokens = self.tensor("tokens", shape, torch.int32)
+        rows = 0
+        for batch, hidden in last_states(teacher, windows, batch_size, progress):
+            found = logits(teacher, hidden, batch.tokens, batch.mask).float() / temperature
+            best = found.log_softmax(-1).topk(shape[2], dim=-1)
+            self.scores[rows : rows + len(hidden)] = best.values.half().cpu()
+            self.tokens[rows : rows + len(hidden)] = best.indices.int().cpu()
+            rows += len(hidden)
+
+
+def teacher_bytes(windows: int, seq_len: int, top: int) -> int:
+    """Bytes on disk of so many tokens' scores: a float16 and an int32 each."""
+    return windows * seq_len * top * 6
+
+
+class TaughtData(Dataset[dict[str, torch.Tensor]]):
+    """Windows, each with what the teacher said."""
+
+    def __init__(self, items: WindowData, said: TeacherScores) -> None:
+        """Join windows and scores."""
+        self.items, self.said = items, said
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        number = self.items.numbers[item]
+        return self.items[item] | {"top_scores": self.said.scores[number], "top_tokens": self.said.tokens[number]}
+
+
+def require_same_vocabulary(student: Decoder, teacher: Decoder) -> None:
+    """Refuse a teacher that speaks of other tokens.
+
+    Raises:
+        InputError: another number of tokens, or other words behind them.
+    """
+    sizes = [one.module.get_output_embeddings().weight.shape[0] for one in (student, teacher)]
+    words = [one.tokenizer.get_vocab() if one.tokenizer is not None else None for one in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"the teacher {teacher.source} has {sizes[1]:,} tokens where the model has {sizes[0]:,}.")
+    if None not in words and words[0] != words[1]:
+        raise InputError(f"the teacher {teacher.source} has another vocabulary than the model; take the dense model.")

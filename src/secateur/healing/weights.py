@@ -1,0 +1,139 @@
+"""Which weights a run trains, on a copy of their own, and how they become those of a decoder again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from secateur.errors import InputError, ModelError
+from secateur.models.anatomy import find, present, resolve
+from secateur.models.decoder import Decoder
+from secateur.models.depth import with_blocks
+from secateur.models.fingerprint import of_edit
+
+Trained = Literal["lora", "last-layers", "full"]
+
+LAST_BLOCKS = 3
+"""Blocks that `last-layers` trains besides the head."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to be trained.
+
+    Attributes:
+        module: the model; what is trained requires gradients and is in float32.
+        trained: number of weights that are trained.
+        finish: gives the decoder with the weights as trained, rounded to the dtype to be saved.
+    """
+
+    module: nn.Module
+    trained: int
+    finish: Callable[[], Decoder]
+
+
+def prepare(decoder: Decoder, which: Trained, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> Prepared:
+    """Make a model of which only some weights are trained; the given one stays as it is and shares the others.
+
+    Args:
+        decoder: in memory.
+        which: `full`: all; `last-layers`: the head, the final norm and the last three blocks; `lora`: low-rank
+            updates of the linear layers of all blocks (Hu et al. 2021), merged back by `finish`.
+        rank, alpha, dropout: of `lora`.
+
+    Raises:
+        InputError: the decoder is a skeleton.
+        ModelError: `lora` finds no linear layers.
+    """
+    if decoder.is_skeleton:
+        raise InputError(
+            f"{decoder.source}: training these weights needs the whole model in memory; open it with --in-memory, or "
+            "heal with blocks."
+        )
+    module = with_blocks(decoder.module, decoder.anatomy.family, range(decoder.block_count)).requires_grad_(False)
+    if which == "lora":
+        return _with_lora(decoder, module, rank, alpha, dropout)
+    chosen = [name for name, _ in module.named_parameters() if which == "full" or _is_last(decoder, name)]
+    replace_parameters(module, chosen, lambda tensor: nn.Parameter(tensor.detach().clone().float()))
+
+    def finish() -> Decoder:
+        return _finished(decoder, module, chosen)
+
+    return Prepared(module, sum(p.numel() for p in module.parameters() if p.requires_grad), finish)
+
+
+def replace_parameters(module: PreTrainedModel, names: list[str], make: Callable[[torch.Tensor], nn.Parameter]) -> None:
+    """Give parameters new tensors by name; tied ones stay tied."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        found = holder._parameters[leaf]
+        assert found is not None
+        holder._parameters[leaf] = make(found)
+    module.tie_weights()
+
+
+def _is_last(decoder: Decoder, name: str) -> bool:
+    family = decoder.anatomy.family
+    block = re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", name)
+    if block:
+        return int(block.group(1)) >= decoder.block_count - LAST_BLOCKS
+    parts = [family.head, *family.final]
+    if decoder.anatomy.tied:
+        parts.append(family.embeddings[0])
+    return any(name.startswith(f"{part}.") for part in parts)
+
+
+def _with_lora(decoder: Decoder, module: PreTrainedModel, rank: int, alpha: int, dropout: float) -> Prepared:
+    targets = sorted(_linear_layers(decoder))
+    if not targets:
+        raise ModelError(f"{decoder.source}: no linear layers in its blocks for LoRA; heal with full or last-layers.")
+    replace_parameters(
+        module,
+        [f"{name}.weight" for name in targets],
+        lambda tensor: nn.Parameter(tensor.detach().clone(), requires_grad=False),
+    )
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", bias="none"
+    )
+    adapted: Any = get_peft_model(module, config)
+
+    def finish() -> Decoder:
+        return _finished(decoder, adapted.merge_and_unload(), [f"{name}.weight" for name in targets])
+
+    return Prepared(adapted, sum(p.numel() for p in adapted.parameters() if p.requires_grad), finish)
+
+
+def _linear_layers(decoder: Decoder) -> Iterator[str]:
+    """Paths of the projections of all blocks that are linear layers (routers and shortcuts are not among them)."""
+    family = decoder.anatomy.family
+    named = (*family.attention_in, *family.attention_out, *family.mlp_in, *family.mlp_out)
+    for index, block in enumerate(decoder.block_list):
+        found = present(block, named) if not family.detected else block.named_modules()
+        for name, module in found:
+            if isinstance(module, nn.Linear | Conv1D):
+                yield f"{decoder.anatomy.block_path(index)}.{name}"
+
+
+def _finished(decoder: Decoder, module: Any, trained: list[str]) -> Decoder:
+    stored, dtype = decoder.saved_dtype, decoder.module.dtype
+    replace_parameters(
+        module, trained, lambda tensor: nn.Parameter(tensor.detach().to(stored).to(dtype), requires_grad=False)
+    )
+    module = module.requires_grad_(False).eval()
+    sums = [[name, float(find(module, name).double().sum())] for name in trained]
+    return dataclasses.replace(
+        decoder,
+        module=module,
+        anatomy=resolve(module, decoder.anatomy.family),
+        fingerprint=of_edit(decoder.fingerprint, {"healed": sums}),
+    )
