@@ -55,7 +55,7 @@ def test_the_whole_job(run, model, windows, tmp_path):
     assert np.asarray(scores["cosine"]).shape == (9, 9)
 
     code, out, _ = run(
-        "plan", model, "--method", "streamline", "--remove", "25%", "--texts", windows,
+        "plan", model, "--method", "shortgpt", "--remove", "25%", "--texts", windows,
         "--scores", "scores/scores.json", "-o", "plan.json",
     )  # fmt: skip
     assert code == 0
@@ -81,6 +81,33 @@ def test_the_whole_job(run, model, windows, tmp_path):
     assert results[0]["value"] != results[1]["value"]
 
 
+def test_tasks_and_speed_of_the_bundled_model(run, tmp_path):
+    words = ["--tasks", "stdlib-cloze", "--limit", "2", "--stability", "-o", "eval"]
+    code, out, err = run("eval", "bundled", "--against", "bundled", *words)
+    assert code == 0, err
+    assert "stability" in out
+    assert "perplexity" not in out
+    results = [json.loads(line) for line in (tmp_path / "eval" / "results.jsonl").read_text().splitlines()]
+    assert {(one["measure"], one["value"]) for one in results} >= {("stability", 1.0), ("flips", 0.0)}
+
+    words = ["--batch-sizes", "1", "--prompts", "4", "--new-tokens", "2", "--repeats", "1", "-o", "bench"]
+    code, out, err = run("bench", "bundled", "--against", "bundled", *words, "--json")
+    assert code == 0, err
+    results = json.loads(out)
+    assert results == [json.loads(line) for line in (tmp_path / "bench" / "results.jsonl").read_text().splitlines()]
+    assert {one["role"] for one in results} == {"model", "against"}
+    assert "decode tokens/s" in run("bench", "bundled", *words[:-2])[1]
+
+
+def test_measuring_never_replaces_the_model(run, model, tmp_path):
+    assert run("prune", model, "--method", "last-n", "--blocks", "1", "--no-check", "-o", "cut")[0] == 0
+    for words in (["eval", "cut"], ["bench", "cut"]):
+        code, _, err = run(*words, "-o", "cut")
+        assert code == 2
+        assert "is the model being read" in err
+    assert (tmp_path / "cut" / "model.safetensors").is_file()
+
+
 def test_default_folders(run, model, windows, tmp_path):
     assert run("prune", model, "--method", "last-n", "--blocks", "1", "--no-check")[0] == 0
     assert run("plan", model, "--method", "last-n", "--blocks", "1")[0] == 0
@@ -93,6 +120,8 @@ def test_a_dry_run_writes_nothing(run, model, windows, tmp_path):
         code, _, err = run(words[0], model, *words[1:], "--texts", windows, "--dry-run")
         assert code == 0
         assert "needs about" in err
+    for words in (["eval", model, "--tasks", "piqa"], ["bench", model]):
+        assert run(*words, "--dry-run")[0] == 0
     assert run("prune", model, "--method", "last-n", "--blocks", "2", "--dry-run")[0] == 0
     assert list(tmp_path.iterdir()) == []
 
@@ -143,6 +172,12 @@ BAD = {
     "bad device": (["score", "MODEL", "--device", "gpu"], "device 'gpu'"),
     "unknown score": (["score", "MODEL", "--also", "perplexty"], "Did you mean 'perplexity'"),
     "unknown option": (["score", "MODEL", "--remove", "25%"], "No such option"),
+    "unknown task": (["eval", "MODEL", "--tasks", "pica"], "unknown task 'pica'. Near it:"),
+    "stability of one model": (["eval", "MODEL", "--tasks", "stdlib-cloze", "--stability"], "name the dense one"),
+    "bad batch sizes": (["bench", "MODEL", "--batch-sizes", "1,x"], "whole numbers from 1 up"),
+    "prompt too long": (["bench", "MODEL", "--prompts", "400"], "the 64 positions of the model"),
+    "a speed-up that is none": (["plan", "MODEL", "--method", "last-n", "--target-speedup", "0.8"], "must be above 1"),
+    "memory unreachable": (["plan", "MODEL", "--method", "last-n", "--target-memory", "1kB"], "unreachable"),
     "scores of another model": (
         ["plan", "MODEL", "--method", "uidl", "--blocks", "1", "--texts", "NPY", "--scores", "SCORES"],
         "another model",

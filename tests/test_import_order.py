@@ -14,8 +14,9 @@ ORDER = [
     {"scores", "surgery"},
     {"healing"},
     {"methods", "checkpoints"},
-    {"runs", "console", "options"},
-    {"demonstration"},
+    {"runs", "console", "result_tables", "options"},
+    {"terminal"},
+    {"demonstration", "measuring"},
     {"cli"},
     {"__main__"},
 ]

@@ -14,7 +14,8 @@ __version__ = "0.1.0"
 from secateur.checkpoints.save import save
 from secateur.demonstration import demo
 from secateur.errors import SecateurError
-from secateur.evaluation.perplexity import eval
+from secateur.evaluation.evaluate import eval
+from secateur.evaluation.speed import bench
 from secateur.healing.heal import heal
 from secateur.methods.planning import make_plan, prune
 from secateur.models.inspection import inspect
@@ -25,6 +26,7 @@ from secateur.scores.measure import score
 __all__ = [
     "Plan",
     "SecateurError",
+    "bench",
     "demo",
     "eval",
     "heal",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import sys
 import tempfile
@@ -11,52 +10,43 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging
 
 import secateur
-from secateur.calibration.estimate import estimate
 from secateur.calibration.processes import leads
 from secateur.calibration.texts import text_names
 from secateur.checkpoints.folders import check_target, replacing
-from secateur.console import facts_table, healing_table, plan_summary, results_table, scores_table, showing_progress
+from secateur.console import facts_table, healing_table, plan_summary, scores_table, showing_progress
 from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
-from secateur.evaluation.results import append_results
 from secateur.healing.heal import find_rung
-from secateur.healing.rungs import Data
+from secateur.measuring import bench, evaluate
 from secateur.methods.planning import windows_of_plan
 from secateur.methods.registry import METHODS, find_method
 from secateur.methods.sequence import read_sequence
 from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
-from secateur.options import Amount, HeldOut, Learning, Opening, Reading, grouped
+from secateur.options import Amount, Learning, Opening, Reading, grouped
 from secateur.plan import Plan, plans_in
 from secateur.runs import mark, replace_file, run_folder, training_folder
 from secateur.scores.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
 from secateur.settings import describe_settings
 from secateur.steps import MergeBlocks
+from secateur.terminal import DryRun, Json, ModelArg, Out, announce, answer, err, opened, out_console, target
 
 app = typer.Typer(
     name="secateur",
-    help="Structured pruning of language models: score, plan, prune, eval. Start with: secateur demo",
+    help="Structured pruning of language models: score, plan, prune, heal, eval, bench. Start with: secateur demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out_console = Console()
-err = Console(stderr=True, quiet=not leads())
-
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub name, or 'bundled'.")]
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write. (default: under secateur-runs/)")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need, and stop.")]
 
 
 @app.command()
@@ -77,11 +67,11 @@ def score(
 ) -> None:
     """Measure where a model is redundant: a table, pictures, scores.json."""
     kinds = _kinds(also or [])
-    folder = _target(out, model, "score")
-    decoder = _opened(opening, model, only_shapes=dry_run)
+    folder = target(out, model, "score")
+    decoder = opened(opening, model, only_shapes=dry_run)
     windows = reading.calibration(decoder, pack=pack)
     forwards = 1.1 + ("perplexity" in kinds) * (decoder.block_count / 2 + 1) + 4 * ("taylor" in kinds)
-    _announce(decoder, windows, forwards)
+    announce(decoder, windows, forwards)
     if dry_run:
         return
     with showing_progress(err) as progress:
@@ -97,7 +87,7 @@ def score(
         scores.write(part / "scores.json")
         drawn = [path.name for path in draw_scores(scores, part)]
         mark(part, "score", {"model": model, "texts": windows.describe()})
-    _answer(scores.model_dump(mode="json"), scores_table(scores), as_json=as_json)
+    answer(scores.model_dump(mode="json"), scores_table(scores), as_json=as_json)
     err.print(f"Written: [bold]{escape(str(folder))}[/]/scores.json, {', '.join(drawn)}")
 
 
@@ -116,17 +106,17 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Decide what to cut: a small file to read, edit and give to `prune`."""
-    target = out or run_folder(model, "plan") / "plan.json"
-    if target.exists():
-        _require_plan(target)
-    decoder = _opened(opening, model, only_shapes=dry_run)
+    file = out or run_folder(model, "plan") / "plan.json"
+    if file.exists():
+        _require_plan(file)
+    decoder = opened(opening, model, only_shapes=dry_run)
     made = _decide(decoder, method, amount, reading, dry_run=dry_run)
     if made is None:
         return
-    replace_file(target, made.to_json())
-    _draw_merged(decoder, made, amount, reading, target.with_name("windows.png"))
-    _answer(made.model_dump(mode="json"), plan_summary(made), as_json=as_json)
-    err.print(f"Written: [bold]{escape(str(target))}[/]\nTo apply it: secateur prune {model} --plan {target} -o FOLDER")
+    replace_file(file, made.to_json())
+    _draw_merged(decoder, made, amount, reading, file.with_name("windows.png"))
+    answer(made.model_dump(mode="json"), plan_summary(made), as_json=as_json)
+    err.print(f"Written: [bold]{escape(str(file))}[/]\nTo apply it: secateur prune {model} --plan {file} -o FOLDER")
 
 
 @app.command()
@@ -148,8 +138,8 @@ def prune(
     if (plan_file is None) == (method is None):
         raise InputError("say what to cut: either --plan FILE, or --method NAME with an amount (--remove 25%).")
     made = Plan.read(plan_file) if plan_file else None
-    folder = _target(out, model, "prune")
-    decoder = _opened(opening, model, only_shapes=dry_run)
+    folder = target(out, model, "prune")
+    decoder = opened(opening, model, only_shapes=dry_run)
     check_target(folder, reads=decoder.folder)
     work = training_folder(folder)
     if method is not None:
@@ -163,7 +153,7 @@ def prune(
     with err.status("saving, and reopening in a fresh process" if check else "saving"):
         record = secateur.save(pruned, folder, dtype=save_dtype, check=check)
     shutil.rmtree(work, ignore_errors=True)
-    _answer(record, None, as_json=as_json)
+    answer(record, None, as_json=as_json)
     proof = "reopened in a fresh process: same logits, same generation" if check else "not checked (--no-check)"
     err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
 
@@ -181,13 +171,13 @@ def heal(
 ) -> None:
     """Train a pruned model to get back what the cut has cost; killed and started again, it goes on."""
     rung = find_rung(learning.with_)
-    folder = _target(out, model, "heal")
-    decoder = _opened(opening, model, only_shapes=dry_run, whole=rung.whole)
+    folder = target(out, model, "heal")
+    decoder = opened(opening, model, only_shapes=dry_run, whole=rung.whole)
     check_target(folder, reads=decoder.folder)
     named = learning.teacher or _dense_of(decoder)
-    teacher = _opened(opening, named, only_shapes=dry_run) if rung.teacher else None
+    teacher = opened(opening, named, only_shapes=dry_run) if rung.teacher else None
     data = learning.data(decoder)
-    _announce(decoder, data, rung.passes)
+    announce(decoder, data, rung.passes)
     if dry_run:
         return
     work = training_folder(folder)
@@ -210,42 +200,18 @@ def heal(
         secateur.save(healed, folder, check=check)
     shutil.rmtree(work, ignore_errors=True)
     facts = healed.history[-1]["healing"]
-    _answer(facts, healing_table(facts), as_json=as_json)
+    answer(facts, healing_table(facts), as_json=as_json)
     err.print(f"Written: [bold]{escape(str(folder))}[/]")
 
 
-@app.command("eval")
-@grouped
-def evaluate(
-    model: ModelArg,
-    reading: HeldOut,
-    opening: Opening,
-    against: Annotated[str | None, typer.Option(help="The dense model, measured in the same run.")] = None,
-    out: Out = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Measure perplexity on held-out text, of the model and of the dense one in one run."""
-    folder = _target(out, model, "eval")
-    decoder = _opened(opening, model, only_shapes=dry_run)
-    dense = _opened(opening, against, only_shapes=dry_run) if against else None
-    windows = reading.held_out(decoder)
-    _announce(decoder, windows, 1.0 + (dense.parameter_count / decoder.parameter_count if dense else 0.0))
-    if dry_run:
-        return
-    with showing_progress(err) as progress:
-        results = secateur.eval(decoder, against=dense, texts=windows, batch_size=reading.batch_size, progress=progress)
-    with replacing(folder) as part:
-        append_results(part / "results.jsonl", results)
-        mark(part, "eval", {"model": model, "against": against, "texts": windows.describe()})
-    _answer([result.as_dict() for result in results], results_table(results), as_json=as_json)
-    err.print(f"Written: [bold]{escape(str(folder))}[/]/results.jsonl")
+app.command("eval")(evaluate)
+app.command()(bench)
 
 
 @app.command()
 def demo(out: Out = None) -> None:
     """Score, plan, cut, check and compare the small trained model that ships with the package."""
-    folder = _target(out, "bundled", "demo")
+    folder = target(out, "bundled", "demo")
     with showing_progress(err) as progress:
         secateur.demo(folder, show=out_console.print, progress=progress)
 
@@ -254,8 +220,8 @@ def demo(out: Out = None) -> None:
 @grouped
 def inspect(model: ModelArg, opening: Opening, as_json: Json = False) -> None:
     """Say what a model is made of; reads no weights where they are safetensors."""
-    facts = secateur.inspect(_opened(opening, model, only_shapes=True))
-    _answer(facts, facts_table(model, facts), as_json=as_json)
+    facts = secateur.inspect(opened(opening, model, only_shapes=True))
+    answer(facts, facts_table(model, facts), as_json=as_json)
 
 
 @app.command()
@@ -267,7 +233,7 @@ def methods(
     if name is not None:
         one = find_method(name)
         described = describe_settings(one.settings)
-        _answer(described, facts_table(f"{name}: {one.summary}", described), as_json=as_json)
+        answer(described, facts_table(f"{name}: {one.summary}", described), as_json=as_json)
         return
     table = Table("method", "what it does", "paper")
     for one in METHODS.values():
@@ -281,7 +247,7 @@ def methods(
         }
         for one in METHODS.values()
     ]
-    _answer(facts, table, as_json=as_json)
+    answer(facts, table, as_json=as_json)
 
 
 @app.command()
@@ -291,7 +257,7 @@ def families(as_json: Json = False) -> None:
     for row in FAMILIES.values():
         residual = "parallel" if row.parallel is True else f"by {row.parallel}" if row.parallel else "sequential"
         table.add_row(row.model_type, row.blocks, row.norm, row.order, residual)
-    _answer(list(FAMILIES), table, as_json=as_json)
+    answer(list(FAMILIES), table, as_json=as_json)
 
 
 @app.command()
@@ -300,7 +266,7 @@ def texts(as_json: Json = False) -> None:
     table = Table("name", "from", "for calibration", "held out")
     for row in text_names():
         table.add_row(row.name, row.origin, row.calibration, row.held_out)
-    _answer([row.name for row in text_names()], table, as_json=as_json)
+    answer([row.name for row in text_names()], table, as_json=as_json)
 
 
 def _version(wanted: bool) -> None:
@@ -315,12 +281,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Structured pruning of language models: score, plan, prune, eval. Start with: secateur demo."""
-
-
-def _opened(opening: Opening, source: str, *, only_shapes: bool = False, whole: bool = False) -> Decoder:
-    with err.status(f"opening {source}"):
-        return opening.open(source, only_shapes=only_shapes, whole=whole)
+    """Structured pruning of language models: score, plan, prune, heal, eval, bench. Start with: secateur demo."""
 
 
 def _dense_of(decoder: Decoder) -> str:
@@ -340,17 +301,14 @@ def _decide(
         windows = reading.calibration(decoder)
         gone = amount.blocks if amount.blocks is not None else decoder.block_count // 4
         each = (part.method.forwards(decoder.block_count, gone, part.settings) for part in parts)
-        _announce(decoder, windows, 0.0 if known and len(parts) == 1 else sum(each))
+        announce(decoder, windows, 0.0 if known and len(parts) == 1 else sum(each))
     if dry_run:
         return None
     with _saying_warnings(), showing_progress(err) as progress:
         return secateur.make_plan(
             decoder,
             method=method,
-            remove=amount.remove,
-            target_params=amount.target_params,
-            blocks=amount.blocks,
-            slice=amount.slice_,
+            **amount.wanted(),
             texts=windows,
             seed=reading.seed,
             batch_size=reading.batch_size,
@@ -371,7 +329,7 @@ def _apply(decoder: Decoder, made: Plan, reading: Reading, *, dry_run: bool, wor
             kept = step.disk_bytes(decoder.hidden_size, skeleton=decoder.is_skeleton)
             if kept:
                 err.print(f"{step.method}: {kept / 2**30:,.2f} GiB of hidden states go to {tempfile.gettempdir()}")
-        _announce(decoder, windows, sum(step.forwards(windows.token_count) for step in made.steps))
+        announce(decoder, windows, sum(step.forwards(windows.token_count) for step in made.steps))
     if dry_run:
         return None
     with _saying_warnings(without=TextsWarning), showing_progress(err) as progress:
@@ -416,19 +374,6 @@ def _draw_merged(decoder: Decoder, made: Plan, amount: Amount, reading: Reading,
     err.print(f"Written: [bold]{escape(str(path))}[/] (the blocks that become one, on the CKA map)")
 
 
-def _announce(decoder: Decoder, windows: Data, forwards: float) -> None:
-    """Say what is about to happen and what it needs."""
-    needs = estimate(decoder, windows.token_count, forwards)
-    how = "skeleton, block by block" if decoder.is_skeleton else "in memory"
-    err.print(
-        f"{decoder.source}: {decoder.parameter_count:,} parameters, {decoder.block_count} blocks, {how}, "
-        f"{decoder.module.dtype} on {decoder.device}".replace("torch.", "")
-    )
-    err.print(f"{len(windows)} windows of {windows.seq_len} tokens of {windows.source}; {needs.sentence()}")
-    for note in windows.notes:
-        err.print(f"[yellow]note:[/] {note}")
-
-
 def _kinds(also: list[str]) -> tuple[Kind, ...]:
     slower = [kind for kind in KINDS if kind not in ONE_PASS]
     for kind in also:
@@ -437,24 +382,11 @@ def _kinds(also: list[str]) -> tuple[Kind, ...]:
     return (*ONE_PASS, *(kind for kind in slower if kind in also))
 
 
-def _target(out: Path | None, model: str, command: str) -> Path:
-    folder = out or run_folder(model, command)
-    check_target(folder)
-    return folder
-
-
 def _require_plan(path: Path) -> None:
     try:
         Plan.read(path)
     except InputError as error:
         raise InputError(f"{path}: exists and is not a plan; choose another file.") from error
-
-
-def _answer(data: Any, table: RenderableType | None, *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(data, indent=1))
-    elif table is not None:
-        out_console.print(table)
 
 
 def main() -> None:

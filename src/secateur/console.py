@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.calibration.progress import Progress
-from secateur.evaluation.results import Result
+from secateur.methods.amounts import gigabytes
 from secateur.methods.registry import METHODS
 from secateur.plan import Plan
 from secateur.scores.profile import Scores
@@ -87,6 +87,8 @@ def plan_summary(plan: Plan) -> Table:
         "parameters",
         f"{plan.parameters_before:,} → {plan.parameters_after:,} ({plan.removed_fraction:.1%} removed{_asked(plan)})",
     )
+    if plan.counts_on:
+        table.add_row("counts on", _counted(plan.counts_on))
     if plan.texts:
         table.add_row(
             "measured on",
@@ -106,8 +108,24 @@ def _asked(plan: Plan) -> str:
     readers: dict[str, Callable[[float], str]] = {
         "remove": lambda value: f"; asked for {value:.1%}",
         "target_params": lambda value: f"; asked for at most {value:,.0f}",
+        "target_memory": lambda value: f"; asked for at most {gigabytes(value)}",
+        "target_speedup": lambda value: f"; asked for {value:g} times as fast",
     }
     return "".join(readers[name](value) for name, value in plan.requested.items() if name in readers)
+
+
+def _counted(facts: dict[str, Any]) -> str:
+    """Say what a target in bytes or seconds was counted on, and what is expected."""
+    if "bytes" in facts:
+        return (
+            f"{gigabytes(facts['bytes'])} of weights and cache instead of {gigabytes(facts['dense_bytes'])}, one "
+            f"sequence of {facts['context']:,} tokens, {facts['dtype']}"
+        )
+    return (
+        f"{facts['speedup']:.2f} times as fast: {1000 * facts['seconds']:.4g} ms instead of "
+        f"{1000 * facts['dense_seconds']:.4g} for {facts['prompt']} tokens read and {facts['new_tokens']} written, "
+        f"{facts['dtype']} on {facts['device']}, measured block by block"
+    )
 
 
 def _strip(plan: Plan) -> Text:
@@ -117,19 +135,6 @@ def _strip(plan: Plan) -> Text:
         strip.append(f"{block}" if block in kept else f"✂{block}", style="green" if block in kept else "bold red")
         strip.append(" ")
     return strip
-
-
-def results_table(results: Sequence[Result]) -> Table:
-    """One row per measured model, with ratios to the one it is compared with."""
-    table = Table(title=f"{results[0].measure} on {results[0].texts['source']} (held out)", title_justify="left")
-    for name in ("model", "blocks", "parameters", "size", results[0].measure, "ratio"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    dense = next((result for result in results if result.role == "against"), None)
-    for result in results:
-        size = f"{result.parameters / dense.parameters:.1%}" if dense else "—"
-        ratio = f"{result.value / dense.value:.3f}" if dense else "—"
-        table.add_row(result.model, str(result.blocks), f"{result.parameters:,}", size, f"{result.value:.3f}", ratio)
-    return table
 
 
 def healing_table(facts: dict[str, Any]) -> Table:

@@ -13,12 +13,13 @@ from secateur.calibration.choose import windows_for
 from secateur.calibration.progress import SILENT, Progress
 from secateur.checkpoints.folders import replacing
 from secateur.checkpoints.save import save
-from secateur.console import plan_summary, results_table, scores_table
-from secateur.evaluation.perplexity import eval as evaluate
+from secateur.console import plan_summary, scores_table
+from secateur.evaluation.evaluate import eval as evaluate
 from secateur.evaluation.results import append_results
 from secateur.methods.planning import make_plan, prune
 from secateur.models.decoder import Decoder
 from secateur.models.open import BUNDLED, open_model
+from secateur.result_tables import results_table
 from secateur.runs import mark, run_folder
 from secateur.scores.measure import score
 from secateur.scores.pictures import draw_scores

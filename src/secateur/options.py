@@ -19,7 +19,7 @@ from secateur.calibration.texts import Windows
 from secateur.errors import InputError
 from secateur.healing.heal import training_data
 from secateur.healing.rungs import Data
-from secateur.methods.budget import read_count
+from secateur.methods.amounts import read_count
 from secateur.models.decoder import Decoder
 from secateur.models.open import open_model
 from secateur.scores.profile import Scores
@@ -109,6 +109,21 @@ class HeldOut(Reading):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asking:
+    """Which tasks are put to the model."""
+
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="stdlib-cloze, commonsense, names of lm-evaluation-harness, folders: piqa,arc_easy."),
+    ] = None
+    limit: Annotated[int | None, typer.Option(help="Questions per task. (default: all)")] = None
+    shots: Annotated[int | None, typer.Option(help="Examples before each question. (default: as the task says)")] = None
+    stability: Annotated[
+        bool, typer.Option("--stability", help="How much is answered as --against answers it, and answer flips.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Learning:
     """What a model is trained on, and how."""
 
@@ -154,12 +169,33 @@ class Amount:
 
     remove: Annotated[str | None, typer.Option(help="Share of all parameters to remove: 25% or 0.25.")] = None
     target_params: Annotated[str | None, typer.Option(help="Parameters to stay at or below: 5.5B, 350M.")] = None
+    target_memory: Annotated[
+        str | None, typer.Option(help="Memory for weights and cache to stay at or below: 12GB. See --context.")
+    ] = None
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in the cache that --target-memory counts. (default: 4096, or positions)")
+    ] = None
+    target_speedup: Annotated[
+        str | None, typer.Option(help="How many times as fast, by block times measured now on this device: 1.3.")
+    ] = None
     blocks: Annotated[int | None, typer.Option(help="Number of blocks to take out.")] = None
     slice_: Annotated[
         str | None, typer.Option("--slice", help="Share of the hidden directions to slice away: 20%.")
     ] = None
     set_: Setting = None
     scores: Annotated[Path | None, typer.Option(help="scores.json measured before on this model.")] = None
+
+    def wanted(self) -> dict[str, Any]:
+        """Give the amount by the names `make_plan` takes, all but one of them None."""
+        return {
+            "remove": self.remove,
+            "target_params": self.target_params,
+            "target_memory": self.target_memory,
+            "context": self.context,
+            "target_speedup": self.target_speedup,
+            "blocks": self.blocks,
+            "slice": self.slice_,
+        }
 
     def settings(self) -> dict[str, Any]:
         """Give the method's settings as typed."""
@@ -168,6 +204,18 @@ class Amount:
     def known_scores(self) -> Scores | None:
         """Read the scores file, if one was named."""
         return Scores.read(self.scores) if self.scores else None
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Read `1,8`.
+
+    Raises:
+        InputError: something else than whole numbers from 1 up.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"{option} {text}: write whole numbers from 1 up, such as 1,8.")
+    return [int(part) for part in parts]
 
 
 def read_pairs(typed: list[str] | None) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Plan(BaseModel):
         requested: the budget as asked for, such as `{"remove": 0.25}`.
         texts: source, fingerprint and shape of the calibration windows it was measured on.
         seed: seed of everything drawn at random.
+        counts_on: for a target in bytes or seconds, what it was counted on and what the plan is expected to reach.
         version: the secateur that made it.
     """
 
@@ -60,6 +61,7 @@ class Plan(BaseModel):
     texts: dict[str, Any] | None = None
     seed: int = 0
     steps: tuple[AnyStep, ...] = ()
+    counts_on: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

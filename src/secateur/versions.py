@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 
-_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy")
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "lm_eval")
 
 
 def secateur_version() -> str:

@@ -276,7 +276,6 @@ def test_lora_learns_saves_and_merges(sliced, tmp_path):
 
 
 def test_lm_eval_scores_with_the_models_own_probabilities(sliced):
-    pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

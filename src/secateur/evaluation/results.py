@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.models.decoder import Decoder
+from secateur.versions import versions
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -21,6 +24,9 @@ class Result:
         fingerprint: of the model.
         parameters: number of parameters, tied tensors once.
         blocks: number of blocks.
+        task: the task it belongs to, or `average` over the tasks of the run; None for other measures.
+        ratio: to the model it is compared with, where the two were measured in turn (the median over rounds).
+        spread: how sure it is: `stderr` of a mean over questions; `low` and `high`, quartiles of repeated measurements.
         texts: source, fingerprint, windows, seq_len, seed and bos of the texts.
         settings: dtype, device and whatever else changes the number.
         versions: of the software.
@@ -33,6 +39,9 @@ class Result:
     fingerprint: str
     parameters: int
     blocks: int
+    task: str | None = None
+    ratio: float | None = None
+    spread: dict[str, float] = field(default_factory=dict)
     texts: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -40,6 +49,23 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """Give the result as plain data."""
         return asdict(self)
+
+
+def result_of(model: Decoder, role: str, measure: str, value: float, **more: Any) -> Result:
+    """Make a result of an open model, with what is to be said about every measurement."""
+    arithmetic = {"dtype": str(model.module.dtype).removeprefix("torch."), "device": str(model.device)}
+    return Result(
+        measure=measure,
+        value=value,
+        role=role,
+        model=model.source,
+        fingerprint=model.fingerprint,
+        parameters=model.parameter_count,
+        blocks=model.block_count,
+        settings=arithmetic | more.pop("settings", {}),
+        versions=versions(),
+        **more,
+    )
 
 
 def append_results(path: Path, results: Iterable[Result]) -> None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from secateur.errors import InputError
+from secateur.methods.amounts import gigabytes, read_bytes, read_count, read_factor, read_fraction
+from secateur.methods.scale import Scale
 
 Native = Literal["blocks", "slice"]
 """What a method counts in by itself."""
 
-Aim = Literal["blocks", "slice", "remove", "target_params", "own"]
+Aim = Literal["blocks", "slice", "remove", "target_params", "target_memory", "target_speedup", "own"]
 
 
 @dataclass(frozen=True)
@@ -21,23 +23,55 @@ class Budget:
     Attributes:
         aim: `blocks`: exactly that many blocks; `slice`: that fraction of the hidden directions; `remove`: the
             closest non-zero cut to this fraction of all parameters; `target_params`: the largest model that has no
-            more than this many parameters; `own`: what the method's own knob gives.
-        value: a number of blocks, a fraction in [0, 1) or (0, 1), a number of parameters, or the value of the knob.
+            more than this many parameters; `target_memory`: the largest whose weights and cache take no more than
+            this many bytes; `target_speedup`: the smallest cut by which a request is answered so many times as fast;
+            `own`: what the method's own knob gives.
+        value: a number of blocks, a fraction in [0, 1) or (0, 1), a number of parameters or bytes, a factor above 1,
+            or the value of the knob.
         knob: name of the method's setting that asks for it, if one does.
+        context: tokens in the cache that `target_memory` counts.
+        scale: what the model at hand weighs in bytes or seconds, where the aim is counted in those.
     """
 
     aim: Aim
     value: float
     knob: str | None = None
+    context: int | None = None
+    scale: Scale | None = None
 
     @property
     def is_zero(self) -> bool:
         """Whether nothing is to go, which is legal only in a method's own unit."""
         return self.aim in ("blocks", "slice") and self.value == 0
 
+    @property
+    def is_target(self) -> bool:
+        """Whether the largest model is wanted that stays within what is asked for."""
+        return self.aim.startswith("target_")
+
     def describe(self) -> dict[str, Any]:
         """Give the request as data for the plan."""
-        return {(self.knob or "own") if self.aim == "own" else self.aim: self.value}
+        name = (self.knob or "own") if self.aim == "own" else self.aim
+        return {name: self.value} | ({"context": self.context} if self.context is not None else {})
+
+    def limit(self, total: float) -> float:
+        """Give what may be left of a model that weighs `total`."""
+        if self.aim == "remove":
+            return total * (1 - self.value)
+        if self.aim == "target_speedup":
+            assert self.scale is not None
+            return self.scale.dense / self.value
+        return self.value
+
+    def asked(self) -> str:
+        """Say what was asked for, as it is written on the command line."""
+        if self.aim == "remove":
+            return f"remove={self.value:.1%}"
+        if self.aim == "target_memory":
+            return f"target-memory={gigabytes(self.value)}"
+        if self.aim == "target_speedup":
+            return f"target-speedup={self.value:g}"
+        return f"target-params={self.value:,.0f}"
 
 
 def read_budget(
@@ -45,6 +79,9 @@ def read_budget(
     remove: float | str | None = None,
     target_params: float | str | None = None,
     slice: float | str | None = None,
+    target_memory: float | str | None = None,
+    target_speedup: float | str | None = None,
+    context: int | None = None,
 ) -> Budget:
     """Read the one amount that was given.
 
@@ -53,15 +90,30 @@ def read_budget(
         remove: fraction of all parameters, 0.25 or "25%".
         target_params: parameters to stay at or below, 5500000000 or "5.5B".
         slice: fraction of the hidden directions to slice away, 0.2 or "20%"; 0 changes nothing.
+        target_memory: bytes of weights and cache to stay at or below, 12000000000 or "12GB".
+        target_speedup: how many times as fast, 1.3.
+        context: tokens in the cache that `target_memory` counts.
 
     Raises:
         InputError: none or several given, or a value out of range.
     """
-    given = {"blocks": blocks, "slice": slice, "remove": remove, "target_params": target_params}
+    given = {
+        "blocks": blocks,
+        "slice": slice,
+        "remove": remove,
+        "target_params": target_params,
+        "target_memory": target_memory,
+        "target_speedup": target_speedup,
+    }
     named = {name: value for name, value in given.items() if value is not None}
     if len(named) != 1:
         what = "no amount given" if not named else f"several amounts given ({', '.join(named)})"
-        raise InputError(f"{what}: say one of remove (25%), target-params (5.5B), blocks (4) or slice (20%).")
+        raise InputError(
+            f"{what}: say one of remove (25%), target-params (5.5B), target-memory (12GB), target-speedup (1.3), "
+            "blocks (4) or slice (20%)."
+        )
+    if context is not None and (target_memory is None or context < 1):
+        raise InputError(f"context={context}: a number of tokens from 1 up, and only beside target-memory.")
     if blocks is not None:
         if blocks < 0:
             raise InputError(f"blocks={blocks}: must be 0 or more.")
@@ -70,42 +122,12 @@ def read_budget(
         return Budget("slice", read_fraction(slice, "slice", zero=True))
     if remove is not None:
         return Budget("remove", read_fraction(remove))
+    if target_memory is not None:
+        return Budget("target_memory", read_bytes(target_memory), context=context)
+    if target_speedup is not None:
+        return Budget("target_speedup", read_factor(target_speedup))
     assert target_params is not None
     return Budget("target_params", read_count(target_params))
-
-
-def read_fraction(text: float | str, name: str = "remove", *, zero: bool = False) -> float:
-    """Read 0.25 or "25%"; `zero` allows 0.
-
-    Raises:
-        InputError: not a number, or outside (0, 1).
-    """
-    stripped = str(text).strip()
-    try:
-        value = float(stripped[:-1]) / 100 if stripped.endswith("%") else float(stripped)
-    except ValueError as error:
-        raise InputError(f"{name}={text}: not a number; write 25% or 0.25.") from error
-    if not (0 < value < 1 or (zero and value == 0)):
-        hint = f" Did you mean {stripped}%?" if 1 <= value < 100 and "%" not in stripped else ""
-        raise InputError(f"{name}={text}: must be between 0 and 1 (0 % and 100 %), both excluded.{hint}")
-    return value
-
-
-def read_count(text: float | str, name: str = "target-params") -> float:
-    """Read 5500000000, "5.5B", "350M" or "12k".
-
-    Raises:
-        InputError: not a positive number.
-    """
-    stripped = str(text).strip()
-    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(stripped[-1:].upper(), 1.0)
-    try:
-        value = float(stripped[:-1] if scale > 1 else stripped) * scale
-    except ValueError as error:
-        raise InputError(f"{name}={text}: not a number; write 5.5B, 350M or 5500000000.") from error
-    if not 0 < value < float("inf"):
-        raise InputError(f"{name}={text}: must be a positive number.")
-    return value
 
 
 def choose_blocks(
@@ -129,58 +151,70 @@ def choose_blocks(
     """
     if budget.aim == "blocks":
         return _exactly(int(budget.value), candidates, most)
-    wanted = budget.value * total if budget.aim == "remove" else total - budget.value
+    weights, whole = weigh(budget, block_parameters, total)
+    wanted = whole - budget.limit(whole)
     if wanted <= 0:
-        raise InputError(f"target-params={budget.value:,.0f}: the model has only {total:,} parameters.")
+        raise InputError(already(budget, whole))
     slack = _ROUNDING if budget.aim == "remove" else 0.0
-    smallest = min(block_parameters)
-    tried: list[tuple[int, tuple[int, ...]]] = []
-    reached: list[int] = []
+    smallest = min(weights)
+    tried: list[tuple[float, tuple[int, ...]]] = []
+    reached: list[float] = []
     for found in candidates:
-        tried.append((sum(block_parameters[block] for block in found), found))
+        tried.append((sum(weights[block] for block in found), found))
         reached += [tried[-1][0]] * (tried[-1][0] >= wanted * (1 - slack))
         if reached and (len(found) + 1) * smallest >= min(reached):
             break  # one more block can no longer come closer
     if not reached:
-        raise InputError(_too_much(budget, max(gone for gone, _ in tried), total, most))
-    if budget.aim == "target_params":
+        raise InputError(_too_much(budget, max(gone for gone, _ in tried), whole, most))
+    if budget.is_target:
         return next(found for gone, found in tried if gone == min(reached))
     least = min(gone for gone, _ in tried)
     if wanted < least * (1 - _ROUNDING):
         raise InputError(
-            f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {least / total:.1%} (one block)."
+            f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {least / whole:.1%} (one block)."
         )
     return min(tried, key=lambda one: abs(one[0] - wanted))[1]
 
 
-def choose_size(budget: Budget, left: Sequence[int], total: int) -> int:
-    """Give the position of the candidate that meets a budget of parameters.
+def weigh(budget: Budget, block_parameters: tuple[int, ...], total: int) -> tuple[tuple[float, ...], float]:
+    """Give what each block and the whole model weigh in the unit of a budget."""
+    return (block_parameters, total) if budget.scale is None else (budget.scale.blocks, budget.scale.total)
+
+
+def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[Sequence[int]] | None = None) -> int:
+    """Give the position of the candidate that meets a budget.
 
     Args:
-        budget: `remove` or `target_params`.
+        budget: a fraction or a target.
         left: parameters that each candidate leaves.
         total: parameters of the dense model.
+        kept: blocks that each candidate keeps; None where all keep all.
 
     Raises:
         InputError: no candidate is smaller than the dense model, or the budget lies outside what they reach.
     """
-    smaller = [place for place, parameters in enumerate(left) if parameters < total]
-    wanted = total * (1 - budget.value) if budget.aim == "remove" else budget.value
-    least, most = (min(left), max((left[place] for place in smaller), default=total))
-    if budget.aim == "target_params":
-        if wanted >= total:
-            raise InputError(f"target-params={budget.value:,.0f}: the model has only {total:,} parameters.")
-        below = [place for place in smaller if left[place] <= wanted]
+    weights: Sequence[float] = left
+    whole: float = total
+    if budget.scale is not None:
+        blocks = kept if kept is not None else [range(len(budget.scale.blocks))] * len(left)
+        weights = [budget.scale.of(stay, count) for stay, count in zip(blocks, left, strict=True)]
+        whole = budget.scale.total
+    smaller = [place for place, weight in enumerate(weights) if weight < whole]
+    wanted = budget.limit(whole)
+    least, most = (min(weights), max((weights[place] for place in smaller), default=whole))
+    if budget.is_target:
+        if wanted >= whole:
+            raise InputError(already(budget, whole))
+        below = [place for place in smaller if weights[place] <= wanted]
         if below:
             return max(below, key=lambda place: left[place])
-    elif smaller and total - wanted <= (total - least) * (1 + _ROUNDING):
-        if total - wanted < (total - most) * (1 - _ROUNDING) / 2:
+    elif smaller and whole - wanted <= (whole - least) * (1 + _ROUNDING):
+        if whole - wanted < (whole - most) * (1 - _ROUNDING) / 2:
             raise InputError(
-                f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {1 - most / total:.1%}."
+                f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {1 - most / whole:.1%}."
             )
-        return min(smaller, key=lambda place: abs(left[place] - wanted))
-    asked = f"remove={budget.value:.1%}" if budget.aim == "remove" else f"target-params={budget.value:,.0f}"
-    raise InputError(f"{asked}: unreachable, at most {1 - least / total:.1%} of the parameters can go like this.")
+        return min(smaller, key=lambda place: abs(weights[place] - wanted))
+    raise InputError(f"{budget.asked()}: unreachable, at most {_at_most(budget, whole - least, whole)} like this.")
 
 
 _ROUNDING = 0.005
@@ -193,8 +227,29 @@ def _exactly(count: int, candidates: Iterable[tuple[int, ...]], most: int) -> tu
     return next(found for found in candidates if len(found) == count)
 
 
-def _too_much(budget: Budget, gone: int, total: int, most: int) -> str:
-    asked = f"remove={budget.value:.1%}" if budget.aim == "remove" else f"target-params={budget.value:,.0f}"
-    return (
-        f"{asked}: unreachable, taking out all {most} blocks that may go removes {gone / total:.1%} of the parameters."
-    )
+def already(budget: Budget, total: float) -> str:
+    """Say that a model that weighs `total` needs no cut for this target."""
+    if budget.aim == "target_memory":
+        return f"{budget.asked()}: the model takes only {gigabytes(total)} as it is."
+    if budget.aim == "target_speedup":
+        return f"{budget.asked()}: the model is as fast as that already."
+    return f"{budget.asked()}: the model has only {total:,} parameters."
+
+
+def _too_much(budget: Budget, gone: float, total: float, most: int) -> str:
+    everything = f"{budget.asked()}: unreachable, taking out all {most} blocks that may go"
+    if budget.aim == "target_memory":
+        return f"{everything} leaves {gigabytes(total - gone)}."
+    if budget.aim == "target_speedup":
+        assert budget.scale is not None
+        return f"{everything} makes it {budget.scale.dense / (total - gone):.2f} times as fast."
+    return f"{everything} removes {gone / total:.1%} of the parameters."
+
+
+def _at_most(budget: Budget, gone: float, total: float) -> str:
+    if budget.aim == "target_memory":
+        return f"a cut to {gigabytes(total - gone)} is possible"
+    if budget.aim == "target_speedup":
+        assert budget.scale is not None
+        return f"{budget.scale.dense / (total - gone):.2f} times as fast is possible"
+    return f"{gone / total:.1%} of the parameters can go"

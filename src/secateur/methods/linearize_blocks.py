@@ -23,7 +23,7 @@ from typing import Literal
 from pydantic import Field
 
 from secateur.errors import InputError
-from secateur.methods.budget import Budget, choose_blocks
+from secateur.methods.budget import Budget, choose_blocks, weigh
 from secateur.methods.method import Evidence, Method, Settings
 from secateur.models.decoder import Decoder
 from secateur.scores.linearity import linear_sums
@@ -101,7 +101,7 @@ def _windows_within(
 ) -> tuple[Span, ...]:
     """Take the number of blocks that meets the budget; where it cannot be told before, go through 1, 2, 3, …"""
     sizes, total = decoder.block_parameter_counts(), decoder.parameter_count
-    if budget.aim == "blocks" or len(set(sizes)) == 1:
+    if budget.aim == "blocks" or len(set(weigh(budget, sizes, total)[0])) == 1:
         any_blocks = (tuple(range(count)) for count in range(1, most + 1))
         return windows_for(len(choose_blocks(budget, any_blocks, sizes, total, most)))
     tried: dict[tuple[int, ...], tuple[Span, ...]] = {}

@@ -13,6 +13,7 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, Native
+from secateur.methods.scale import Pace
 from secateur.models.decoder import Decoder
 from secateur.scores.measure import score_model
 from secateur.scores.profile import Kind, Scores
@@ -100,6 +101,8 @@ class Method:
         needs_texts: whether the model is measured on texts to decide or to apply, given its settings.
         forwards: what deciding costs, in plain forward passes over the windows, given the number of blocks, the
             number to go, and the settings.
+        pace: given its settings, how the models run that it makes without taking blocks out; None where the time in
+            blocks follows their size.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Method:
     native: Native = "blocks"
     needs_texts: Callable[[Any], bool] = lambda _: True
     forwards: Callable[[int, int, Any], float] = lambda _blocks, _gone, _settings: 1.0
+    pace: Callable[[Any], Pace] | None = None
 
     def read_settings(self, given: dict[str, Any]) -> Any:
         """Check settings given by name.

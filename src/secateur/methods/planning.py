@@ -16,6 +16,7 @@ from secateur.methods.budget import Budget
 from secateur.methods.method import Evidence
 from secateur.methods.registry import APPLY
 from secateur.methods.sequence import Part, part_of, read_sequence, whole_budget
+from secateur.methods.targets import expected, weighed
 from secateur.models.decoder import Decoder
 from secateur.plan import ModelRef, Plan
 from secateur.scores.profile import Scores
@@ -31,6 +32,9 @@ def make_plan(
     target_params: float | str | None = None,
     blocks: int | None = None,
     slice: float | str | None = None,
+    target_memory: float | str | None = None,
+    target_speedup: float | str | None = None,
+    context: int | None = None,
     texts: Texts = None,
     windows: int | None = 32,
     seq_len: int | None = None,
@@ -50,8 +54,12 @@ def make_plan(
         remove: fraction of all parameters to take away, 0.25 or "25%".
         target_params: parameters to stay at or below, such as "5.5B".
         blocks: number of blocks to take out, for methods that take out blocks.
-        slice: fraction of the hidden directions to slice away, for methods that slice. Exactly one of these amounts
-            is given, or one of the method's own settings that is an amount, such as `window`.
+        slice: fraction of the hidden directions to slice away, for methods that slice.
+        target_memory: bytes that weights and the cache of one sequence may take, "12GB"; in the checkpoint's dtype.
+        target_speedup: how many times as fast a request is to be answered, 1.3; times of blocks are measured now, on
+            the model's device. Exactly one of these amounts is given, or one of the method's own settings that is an
+            amount, such as `window`.
+        context: tokens in the cache that `target_memory` counts; None takes 4096, or the model's positions if fewer.
         texts: what the model is measured on: see `secateur texts`; None is `python-stdlib`.
         windows: number of windows; None takes all.
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
@@ -68,7 +76,15 @@ def make_plan(
         NumericsError: NaN or infinity while measuring.
     """
     parts = read_sequence(method, dict(settings or {}))
-    amounts = {"blocks": blocks, "remove": remove, "target_params": target_params, "slice": slice}
+    amounts = {
+        "blocks": blocks,
+        "remove": remove,
+        "target_params": target_params,
+        "slice": slice,
+        "target_memory": target_memory,
+        "target_speedup": target_speedup,
+        "context": context,
+    }
     budget = whole_budget(parts, amounts)
     if scores is not None and scores.fingerprint != model.fingerprint:
         raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
@@ -78,29 +94,34 @@ def make_plan(
         if scores is not None and (scores.texts or {}).get("fingerprint") != used.fingerprint:
             scores = None
     evidence = Evidence(model, used, scores, batch_size, seed, progress, None if work is None else Path(work))
+    steps, counted = _decide(parts, budget, evidence)
     return Plan(
         version=secateur_version(),
         model=model_ref(model),
         requested=budget.describe() | ({"methods": method} if len(parts) > 1 else {}),
         texts=used.describe() if used is not None else None,
         seed=seed,
-        steps=_decide(parts, budget, evidence),
+        steps=steps,
+        counts_on=counted,
     )
 
 
-def _decide(parts: tuple[Part, ...], budget: Budget, evidence: Evidence) -> tuple[AnyStep, ...]:
-    """Let each part decide on what the parts before it leave."""
+def _decide(parts: tuple[Part, ...], budget: Budget, evidence: Evidence) -> tuple[tuple[AnyStep, ...], dict[str, Any]]:
+    """Let each part decide on what the parts before it leave; gives the steps, and what their amount was counted on."""
     dense = evidence.decoder.parameter_count
     steps: list[AnyStep] = []
+    counted: dict[str, Any] = {}
     for number, part in enumerate(parts):
+        budget = weighed(budget, evidence.decoder, part)
         own = part_of(budget, parts, number, dense, evidence.decoder.parameter_count)
-        found = () if own is None else part.method.decide(evidence, part.settings, own)
+        found = () if own is None else tuple(part.method.decide(evidence, part.settings, own))
         steps += found
+        counted = expected(budget, evidence.decoder, found)
         if number + 1 < len(parts):
             for step in found:
                 left = APPLY[step.kind](evidence, step)
                 evidence = dataclasses.replace(evidence, decoder=left, known=None)
-    return tuple(steps)
+    return tuple(steps), counted
 
 
 def model_ref(model: Decoder) -> ModelRef:

@@ -109,7 +109,8 @@ def decide(evidence: Evidence, settings: StreamlineSettings, budget: Budget) -> 
             raise InputError(f"blocks={int(budget.value)}: at most {most} blocks can go, one network in their place.")
         return (steps[int(budget.value) - 1],)
     left = [step.left(Sizes(sizes, total - sum(sizes))).total for step in steps]
-    return (steps[choose_size(budget, left, total)],)
+    kept = [step.kept(decoder.block_count) for step in steps]
+    return (steps[choose_size(budget, left, total, kept)],)
 
 
 def _step(decoder: Decoder, settings: StreamlineSettings, window: Span, scores: Scores) -> ReplaceBlocks:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import InputError, unknown
-from secateur.methods.budget import Budget, read_budget
+from secateur.methods.budget import Budget, already, read_budget
 from secateur.methods.method import Method, MethodSettings
 from secateur.methods.registry import find_method
 
@@ -103,10 +103,12 @@ def part_of(budget: Budget, parts: tuple[Part, ...], number: int, dense: int, cu
     """
     if len(parts) == 1:
         return budget
-    gone = budget.value * dense if budget.aim == "remove" else dense - budget.value
-    if gone <= 0:
-        raise InputError(f"target-params={budget.value:,.0f}: the model has only {dense:,} parameters.")
-    if number + 1 == len(parts) and budget.aim == "target_params":
-        return budget if current > budget.value else None
+    whole, now = (dense, current) if budget.scale is None else (budget.scale.dense, budget.scale.total)
+    limit = budget.limit(whole)
+    if limit >= whole:
+        raise InputError(already(budget, whole))
+    if number + 1 == len(parts) and budget.is_target:
+        return budget if now > limit else None
+    gone = (1 - limit / whole) * dense
     after = dense - gone * sum(part.share for part in parts[: number + 1])
     return Budget("remove", 1 - after / current) if after < current else None

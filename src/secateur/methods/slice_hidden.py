@@ -18,6 +18,7 @@ from pydantic import Field
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_size
 from secateur.methods.method import Evidence, Method, MethodSettings
+from secateur.methods.sliced_pace import pace_with_own_bases, pace_with_shared_bases
 from secateur.models.decoder import Decoder
 from secateur.steps import SliceHidden, StreamSizes
 from secateur.surgery.directions import Signals
@@ -335,6 +336,7 @@ METHODS = (
         decide=decide_constant,
         native="slice",
         forwards=lambda _blocks, _gone, _settings: 0.0,
+        pace=pace_with_own_bases,
     ),
     Method(
         name="dynamic-slicing",
@@ -344,6 +346,7 @@ METHODS = (
         decide=decide_by_redundancy,
         native="slice",
         forwards=lambda _blocks, _gone, settings: 1.0 + 2.0 * len(_BASES_TRIED) * (settings.slice_base == "auto"),
+        pace=pace_with_own_bases,
     ),
     Method(
         name="stock-slicing",
@@ -353,6 +356,7 @@ METHODS = (
         decide=decide_shared,
         native="slice",
         forwards=lambda _blocks, _gone, settings: 1.0 if settings.bases > 1 else 0.0,
+        pace=pace_with_shared_bases,
     ),
 )
 

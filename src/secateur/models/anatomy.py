@@ -63,6 +63,8 @@ class Family:
     """Configuration entries with a number that embeddings, branch outputs or logits are multiplied or divided by."""
     unsliceable: tuple[tuple[str, Any, str], ...] = ()
     """Configuration entry, value and reason: variants whose hidden states cannot be rotated."""
+    cache_spread: str | None = None
+    """Configuration flag under which keys and values are cached once per query head, however few there are."""
     router: tuple[str, ...] = ()
     per_layer_lists: tuple[str, ...] = ()
     """Configuration entries with one value per block."""

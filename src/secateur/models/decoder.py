@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,11 @@ class Decoder:
         """Number of parameters, tied tensors counted once."""
         return count_parameters(self.module)
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the weights on disk: all parameters in the dtype they are saved in, tied ones once."""
+        return self.parameter_count * self.saved_dtype.itemsize
+
     def block_parameter_counts(self) -> tuple[int, ...]:
         """Number of parameters of each block."""
         return tuple(count_parameters(block) for block in self.block_list)
@@ -108,6 +113,14 @@ class Decoder:
         leave_out = None if head or self.anatomy.tied else self.anatomy.family.head
         with self._present(OUTER, leave_out):
             yield
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """Give the module with all its weights; a skeleton reads them now and lets them go at the end."""
+        with ExitStack() as parts, self.outer():
+            for index in range(self.block_count):
+                parts.enter_context(self.block(index))
+            yield self.module
 
     @contextmanager
     def _present(self, index: int, without: str | None = None) -> Iterator[None]:

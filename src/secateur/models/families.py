@@ -165,6 +165,7 @@ _ROWS = (
         positions="rope",
         alibi_flag="alibi",
         alibi_scaled=True,
+        cache_spread="new_decoder_architecture",
     ),
     replace(_LLAMA, model_type="olmo", norm="layernorm"),
     replace(

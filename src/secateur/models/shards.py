@@ -161,7 +161,7 @@ class Shards:
             holder._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
         if index == OUTER:
             module.tie_weights()
-        _return_freed_memory()
+        return_freed_memory()
 
     def _renumber(self, key: str, stored: int, index: int) -> str:
         if stored == index:
@@ -209,7 +209,7 @@ def _part(module: PreTrainedModel, blocks: str, index: int) -> list[tuple[str, n
     return list(module.get_submodule(f"{blocks}.{index}").named_parameters(f"{blocks}.{index}"))
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give freed heap pages back to the system where the C library can; big tensors otherwise leave holes behind."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

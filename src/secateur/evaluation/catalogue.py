@@ -1,0 +1,96 @@
+"""Which file describes a task of the harness, found without loading the harness or building its whole index.
+
+The index of lm-evaluation-harness parses some 14,000 YAML files, which takes from a quarter of a minute to several
+minutes; looking for the lines that name a task takes a few seconds, and serves to suggest names as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from secateur.errors import InputError
+from secateur.evaluation.cloze import NAME as CLOZE
+
+COMMONSENSE = "commonsense"
+SEVEN = ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "boolq")
+"""The zero-shot tasks of the papers (METHODS §10)."""
+
+_VALUE = r"""["']?([^\s"'#\[{-][^"'#\n]*?)["']?[ \t]*(?:#.*)?$"""
+_NAMED = re.compile(rf"""^["']?(task|group|tag)["']?:[ \t]*{_VALUE}""", re.M)
+_TAGS = re.compile(r"""^["']?tag["']?:[ \t]*\n((?:[ \t]*-[^\n]*\n?)+)""", re.M)
+_ENTRY = re.compile(rf"^[ \t]*-[ \t]*{_VALUE}", re.M)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a name of the harness is defined.
+
+    Attributes:
+        kind: one task, or a name for several.
+        file: the YAML file; for several tasks one of those that name it.
+    """
+
+    kind: Literal["task", "several"]
+    file: Path
+
+
+def task_names(text: str) -> list[str]:
+    """Read `piqa,arc_easy`: names, `commonsense` spelled out, each once.
+
+    Raises:
+        InputError: there is none.
+    """
+    given = [name.strip() for name in text.split(",") if name.strip()]
+    if not given:
+        raise InputError(f"no task named; give some, such as {CLOZE}, {COMMONSENSE} or piqa,arc_easy.")
+    spelled = [one for name in given for one in (SEVEN if name == COMMONSENSE else (name,))]
+    return list(dict.fromkeys(spelled))
+
+
+def find_task(name: str) -> Found:
+    """Find a task, group or tag of the harness.
+
+    Raises:
+        InputError: there is none of this name; the nearest names are given.
+    """
+    known = harness_tasks()
+    if name not in known:
+        near = get_close_matches(name, [CLOZE, COMMONSENSE, *known], n=5, cutoff=0.6)
+        hint = f" Near it: {', '.join(near)}." if near else ""
+        raise InputError(
+            f"unknown task '{name}'.{hint} Known are {CLOZE}, {COMMONSENSE}, the names of lm-evaluation-harness, and "
+            "a folder (or YAML file) of yours with tasks in the harness's form."
+        )
+    return known[name]
+
+
+@functools.cache
+def harness_tasks() -> dict[str, Found]:
+    """Give all names of the installed harness: tasks, groups and tags.
+
+    Raises:
+        InputError: the harness is not installed.
+    """
+    spec = find_spec("lm_eval")
+    if spec is None or spec.origin is None:
+        raise InputError("tasks need lm-evaluation-harness; install it: pip install lm_eval.")
+    found: dict[str, Found] = {}
+    every = Path(spec.origin).with_name("tasks").rglob("*")
+    for file in sorted(one for one in every if one.suffix in ("", ".yaml") and one.is_file()):  # templates have none
+        for kind, name in _names_in(file.read_text(encoding="utf-8")):
+            if name != "null" and (kind == "task" or name not in found):
+                found[name] = Found("task" if kind == "task" else "several", file)
+    return found
+
+
+def _names_in(text: str) -> Iterator[tuple[str, str]]:
+    yield from _NAMED.findall(text)
+    for listed in _TAGS.findall(text):
+        yield from (("tag", name) for name in _ENTRY.findall(listed))

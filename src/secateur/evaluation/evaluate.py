@@ -1,0 +1,93 @@
+"""How good a model still is: perplexity on held-out text and tasks, dense and pruned in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from secateur.calibration.choose import Texts, windows_for
+from secateur.calibration.progress import SILENT, Progress
+from secateur.errors import InputError
+from secateur.evaluation.perplexity import measure_perplexity
+from secateur.evaluation.results import Result
+from secateur.evaluation.tasks import measure_tasks
+from secateur.models.decoder import Decoder
+
+
+def eval(
+    model: Decoder,
+    *,
+    against: Decoder | None = None,
+    texts: Texts = None,
+    windows: int | None = 64,
+    seq_len: int | None = None,
+    tasks: str | Sequence[str] | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    stability: bool = False,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
+) -> list[Result]:
+    """Measure perplexity on held-out text, and tasks, of a model and of the one it is compared with, in one run.
+
+    Args:
+        model: the open model.
+        against: the dense model to compare with; it must read the same tokens.
+        texts: see `secateur texts`; the held-out part is taken where a source has one. None is `python-stdlib`, or
+            no text where tasks are named.
+        windows: number of windows; None takes all the text there is.
+        seq_len: tokens per window; None takes 512, or the models' positions if those are fewer.
+        tasks: names such as `stdlib-cloze`, `commonsense` (the seven of the papers) or `piqa,arc_easy`, any of
+            lm-evaluation-harness, and folders with tasks in its form. A skeleton is read into memory for them.
+        limit: questions per task; None asks all.
+        shots: examples shown before each question; None as each task says.
+        stability: how much of what the dense model answers is answered the same way (METHODS §10), and how many
+            answers change; needs `against`.
+        seed: of the choice of examples.
+        batch_size: windows or questions per batch; None chooses by the device.
+        progress: shows how far it is.
+
+    Returns:
+        One result per number: perplexity of the model, then of the one it is compared with; then task by task.
+
+    Raises:
+        InputError: unusable texts, an unknown task or one without options for stability, data that cannot be had, or
+            models with different vocabularies.
+        NumericsError: NaN or infinity on the way; it never becomes a number.
+    """
+    if against is not None:
+        require_same_vocabulary(model, against)
+    if stability and tasks is None:
+        raise InputError("stability is measured on tasks; name some, such as stdlib-cloze.")
+    models = {"model": model} | ({"against": against} if against is not None else {})
+    asked: list[Result] = []
+    if tasks is not None:
+        asked = measure_tasks(
+            models,
+            tasks,
+            limit=limit,
+            shots=shots,
+            stability=stability,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        if texts is None:
+            return asked
+    used = windows_for(model, texts, windows=windows, seq_len=seq_len, split="held-out")
+    read = [measure_perplexity(one, role, used, batch_size, progress) for role, one in models.items()]
+    return read + asked
+
+
+def require_same_vocabulary(model: Decoder, against: Decoder) -> None:
+    """Refuse two models that do not read the same tokens.
+
+    Raises:
+        InputError: naming both.
+    """
+    if model.tokenizer is None or against.tokenizer is None:
+        return
+    if model.tokenizer.get_vocab() != against.tokenizer.get_vocab():
+        raise InputError(
+            f"{model.source} and {against.source} have different vocabularies; their results cannot be compared."
+        )

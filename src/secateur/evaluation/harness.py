@@ -1,0 +1,292 @@
+"""Tasks run by EleutherAI's lm-evaluation-harness in this process. The only file that imports it, itself imported late.
+
+What is changed of the harness: its whole index is only built for names that stand for several tasks, its progress
+bars give way to ours, and data files of a task folder are looked for beside the YAML that names them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from datasets import Dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HTTPError
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.calibration.progress import Progress
+from secateur.errors import InputError, first_line
+from secateur.evaluation import cloze
+from secateur.evaluation.catalogue import find_task
+from secateur.evaluation.stability import Answer
+
+_CHUNK_BATCHES = 8
+"""Batches between two ticks of the progress bar."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one model makes of one task.
+
+    Attributes:
+        task: its name.
+        metrics: the harness's own, by name (`acc`, `acc_norm`, `exact_match`, …).
+        errors: standard errors of those that are means over questions.
+        answers: one per question; empty for tasks without options.
+        settings: version of the task, examples shown, number of questions.
+        fingerprint: of the questions as they were put to the model.
+    """
+
+    task: str
+    metrics: dict[str, float]
+    errors: dict[str, float]
+    answers: tuple[Answer, ...]
+    settings: dict[str, Any]
+    fingerprint: str
+
+
+def load_tasks(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Load tasks: `stdlib-cloze`, names of the harness, folders and YAML files.
+
+    Raises:
+        InputError: an unknown name, a folder without tasks, or data that cannot be had.
+    """
+    with _quiet():
+        loaded = [one for name in names for one in _load(name, tokenizer)]
+    return list({_leaf_name(one): one for one in loaded}.values())
+
+
+def _load(name: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    manager = TaskManager(include_defaults=False)
+    if name == cloze.NAME:
+        return _leaves(manager, [_cloze_config(tokenizer)], name)
+    path = Path(name).expanduser()
+    if path.is_dir() or path.suffix in (".yaml", ".yml"):
+        return _load_local(path)
+    found = find_task(name)
+    if found.kind == "task":
+        return _leaves(manager, [str(found.file)], name)
+    return _leaves(TaskManager(), [name], name)
+
+
+def _load_local(path: Path) -> list[Any]:
+    """Load all tasks of a folder, or that of one YAML file, with data files relative to the YAML."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file.")
+    folder = path if path.is_dir() else path.parent
+    manager = TaskManager(include_path=str(folder.resolve()), include_defaults=False)
+    found = [
+        {"task": name, **_with_data_beside(entry.cfg or {}, entry.yaml_path.parent)}
+        for name, entry in manager.task_index.items()
+        if name in manager.all_subtasks and (path.is_dir() or entry.yaml_path == path.resolve())
+    ]
+    if not found:
+        raise InputError(f"{path}: no task here; a task is a YAML file in the form of lm-evaluation-harness.")
+    return _leaves(manager, [{"group": folder.name, "task": found}], str(path))
+
+
+def _with_data_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Give the entries of a task's configuration that name data files, with paths that hold wherever we are."""
+    given = config.get("dataset_kwargs") or {}
+    files = given.get("data_files")
+    if not files:
+        return {}
+    return {"dataset_kwargs": given | {"data_files": _located(files, folder)}}
+
+
+def _located(files: Any, folder: Path) -> Any:
+    if isinstance(files, dict):
+        return {split: _located(one, folder) for split, one in files.items()}
+    if isinstance(files, list):
+        return [_located(one, folder) for one in files]
+    beside = folder / str(files)
+    return str(beside) if beside.exists() else files
+
+
+def _leaves(manager: TaskManager, specs: list[Any], name: str) -> list[Any]:
+    """Load specifications and give the tasks they come to, each with its data."""
+    try:
+        return list(manager.load(specs)["tasks"].values())
+    except (ConnectionError, TimeoutError, HTTPError, DatasetsError, OSError) as error:
+        raise InputError(
+            f"task {name}: its data cannot be had ({first_line(error)}). {cloze.NAME} and local folders need no hub."
+        ) from error
+    except (ImportError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"task {name}: cannot be loaded by lm-evaluation-harness ({first_line(error)}).") from error
+
+
+def _leaf_name(task: Any) -> str:
+    return str(task.task_name)
+
+
+def _cloze_config(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    made = cloze.questions(tokenizer)
+    rows = [{"context": one.context, "options": list(one.options), "right": one.right} for one in made]
+    return {
+        "task": cloze.NAME,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": lambda row: row["context"],
+        "doc_to_choice": lambda row: row["options"],
+        "doc_to_target": lambda row: row["right"],
+        "target_delimiter": "",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1},
+    }
+
+
+def has_options(task: Any) -> bool:
+    """Whether the task is to choose among options, so that stability means something."""
+    return getattr(task, "OUTPUT_TYPE", None) == "multiple_choice" and hasattr(task, "doc_to_choice")
+
+
+def question_count(task: Any, limit: int | None) -> int:
+    """Number of questions that will be put."""
+    count = len(task.eval_docs)
+    return count if limit is None else min(limit, count)
+
+
+def run_tasks(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Any],
+    *,
+    limit: int | None,
+    shots: int | None,
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+) -> list[Outcome]:
+    """Put the questions of all tasks to a model.
+
+    Raises:
+        InputError: a task cannot be run like this, for example because it would execute code.
+    """
+    with _quiet():
+        model = _Model(module, copy.deepcopy(tokenizer), batch_size, progress)
+        try:
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                task_manager=TaskManager(include_defaults=False),
+                num_fewshot=shots,
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=0,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise InputError(f"the harness cannot run this: {first_line(error)}") from error
+    return [_outcome(task, model, found) for task in tasks]
+
+
+class _Model(HFLM):
+    """The harness's view of an open module, with our progress bar; remembers how many tokens each option has."""
+
+    def __init__(
+        self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Progress
+    ) -> None:
+        super().__init__(pretrained=module, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        self._progress = progress
+        self.token_counts: dict[tuple[str, str], int] = {}
+        """Tokens of a continuation behind its context, as they were scored."""
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = True, override_bs: Any = None) -> Any:
+        self.token_counts |= {pair: len(continuation) for pair, _, continuation in requests}
+        size = max(1, _CHUNK_BATCHES * int(self.batch_size))
+        chunks = [requests[first : first + size] for first in range(0, len(requests), size)]
+        found: list[tuple[float, bool]] = []
+        for chunk in self._progress(chunks, "asking", len(chunks)):
+            found += super()._loglikelihood_tokens(chunk, disable_tqdm=True, override_bs=override_bs)
+        return found
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        return list(super().generate_until(requests, disable_tqdm=True))
+
+
+def _outcome(task: Any, model: _Model, found: dict[str, Any]) -> Outcome:
+    name = _leaf_name(task)
+    samples = sorted(found["samples"][name], key=lambda one: (one["filter"], one["doc_id"]))
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for key, value in found["results"][name].items():
+        metric, comma, _ = key.partition(",")
+        if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
+            metrics[metric] = float(value)
+            errors |= _standard_error(metric, float(value), samples)
+    put = json.dumps([[list(map(str, pair)) for pair in one["arguments"]] for one in samples])
+    return Outcome(
+        task=name,
+        metrics=metrics,
+        errors=errors,
+        answers=tuple(_answer(task, one, model) for one in samples) if has_options(task) else (),
+        settings={
+            "task_version": found["versions"].get(name),
+            "shots": found["n-shot"].get(name),
+            "questions": len({one["doc_id"] for one in samples}),
+        },
+        fingerprint=hashlib.sha256(put.encode()).hexdigest()[:16],
+    )
+
+
+def _standard_error(metric: str, value: float, samples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Standard error of a metric that is the mean over the questions; nothing for any other."""
+    each = [one[metric] for one in samples if isinstance(one.get(metric), int | float)]
+    if len(each) < max(2, len(samples)):
+        return {}
+    if not math.isclose(statistics.fmean(each), value, rel_tol=1e-9, abs_tol=1e-12):
+        return {}
+    return {metric: statistics.stdev(each) / math.sqrt(len(each))}
+
+
+def _answer(task: Any, sample: dict[str, Any], model: _Model) -> Answer:
+    """Take the options of one question; the unconditional ones that mutual information adds are left out."""
+    choices = task.doc_to_choice(sample["doc"])
+    pairs = sample["arguments"][: len(choices)]
+    return Answer(
+        sums=tuple(float(response[0]) for response in sample["filtered_resps"][: len(choices)]),
+        tokens=tuple(model.token_counts[tuple(pair)] for pair in pairs),
+        gold=_gold(task, sample["doc"], choices),
+    )
+
+
+def _gold(task: Any, doc: Any, choices: Sequence[str]) -> frozenset[int]:
+    """Numbers of the right options; none where the data names one that there is not."""
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    every = gold if isinstance(gold, list) else [gold]
+    numbers = [choices.index(one) if isinstance(one, str) and one in choices else one for one in every]
+    return frozenset(int(one) for one in numbers if not isinstance(one, str))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness from logging what it is about to do."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

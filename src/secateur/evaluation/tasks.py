@@ -1,0 +1,129 @@
+"""Zero-shot tasks, and how stable the answers of a pruned model are (METHODS §10)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from secateur.calibration.progress import Progress
+from secateur.errors import InputError
+from secateur.evaluation.catalogue import task_names
+from secateur.evaluation.results import Result, result_of
+from secateur.evaluation.stability import accuracy, flips, stability
+from secateur.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from secateur.evaluation.harness import Outcome
+
+AVERAGE = "average"
+PER_TOKEN = "acc_per_token"
+"""Accuracy by the lowest mean loss per token, which is what stability calls right."""
+_BATCH = {"cpu": 8, "cuda": 64}
+
+
+def measure_tasks(
+    models: Mapping[str, Decoder],
+    tasks: str | Sequence[str],
+    *,
+    limit: int | None,
+    shots: int | None,
+    stability: bool,
+    seed: int,
+    batch_size: int | None,
+    progress: Progress,
+) -> list[Result]:
+    """Put the same questions to every model, by role (`model`, `against`).
+
+    Raises:
+        InputError: an unknown task, data that cannot be had, a model without tokenizer, a number below 1, or
+            stability without a model to compare with or for a task without options.
+        NumericsError: NaN or infinity among the answers.
+    """
+    from secateur.evaluation import harness  # here: it takes seconds to import, and most commands do not need it
+
+    for what, number in (("limit", limit), ("batch size", batch_size)):
+        if number is not None and number < 1:
+            raise InputError(f"{what} {number}: must be at least 1.")
+    if shots is not None and shots < 0:
+        raise InputError(f"shots {shots}: must be 0 or more.")
+    if stability and "against" not in models:
+        raise InputError("stability compares two models; name the dense one (--against).")
+    names = task_names(tasks) if isinstance(tasks, str) else task_names(",".join(tasks))
+    tokenizer = models["model"].tokenizer
+    if tokenizer is None:
+        raise InputError(
+            f"{models['model'].source}: tasks need a tokenizer, and there is none; give one (--tokenizer)."
+        )
+    loaded = harness.load_tasks(names, tokenizer)
+    without = [one.task_name for one in loaded if not harness.has_options(one)]
+    if stability and without:
+        raise InputError(
+            f"{without[0]} has no options to choose among, so stability means nothing there; leave it out."
+        )
+    outcomes: dict[str, list[Outcome]] = {}
+    for role, model in models.items():
+        with model.whole() as module:
+            outcomes[role] = harness.run_tasks(
+                module,
+                tokenizer,
+                loaded,
+                limit=limit,
+                shots=shots,
+                seed=seed,
+                batch_size=batch_size or _BATCH.get(model.device.type, 8),
+                progress=progress,
+            )
+    results = [
+        _result(models[role], role, measure, value, outcome, limit)
+        for position in range(len(loaded))
+        for role, found in outcomes.items()
+        for outcome in found[position : position + 1]
+        for measure, value in _measures(outcome)
+    ]
+    if stability:
+        for before, after in zip(outcomes["against"], outcomes["model"], strict=True):
+            results += [
+                _result(models["model"], "model", measure, value, after, limit)
+                for measure, value in _compared(before, after)
+            ]
+    return results + _averages(models, results, len(loaded))
+
+
+def _measures(outcome: Outcome) -> Iterable[tuple[str, float]]:
+    yield from outcome.metrics.items()
+    if outcome.answers:
+        yield PER_TOKEN, accuracy(outcome.answers)
+
+
+def _compared(before: Outcome, after: Outcome) -> Iterable[tuple[str, float]]:
+    yield "stability", stability(before.answers, after.answers)
+    yield "flips", flips(before.answers, after.answers)
+
+
+def _result(model: Decoder, role: str, measure: str, value: float, outcome: Outcome, limit: int | None) -> Result:
+    return result_of(
+        model,
+        role,
+        measure,
+        value,
+        task=outcome.task,
+        spread={"stderr": outcome.errors[measure]} if measure in outcome.errors else {},
+        texts={"source": outcome.task, "fingerprint": outcome.fingerprint},
+        settings=outcome.settings | {"limit": limit},
+    )
+
+
+def _averages(models: Mapping[str, Decoder], results: Sequence[Result], count: int) -> list[Result]:
+    """Means over the tasks, of the measures that every task has."""
+    if count < 2:
+        return []
+    grouped: dict[tuple[str, str], list[float]] = {}
+    for one in results:
+        grouped.setdefault((one.role, one.measure), []).append(one.value)
+    facts: dict[str, Any] = {"tasks": list(dict.fromkeys(one.task for one in results))}
+    return [
+        result_of(models[role], role, measure, statistics.fmean(values), task=AVERAGE, settings=facts)
+        for (role, measure), values in grouped.items()
+        if len(values) == count
+    ]

@@ -1,0 +1,105 @@
+"""What amounts are counted in where it is not parameters: bytes in memory, or seconds on this device (METHODS §9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from secateur.evaluation.timing import BlockTimes, Request, time_blocks
+from secateur.models.cache import cache_size
+from secateur.models.decoder import Decoder
+from secateur.models.depth import block_kind
+
+REQUEST = Request(batch=1, prompt=128, new_tokens=32)
+"""What a speed-up is counted on, as far as the model's positions allow."""
+
+Pace = Callable[[Decoder, BlockTimes], Callable[[int], float]]
+"""How a method's models run: from the dense model and its times to seconds by the number of parameters left."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much a model weighs, and each of its blocks.
+
+    Attributes:
+        unit: bytes of weights and cache, or seconds of a request.
+        blocks: what goes with each block.
+        total: what the model weighs.
+        dense: what the model weighed before anything went.
+        of: what a model weighs that keeps these blocks and has so many parameters.
+        facts: what it is counted on, for the plan.
+    """
+
+    unit: Literal["bytes", "seconds"]
+    blocks: tuple[float, ...]
+    total: float
+    dense: float
+    of: Callable[[Sequence[int], int], float] = field(compare=False)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def memory_scale(decoder: Decoder, context: int) -> Scale:
+    """Weigh weights and key/value cache of one sequence of `context` tokens, both in the checkpoint's dtype."""
+    each = decoder.saved_dtype.itemsize
+    cache = [numbers * each for numbers in cache_size(decoder, context)]
+    total = decoder.parameter_count * each + sum(cache)
+    return Scale(
+        unit="bytes",
+        blocks=tuple(count * each + held for count, held in zip(decoder.block_parameter_counts(), cache, strict=True)),
+        total=total,
+        dense=total,
+        of=lambda kept, parameters: parameters * each + sum(cache[block] for block in kept),
+        facts={"context": context, "dtype": str(decoder.saved_dtype).removeprefix("torch.")},
+    )
+
+
+def time_scale(decoder: Decoder, pace: Pace | None = None) -> Scale:
+    """Measure where the time of a request goes; blocks alike in kind and size count the same.
+
+    Args:
+        decoder: the model; a skeleton is read into memory for it.
+        pace: how the method's models run that keep all blocks; None takes the time in blocks to follow their size.
+    """
+    family, config = decoder.anatomy.family, decoder.config
+    sizes = decoder.block_parameter_counts()
+    kinds = [(block_kind(config, family, index), size) for index, size in enumerate(sizes)]
+    request = _fitting(decoder)
+    times = time_blocks(decoder, request, kinds=kinds)
+    by_size = _by_size(decoder, times)
+    curve = pace(decoder, times) if pace is not None else None
+    return Scale(
+        unit="seconds",
+        blocks=times.blocks,
+        total=times.whole,
+        dense=times.whole,
+        of=by_size if curve is None else lambda _, parameters: curve(parameters),
+        facts={
+            "batch": request.batch,
+            "prompt": request.prompt,
+            "new_tokens": request.new_tokens,
+            "block_seconds": [round(one, 7) for one in times.blocks],
+            "other_seconds": round(times.other, 7),
+            "device": str(decoder.device),
+            "dtype": str(decoder.module.dtype).removeprefix("torch."),
+        },
+    )
+
+
+def _fitting(decoder: Decoder) -> Request:
+    room = decoder.max_positions
+    if room is None or room >= REQUEST.prompt + REQUEST.new_tokens:
+        return REQUEST
+    return Request(1, max(1, room * 3 // 4), max(1, room // 4))
+
+
+def _by_size(decoder: Decoder, times: BlockTimes) -> Callable[[Sequence[int], int], float]:
+    """Let the time in the blocks that are kept follow their size; a head that is untied on the way adds nothing."""
+    sizes = decoder.block_parameter_counts()
+    outside = decoder.parameter_count - sum(sizes)
+
+    def seconds(kept: Sequence[int], parameters: int) -> float:
+        share = max(0, parameters - outside) / sum(sizes[block] for block in kept)
+        return times.other + min(1.0, share) * sum(times.blocks[block] for block in kept)
+
+    return seconds

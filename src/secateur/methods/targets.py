@@ -1,0 +1,53 @@
+"""Amounts that are counted in bytes or seconds: what a model weighs, and what a plan may expect (METHODS §9)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from secateur.errors import InputError
+from secateur.methods.budget import Budget
+from secateur.methods.scale import memory_scale, time_scale
+from secateur.methods.sequence import Part
+from secateur.models.decoder import Decoder
+from secateur.steps import AnyStep, Sizes
+
+CONTEXT = 4096
+
+
+def weighed(budget: Budget, decoder: Decoder, part: Part) -> Budget:
+    """Weigh the model at hand in the unit of a budget, if that is bytes or seconds; a second time, keep what was dense.
+
+    Raises:
+        InputError: the context is longer than the model's positions.
+    """
+    if budget.aim == "target_memory":
+        context = budget.context or min(CONTEXT, decoder.max_positions or CONTEXT)
+        if context > (decoder.max_positions or context):
+            raise InputError(f"context={context}: the model has only {decoder.max_positions} positions.")
+        scale = memory_scale(decoder, context)
+        budget = dataclasses.replace(budget, context=context)
+    elif budget.aim == "target_speedup":
+        scale = time_scale(decoder, part.method.pace(part.settings) if part.method.pace else None)
+    else:
+        return budget
+    dense = scale.dense if budget.scale is None else budget.scale.dense
+    return dataclasses.replace(budget, scale=dataclasses.replace(scale, dense=dense))
+
+
+def expected(budget: Budget, decoder: Decoder, steps: Sequence[AnyStep]) -> dict[str, Any]:
+    """Say what a target was counted on, and what these last steps on this model are expected to reach."""
+    scale = budget.scale
+    if scale is None:
+        return {}
+    kept = tuple(range(decoder.block_count))
+    inside = decoder.block_parameter_counts()
+    sizes = Sizes(inside, decoder.parameter_count - sum(inside))
+    for step in steps:
+        kept = tuple(kept[place] for place in step.kept(len(kept)))
+        sizes = step.left(sizes)
+    left = scale.of(kept, sizes.total) if steps else scale.total
+    if scale.unit == "bytes":
+        return {"bytes": int(left), "dense_bytes": int(scale.dense)} | scale.facts
+    return {"speedup": round(scale.dense / left, 4), "seconds": left, "dense_seconds": scale.dense} | scale.facts

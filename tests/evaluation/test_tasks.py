@@ -1,0 +1,147 @@
+"""Tasks through the harness: the same numbers as plain forwards give, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from secateur import eval, make_plan, prune
+from secateur.errors import InputError
+from secateur.evaluation import catalogue, cloze
+
+QUESTIONS = [
+    {"question": "two and two", "options": [" four", " a fish", " ten"], "answer": 0},
+    {"question": "a cat has", "options": [" wheels", " paws", " keys"], "answer": 1},
+    {"question": "the sky is", "options": [" loud", " long", " blue"], "answer": 2},
+    {"question": "one", "options": [" two", " and so it goes on", "!"], "answer": 1},
+]
+CHOICE = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{validation: {file}}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+ROLLING = """
+task: plain_text
+dataset_path: json
+dataset_kwargs:
+  data_files: {validation: questions.jsonl}
+validation_split: validation
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("mine")
+    (where / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    (where / "choice.yaml").write_text(CHOICE.format(name="choice", file="questions.jsonl"))
+    (where / "again.yaml").write_text(CHOICE.format(name="again", file="questions.jsonl"))
+    (where / "rolling.yaml").write_text(ROLLING)
+    return where
+
+
+@pytest.fixture(scope="module")
+def pair(tiny):
+    dense = tiny("llama", tokenizer=True)
+    return prune(dense, make_plan(dense, method="last-n", blocks=4)), dense
+
+
+@torch.no_grad()
+def log_likelihood(decoder, context, option):
+    """Sum over the option's tokens, and their number, by one plain forward."""
+    before, option = (decoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, option))
+    logits = decoder.module(torch.tensor([before + option])).logits[0].double().log_softmax(-1)
+    rows = range(len(before) - 1, len(before) + len(option) - 1)
+    return sum(float(logits[row, token]) for row, token in zip(rows, option, strict=True)), len(option)
+
+
+def picked(decoder, *, per_token):
+    found = []
+    for row in QUESTIONS:
+        scored = [log_likelihood(decoder, row["question"], option) for option in row["options"]]
+        values = [total / (count if per_token else 1) for total, count in scored]
+        found.append(values.index(max(values)))
+    return found
+
+
+def test_a_folder_of_tasks_gives_what_plain_forwards_give(folder, pair):
+    results = eval(pair[0], against=pair[1], tasks=f"{folder}/choice.yaml,{folder}/again.yaml", stability=True)
+    found = {(one.task, one.role, one.measure): one.value for one in results}
+    right = [row["answer"] for row in QUESTIONS]
+    chosen = {}
+    for role, decoder in zip(("model", "against"), pair, strict=True):
+        for measure, per_token in (("acc", False), ("acc_per_token", True)):
+            chosen[role] = picked(decoder, per_token=per_token)
+            expected = sum(one == other for one, other in zip(chosen[role], right, strict=True)) / len(right)
+            for task in ("choice", "again", "average"):
+                assert found[task, role, measure] == pytest.approx(expected), (task, role, measure)
+    changed = sum(a != b for a, b in zip(chosen["model"], chosen["against"], strict=True))
+    assert found["choice", "model", "flips"] == changed / len(right) == found["average", "model", "flips"]
+    assert 0 <= found["choice", "model", "stability"] <= 1
+    assert all(one.settings["questions"] == 4 for one in results if one.task == "choice")
+    fingerprints = {one.texts["fingerprint"] for one in results if one.task in ("choice", "again")}
+    assert len(fingerprints) == 1, "the same questions, whoever is asked"
+
+
+def test_a_skeleton_is_read_for_it_and_let_go(folder, pair, tiny):
+    skeleton = tiny("llama", tokenizer=True, skeleton=True)
+    (memory, *_), (read, *_) = (eval(one, tasks=f"{folder}/choice.yaml") for one in (pair[1], skeleton))
+    assert read.value == memory.value
+    assert all(parameter.is_meta for parameter in skeleton.module.parameters())
+
+
+def test_the_bundled_task_is_far_above_chance_and_a_model_is_itself(bundled):
+    results = eval(bundled, against=bundled, tasks=cloze.NAME, limit=24, stability=True)
+    found = {(one.role, one.measure): one.value for one in results}
+    assert found["model", "acc"] == found["against", "acc"] > 0.5, "chance is 0.25"
+    assert found["model", "stability"] == 1
+    assert found["model", "flips"] == 0
+
+
+def test_tasks_alone_read_no_text_and_both_can_be_had(folder, pair, tmp_path):
+    only = eval(pair[0], tasks=str(folder / "rolling.yaml"), limit=2)
+    assert {one.task for one in only} == {"plain_text"}
+    (tmp_path / "some.txt").write_text("some text " * 40)
+    both = eval(pair[0], texts=str(tmp_path / "some.txt"), seq_len=16, tasks=str(folder / "rolling.yaml"), limit=2)
+    assert [one.measure for one in both] == ["perplexity", *(one.measure for one in only)]
+
+
+def test_what_cannot_be_asked(folder, pair, tmp_path):
+    cut, dense = pair
+    (tmp_path / "lost.yaml").write_text(CHOICE.format(name="lost", file="nowhere.jsonl"))
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ({"tasks": "hellaswagg"}, "unknown task 'hellaswagg'. Near it: hellaswag"),
+        ({"tasks": "stdlib-close"}, "Near it: stdlib-cloze"),
+        ({"tasks": " , "}, "no task named"),
+        ({"tasks": str(folder), "against": dense, "stability": True}, "plain_text has no options"),
+        ({"tasks": str(folder), "stability": True}, "name the dense one"),
+        ({"stability": True}, "stability is measured on tasks"),
+        ({"tasks": str(tmp_path / "empty")}, "no task here"),
+        ({"tasks": str(tmp_path / "none.yaml")}, "no such file"),
+        ({"tasks": str(tmp_path / "lost.yaml")}, "its data cannot be had"),
+        ({"tasks": str(folder / "choice.yaml"), "limit": 0}, "limit 0"),
+        ({"tasks": str(folder / "choice.yaml"), "shots": -1}, "shots -1"),
+    ]
+    for given, message in cases:
+        with pytest.raises(InputError) as error:
+            eval(cut, windows=1, **given)
+        assert message in str(error.value)
+
+
+def test_names():
+    assert catalogue.task_names("piqa, commonsense") == ["piqa", *(one for one in catalogue.SEVEN if one != "piqa")]
+    found = {name: catalogue.find_task(name) for name in (*catalogue.SEVEN, "mmlu", "ai2_arc")}
+    assert all(found[name].kind == "task" and found[name].file.is_file() for name in catalogue.SEVEN)
+    assert found["mmlu"].kind == found["ai2_arc"].kind == "several"
