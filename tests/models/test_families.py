@@ -200,6 +200,8 @@ def test_a_skeleton_holds_one_block_at_a_time(tiny_folder):
         assert real() == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     with decoder.outer(head=False):
         assert real() == {"model.embed_tokens.weight", "model.norm.weight"}
+    with decoder.outer(table=False):
+        assert real() == {"model.norm.weight", "lm_head.weight"}
     assert real() == set()
 
 

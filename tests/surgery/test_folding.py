@@ -17,11 +17,11 @@ from secateur.surgery.folding import (
     alibi_slopes,
     folded_block,
     folded_config,
-    folded_outer,
     refuse_unsliceable,
     stream_sizes,
 )
 from secateur.surgery.invariance import require_invariance, rotation_error
+from secateur.surgery.outer import folded_head, folded_tables
 from tiny_models import OTHER_FAMILIES, VARIANTS, build
 
 AFTER_NORM = ("gemma2", "gemma3_text", "olmo2")
@@ -75,7 +75,7 @@ def varied(name, **changes):
 def folded(decoder):
     """The folded model, every parameter of which was given a value."""
     module = SecateurForCausalLM(folded_config(decoder)).eval()
-    weights = dict(folded_outer(decoder))
+    weights = folded_tables(decoder) | folded_head(decoder)
     for index in range(decoder.block_count):
         weights |= {f"model.layers.{index}.{name}": one for name, one in folded_block(decoder, index).items()}
     module.load_state_dict(weights, strict=True)

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from oracles import draw_windows, forward, no_real_parameters, plain_loss, predictions, token_losses, walk
+from secateur import surgery
 from secateur.calibration.reading_points import points_per_block, visit_gradients, visit_reading_points
 from secateur.calibration.texts import open_texts
 from secateur.errors import ModelError, NumericsError
@@ -18,6 +19,7 @@ from secateur.models.open import open_model
 from secateur.surgery.directions import (
     Covariance,
     Reconstruction,
+    by_rows,
     principal_directions,
     sensitive_directions,
     unit_scale,
@@ -209,8 +211,10 @@ def test_states_at_the_points_are_what_the_norms_read(name, small):
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_gradients_at_the_points_are_those_of_the_whole_model(name, small):
+def test_gradients_at_the_points_are_those_of_the_whole_model(name, small, monkeypatch):
     decoder, windows = small(name), draw_windows(side="left")
+    two_windows = 2 * 4 * windows.seq_len * decoder.config.vocab_size
+    monkeypatch.setattr("secateur.calibration.stream._LOGIT_BYTES", two_windows)
     module = copy.deepcopy(decoder.module).requires_grad_(True)
     states = entering(decoder, module)
     for norm in norms(decoder, module):
@@ -473,3 +477,18 @@ def test_damaged_weights_are_refused(where):
     ):
         with pytest.raises(NumericsError, match="NaN"):
             measure()
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_table_and_head_of_a_skeleton_are_never_in_memory_together(stock, small, monkeypatch):
+    skeleton, bases = small("llama", skeleton=True), SharedBases((0,), (orthonormal(32, 16),))
+    seen = []
+
+    def watched(tensor, *others):
+        outer = ("model.embed_tokens.weight", "lm_head.weight")
+        seen.append([name for name in outer if not skeleton.module.get_parameter(name).is_meta])
+        return by_rows(tensor, *others)
+
+    monkeypatch.setattr(surgery.stock if stock else surgery.outer, "by_rows", watched)
+    slice_with_shared_bases(skeleton, draw_windows(), bases, stock=stock, reconstruct=False)
+    assert [one for one in seen if one] == [["model.embed_tokens.weight"], ["lm_head.weight"]]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, loss_sum, require_predictions
+from secateur.calibration.stream import Batch, loss_sum, parts_of, require_predictions
 from secateur.models.decoder import Decoder
 from secateur.models.replay import inputs_of, run_block
 
@@ -21,11 +21,14 @@ def loss_gradients(decoder: Decoder, batches: list[Batch], kept: StateStore) -> 
     predictions = 0
     with decoder.outer(), torch.enable_grad():
         for batch in batches:
-            hidden = kept.get((batch.index, decoder.block_count)).detach().requires_grad_()
-            loss, counted = loss_sum(decoder, batch, hidden)
-            (gradient,) = torch.autograd.grad(loss, hidden)
+            last = kept.get((batch.index, decoder.block_count)).detach()
+            gradient = torch.empty_like(last)
+            for rows, part in parts_of(decoder, batch):
+                hidden = last[rows].requires_grad_()
+                loss, counted = loss_sum(decoder, part, hidden)
+                (gradient[rows],) = torch.autograd.grad(loss, hidden)
+                predictions += counted
             kept.put(("gradient", batch.index), gradient)
-            predictions += counted
     require_predictions(predictions)
     for batch in batches:
         kept.put(("gradient", batch.index), kept.get(("gradient", batch.index)) / predictions)

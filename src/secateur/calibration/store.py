@@ -11,8 +11,9 @@ import numpy as np
 import psutil
 import torch
 
+from secateur.models.scratch import require_room
+
 _SHARE_OF_MEMORY = 0.25
-_SPARE_DISK = 1 << 30
 
 
 class StateStore:
@@ -88,9 +89,7 @@ class StateStore:
     def _write(self, tensor: torch.Tensor) -> Path:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="secateur-states-"))
-        needed = tensor.numel() * 4
-        if shutil.disk_usage(self._folder).free < needed + _SPARE_DISK:
-            raise OSError(28, "no space left for hidden states; set TMPDIR to a larger disk, or take fewer windows")
+        require_room(self._folder, 4 * tensor.numel(), "hidden states (fewer windows need less)")
         path = self._folder / f"{self._written}.f32"
         self._written += 1
         tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tofile(path)

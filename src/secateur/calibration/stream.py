@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +21,9 @@ from secateur.errors import InputError, NumericsError
 from secateur.models.decoder import Decoder
 from secateur.models.replay import Call, capture, logits, require_finite, run_block, same_calls
 
-_LOGIT_BYTES = 256 << 20
+_LOGIT_BYTES = 64 << 20
+_NOT_PREDICTED = -100
+"""Target that a loss leaves out: the last position is masked so, for logits without it would be a copy."""
 _TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 
 
@@ -267,20 +269,27 @@ def loss_sum(decoder: Decoder, batch: Batch, hidden: torch.Tensor) -> tuple[torc
     """
     total = torch.zeros((), dtype=torch.float64)
     predictions = 0
-    rows = max(1, _LOGIT_BYTES // (4 * batch.tokens.shape[1] * int(decoder.config.vocab_size)))
-    for first in range(0, len(batch.tokens), rows):
-        part = slice(first, first + rows)
-        mask = None if batch.mask is None else batch.mask[part]
-        tokens = batch.tokens[part]
-        scores = logits(decoder, hidden[part], tokens, mask)[:, :-1].float()
-        targets = tokens[:, 1:].to(scores.device)
-        if mask is not None:
-            targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
+    for rows, part in parts_of(decoder, batch):
+        targets = torch.full_like(part.tokens, _NOT_PREDICTED)
+        targets[:, :-1] = part.tokens[:, 1:]
+        if part.mask is not None:
+            targets[:, :-1].masked_fill_(~(part.mask[:, 1:] & part.mask[:, :-1]), _NOT_PREDICTED)
+        scores = logits(decoder, hidden[rows], part.tokens, part.mask).float()
+        targets = targets.to(scores.device)
         loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum")
         total = total + loss.cpu().double()
-        predictions += int((targets != -100).sum())
+        predictions += int((targets != _NOT_PREDICTED).sum())
     require_finite(total.detach(), "the loss (what comes after the last block: final norm or head)")
     return total, predictions
+
+
+def parts_of(decoder: Decoder, batch: Batch) -> Iterator[tuple[slice, Batch]]:
+    """Split a batch into runs of windows whose logits are not too large; gives which windows, and the smaller batch."""
+    step = max(1, _LOGIT_BYTES // (4 * batch.tokens.shape[1] * int(decoder.config.vocab_size)))
+    for first in range(0, len(batch.tokens), step):
+        rows = slice(first, first + step)
+        mask = None if batch.mask is None else batch.mask[rows]
+        yield rows, replace(batch, tokens=batch.tokens[rows], mask=mask)
 
 
 def _all_states(decoder: Decoder, batch: Batch, hidden: torch.Tensor) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from secateur.errors import ModelError
@@ -120,6 +121,12 @@ def find(module: nn.Module, path: str) -> Any:
         if found is None:
             return None
     return found
+
+
+def set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> None:
+    """Put a tensor, without gradient, in the place of the parameter at a dotted path."""
+    owner, _, leaf = path.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def present(block: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

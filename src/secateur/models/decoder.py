@@ -41,7 +41,7 @@ class Decoder:
     saved_dtype: torch.dtype
     shards: Shards | None = None
     history: tuple[dict[str, Any], ...] = field(default=())
-    _held: dict[int, str | None] = field(default_factory=dict, init=False, repr=False)
+    _held: dict[int, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def config(self) -> Any:
@@ -108,10 +108,11 @@ class Decoder:
             yield self.block_list[index]
 
     @contextmanager
-    def outer(self, *, head: bool = True) -> Iterator[None]:
-        """Have embeddings, final norm and head in memory; `head=False` leaves an untied head out."""
-        leave_out = None if head or self.anatomy.tied else self.anatomy.family.head
-        with self._present(OUTER, leave_out):
+    def outer(self, *, table: bool = True, head: bool = True) -> Iterator[None]:
+        """Have embeddings, final norm and head in memory; the token table or the head can stay out if untied."""
+        family = self.anatomy.family
+        choice = {} if self.anatomy.tied else {family.embeddings[0]: table, family.head: head}
+        with self._present(OUTER, tuple(path for path, wanted in choice.items() if not wanted)):
             yield
 
     @contextmanager
@@ -123,9 +124,9 @@ class Decoder:
             yield self.module
 
     @contextmanager
-    def _present(self, index: int, without: str | None = None) -> Iterator[None]:
+    def _present(self, index: int, without: tuple[str, ...] = ()) -> Iterator[None]:
         if self.shards is None or index in self._held:
-            assert without is not None or self._held.get(index) is None, "opened without the head, wanted with it"
+            assert set(self._held.get(index, ())) <= set(without), "opened without a part that is wanted now"
             yield
             return
         self.shards.load(self.module, index, without)

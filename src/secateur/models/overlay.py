@@ -6,7 +6,6 @@ here, to the folder for temporary files, and read from here instead.
 
 from __future__ import annotations
 
-import errno
 import shutil
 import tempfile
 import weakref
@@ -16,11 +15,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-_SPARE_DISK = 1 << 30
+from secateur.models.scratch import require_room
 
 
 class EditedPart:
-    """All tensors of one part of a model (a block, or what is outside the blocks), in a file.
+    """Tensors of one part of a model (a block, or what is outside the blocks), in a file.
 
     The file is removed with the object. Names are relative to the part: `mlp.down_proj.weight` in a block.
     """
@@ -34,7 +33,6 @@ class EditedPart:
         folder = Path(tempfile.mkdtemp(prefix="secateur-edited-"))
         self._removal = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if shutil.disk_usage(folder).free < needed + _SPARE_DISK:
-            raise OSError(errno.ENOSPC, "no space left for edited weights; set TMPDIR to a larger disk")
+        require_room(folder, needed, "edited weights")
         self.file = folder / "part.safetensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, self.file)

@@ -29,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from secateur.errors import ModelError
+from secateur.models.anatomy import set_parameter
 from secateur.models.overlay import EditedPart
 
 OUTER = -1
@@ -67,7 +68,8 @@ class Shards:
         blocks: path of the list of blocks in the model, such as `model.layers`.
         device: where weights are put when they are read.
         kept: for each block of the model its number in the checkpoint; None means all, in order.
-        edited: by number in the checkpoint (or `OUTER`), weights to read in place of the checkpoint's.
+        edited: by number in the checkpoint (or `OUTER`), weights to read in place of the checkpoint's, in any number
+            of pieces.
     """
 
     folder: Path
@@ -75,7 +77,7 @@ class Shards:
     kept: tuple[int, ...] | None = None
     files: tuple[Path, ...] = field(default=())
     device: torch.device = field(default=torch.device("cpu"))
-    edited: Mapping[int, EditedPart] = field(default_factory=dict)
+    edited: Mapping[int, tuple[EditedPart, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path, blocks: str, device: torch.device) -> Shards:
@@ -109,21 +111,20 @@ class Shards:
         Raises:
             OSError: there is no room for the tensors.
         """
-        return replace(self, edited={**self.edited, self._stored(index): EditedPart(tensors)})
+        return replace(self, edited={**self.edited, self._stored(index): (EditedPart(tensors),)})
 
     def _stored(self, index: int) -> int:
         return index if index == OUTER or self.kept is None else self.kept[index]
 
-    def load(self, module: PreTrainedModel, index: int, without: str | None = None) -> None:
-        """Give block `index` of a skeleton (or `OUTER`) its weights; `without` names a module to leave empty.
+    def load(self, module: PreTrainedModel, index: int, without: Sequence[str] = ()) -> None:
+        """Give block `index` of a skeleton (or `OUTER`) its weights; `without` names modules to leave empty.
 
         Raises:
             ModelError: the checkpoint has no such block, a shape differs from the model's, or a file is damaged.
         """
         stored = self._stored(index)
-        left_out = f"{without}." if without else None
-        slices = self._slices(stored, index)
-        slices = {name: piece for name, piece in slices.items() if left_out is None or not name.startswith(left_out)}
+        left_out = tuple(f"{path}." for path in without)
+        slices = {name: piece for name, piece in self._slices(stored, index) if not name.startswith(left_out)}
         try:
             if set(slices) <= {name for name, _ in _part(module, self.blocks, index)}:
                 found = _fill(module, slices, self.device)
@@ -136,29 +137,28 @@ class Shards:
             raise ModelError(f"{self.folder}: {name} is {tuple(shape)} but the config asks for {tuple(expected)}.")
         if index == OUTER:
             module.tie_weights()
-        empty = [n for n, p in _part(module, self.blocks, index) if p.is_meta]
-        empty = [n for n in empty if left_out is None or not n.startswith(left_out)]
+        empty = [n for n, p in _part(module, self.blocks, index) if p.is_meta and not n.startswith(left_out)]
         if empty:
             raise ModelError(f"{self.folder}: the checkpoint has no weights for {', '.join(empty[:4])}.")
 
-    def _slices(self, stored: int, index: int) -> dict[str, Any]:
+    def _slices(self, stored: int, index: int) -> Iterator[tuple[str, Any]]:
         """Open the tensors of a part by the names they have in this model; nothing of them is read yet."""
         if stored in self.edited:
             prefix = "" if index == OUTER else f"{self.blocks}.{index}."
-            handle = open_shard(self.edited[stored].file)
-            return {prefix + key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
+            for piece in self.edited[stored]:
+                handle = open_shard(piece.file)
+                yield from ((prefix + key, handle.get_slice(key)) for key in handle.keys())  # noqa: SIM118 - not a dict
+            return
         if stored not in self.keys:
             raise ModelError(f"{self.folder}: no weights of block {stored} in the checkpoint.")
         found = self.keys[stored]
         handles = {file: open_shard(file) for file in sorted(set(found.values()))}
-        return {self._renumber(key, stored, index): handles[file].get_slice(key) for key, file in found.items()}
+        yield from ((self._renumber(key, stored, index), handles[file].get_slice(key)) for key, file in found.items())
 
     def release(self, module: PreTrainedModel, index: int) -> None:
         """Let the weights of block `index` (or `OUTER`) go; only their shapes stay."""
-        for name, parameter in list(_part(module, self.blocks, index)):
-            owner, _, leaf = name.rpartition(".")
-            holder = module.get_submodule(owner)
-            holder._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for name, parameter in _part(module, self.blocks, index):
+            set_parameter(module, name, parameter.to("meta"))
         if index == OUTER:
             module.tie_weights()
         return_freed_memory()
@@ -176,13 +176,10 @@ Mismatch = tuple[str, Sequence[int], Sequence[int]]
 def _fill(module: PreTrainedModel, slices: dict[str, Any], device: torch.device) -> Mismatch | None:
     """Give parameters the tensors of the same names; returns the first whose shape differs."""
     for name, piece in slices.items():
-        owner, _, leaf = name.rpartition(".")
-        holder = module.get_submodule(owner)
-        empty = holder._parameters[leaf]
-        assert empty is not None
+        empty = module.get_parameter(name)
         if list(empty.shape) != list(piece.get_shape()):
             return name, piece.get_shape(), empty.shape
-        holder._parameters[leaf] = nn.Parameter(piece[...].to(device, empty.dtype), requires_grad=False)
+        set_parameter(module, name, piece[...].to(device, empty.dtype))
     return None
 
 

@@ -7,14 +7,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
 
-from secateur.models.anatomy import Family, resolve
+from secateur.models.anatomy import Family, resolve, set_parameter
 from secateur.models.decoder import Decoder
 from secateur.models.fingerprint import of_edit
 from secateur.models.open import empty_model
 from secateur.models.overlay import EditedPart
-from secateur.models.shards import OUTER, Shards
+from secateur.models.shards import OUTER, Shards, return_freed_memory
 
 Tensors = dict[str, torch.Tensor]
 
@@ -25,6 +24,7 @@ class Assembly:
     Attributes:
         dense: the model it is made from.
         decoder: the model as far as it is there; in memory until `result`.
+        stored: dtype to which weights are rounded.
     """
 
     def __init__(self, dense: Decoder, config: Any, family: Family, stored: torch.dtype | None = None) -> None:
@@ -43,8 +43,8 @@ class Assembly:
             dense, module=module.eval().requires_grad_(False), anatomy=resolve(module, family), shards=None
         )
         self._blocks = f"{family.blocks}."
-        self._stored = stored or dense.saved_dtype
-        self._parts: dict[int, EditedPart] = {}
+        self.stored = stored or dense.saved_dtype
+        self._parts: dict[int, tuple[EditedPart, ...]] = {}
 
     def block_path(self, index: int) -> str:
         """Prefix of the names of block `index`, the dot included."""
@@ -58,28 +58,26 @@ class Assembly:
         """Give parameters below the path `where` their values, in the dtype they will be saved in."""
         dtype = self.decoder.module.dtype
         for name, tensor in tensors.items():
-            owner, _, leaf = f"{where}{name}".rpartition(".")
-            holder = self.decoder.module.get_submodule(owner)
-            value = tensor.to(self._stored).to(self.dense.device, dtype).contiguous()
-            holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            value = tensor.to(self.stored).to(self.dense.device, dtype).contiguous()
+            set_parameter(self.decoder.module, f"{where}{name}", value)
 
     def finish(self, part: int) -> None:
-        """Block `part` (or `OUTER`) is in place; that of a skeleton goes to disk and is let go."""
+        """Block `part` is in place, or a piece of `OUTER`; that of a skeleton goes to disk and is let go."""
         if not self.dense.is_skeleton:
             return
         where = "" if part == OUTER else self.block_path(part)
         named = {name.removeprefix(where): tensor for name, tensor in self._below(where).items()}
-        self._parts[part] = EditedPart({name: tensor.to(self._stored) for name, tensor in named.items()})
+        piece = EditedPart({name: tensor.to(self.stored) for name, tensor in named.items() if not tensor.is_meta})
+        self._parts[part] = (*self._parts.get(part, ()), piece)
         self.release(where)
 
     def release(self, where: str) -> None:
         """Let the weights below the path `where` go; only their shapes stay."""
         for name, parameter in self._below(where).items():
-            owner, _, leaf = name.rpartition(".")
-            holder = self.decoder.module.get_submodule(owner)
-            holder._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            set_parameter(self.decoder.module, name, parameter.to("meta"))
+        return_freed_memory()
 
-    def _below(self, where: str) -> dict[str, nn.Parameter]:
+    def _below(self, where: str) -> dict[str, torch.nn.Parameter]:
         """Parameters below a path; below the empty path those of no block."""
         named = self.decoder.module.named_parameters()
         return {n: one for n, one in named if n.startswith(where) and (where or not n.startswith(self._blocks))}

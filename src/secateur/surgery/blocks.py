@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from secateur.errors import ModelError
-from secateur.models.anatomy import find, resolve
+from secateur.models.anatomy import find, resolve, set_parameter
 from secateur.models.decoder import Decoder
 from secateur.models.depth import with_blocks
 from secateur.models.fingerprint import of_edit
@@ -74,8 +74,7 @@ def with_block_tensors(decoder: Decoder, edits: Iterable[tuple[int, Mapping[str,
             shards = shards.with_part(index, {name: t.to(decoder.saved_dtype) for name, t in tensors.items()})
             continue
         for name, tensor in tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            blocks[index].get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            set_parameter(blocks[index], name, tensor)
     return dataclasses.replace(
         decoder,
         module=module,

@@ -6,6 +6,8 @@ that are kept, x = H P. Sums are float64.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,6 +18,9 @@ from secateur.errors import NumericsError
 
 Directions = torch.Tensor
 """P, (D, d) float64."""
+
+RowsChange = Callable[[torch.Tensor], torch.Tensor]
+"""Changes rows, each independently of the others."""
 
 Signals = Literal["raw", "normed"]
 """States as they are, or scaled to a mean square of 1 as the norm that reads them does."""
@@ -125,13 +130,21 @@ def unit_scale(states: torch.Tensor, eps: float = 1e-24) -> torch.Tensor:
 
 def times(tensor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Multiply in float64, give float32; some rows at a time, so that no float64 copy of a whole table is made."""
-    if tensor.dim() != 2:
-        return (tensor.to(matrix.device, torch.float64) @ matrix).float()
-    found = torch.empty(tensor.shape[0], matrix.shape[1], device=matrix.device)
-    rows = max(1, _CHUNK_BYTES // (8 * tensor.shape[1]))
-    for first in range(0, tensor.shape[0], rows):
-        part = tensor[first : first + rows].to(matrix.device, torch.float64)
-        found[first : first + rows] = part @ matrix
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        return (rows.to(matrix.device, torch.float64) @ matrix).float()
+
+    return product(tensor) if tensor.dim() == 1 else by_rows(tensor, product)
+
+
+def by_rows(tensor: torch.Tensor, change: RowsChange, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Change some rows (along the first dimension) at a time, so that nothing but the result is as large as all."""
+    step = max(1, _CHUNK_BYTES // (8 * tensor[0].numel()))
+    parts = (change(tensor[first : first + step]) for first in range(0, len(tensor), step))
+    first = next(parts)
+    found = first.new_empty(len(tensor), *first.shape[1:], dtype=dtype)
+    for number, part in enumerate(itertools.chain([first], parts)):
+        found[number * step : number * step + step] = part
     return found
 
 

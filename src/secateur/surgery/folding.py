@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -221,40 +220,8 @@ def stream_sizes(config: SecateurConfig) -> StreamSizes:
     )
 
 
-def folded_outer(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give tables and head one after the other, folded; `decoder.outer()` must be open. A tied head is a copy."""
-    family, config = decoder.anatomy.family, decoder.config
-    yield "model.embed_tokens.weight", _table(decoder, _embedding_rows(decoder))
-    if family.positions.startswith("learned"):
-        positions = find(decoder.module, family.embeddings[1])
-        rows = positions.weight.float()[getattr(positions, "offset", 0) :]
-        yield "model.embed_positions.weight", _table(decoder, rows)
-    head = find(decoder.module, family.head)
-    scale = getattr(config, family.logits_multiplier or "", 1.0) / getattr(config, family.logits_divisor or "", 1.0)
-    weight, bias = _reading(head.weight.float(), _bias(head), find(decoder.module, family.final[0]), family.norm)
-    yield "lm_head.weight", _scaled(weight, scale)
-    if bias is not None:
-        yield "lm_head.bias", _scaled(bias, scale)
-
-
-def _table(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
-    return rows - rows.mean(dim=1, keepdim=True) if decoder.anatomy.family.norm == "layernorm" else rows
-
-
-def _embedding_rows(decoder: Decoder) -> torch.Tensor:
-    """What each token brings into the residual stream (V, D): its row, its multiplier, a norm over it."""
-    family = decoder.anatomy.family
-    embed = find(decoder.module, family.embeddings[0])
-    rows = _scaled(embed.weight.float(), getattr(decoder.config, family.embedding_multiplier or "", 1.0))
-    scale = getattr(embed, "embed_scale", None)
-    if scale is not None:
-        rows = rows * scale.to(embed.weight.dtype).float()
-    norm = find(decoder.module, family.embeddings[1]) if len(family.embeddings) > 1 else None
-    return norm(rows.to(norm.weight.dtype)).float() if isinstance(norm, nn.LayerNorm) else rows
-
-
-def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """Multiply; by 1 without a copy, for tables are large."""
+def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """Multiply; by 1 without a copy."""
     return tensor if factor == 1 else tensor * factor
 
 
@@ -268,7 +235,7 @@ def folded_block(decoder: Decoder, index: int) -> Tensors:
     _put(found, _mlp_readers(block, decoder), norms[-1], family.norm)
     multiplier = getattr(config, family.residual_multiplier or "", 1.0)
     for name, (weight, bias) in _writers(block, decoder).items():
-        weight, bias = _scaled(weight, multiplier), None if bias is None else _scaled(bias, multiplier)
+        weight, bias = scaled(weight, multiplier), None if bias is None else scaled(bias, multiplier)
         if family.norm == "layernorm":
             bias = torch.zeros(weight.shape[0], device=weight.device) if bias is None else bias
             weight, bias = weight - weight.mean(dim=0, keepdim=True), bias - bias.mean()
@@ -284,23 +251,33 @@ Linear = tuple[torch.Tensor, torch.Tensor | None]
 def _linear(module: Any) -> Linear:
     """Weight (out, in) and bias of a linear layer."""
     weight: torch.Tensor = module.weight.float()
-    return weight.T if isinstance(module, Conv1D) else weight, _bias(module)
+    return weight.T if isinstance(module, Conv1D) else weight, bias_of(module)
 
 
-def _bias(module: nn.Module) -> torch.Tensor | None:
+def bias_of(module: nn.Module) -> torch.Tensor | None:
+    """Bias of a layer in float32, None where it has none."""
     bias: torch.Tensor | None = getattr(module, "bias", None)
     return None if bias is None else bias.float()
 
 
 def _reading(weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.Module, kind: str) -> Linear:
     """Take a norm's scale and bias into a linear layer that reads from it."""
-    scale, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if shift is not None:
-        moved = weight @ shift.float()
-        bias = moved if bias is None else bias + moved
-    if scale is not None:
-        weight = weight * (scale.float() + (kind == "rms-plus-one"))
-    return weight, bias
+    return scaled_by_norm(weight, norm, kind), shifted_by_norm(weight, bias, norm)
+
+
+def scaled_by_norm(weight: torch.Tensor, norm: nn.Module, kind: str) -> torch.Tensor:
+    """Take a norm's scale into a float32 weight (out, D) that reads from it."""
+    scale: torch.Tensor | None = getattr(norm, "weight", None)
+    return weight if scale is None else weight * (scale.float() + (kind == "rms-plus-one"))
+
+
+def shifted_by_norm(weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.Module) -> torch.Tensor | None:
+    """Bias of a linear layer that also takes in the bias of the norm it reads from."""
+    shift: torch.Tensor | None = getattr(norm, "bias", None)
+    if shift is None:
+        return bias
+    moved = weight.float() @ shift.float()
+    return moved if bias is None else bias + moved
 
 
 def _put(found: Tensors, readers: dict[str, Linear], norm: nn.Module, kind: str) -> None:

@@ -36,8 +36,8 @@ from secateur.surgery.folding import (
     ATTENTION_WRITER,
     folded_block,
     folded_config,
-    folded_outer,
 )
+from secateur.surgery.outer import put_head, put_tables
 
 _FAMILY = FAMILIES[SecateurConfig.model_type]
 
@@ -126,26 +126,37 @@ def slice_by_principal_directions(
     windows = share_of(windows)
     with open_store(decoder) as store:
         entering = _dense_start(decoder, windows, store, batch_size, signals)
-        kept = [principal_directions(entering)[:, : every[0]]]
-        put_outer(assembly, kept[0], None)
+        first = principal_directions(entering)[:, : every[0]]
+        put_tables(assembly, first)
         batches = [batch for batch, _ in start(assembly.decoder, windows, batch_size)]
         assembly.finish(OUTER)
+        put_head(assembly, None)
+        assembly.finish(OUTER)
         walk = _Pass(assembly, store, batches, signals)
+        kept = [imprint_of(first)]
         for index in progress(range(decoder.block_count), "slicing block by block", decoder.block_count):
             following = widths[index + 1] if index + 1 < len(widths) else None
-            kept.append(_slice_block(walk, index, kept[-1], widths[index], following))
+            first = _slice_block(walk, index, first, widths[index], following)
+            assembly.finish(index)
+            kept.append(imprint_of(first))
         sliced = assembly.result(sliced_fingerprint(kept))
         with sliced.outer():
             return sliced, mean_loss_of(sliced, _final_states(walk), shared=True)
 
 
-def sliced_fingerprint(directions: Sequence[Directions]) -> dict[str, Any]:
-    """Say for a fingerprint which directions were kept: their widths, and some of their numbers."""
-    parts = [one.flatten()[:: max(1, one.numel() // 64)] for one in directions]
-    return {
-        "widths": [one.shape[1] for one in directions],
-        "directions": [[round(float(value), 6) for value in part] for part in parts],
-    }
+Imprint = tuple[int, list[float]]
+"""What a fingerprint remembers of directions: their width, and some of their numbers."""
+
+
+def imprint_of(directions: Directions) -> Imprint:
+    """Give the width of directions and some of their numbers; all of them would grow with the model's depth."""
+    some = directions.flatten()[:: max(1, directions.numel() // 64)]
+    return directions.shape[1], [round(float(value), 6) for value in some]
+
+
+def sliced_fingerprint(kept: Sequence[Imprint]) -> dict[str, Any]:
+    """Say for a fingerprint which directions were kept."""
+    return {"widths": [width for width, _ in kept], "directions": [numbers for _, numbers in kept]}
 
 
 def _dense_start(
@@ -170,14 +181,6 @@ def empty_sliced(
     return Assembly(dense, config, _FAMILY, stored)
 
 
-def put_outer(assembly: Assembly, first: Directions, last: Directions | None) -> None:
-    """Put embeddings in the coordinates of the first point, and the head in those of the last (None: dense)."""
-    with assembly.dense.outer():
-        for name, tensor in folded_outer(assembly.dense):
-            directions = first if "embed" in name else last if name == "lm_head.weight" else None
-            assembly.put("", {name: tensor if directions is None else times(tensor, directions)})
-
-
 def _slice_block(walk: _Pass, index: int, first: Directions, width: int, following: int | None) -> Directions:
     """Slice one block; gives the directions that the next block (or the head) reads."""
     assembly = walk.assembly
@@ -186,7 +189,8 @@ def _slice_block(walk: _Pass, index: int, first: Directions, width: int, followi
         weights = folded_block(assembly.dense, index)
     layer = assembly.layer(index)
     assembly.put(where, rotate_readers(weights, first, attention=True))
-    assembly.put(where, {name: one for name, one in weights.items() if "o_proj" in name or "down_proj" in name})
+    writers = {name: one for name, one in weights.items() if "o_proj" in name or "down_proj" in name}
+    assembly.put(where, writers)
 
     def attention(narrow: torch.Tensor, batch: Batch) -> torch.Tensor:
         return layer.attention_branch(narrow, **batch.calls[index].kwargs)
@@ -196,18 +200,19 @@ def _slice_block(walk: _Pass, index: int, first: Directions, width: int, followi
 
     if layer.parallel:
         assembly.put(where, rotate_readers(weights, first, attention=False))
+        del weights
         leaving = walk.through(first, lambda narrow, batch: attention(narrow, batch) + mlp(narrow, batch))
         middle = last = _next_directions(leaving, following)
         second = first
     else:
         second = middle = principal_directions(walk.through(first, attention))[:, :width]
         assembly.put(where, rotate_readers(weights, middle, attention=False))
+        del weights
         last = _next_directions(walk.through(middle, mlp), following)
         assembly.put(where, {"attn_shortcut.weight": (first.T @ middle).T})
-    assembly.put(where, rotate_writers(weights, middle, attention=True))
-    assembly.put(where, rotate_writers(weights, last, attention=False))
+    assembly.put(where, rotate_writers(writers, middle, attention=True))
+    assembly.put(where, rotate_writers(writers, last, attention=False))
     assembly.put(where, {"mlp_shortcut.weight": (second.T @ last).T})
-    assembly.finish(index)
     return last
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from secateur.calibration.reading_points import points_per_block
 from secateur.errors import ModelError
 from secateur.models.decoder import Decoder
-from secateur.models.replay import capture, logits, run_block
+from secateur.models.replay import Call, capture, logits, run_block
+from secateur.models.shards import OUTER
+from secateur.surgery.assembly import Assembly
 from secateur.surgery.directions import Directions
 from secateur.surgery.folding import folded_block
-from secateur.surgery.hidden import empty_sliced, put_outer, rotate_readers, rotate_writers
+from secateur.surgery.hidden import empty_sliced, rotate_readers, rotate_writers
+from secateur.surgery.outer import put_head, put_tables
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of logits allowed, relative to the largest logit, by the dtype of the arithmetic."""
 
 _WINDOWS, _POSITIONS = 2, 16
+
+States = tuple[torch.Tensor, torch.Tensor]
+"""Residual stream of the model itself, and of its rotated form."""
 
 
 @torch.no_grad()
@@ -34,28 +42,41 @@ def rotation_error(decoder: Decoder) -> float:
     width = decoder.hidden_size
     rotated = empty_sliced(decoder, [width] * (points + 1), [True] * points, stored=decoder.module.dtype)
     turns = [_random_rotation(width, seed) for seed in (0, 1)]
-    put_outer(rotated, turns[0], turns[points % 2])
     tokens = _tokens(decoder)
-    expected, calls = capture(decoder, tokens)
-    found, own_calls = capture(rotated.decoder, tokens)
-    for index in range(decoder.block_count):
-        with decoder.block(index) as block:
-            expected = run_block(block, calls[index], expected)
-            weights = folded_block(decoder, index)
-        where, first = rotated.block_path(index), points_per_block(decoder) * index
-        for name, attention in (("attn", True), ("mlp", False)):
-            point = first if attention or decoder.anatomy.parallel else first + 1
-            before, after = turns[point % 2], turns[(point + 1) % 2]
-            rotated.put(where, rotate_readers(weights, before, attention=attention))
-            rotated.put(where, rotate_writers(weights, after, attention=attention))
-            if not (attention and decoder.anatomy.parallel):
-                rotated.put(where, {f"{name}_shortcut.weight": (before.T @ after).T})
-        found = run_block(rotated.layer(index), own_calls[index], found)
-        rotated.release(where)
+    entering, calls = capture(decoder, tokens)
+    put_tables(rotated, turns[0])
+    turned, own_calls = capture(rotated.decoder, tokens)
+    rotated.finish(OUTER)
+    states = (entering, turned)
+    for index, both in enumerate(zip(calls, own_calls, strict=True)):
+        states = _through_block(rotated, index, turns, both, states)
+        rotated.release(rotated.block_path(index))
     with decoder.outer():
-        dense = logits(decoder, expected, tokens).float()
-    difference = (logits(rotated.decoder, found, tokens).float() - dense).abs().max()
+        dense = logits(decoder, states[0], tokens).float()
+    put_head(rotated, turns[points % 2])
+    rotated.finish(OUTER)
+    whole = rotated.result({})
+    with whole.outer():
+        difference = (logits(whole, states[1], tokens).float() - dense).abs().max()
     return float(difference / dense.abs().max().clamp_min(1e-12))
+
+
+def _through_block(
+    rotated: Assembly, index: int, turns: Sequence[Directions], calls: tuple[Call, Call], states: States
+) -> States:
+    """Run one block and, even and odd reading points turned differently, its rotated form."""
+    decoder, where, points = rotated.dense, rotated.block_path(index), points_per_block(rotated.dense)
+    with decoder.block(index) as block:
+        expected = run_block(block, calls[0], states[0])
+        weights = folded_block(decoder, index)
+    for name, attention in (("attn", True), ("mlp", False)):
+        point = points * index + (points == 2 and not attention)
+        before, after = turns[point % 2], turns[(point + 1) % 2]
+        rotated.put(where, rotate_readers(weights, before, attention=attention))
+        rotated.put(where, rotate_writers(weights, after, attention=attention))
+        if points == 2 or not attention:
+            rotated.put(where, {f"{name}_shortcut.weight": (before.T @ after).T})
+    return expected, run_block(rotated.layer(index), calls[1], states[1])
 
 
 def require_invariance(decoder: Decoder) -> None:

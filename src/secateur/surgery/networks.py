@@ -18,7 +18,8 @@ from secateur.shapes import SecateurConfig
 from secateur.shapes.modeling_secateur import SecateurDecoderLayer
 from secateur.steps import Network, Span
 from secateur.surgery.assembly import Assembly, Tensors
-from secateur.surgery.folding import folded_block, folded_config, folded_outer
+from secateur.surgery.folding import folded_block, folded_config
+from secateur.surgery.outer import put_head, put_tables
 
 _FAMILY = FAMILIES[SecateurConfig.model_type]
 _SPREAD = 0.02
@@ -65,9 +66,9 @@ def with_network(decoder: Decoder, config: SecateurConfig, window: Span, tensors
         edit: what is done, as data that tells the result from any other.
     """
     assembly = Assembly(decoder, config, _FAMILY)
-    with decoder.outer():
-        for name, tensor in folded_outer(decoder):
-            assembly.put("", {name: tensor})
+    put_tables(assembly, None)
+    assembly.finish(OUTER)
+    put_head(assembly, None)
     assembly.finish(OUTER)
     low, high = window
     for place, index in enumerate(one for one in range(decoder.block_count) if not low < one <= high):

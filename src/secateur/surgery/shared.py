@@ -30,7 +30,8 @@ from secateur.surgery.directions import (
     sensitive_directions,
 )
 from secateur.surgery.folding import folded_block, norm_eps
-from secateur.surgery.hidden import empty_sliced, put_outer, rotate_readers, rotate_writers, sliced_fingerprint
+from secateur.surgery.hidden import empty_sliced, imprint_of, rotate_readers, rotate_writers, sliced_fingerprint
+from secateur.surgery.outer import put_head, put_tables
 from secateur.surgery.stock import StockSlicing
 
 
@@ -98,9 +99,11 @@ class FoldedSlicing:
 
     def finish(self, reading: Directions) -> Decoder:
         """Slice embeddings and head, the latter with M, and give the model."""
-        put_outer(self._assembly, self._bases.directions[0], reading)
+        put_tables(self._assembly, self._bases.directions[0])
         self._assembly.finish(OUTER)
-        return self._assembly.result(sliced_fingerprint(self._bases.directions))
+        put_head(self._assembly, reading)
+        self._assembly.finish(OUTER)
+        return self._assembly.result(sliced_fingerprint([imprint_of(one) for one in self._bases.directions]))
 
 
 def slice_with_shared_bases(

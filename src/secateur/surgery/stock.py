@@ -25,9 +25,9 @@ from secateur.models.decoder import Decoder
 from secateur.models.shards import OUTER
 from secateur.steps import StreamSizes
 from secateur.surgery.assembly import Assembly, Tensors
-from secateur.surgery.directions import Directions, times
-from secateur.surgery.folding import folded_config, refuse_unsliceable, stream_sizes
-from secateur.surgery.hidden import sliced_fingerprint
+from secateur.surgery.directions import Directions, by_rows, times
+from secateur.surgery.folding import folded_config, refuse_unsliceable, scaled_by_norm, stream_sizes
+from secateur.surgery.hidden import imprint_of, sliced_fingerprint
 
 
 def config_of_width(decoder: Decoder, width: int) -> Any:
@@ -113,10 +113,15 @@ class StockSlicing:
     @torch.no_grad()
     def finish(self, reading: Directions) -> Decoder:
         """Slice embeddings and head, the latter with M, and give the model."""
-        with self._dense.outer():
-            self._assembly.put("", _outer(self._assembly, self._directions, reading, self._scale))
+        with self._dense.outer(head=False):
+            found = _tables(self._assembly, self._directions, self._scale)
+        self._assembly.put("", found)
         self._assembly.finish(OUTER)
-        return self._assembly.result(sliced_fingerprint([self._directions]))
+        with self._dense.outer(table=False):
+            found = _head(self._assembly, reading)
+        self._assembly.put("", found)
+        self._assembly.finish(OUTER)
+        return self._assembly.result(sliced_fingerprint([imprint_of(self._directions)]))
 
 
 def _block(
@@ -141,26 +146,33 @@ def _block(
     return found
 
 
-def _outer(assembly: Assembly, directions: Directions, reading: Directions, scale: float) -> Tensors:
-    decoder, family = assembly.dense, assembly.dense.anatomy.family
-    embed, head = find(decoder.module, family.embeddings[0]), find(decoder.module, family.head)
-    rows = times(embed.weight, directions)
-    if getattr(embed, "embed_scale", None) is not None:
-        rows = rows * (embed.embed_scale / find(assembly.decoder.module, family.embeddings[0]).embed_scale).to(rows)
-    norm = find(decoder.module, family.final[0])
-    found = {
-        f"{family.embeddings[0]}.weight": rows,
+def _tables(assembly: Assembly, directions: Directions, scale: float) -> Tensors:
+    family = assembly.dense.anatomy.family
+    embed, own = (find(one.module, family.embeddings[0]) for one in (assembly.dense, assembly.decoder))
+
+    def turned(rows: torch.Tensor) -> torch.Tensor:
+        found = times(rows, directions)
+        return found * (embed.embed_scale / own.embed_scale).to(found) if hasattr(embed, "embed_scale") else found
+
+    return {
+        f"{family.embeddings[0]}.weight": by_rows(embed.weight, turned, assembly.stored),
         f"{family.final[0]}.weight": torch.full((directions.shape[1],), scale),
-        f"{family.head}.weight": _read(head.weight, norm, family.norm, reading),
     }
+
+
+def _head(assembly: Assembly, reading: Directions) -> Tensors:
+    decoder, family = assembly.dense, assembly.dense.anatomy.family
+    head, norm = find(decoder.module, family.head), find(decoder.module, family.final[0])
+    found = {f"{family.head}.weight": _read(head.weight, norm, family.norm, reading, assembly.stored)}
     if getattr(head, "bias", None) is not None:
         found[f"{family.head}.bias"] = head.bias
     return found
 
 
-def _read(weight: torch.Tensor, norm: Any, kind: str, reading: torch.Tensor) -> torch.Tensor:
-    scale = norm.weight.float() + (kind == "rms-plus-one")
-    return times(weight.float() * scale, reading)
+def _read(
+    weight: torch.Tensor, norm: Any, kind: str, reading: Directions, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    return by_rows(weight, lambda rows: times(scaled_by_norm(rows.float(), norm, kind), reading), dtype)
 
 
 def _weight_name(name: str, part: Any) -> str:
