@@ -3,10 +3,17 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import secateur
 from oracles import draw_windows, forward, plain_loss, plain_states
 from secateur import heal, make_plan, open_model, prune, save
 from secateur.calibration.texts import Windows
@@ -195,6 +202,7 @@ def test_blocks_of_skeletons(tiny):
         ("distill", {}, "the dense model has to teach here; name it"),
         ("lora", {"texts": Windows.of(WINDOWS.tokens[:1])}, "1 window to train on; some must be held back"),
         ("lora", {"settings": {"batch_size": 50}}, "5 windows to train on and 1 held out are too few"),
+        ("lora", {"trackers": ("tensorbord",)}, "unknown tracker 'tensorbord'. Did you mean 'tensorboard'"),
         ("lora", {"texts": None, "tokens": 10}, "10 tokens are fewer than two windows"),
     ],
 )
@@ -241,6 +249,38 @@ def test_nan_and_other_recipes(tiny, tmp_path, monkeypatch):
     after = 0
     with pytest.raises(NumericsError, match="before anything was gained"):
         healed(pruned, "full")
+
+
+def test_trackers_that_are_not_installed(tiny, monkeypatch):
+    monkeypatch.setattr("secateur.healing.heal.find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"wandb is not installed: pip install 'secateur\[wandb\]'"):
+        healed(cut(tiny("llama")), "lora", trackers=("wandb",))
+
+
+def test_killed_by_the_system_and_started_again(tiny_folder, tmp_path):
+    """SIGKILL in the middle of a step: the same command goes on, to the bit."""
+    model, text = tiny_folder("llama", tokenizer=True), tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 400)
+    command = [sys.executable, "-m", "secateur", "heal", str(model), "--with", "full", "--texts", str(text)]
+    command += ["--seq-len", "16", "--tokens", "3200", "--no-check", "--set", "save_minutes=1e-9"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(secateur.__file__).parents[1])}
+    whole = subprocess.Popen([*command, "-o", str(tmp_path / "whole")], env=environment)
+    cut_short = subprocess.Popen([*command, "-o", str(tmp_path / "cut")], env=environment)
+    work = tmp_path / "cut.training"
+    while not any(int(state.name.split("-")[1]) > 20 for state in work.glob("state-*[0-9]")):
+        assert cut_short.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    cut_short.kill()
+    cut_short.wait()
+    assert not (tmp_path / "cut").exists()
+    logged = (work / "log.jsonl").read_text().count("\n")
+    subprocess.run([*command, "-o", str(tmp_path / "cut")], env=environment, check=True)
+    assert whole.wait() == 0
+    assert 20 < logged < 190
+    assert not work.exists()
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
 # Instruction data

@@ -301,7 +301,7 @@ def test_nan_keeps_the_last_good_network_and_says_so(tiny, monkeypatch):
         return loss * (math.nan if len(steps) > 4 else 1), terms
 
     monkeypatch.setattr(PairRegression, "forward", spoilt)
-    with pytest.warns(TrainingWarning, match=r"stopped at step 5: .* NaN .*; the weights of step \d is kept"):
+    with pytest.warns(TrainingWarning, match=r"stopped at step 5: .* NaN .*; the weights of step \d are kept"):
         pruned = cut(decoder, windows, **settings)
     assert torch.isfinite(logits(pruned, windows)).all()
     steps += [1] * 9

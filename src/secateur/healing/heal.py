@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def heal(
         recipe={"model": model.fingerprint, **facts},
         seed=seed,
         folder=None if work is None else Path(work),
-        trackers=tuple(trackers),
+        trackers=check_trackers(trackers),
         batch_size=batch_size,
         progress=progress,
         facts=facts,
@@ -96,6 +98,23 @@ def find_rung(name: str) -> Rung:
     if name not in RUNGS:
         raise unknown("way of healing", name, list(RUNGS))
     return RUNGS[name]
+
+
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+
+
+def check_trackers(names: Iterable[str]) -> tuple[str, ...]:
+    """Give the trackers by name.
+
+    Raises:
+        InputError: an unknown one, or one that is not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown("tracker", name, list(TRACKERS))
+        if find_spec(name) is None:
+            raise InputError(f"{name} is not installed: pip install 'secateur[{name}]'.")
+    return tuple(names)
 
 
 def training_data(

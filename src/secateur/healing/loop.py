@@ -222,7 +222,7 @@ class _Run:
         """Train to the end, from the beginning or from where a killed run was."""
         outcome, accelerator = self.outcome, self.accelerator
         if self.tracked:
-            accelerator.init_trackers("secateur", config=self.settings.model_dump())
+            accelerator.init_trackers("secateur", config=self.settings.model_dump(exclude_none=True))
         self._resume()
         if outcome.steps == 0:
             self._evaluate()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -110,6 +109,8 @@ def _is_last(decoder: Decoder, name: str) -> bool:
 
 
 def _with_lora(decoder: Decoder, rank: int, alpha: int, dropout: float, seed: int) -> Prepared:
+    from peft import LoraConfig, get_peft_model  # here, because importing it takes seconds
+
     targets = sorted(_linear_layers(decoder))
     if not targets:
         raise ModelError(f"{decoder.source}: no linear layers in its blocks for LoRA; heal with full or last-layers.")
