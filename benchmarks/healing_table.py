@@ -1,0 +1,90 @@
+"""What each way of healing brings back to the bundled model, against the tokens it has seen.
+
+25 % of the parameters go, by `streamline` and by `slicegpt`; then each rung learns from the same windows of the standard
+library with the same seed, and held-out perplexity is measured on modules that none of it has seen. The dense model is
+given the same training, so that learning new text is not mistaken for healing. Arguments restrict it: method names,
+rung names and numbers of tokens. `--draw` makes the picture of what is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from common import RESULTS, keep
+
+import secateur
+from secateur.calibration.choose import windows_for
+from secateur.healing.rungs import RUNGS
+
+CUTS = {"streamline": {"train_tokens": "300k"}, "slicegpt": {}, "dense": {}}
+TOKENS = (100_000, 300_000, 1_000_000)
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "healing.png"
+
+
+def main(words: list[str]) -> None:
+    """Heal and measure; what a model has no use for is left out: the dense one needs no teacher."""
+    cuts = [name for name in CUTS if name in words] or list(CUTS)
+    rungs = [name for name in RUNGS if name in words] or list(RUNGS)
+    amounts = [int(word) for word in words if word.isdecimal()] or list(TOKENS)
+    model = secateur.open_model("bundled")
+    held_out = windows_for(model, None, windows=64, split="held-out")
+    dense = secateur.eval(model, texts=held_out)[0].value
+    for name in cuts:
+        pruned, removed = model, 0.0
+        if name != "dense":
+            plan = secateur.make_plan(model, method=name, remove=0.25, settings=CUTS[name])
+            pruned, removed = secateur.prune(model, plan), plan.removed_fraction
+        before = secateur.eval(pruned, texts=held_out)[0].value
+        for tokens in amounts:
+            for rung in rungs:
+                if RUNGS[rung].teacher and (name == "dense" or (rung == "blocks" and name == "slicegpt")):
+                    continue
+                begun = time.perf_counter()
+                healed = secateur.heal(pruned, by=rung, tokens=tokens, teacher=model if RUNGS[rung].teacher else None)
+                seconds = time.perf_counter() - begun
+                after = secateur.eval(healed, texts=held_out)[0].value
+                keep(
+                    "healing_table",
+                    {"cut": name, **CUTS[name], "removed": round(removed, 4), "rung": rung, "tokens": tokens},
+                    {
+                        "dense": round(dense, 2),
+                        "before": round(before, 2),
+                        "perplexity": round(after, 2),
+                        "seconds": round(seconds),
+                    },
+                )
+
+
+def draw() -> None:
+    """Draw perplexity against tokens for every cut, the newest measurement of each point."""
+    points: dict[tuple[str, str], dict[int, dict]] = {}
+    for line in (RESULTS / "healing_table.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        case, result = found["setting"], found["found"]
+        points.setdefault((case["cut"], case["rung"]), {})[case["tokens"]] = result
+    cuts = [name for name in CUTS if any(cut == name for cut, _ in points)]
+    figure, axes = plt.subplots(1, len(cuts), figsize=(4.2 * len(cuts), 3.6), squeeze=False)
+    for axis, cut in zip(axes[0], cuts, strict=True):
+        for (name, rung), found in points.items():
+            if name == cut:
+                first = next(iter(found.values()))
+                tokens = sorted(found)
+                axis.plot([0, *tokens], [first["before"], *(found[n]["perplexity"] for n in tokens)], "o-", label=rung)
+                axis.axhline(first["dense"], color="grey", linewidth=0.8, linestyle="--")
+        axis.set_title(cut if cut == "dense" else f"25 % by {cut}")
+        axis.set_xlabel("tokens seen")
+        axis.set_ylabel("held-out perplexity")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=120)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--draw"]:
+        draw()
+    else:
+        main(sys.argv[1:])
