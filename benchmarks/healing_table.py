@@ -1,8 +1,8 @@
 """What each way of healing brings back to the bundled model, against the tokens it has seen.
 
-25 % of the parameters go, by `streamline` and by `slicegpt`; then each rung learns from the same windows of the standard
-library with the same seed, and held-out perplexity is measured on modules that none of it has seen. The dense model is
-given the same training, so that learning new text is not mistaken for healing. Arguments restrict it: method names,
+25 % of the parameters go, by `streamline` and by `slicegpt`; then each rung learns from the same windows of the
+standard library with the same seed, and held-out perplexity is measured on other modules. The dense model is given the
+same training, so that learning new text is not mistaken for healing. Arguments restrict it: method names,
 rung names and numbers of tokens. `--draw` makes the picture of what is kept.
 """
 
