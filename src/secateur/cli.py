@@ -191,6 +191,7 @@ def heal(
             settings=learning.settings(),
             seed=learning.seed,
             trackers=tuple(learning.track or ()),
+            tracking=folder.with_name(f"{folder.name}.tracking"),
             work=work,
             progress=progress,
         )

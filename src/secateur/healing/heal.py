@@ -33,6 +33,7 @@ def heal(
     seed: int = 0,
     batch_size: int | None = None,
     trackers: tuple[str, ...] = (),
+    tracking: str | Path = "secateur-runs/tracking",
     work: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Decoder:
@@ -51,7 +52,8 @@ def heal(
         settings: the rung's own settings by name.
         seed: of the order of the data and of everything drawn.
         batch_size: windows per batch of walks without gradients.
-        trackers: where curves go besides: tensorboard, mlflow, wandb.
+        trackers: where curves go besides: tensorboard, mlflow, wandb (not those of `blocks`).
+        tracking: folder for what trackers write.
         work: folder in which states are kept; after a kill the same call goes on there. The caller removes it.
         progress: shows how far it is.
 
@@ -78,6 +80,7 @@ def heal(
         seed=seed,
         folder=None if work is None else Path(work),
         trackers=check_trackers(trackers),
+        tracking=Path(tracking),
         batch_size=batch_size,
         progress=progress,
         facts=facts,

@@ -130,6 +130,7 @@ def train(
     folder: Path | None = None,
     units: Sequence[nn.Module] = (),
     trackers: Sequence[str] = (),
+    tracking: Path | None = None,
     what: str = "training",
     progress: Progress = SILENT,
 ) -> Outcome:
@@ -148,6 +149,7 @@ def train(
         units: parts of the module, such as blocks, that are gathered one by one where the launcher asked for sharding
             (FSDP2); afterwards the module's parameters stay divided (`sharding.whole_parameters`).
         trackers: Accelerate's: tensorboard, mlflow, wandb.
+        tracking: folder for what trackers write.
         what: said by the progress bar.
         progress: shows how far it is.
 
@@ -157,7 +159,7 @@ def train(
     """
     if sharding_asked() and units:
         shard(objective, units)
-    accelerator = accelerator_for(device, settings, seed, trackers, folder)
+    accelerator = accelerator_for(device, settings, seed, trackers, tracking)
     recipe = recipe | {"training": settings.model_dump(), "seed": seed}
     made: list[RunFolder | None] = [None]
     if accelerator.is_main_process:

@@ -92,6 +92,7 @@ class Job:
         seed: of everything drawn.
         folder: for states to go on from.
         trackers: of Accelerate.
+        tracking: folder for what they write.
         batch_size: windows per batch of walks without gradients.
         progress: shows how far it is.
         facts: filled with what the record says of how it went.
@@ -105,6 +106,7 @@ class Job:
     seed: int
     folder: Path | None
     trackers: tuple[str, ...]
+    tracking: Path
     batch_size: int | None
     progress: Progress
     facts: dict[str, Any]
@@ -155,6 +157,7 @@ class Job:
             folder=self.folder,
             units=list(prepared.blocks),
             trackers=self.trackers,
+            tracking=self.tracking,
             what="healing",
             progress=self.progress,
         )
