@@ -65,6 +65,8 @@ class Assembly:
 
     def finish(self, part: int) -> None:
         """Block `part` (or `OUTER`) is in place; that of a skeleton goes to disk and is let go."""
+        if part == OUTER:
+            self.decoder.module.tie_weights()
         if not self.dense.is_skeleton:
             return
         where = "" if part == OUTER else self.block_path(part)
@@ -78,6 +80,18 @@ class Assembly:
             owner, _, leaf = name.rpartition(".")
             holder = self.decoder.module.get_submodule(owner)
             holder._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        if not where:
+            self.decoder.module.tie_weights()
+
+    def keep_outer(self) -> None:
+        """Leave what is outside the blocks as it is: shared, or read from where a skeleton reads it."""
+        module = self.decoder.module
+        if not self.dense.is_skeleton:
+            for name, parameter in self.dense.module.named_parameters():
+                if not name.startswith(self._blocks):
+                    owner, _, leaf = name.rpartition(".")
+                    module.get_submodule(owner)._parameters[leaf] = parameter
+            module.tie_weights()
 
     def _below(self, where: str) -> dict[str, nn.Parameter]:
         """Parameters below a path; below the empty path those of no block."""
@@ -86,8 +100,9 @@ class Assembly:
 
     def result(self, edit: dict[str, Any]) -> Decoder:
         """Give the finished model; `edit` says what was done, for its fingerprint."""
-        shards = None
-        if self.dense.shards is not None:
-            shards = Shards(self.dense.shards.folder, self._blocks.removesuffix("."), device=self.dense.device)
-            shards = dataclasses.replace(shards, edited=self._parts)
+        shards, before = None, self.dense.shards
+        if before is not None:
+            parts = {part: before.edited[part] for part in (OUTER,) if part in before.edited} | self._parts
+            shards = Shards(before.folder, self._blocks.removesuffix("."), files=before.files, device=before.device)
+            shards = dataclasses.replace(shards, edited=parts)
         return dataclasses.replace(self.decoder, shards=shards, fingerprint=of_edit(self.dense.fingerprint, edit))
