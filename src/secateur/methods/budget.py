@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from secateur.errors import InputError
 
-Native = Literal["blocks", "slice"]
+Native = Literal["blocks", "slice", "ratio"]
 """What a method counts in by itself."""
 
-Aim = Literal["blocks", "slice", "remove", "target_params", "own"]
+Aim = Literal["blocks", "slice", "ratio", "remove", "target_params", "own"]
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,10 @@ class Budget:
     """How much has to go.
 
     Attributes:
-        aim: `blocks`: exactly that many blocks; `slice`: that fraction of the hidden directions; `remove`: the
-            closest non-zero cut to this fraction of all parameters; `target_params`: the largest model that has no
-            more than this many parameters; `own`: what the method's own knob gives.
+        aim: `blocks`: exactly that many blocks; `slice`: that fraction of the hidden directions; `ratio`: that
+            fraction of what stands inside blocks; `remove`: the closest non-zero cut to this fraction of all
+            parameters; `target_params`: the largest model that has no more than this many parameters; `own`: what the
+            method's own knob gives.
         value: a number of blocks, a fraction in [0, 1) or (0, 1), a number of parameters, or the value of the knob.
         knob: name of the method's setting that asks for it, if one does.
     """
@@ -33,7 +34,7 @@ class Budget:
     @property
     def is_zero(self) -> bool:
         """Whether nothing is to go, which is legal only in a method's own unit."""
-        return self.aim in ("blocks", "slice") and self.value == 0
+        return self.aim in ("blocks", "slice", "ratio") and self.value == 0
 
     def describe(self) -> dict[str, Any]:
         """Give the request as data for the plan."""
