@@ -134,5 +134,5 @@ def test_no_stock_model_for_uneven_widths(tiny):
     decoder = tiny("llama")
     widths = list(dense_widths(decoder))
     widths[3] = widths[3].model_copy(update={"channels": 24})
-    with pytest.raises(ModelError, match="no stock model can hold these widths"):
+    with pytest.raises(ModelError, match="no llama can have these widths"):
         narrow_blocks(decoder, draw_windows(), widths, last_units, stock=True)

@@ -39,7 +39,13 @@ from secateur.scores.units import best_units, fluctuation, magnitude, weighted_n
 from secateur.steps import AnyStep, Choice, NarrowBlocks, SliceHidden
 from secateur.surgery.narrowing import Choose, Place, narrow_blocks
 from secateur.surgery.stock import stock_stream_sizes, width_step
-from secateur.surgery.width import dense_widths, narrow_sizes, reason_against_heads, refuse_unnarrowable
+from secateur.surgery.width import (
+    dense_widths,
+    names_every_block,
+    narrow_sizes,
+    reason_against_heads,
+    refuse_unnarrowable,
+)
 
 Ratio = Annotated[float, BeforeValidator(lambda given: read_fraction(given, "ratio", zero=True))]
 Share = Annotated[float, BeforeValidator(lambda given: read_fraction(given, "hidden", zero=True))]
@@ -219,8 +225,8 @@ def decide_flap(evidence: Evidence, settings: FlapSettings, budget: Budget) -> S
     free = settings.free_blocks(decoder.block_count)
     if not free:
         raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
-    dense = dense_widths(decoder)
-    sizes = narrow_sizes(decoder, stock=False, bias=settings.bias)
+    dense, stock = dense_widths(decoder), names_every_block(decoder)
+    sizes = narrow_sizes(decoder, stock=stock, bias=settings.bias)
     multiple = rounding_for(decoder, free, settings.rounding)
     profiles = fluctuation_profiles(
         decoder,
@@ -237,7 +243,7 @@ def decide_flap(evidence: Evidence, settings: FlapSettings, budget: Budget) -> S
             settings=settings.model_dump(exclude_none=True),
             widths=widths,
             choose="fluctuation",
-            stock=False,
+            stock=stock,
             repair=settings.repair,
             bias=settings.bias,
             rounding=multiple,

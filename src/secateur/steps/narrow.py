@@ -77,7 +77,7 @@ class NarrowBlocks(Step):
     Attributes:
         widths: what each block keeps.
         choose: what decides which of a block's units go.
-        stock: the result keeps its architecture; else it gets the modelling file.
+        stock: the result keeps its architecture, a stock one unless it has the modelling file; else it gets that.
         repair: projections that write are fitted by least squares to what they wrote before.
         bias: what a constant can make up for goes into biases; only where the result has a place for them.
         rounding: channels were rounded to multiples of this.
@@ -100,7 +100,7 @@ class NarrowBlocks(Step):
         """All blocks stay.
 
         Raises:
-            InputError: widths for another number of blocks, more than there is, or uneven ones in a stock model.
+            InputError: widths for another number of blocks, more than there is, or fewer groups and queries.
         """
         if not len(self.widths) == len(self.sizes.blocks) == count:
             raise InputError(f"the plan has widths for {len(self.widths)} blocks, but this model has {count}.")
@@ -114,8 +114,6 @@ class NarrowBlocks(Step):
                 raise InputError(
                     f"the plan keeps fewer groups in block {block} and fewer queries in each; only one of them may go."
                 )
-        if self.stock and not even(self.widths, self.sizes):
-            raise InputError("the plan keeps differing widths in blocks that are alike, which a stock model cannot.")
         return tuple(range(count))
 
     def left(self, sizes: Sizes) -> Sizes:
@@ -136,21 +134,13 @@ class NarrowBlocks(Step):
             _span([keep.groups for keep in self.widths], [one.groups for one in dense]) + " key/value groups",
             _span([keep.channels for keep in self.widths], [one.channels for one in dense]) + " channels",
         ]
-        how = "stock architecture" if self.stock else "with its modelling file"
+        how = "same architecture" if self.stock else "with its modelling file"
         text = f"{', '.join(parts)} in each block; {how}"
         if self.rounding > 1:
             text += f"; channels in multiples of {self.rounding}"
         if self.unrounded is not None:
             text += f" (single channels would come to {self.unrounded:.1%})"
         return "keeps", text
-
-
-def even(widths: tuple[Widths, ...], sizes: NarrowSizes) -> bool:
-    """Whether blocks that were alike still are."""
-    pairs = {(one.dense, one.channel, keep) for one, keep in zip(sizes.blocks, widths, strict=True)}
-    return len(pairs) == len({(dense, channel) for dense, channel, _ in pairs}) and (
-        len({(keep.groups, keep.queries) for keep in widths}) == 1
-    )
 
 
 def _span(kept: list[int], dense: list[int]) -> str:

@@ -54,7 +54,7 @@ def refuse_unnarrowable(decoder: Decoder) -> None:
             f"{decoder.source}: '{family.model_type}' is not in the table of families, so it is not known which rows "
             "and columns of its blocks belong together. See docs/add-a-family.md."
         )
-    if _is_folded(decoder) and any(decoder.config.experts):
+    if names_every_block(decoder) and any(decoder.config.experts):
         raise ModelError(
             f"{decoder.source}: experts of a model with its modelling file cannot be narrowed; narrow the dense model "
             "first, then slice."
@@ -75,7 +75,7 @@ def reason_against_heads(decoder: Decoder) -> str | None:
 def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
     """Give the configuration of the same architecture at these widths; None where it cannot say so."""
     family, dense, config = decoder.anatomy.family, all_widths(decoder), copy.deepcopy(decoder.config)
-    if _is_folded(decoder):
+    if names_every_block(decoder):
         return _with_widths(config, widths)
     for name, experts in ((family.inner_size, False), (family.expert_size, True)):
         pairs = {
@@ -127,7 +127,8 @@ def _with_widths(config: SecateurConfig, widths: Sequence[Widths]) -> SecateurCo
     return config
 
 
-def _is_folded(decoder: Decoder) -> bool:
+def names_every_block(decoder: Decoder) -> bool:
+    """Whether the configuration gives every block widths of its own, as that of the modelling file does."""
     return decoder.anatomy.family.model_type == SecateurConfig.model_type
 
 
@@ -183,7 +184,9 @@ class Narrowing:
         if stock:
             config, family = stock_config(decoder, widths), decoder.anatomy.family
             if config is None:
-                raise ModelError(f"{decoder.source}: no stock model can hold these widths; the modelling file can.")
+                raise ModelError(
+                    f"{decoder.source}: no {family.model_type} can have these widths; edit the plan, or make a new one."
+                )
         else:
             config, family = folded_at(decoder, widths, bias=bias), _FOLDED
             require_invariance(decoder)
