@@ -18,7 +18,7 @@ from secateur.calibration.stream import open_store, start, step
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_size
-from secateur.methods.inner_widths import TOLD, AllWidths, rounded
+from secateur.methods.inner_widths import TOLD, AllWidths
 from secateur.models.decoder import Decoder
 from secateur.models.widths import BlockWidths, block_widths
 from secateur.scores.units import fluctuation, z_scores
@@ -104,7 +104,7 @@ class Thresholds:
         self._profiles, self._dense, self._sizes = profiles, tuple(dense), sizes
         self._multiple, self._total = multiple, total
         row = torch.cat([part for one in profiles.values() for part in (one.heads, one.channels)]).unique()
-        self._levels = row[torch.linspace(0, len(row) - 1, min(len(row), _LEVELS)).round().long()].tolist()
+        self._levels = row[torch.linspace(0, len(row) - 1, min(len(row), _LEVELS)).round().long()]
 
     def meet(self, budget: Budget) -> tuple[AllWidths, float | None]:
         """Give the widths that meet a budget, and what would go with single channels if that differs.
@@ -113,11 +113,7 @@ class Thresholds:
             InputError: the budget is out of reach.
         """
         if budget.aim == "ratio":
-            inside = sum(
-                one.at(own) - one.fixed
-                for block, (one, own) in enumerate(zip(self._sizes.blocks, self._dense, strict=True))
-                if block in self._profiles
-            )
+            inside = sum(self._sizes.blocks[b].at(self._dense[b]) - self._sizes.blocks[b].fixed for b in self._profiles)
             budget = Budget("remove", budget.value * inside / self._total)
         widths, got = self._closest(budget, self._multiple)
         if self._multiple == 1:
@@ -126,23 +122,39 @@ class Thresholds:
         return widths, best if abs(best - got) > TOLD else None
 
     def _closest(self, budget: Budget, multiple: int) -> tuple[AllWidths, float]:
-        path = list(dict.fromkeys(self._at(level, multiple) for level in self._levels))
-        path = [one for one in path if one != self._dense]
-        if not path:
+        kept = torch.stack([self._kept(block, multiple) for block in self._profiles], dim=1)
+        full = torch.tensor([self._units(block) for block in self._profiles])
+        weights = torch.tensor([self._weights(block) for block in self._profiles])
+        kept = kept[(kept < full).flatten(1).any(dim=1)]
+        if not len(kept):
             raise InputError(f"rounding={multiple}: MLPs have no more channels than that.")
-        left = [self._sizes.at(one).total for one in path]
+        left = (self._sizes.at(self._dense).total - ((full - kept) * weights).sum(dim=(1, 2))).tolist()
         place = choose_size(budget, left, self._total)
-        return path[place], 1 - left[place] / self._total
-
-    def _at(self, level: float, multiple: int) -> AllWidths:
-        """Give the widths when all units of a score up to this level go, at least one of each kind staying."""
         widths = list(self._dense)
-        for block, profile in self._profiles.items():
-            dense = self._dense[block]
-            kept = rounded(int((profile.channels > level).sum()), dense.channels, multiple)
-            update = {"channels": kept}
-            if len(profile.heads):
-                unit = "groups" if dense.groups > 1 else "queries"
-                update[unit] = max(1, int((profile.heads > level).sum()))
-            widths[block] = dense.model_copy(update=update)
-        return tuple(widths)
+        for block, (heads, channels) in zip(self._profiles, kept[place].tolist(), strict=True):
+            unit = "groups" if self._dense[block].groups > 1 else "queries"
+            widths[block] = self._dense[block].model_copy(update={unit: heads, "channels": channels})
+        return tuple(widths), 1 - left[place] / self._total
+
+    def _units(self, block: int) -> tuple[int, int]:
+        """Count groups (query heads where there is one group), and channels, of the dense block."""
+        dense = self._dense[block]
+        return dense.groups if dense.groups > 1 else dense.queries, dense.channels
+
+    def _weights(self, block: int) -> tuple[int, int]:
+        """Count the parameters of such a unit, and of a channel."""
+        sizes, dense = self._sizes.blocks[block], self._dense[block]
+        return sizes.query if dense.groups == 1 else sizes.group + dense.queries * sizes.query, sizes.channel
+
+    def _kept(self, block: int, multiple: int) -> torch.Tensor:
+        """Count the units that stay for every threshold, (levels, 2): all of a higher score, at least one of a kind."""
+        profile, (units, channels) = self._profiles[block], self._units(block)
+        heads = torch.full_like(self._levels, units, dtype=torch.long)
+        if len(profile.heads):
+            heads = (len(profile.heads) - self._up_to(profile.heads)).clamp_min(1)
+        rounded = (channels - self._up_to(profile.channels) + multiple // 2) // multiple * multiple
+        return torch.stack([heads, rounded.clamp(min(multiple, channels), channels)], dim=1)
+
+    def _up_to(self, scores: torch.Tensor) -> torch.Tensor:
+        """Count the scores that are no higher than each threshold."""
+        return torch.searchsorted(scores.flip(0).contiguous(), self._levels, right=True)

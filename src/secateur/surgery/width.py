@@ -19,14 +19,14 @@ from secateur.errors import ModelError
 from secateur.models.anatomy import Family, count_parameters, present
 from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
-from secateur.models.open import empty_model
 from secateur.models.shards import OUTER
 from secateur.models.widths import BlockWidths, block_widths
 from secateur.shapes import SecateurConfig
+from secateur.shapes.modeling_secateur import SecateurDecoderLayer
 from secateur.steps import BlockSizes, NarrowSizes, Widths
 from secateur.surgery.assembly import Assembly, Tensors
 from secateur.surgery.coupling import Couplings, Kept, couplings_of, joint_head_norm, narrowed
-from secateur.surgery.folding import can_stay_tied, folded_block, folded_config, folded_outer
+from secateur.surgery.folding import can_stay_tied, folded_block, folded_config, folded_outer, stream_sizes
 from secateur.surgery.invariance import require_invariance
 
 _FOLDED = FAMILIES[SecateurConfig.model_type]
@@ -139,15 +139,20 @@ def narrow_sizes(decoder: Decoder, *, stock: bool, bias: bool = False) -> Narrow
         ModelError: the family cannot be put into the form asked for.
     """
     refuse_unnarrowable(decoder)
-    module: Any = decoder.module
-    family, blocks = decoder.anatomy.family, decoder.block_list
-    if not stock:
-        config = folded_at(decoder, dense_widths(decoder), bias=bias)
-        module = empty_model(config, decoder.module.dtype, torch.device("cpu"), trust_remote_code=False)
-        family, blocks = _FOLDED, module.model.layers
-    found = [_block_sizes(block, family, one) for block, one in zip(blocks, all_widths(decoder), strict=True)]
-    outside = count_parameters(module) - sum(count_parameters(block) for block in blocks)
-    return NarrowSizes(blocks=tuple(found), other=outside)
+    widths = all_widths(decoder)
+    if stock:
+        blocks, family = list(decoder.block_list), decoder.anatomy.family
+        outside = decoder.parameter_count - sum(decoder.block_parameter_counts())
+        found = [_block_sizes(block, family, one) for block, one in zip(blocks, widths, strict=True)]
+        return NarrowSizes(blocks=tuple(found), other=outside)
+    config = folded_at(decoder, dense_widths(decoder), bias=bias)
+    first = {one: widths.index(one) for one in widths}
+    with torch.device("meta"):
+        layers = {one: SecateurDecoderLayer(config, block) for one, block in first.items()}
+    kinds = {one: _block_sizes(layer, _FOLDED, one) for one, layer in layers.items()}
+    stream = stream_sizes(config)
+    rows = stream.tables + (1 if config.final_scale else stream.head)
+    return NarrowSizes(blocks=tuple(kinds[one] for one in widths), other=rows * config.hidden_size + stream.other_fixed)
 
 
 def _block_sizes(block: nn.Module, family: Family, widths: BlockWidths) -> BlockSizes:
