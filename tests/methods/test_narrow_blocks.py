@@ -200,7 +200,7 @@ def test_the_bias_of_flap_keeps_the_mean(tiny):
     """In block 0, whose inputs are the dense ones, the mean of what the MLP writes is as before."""
     windows = draw_windows()
     found = cut(tiny("llama"), "flap", {}, windows, ratio=0.4, heads="never", repair=False)
-    without = cut(tiny("llama"), "flap", {}, windows, ratio=0.4, heads="never", repair=False, bias=False)
+    without = cut(tiny("llama"), "flap", {}, windows, ratio=0.4, heads="never", repair=False, bias="off")
     means = []
     for decoder in (tiny("llama"), found, without):
         seen = []
@@ -210,6 +210,8 @@ def test_the_bias_of_flap_keeps_the_mean(tiny):
         means.append(seen[0].flatten(0, 1).mean(dim=0))
     torch.testing.assert_close(means[1], means[0], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(means[2], means[0], atol=1e-2)
+    (step,) = plan_for(tiny("qwen3_moe-mixed"), "flap", {}, ratio=0.4).steps
+    assert "no bias in the place of what goes in 6 blocks" in step.says()[1]
 
 
 def test_repair_pays(bundled):

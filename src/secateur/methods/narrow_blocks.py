@@ -40,6 +40,7 @@ from secateur.steps import AnyStep, Choice, NarrowBlocks, SliceHidden
 from secateur.surgery.narrowing import Choose, Place, narrow_blocks
 from secateur.surgery.stock import stock_stream_sizes, width_step
 from secateur.surgery.width import (
+    blocks_without_bias,
     dense_widths,
     names_every_block,
     narrow_sizes,
@@ -73,8 +74,11 @@ class NarrowSettings(Settings):
 class FlapSettings(NarrowSettings):
     """Settings of `flap`."""
 
-    heads: Literal["even", "never"] = Field("even", description="whether heads may go; they compete with channels")
-    bias: bool = Field(True, description="put back the mean of what goes as a bias, where the result can hold one")
+    heads: Literal["even", "never"] = Field("even", description="heads compete with channels (even), or stay (never)")
+    bias: Literal["auto", "off"] = Field(
+        "auto",
+        description="put back the mean of what goes as a bias: where the result can hold one (auto), or not (off)",
+    )
 
 
 class EvenSettings(NarrowSettings):
@@ -225,8 +229,8 @@ def decide_flap(evidence: Evidence, settings: FlapSettings, budget: Budget) -> S
     free = settings.free_blocks(decoder.block_count)
     if not free:
         raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
-    dense, stock = dense_widths(decoder), names_every_block(decoder)
-    sizes = narrow_sizes(decoder, stock=stock, bias=settings.bias)
+    dense, stock, bias = dense_widths(decoder), names_every_block(decoder), settings.bias == "auto"
+    sizes = narrow_sizes(decoder, stock=stock, bias=bias)
     multiple = rounding_for(decoder, free, settings.rounding)
     profiles = fluctuation_profiles(
         decoder,
@@ -245,7 +249,8 @@ def decide_flap(evidence: Evidence, settings: FlapSettings, budget: Budget) -> S
             choose="fluctuation",
             stock=stock,
             repair=settings.repair,
-            bias=settings.bias,
+            bias=bias,
+            without_bias=blocks_without_bias(decoder, stock=stock),
             rounding=multiple,
             unrounded=unrounded,
             sizes=sizes,

@@ -80,6 +80,7 @@ class NarrowBlocks(Step):
         stock: the result keeps its architecture, a stock one unless it has the modelling file; else it gets that.
         repair: projections that write are fitted by least squares to what they wrote before.
         bias: what a constant can make up for goes into biases; only where the result has a place for them.
+        without_bias: blocks in which something that writes has no place for one.
         rounding: channels were rounded to multiples of this.
         unrounded: the fraction of all parameters that would go without that rounding; None where it costs nothing.
         sizes: what the parameters of the result stand on.
@@ -92,6 +93,7 @@ class NarrowBlocks(Step):
     stock: bool
     repair: bool = True
     bias: bool = False
+    without_bias: int = 0
     rounding: int = Field(1, ge=1)
     unrounded: float | None = None
     sizes: NarrowSizes
@@ -140,6 +142,8 @@ class NarrowBlocks(Step):
             text += f"; channels in multiples of {self.rounding}"
         if self.unrounded is not None:
             text += f" (single channels would come to {self.unrounded:.1%})"
+        if self.bias and self.without_bias:
+            text += f"; no bias in the place of what goes in {self.without_bias} blocks, which cannot hold one"
         return "keeps", text
 
 

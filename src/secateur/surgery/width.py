@@ -115,9 +115,17 @@ def folded_at(decoder: Decoder, widths: Sequence[Widths], *, bias: bool) -> Seca
             "alone (heads=never), as many in all blocks, need none."
         ) from error
     if bias:
-        config.attention_out_bias = True
-        config.mlp_out_bias = config.mlp_out_bias or not any(config.experts or ())
+        config.attention_out_bias = config.mlp_out_bias = True
     return _with_widths(config, widths)
+
+
+def blocks_without_bias(decoder: Decoder, *, stock: bool) -> int:
+    """Count the blocks of the narrowed model in which something that writes has no place for a bias, as experts."""
+    if stock:
+        names = (*decoder.anatomy.family.attention_out, *decoder.anatomy.family.mlp_out)
+        writers = [[found for _, found in present(block, names)] for block in decoder.block_list]
+        return sum(any(getattr(one, "bias", None) is None for one in found) for found in writers)
+    return sum(bool(one.experts) for one in all_widths(decoder))
 
 
 def _with_widths(config: SecateurConfig, widths: Sequence[Widths]) -> SecateurConfig:
