@@ -222,6 +222,13 @@ def test_repair_pays(bundled):
     assert repaired < plain - 0.1
 
 
+@pytest.mark.parametrize("method", ["wanda-sp", "obs-width"])
+def test_without_repair_columns_stay_as_they_are(method, tiny):
+    found = cut(tiny("llama"), method, {}, ffn=30, repair=False).block_list[2].mlp.down_proj.weight
+    dense = tiny("llama").block_list[2].mlp.down_proj.weight
+    assert all(any(torch.equal(column, one) for one in dense.T) for column in found.T)
+
+
 def test_damaged_weights_are_named(tiny_folder):
     decoder = open_model(tiny_folder("llama"))
     decoder.module.get_parameter("model.layers.3.mlp.down_proj.weight").data[0, 0] = float("nan")

@@ -5,7 +5,7 @@ import torch
 
 from secateur.calibration.inputs import InputSums
 from secateur.scores.brain_surgeon import cheapest_to_lose, forget
-from secateur.surgery.repair import RIDGE, rewritten, steadied
+from secateur.surgery.repair import RIDGE, rewritten, strength
 
 STAY = torch.tensor([True, False, True, True, False, True, True, False])
 
@@ -39,9 +39,9 @@ def test_repair_is_least_squares():
 
 def test_the_ridge_pulls_toward_the_plain_slice():
     x, weight = inputs(), drawn(5, 8, seed=2)
-    strength = RIDGE * (x.T @ x).diagonal().mean()
-    tall = torch.cat([x[:, STAY], strength.sqrt() * torch.eye(5, dtype=torch.float64)])
-    target = torch.cat([x @ weight.T, strength.sqrt() * weight[:, STAY].T])
+    root = (RIDGE * (x.T @ x).diagonal().mean()).sqrt()
+    tall = torch.cat([x[:, STAY], root * torch.eye(5, dtype=torch.float64)])
+    target = torch.cat([x @ weight.T, root * weight[:, STAY].T])
     found, _ = rewritten(weight, summed(x), STAY, repair=True, bias=False)
     torch.testing.assert_close(found[:, STAY], torch.linalg.lstsq(tall, target).solution.T)
 
@@ -76,7 +76,8 @@ def test_where_no_token_came_by_the_plain_slice_stays():
 
 def test_what_is_forgotten_leaves_the_inverse_of_the_rest():
     x, weight = inputs(), drawn(5, 8, seed=2)
-    gram = steadied(x.T @ x)
+    gram = x.T @ x
+    gram.diagonal().add_(strength(gram))
     inverse, repaired = torch.linalg.inv(gram), weight.clone()
     for gone in ([4], [7, 1]):
         forget(repaired, inverse, torch.tensor(gone))

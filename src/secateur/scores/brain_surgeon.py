@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from secateur.surgery.repair import RIDGE, steadied
+from secateur.surgery.repair import RIDGE, strength
 
 
 def cheapest_to_lose(
@@ -29,7 +29,10 @@ def cheapest_to_lose(
     Returns:
         Which units stay, (P, U) bool.
     """
-    weight, inverse = weight.clone(), torch.linalg.inv(steadied(gram, ridge))
+    weight, heavy = weight.clone(), gram.clone()
+    heavy.diagonal().add_(strength(gram, ridge))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(heavy))
+    del heavy
     pens, each, _ = units.shape
     stay = torch.ones(pens, each, dtype=torch.bool, device=weight.device)
     while int(stay.sum()) > keep * pens:
@@ -69,8 +72,8 @@ def forget(weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> N
     of H without S. Rows and columns of S become 0.
     """
     rows = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-    weight -= weight[:, gone] @ rows
-    inverse -= inverse[:, gone] @ rows
+    weight.addmm_(weight[:, gone], rows, alpha=-1)
+    inverse.addmm_(inverse[:, gone], rows, alpha=-1)
     weight[:, gone] = 0
     inverse[:, gone] = 0
     inverse[gone] = 0

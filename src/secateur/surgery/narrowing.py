@@ -143,7 +143,7 @@ class _Block:
         edits: dict[str, torch.Tensor] = {}
         for parts in stages:
             with _holding(self.block, edits):
-                measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, gram=self.repair)
+                measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, gram=True)
             for part, sums in measured.items():
                 edits |= self._edit(part, sums, choose, kept, dense)
         with _holding(self.block, edits):

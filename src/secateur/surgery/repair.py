@@ -22,10 +22,10 @@ from secateur.calibration.inputs import InputSums
 RIDGE = 1e-3
 
 
-def steadied(gram: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
-    """Give G + λI; where nothing was seen, the identity."""
+def strength(gram: torch.Tensor, ridge: float = RIDGE) -> float:
+    """Give λ; 1 where nothing was seen."""
     scale = float(gram.diagonal().mean())
-    return gram + (ridge * scale if scale > 0 else 1.0) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return ridge * scale if scale > 0 else 1.0
 
 
 def rewritten(
@@ -51,6 +51,8 @@ def rewritten(
     if repair and len(gone):
         assert sums.gram is not None, "repair needs the Gram matrix"
         gram = sums.gram - sums.tokens * torch.outer(mean, mean) if bias else sums.gram
-        left = steadied(gram, ridge)[kept][:, kept]
-        result[:, kept] += torch.linalg.solve(left, gram[kept][:, gone] @ weight[:, gone].T).T
+        left = gram[kept][:, kept]
+        left.diagonal().add_(strength(gram, ridge))
+        factor = torch.linalg.cholesky(left)
+        result[:, kept] += torch.cholesky_solve(gram[kept][:, gone] @ weight[:, gone].T, factor).T
     return result, (weight - result) @ mean if bias else None
