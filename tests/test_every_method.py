@@ -19,7 +19,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.replay import capture, logits, run_block
 from tiny_models import OTHER_FAMILIES, VARIANTS, VOCABULARY, save_tiny
 
-DROP, SLICE = {"blocks": 2}, {"slice": 0.25}
+DROP, SLICE, NARROW = {"blocks": 2}, {"slice": 0.25}, {"ratio": 0.25}
 BRIEF = {"batch_size": 3, "evaluations": 1, "learning_rate": 1e-2, "pairs": "recompute"}
 """Training of one step; a skeleton computes its pairs anew too, so that it gives the same."""
 
@@ -42,7 +42,12 @@ CASES = [
     ("dynamic-slicing", SLICE, {"slice_base": 0.1}),
     ("stock-slicing", SLICE, {}),
     ("stock-slicing", SLICE, {"bases": 2, "sensitivity": False}),
+    ("flap", NARROW, {}),
+    ("obs-width", NARROW, {"heads": "last"}),
 ]
+ALIKE = {"wanda-sp", "llm-pruner", "minitron-width"}
+"""Methods that make the same steps as one above; `tests/methods/test_narrow_blocks.py` runs them."""
+
 IN_MEMORY_ONLY = {"gpt2-scaled"}
 """Attention scaled by block number: queries are rescaled when blocks go, which a skeleton refuses."""
 
@@ -61,6 +66,12 @@ REFUSED = {
         for method in ("slicegpt", "dynamic-slicing", "stock-slicing", "streamline swiglu")
         for name in ("gemma2", "gemma3_text", "olmo2", "opt-post-norm", "secateur", *OTHER_FAMILIES)
     },
+    **{
+        ("flap", name): "need the modelling file, which cannot hold this model"
+        for name in ("gemma2", "gemma3_text", "olmo2", "opt-post-norm")
+    },
+    **{(method, "secateur"): "experts of a model with its modelling file" for method in ("flap", "obs-width")},
+    **{(method, name): "which rows and columns" for method in ("flap", "obs-width") for name in OTHER_FAMILIES},
 }
 """Methods that cannot cut a family, and why."""
 
@@ -95,7 +106,9 @@ def answers(decoder: Decoder) -> torch.Tensor:
 
 
 def plan_for(decoder: Decoder, method: str, amount: dict, settings: dict) -> Plan:
-    return make_plan(decoder, method=method, **amount, texts=WINDOWS, settings=settings, seed=3)
+    own = amount if "ratio" in amount else {}  # a method's own amount is one of its settings
+    given = {} if own else amount
+    return make_plan(decoder, method=method, **given, texts=WINDOWS, settings=settings | own, seed=3)
 
 
 def cut(decoder: Decoder, plan: Plan) -> Decoder:
@@ -103,7 +116,7 @@ def cut(decoder: Decoder, plan: Plan) -> Decoder:
 
 
 def test_every_method_has_a_case():
-    assert {name for name, *_ in CASES} == set(METHODS)
+    assert {name for name, *_ in CASES} | ALIKE == set(METHODS)
 
 
 @pytest.mark.parametrize(("method", "amount", "settings"), CASES, ids=lambda value: str(value))

@@ -75,7 +75,7 @@ def test_the_model_is_left_alone(tiny):
 
 def test_scored_weights_are_matrices_and_norms_without_biases():
     block = build("gpt2").transformer.h[0]
-    names = {name for name, p in block.named_parameters() if any(p is w for w in scored_weights(block))}
+    names = {name for name, p in block.named_parameters() if any(p is w for w in scored_weights(block).values())}
     assert names == {
         "ln_1.weight",
         "attn.c_attn.weight",

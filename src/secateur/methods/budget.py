@@ -10,10 +10,10 @@ from secateur.errors import InputError
 from secateur.methods.amounts import gigabytes, read_bytes, read_count, read_factor, read_fraction
 from secateur.methods.scale import Scale
 
-Native = Literal["blocks", "slice"]
+Native = Literal["blocks", "slice", "ratio"]
 """What a method counts in by itself."""
 
-Aim = Literal["blocks", "slice", "remove", "target_params", "target_memory", "target_speedup", "own"]
+Aim = Literal["blocks", "slice", "ratio", "remove", "target_params", "target_memory", "target_speedup", "own"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Budget:
     """How much has to go.
 
     Attributes:
-        aim: `blocks`: exactly that many blocks; `slice`: that fraction of the hidden directions; `remove`: the
-            closest non-zero cut to this fraction of all parameters; `target_params`: the largest model that has no
-            more than this many parameters; `target_memory`: the largest whose weights and cache take no more than
-            this many bytes; `target_speedup`: the smallest cut by which a request is answered so many times as fast;
-            `own`: what the method's own knob gives.
+        aim: `blocks`: exactly that many blocks; `slice`: that fraction of the hidden directions; `ratio`: that fraction
+            of what stands inside blocks; `remove`: the closest non-zero cut to this fraction of all parameters;
+            `target_params`: the largest model that has no more than this many parameters; `target_memory`: the largest
+            whose weights and cache take no more than this many bytes; `target_speedup`: the smallest cut by which a
+            request is answered so many times as fast; `own`: what the method's own knob gives.
         value: a number of blocks, a fraction in [0, 1) or (0, 1), a number of parameters or bytes, a factor above 1,
             or the value of the knob.
         knob: name of the method's setting that asks for it, if one does.
@@ -42,7 +42,7 @@ class Budget:
     @property
     def is_zero(self) -> bool:
         """Whether nothing is to go, which is legal only in a method's own unit."""
-        return self.aim in ("blocks", "slice") and self.value == 0
+        return self.aim in ("blocks", "slice", "ratio") and self.value == 0
 
     @property
     def is_target(self) -> bool:

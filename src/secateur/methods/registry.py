@@ -7,11 +7,18 @@ from types import ModuleType
 from typing import Any
 
 from secateur.errors import unknown
-from secateur.methods import drop_blocks, linearize_blocks, merge_blocks, replace_blocks, slice_hidden
+from secateur.methods import drop_blocks, linearize_blocks, merge_blocks, narrow_blocks, replace_blocks, slice_hidden
 from secateur.methods.method import Evidence, Method
 from secateur.models.decoder import Decoder
 
-_FILES: tuple[ModuleType, ...] = (drop_blocks, replace_blocks, merge_blocks, linearize_blocks, slice_hidden)
+_FILES: tuple[ModuleType, ...] = (
+    drop_blocks,
+    replace_blocks,
+    merge_blocks,
+    linearize_blocks,
+    slice_hidden,
+    narrow_blocks,
+)
 
 METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
 

@@ -82,7 +82,7 @@ def whole_budget(parts: tuple[Part, ...], amounts: dict[str, Any]) -> Budget:
     if own and (len(parts) > 1 or any(amount is not None for amount in amounts.values())):
         raise InputError(f"{own[0].knob} and another amount contradict each other; give one of them.")
     budget = own[0] if own else read_budget(**amounts)
-    if budget.aim in ("blocks", "slice"):
+    if budget.aim in ("blocks", "slice", "ratio"):
         native = {part.method.native for part in parts}
         if len(parts) > 1:
             raise InputError(f"several methods share one budget: give remove or target-params, not {budget.aim}.")

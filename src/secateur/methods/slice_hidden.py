@@ -25,7 +25,7 @@ from secateur.surgery.directions import Signals
 from secateur.surgery.folding import folded_config, stream_sizes
 from secateur.surgery.hidden import slice_by_principal_directions
 from secateur.surgery.invariance import require_invariance
-from secateur.surgery.shared import find_bases, find_borders, slice_with_shared_bases
+from secateur.surgery.shared import find_bases, find_borders, find_coordinates, slice_with_shared_bases
 from secateur.surgery.stock import stock_stream_sizes, width_step
 
 Normalise = Literal["minmax", "interior", "rank"]
@@ -306,16 +306,21 @@ def apply(evidence: Evidence, step: SliceHidden) -> Decoder:
             batch_size=evidence.batch_size,
             progress=evidence.progress,
         )[0]
-    bases = find_bases(
-        decoder,
-        windows,
-        step.head_width,
-        step.bases,
-        signals=settings.get("signals", "normed"),
-        sensitivity=settings.get("sensitivity", True),
-        batch_size=evidence.batch_size,
-        progress=evidence.progress,
-    )
+    if step.coordinates:
+        bases = find_coordinates(
+            decoder, windows, step.head_width, batch_size=evidence.batch_size, progress=evidence.progress
+        )
+    else:
+        bases = find_bases(
+            decoder,
+            windows,
+            step.head_width,
+            step.bases,
+            signals=settings.get("signals", "normed"),
+            sensitivity=settings.get("sensitivity", True),
+            batch_size=evidence.batch_size,
+            progress=evidence.progress,
+        )
     return slice_with_shared_bases(
         decoder,
         windows,

@@ -49,6 +49,12 @@ class Family:
     mlp_out: tuple[str, ...] = ("mlp.down_proj",)
     mlp_layout: MlpLayout = "gate-up"
     """A gate and an up projection, both stacked in one, or an up projection alone."""
+    inner_size: str | None = "intermediate_size"
+    """Configuration entry with the width of a dense MLP, or a list of them; None where other sizes imply it."""
+    expert_size: str | None = None
+    """Configuration entry with the width of one expert of a mixture."""
+    free_heads: bool = True
+    """The heads together may be narrower than the hidden size, their own size being named by `head_dim`."""
     activation: str = "hidden_act"
     """Configuration entry with the name of the MLP's activation, or the name itself."""
     positions: Positions = "rope"

@@ -19,6 +19,7 @@ _MIXTRAL = replace(
     mlp_in=("mlp.experts.gate_up_proj",),
     mlp_out=("mlp.experts.down_proj",),
     mlp_layout="stacked",
+    expert_size="intermediate_size",
     router=("mlp.gate",),
 )
 
@@ -49,6 +50,7 @@ _NEOX = Family(
     mlp_in=("mlp.dense_h_to_4h",),
     mlp_out=("mlp.dense_4h_to_h",),
     mlp_layout="plain",
+    free_heads=False,
 )
 
 _BLOOM = replace(
@@ -61,6 +63,7 @@ _BLOOM = replace(
     attention_in=("self_attention.query_key_value",),
     attention_out=("self_attention.dense",),
     attention_scale="self_attention.inv_norm_factor",
+    inner_size=None,
     activation="gelu_pytorch_tanh",
     positions="alibi",
     tuple_output=True,
@@ -131,6 +134,8 @@ _ROWS = (
         mlp_in=("fc1",),
         mlp_out=("fc2",),
         mlp_layout="plain",
+        inner_size="ffn_dim",
+        free_heads=False,
         activation="activation_function",
         positions="learned-unpadded",
         unsliceable=(("do_layer_norm_before", False, "its norms stand on the residual stream"),),
@@ -149,6 +154,8 @@ _ROWS = (
         mlp_in=("mlp.c_fc",),
         mlp_out=("mlp.c_proj",),
         mlp_layout="plain",
+        inner_size="n_inner",
+        free_heads=False,
         activation="activation_function",
         positions="learned",
         depth_scaled_query="attn.c_attn",
@@ -161,6 +168,7 @@ _ROWS = (
         embeddings=("transformer.word_embeddings",),
         norms=("input_layernorm", "post_attention_layernorm", "ln_attn", "ln_mlp"),
         parallel="parallel_attn",
+        inner_size="ffn_hidden_size",
         activation="activation",
         positions="rope",
         alibi_flag="alibi",
@@ -181,6 +189,7 @@ _ROWS = (
         norm="layernorm",
         parallel="use_parallel_residual",
         attention_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        free_heads=False,
     ),
     replace(
         _LLAMA,
@@ -199,6 +208,7 @@ _ROWS = (
         attention_norms=_QK_NORMS,
         mlp_in=("mlp.experts.gate_up_proj", "mlp.gate_proj", "mlp.up_proj"),
         mlp_out=("mlp.experts.down_proj", "mlp.down_proj"),
+        expert_size="moe_intermediate_size",
         dense_blocks="mlp_only_layers",
     ),
     replace(
@@ -211,7 +221,16 @@ _ROWS = (
         mlp_in=("mlp.gate_proj", "mlp.up_proj", "mlp.gate_projs", "mlp.up_projs"),
         mlp_out=("mlp.down_proj", "mlp.down_projs"),
         router=("mlp.gate",),
-        per_layer_lists=("intermediate_sizes", "experts", "networks", "rope_blocks", "layer_types"),
+        inner_size="intermediate_sizes",
+        per_layer_lists=(
+            "intermediate_sizes",
+            "heads",
+            "key_value_heads",
+            "experts",
+            "networks",
+            "rope_blocks",
+            "layer_types",
+        ),
         per_point_lists=("widths", "shortcuts"),
         light_blocks=True,
     ),

@@ -159,7 +159,7 @@ def weight_magnitudes(decoder: Decoder) -> tuple[float, ...]:
     sums = []
     for index in range(decoder.block_count):
         with decoder.block(index) as block:
-            rows = [weight.detach().abs().sum(dim=-1, dtype=torch.float32) for weight in scored_weights(block)]
+            rows = [weight.detach().abs().sum(dim=-1, dtype=torch.float32) for weight in scored_weights(block).values()]
             parts = [sums.cpu().double().sum() for sums in rows]
         total = torch.stack(parts).sum()
         if not torch.isfinite(total):

@@ -10,6 +10,8 @@ absolute value is taken; `per_window=True` takes it window by window instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import nn
 
@@ -20,6 +22,11 @@ from secateur.calibration.stream import Batch, open_store, walk_blocks
 from secateur.calibration.texts import Windows
 from secateur.errors import NumericsError
 from secateur.models.decoder import Decoder
+from secateur.models.widths import block_widths
+from secateur.surgery.coupling import couplings_of, sums_by_unit
+
+Saliencies = dict[str, torch.Tensor]
+"""`w · Σ_batches ∂L/∂w` of a block's weights, by name."""
 
 
 def taylor(
@@ -35,51 +42,90 @@ def taylor(
     Raises:
         NumericsError: NaN or infinity in the forward or backward pass.
     """
+    scores = [0.0] * decoder.block_count
+
+    def add(index: int, found: Saliencies) -> None:
+        parts = [one.abs().sum(dtype=torch.float64).cpu() for one in found.values()]
+        scores[index] += float(torch.stack(parts).sum())
+
+    visit_saliencies(decoder, windows, add, per_window=per_window, batch_size=batch_size, progress=progress)
+    return scores
+
+
+def taylor_by_unit(
+    decoder: Decoder, windows: Windows, *, batch_size: int | None = None, progress: Progress = SILENT
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Give `Σ |w · Σ_batches ∂L/∂w|` over the weights of each unit of each block.
+
+    Source: Ma et al. 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models", §3.2 (first order). A
+    query head has its rows of the query projection and its columns of what writes, a key/value group its own rows; the
+    released code adds those of queries to the wrong groups where several share one.
+
+    Returns:
+        For each block the scores of query heads, then groups, (H+G,), and of channels, (experts or 1, F).
+    """
+    scores: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def add(index: int, found: Saliencies) -> None:
+        widths = block_widths(decoder, index)
+        couplings = couplings_of(decoder.block_list[index], decoder.anatomy.family, widths)
+        scores[index] = sums_by_unit({name: one.abs() for name, one in found.items()}, couplings, widths)
+
+    visit_saliencies(decoder, windows, add, batch_size=batch_size, progress=progress)
+    return [scores[index] for index in range(decoder.block_count)]
+
+
+def visit_saliencies(
+    decoder: Decoder,
+    windows: Windows,
+    visit: Callable[[int, Saliencies], None],
+    *,
+    per_window: bool = False,
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
+) -> None:
+    """Show each block's number and saliencies, from the last block down; `per_window` shows those of each window.
+
+    Raises:
+        NumericsError: NaN or infinity in the forward or backward pass.
+    """
     size = 1 if per_window else batch_size
-    scores = []
     with open_store(decoder) as kept:
         batches = walk_blocks(decoder, windows, kept, batch_size=size, progress=progress)
         loss_gradients(decoder, batches, kept)
         order = list(reversed(range(decoder.block_count)))
         for index in progress(order, "walking back through the blocks", len(order)):
-            scores.append(_block_score(decoder, index, batches, kept, per_window=per_window))
-    return scores[::-1]
+            for found in _saliencies(decoder, index, batches, kept, per_window=per_window):
+                if not all(bool(torch.isfinite(one).all()) for one in found.values()):
+                    raise NumericsError(f"NaN or infinity in the Taylor scores of block {index}; try --dtype float32.")
+                visit(index, found)
 
 
-def _block_score(decoder: Decoder, index: int, batches: list[Batch], kept: StateStore, *, per_window: bool) -> float:
-    total = torch.zeros((), dtype=torch.float64)
+def _saliencies(
+    decoder: Decoder, index: int, batches: list[Batch], kept: StateStore, *, per_window: bool
+) -> Iterator[Saliencies]:
     with decoder.block(index) as block, torch.enable_grad():
         weights = scored_weights(block)
-        for weight in weights:
+        for weight in weights.values():
             weight.requires_grad_(True)
-        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+        sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
         try:
             for batch in batches:
-                for running, gradient in zip(sums, back_through(decoder, index, batch, kept, weights), strict=True):
+                gradients = back_through(decoder, index, batch, kept, list(weights.values()))
+                for running, gradient in zip(sums.values(), gradients, strict=True):
                     if gradient is not None:
                         running += gradient.float()
                 if per_window:
-                    total += _importance(weights, sums)
-                    for running in sums:
+                    yield {name: weights[name].detach().float() * running for name, running in sums.items()}
+                    for running in sums.values():
                         running.zero_()
         finally:
-            for weight in weights:
+            for weight in weights.values():
                 weight.requires_grad_(False)
         if not per_window:
-            total = _importance(weights, sums)
-    score = float(total)
-    if not torch.isfinite(total):
-        raise NumericsError(f"the Taylor score of block {index} is {score}; try --dtype float32.")
-    return score
+            yield {name: weights[name].detach().float() * running for name, running in sums.items()}
 
 
-def _importance(weights: list[nn.Parameter], gradients: list[torch.Tensor]) -> torch.Tensor:
-    parts = [
-        (w.detach().float() * g).abs().sum(dtype=torch.float64).cpu() for w, g in zip(weights, gradients, strict=True)
-    ]
-    return torch.stack(parts).sum()
-
-
-def scored_weights(block: nn.Module) -> list[nn.Parameter]:
-    """List a block's weight matrices and norm weights; biases are left out, as in the paper."""
-    return [parameter for name, parameter in block.named_parameters() if not name.endswith("bias")]
+def scored_weights(block: nn.Module) -> dict[str, nn.Parameter]:
+    """Give a block's weight matrices and norm weights; biases are left out, as in the paper."""
+    return {name: parameter for name, parameter in block.named_parameters() if not name.endswith("bias")}

@@ -38,9 +38,11 @@ class SecateurConfig(PreTrainedConfig):
             carries it. None means none.
         parallel: attention and MLP read the same normed state and are added to the same residual.
         intermediate_sizes: width of each block's MLP (of each of its experts).
+        heads, key_value_heads: numbers of query and of key/value heads of each block. None means the same everywhere.
         experts: number of experts of each block, 0 for a dense MLP. None means dense everywhere.
         networks: for each block "", or the light network that stands in for several blocks: `ffn`,
             `down(gelu(up(x)))`, or `swiglu`, `down(silu(gate(x)) * up(x))`, without attention. None means no network.
+        final_scale: the last norm has scales of its own, as a head tied to the embeddings needs.
         gated: the MLP is `down(act(gate(x)) * up(x))`, else `down(act(up(x)))`.
         positions: `rope`, `learned` (a table added to the embeddings), `learned-unpadded` (the same, counted without
             padding) or `alibi` (slopes below).
@@ -67,10 +69,13 @@ class SecateurConfig(PreTrainedConfig):
     shortcuts: list[bool] | None = None
     parallel: bool = False
     intermediate_sizes: list[int] | None = None
+    heads: list[int] | None = None
+    key_value_heads: list[int] | None = None
     experts: list[int] | None = None
     networks: list[str] | None = None
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
+    final_scale: bool = False
     gated: bool = True
     hidden_act: str = "silu"
     norm_eps: float = 1e-6
@@ -106,6 +111,8 @@ class SecateurConfig(PreTrainedConfig):
         self.widths = self.widths or [self.hidden_size] * points
         self.shortcuts = self.shortcuts or [False] * (points - 1)
         self.intermediate_sizes = self.intermediate_sizes or [4 * self.hidden_size] * blocks
+        self.heads = self.heads or [self.num_attention_heads] * blocks
+        self.key_value_heads = self.key_value_heads or [self.num_key_value_heads] * blocks
         self.experts = self.experts or [0] * blocks
         self.networks = self.networks or [""] * blocks
         self.rope_blocks = self.rope_blocks or [True] * blocks
@@ -119,6 +126,8 @@ class SecateurConfig(PreTrainedConfig):
             ("widths", connections + 1),
             ("shortcuts", connections),
             ("intermediate_sizes", self.num_hidden_layers),
+            ("heads", self.num_hidden_layers),
+            ("key_value_heads", self.num_hidden_layers),
             ("experts", self.num_hidden_layers),
             ("networks", self.num_hidden_layers),
             ("rope_blocks", self.num_hidden_layers),
@@ -133,16 +142,19 @@ class SecateurConfig(PreTrainedConfig):
 class ScaleFreeNorm(nn.Module):
     """Divide by the root of the mean square over the dense width: `x / sqrt(sum(x²) / D + eps)`."""
 
-    def __init__(self, width: int, eps: float) -> None:
-        """Norm for a dense width D."""
+    def __init__(self, width: int, eps: float, scales: int = 0) -> None:
+        """Norm for a dense width D; on request its result is multiplied by this many scales."""
         super().__init__()
-        self.width, self.eps = width, eps
+        self.width, self.eps, self.scaled = width, eps, bool(scales)
+        if scales:
+            self.weight = nn.Parameter(torch.ones(scales))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Norm the last dimension, in float32 at least."""
         exact = hidden_states if hidden_states.dtype == torch.float64 else hidden_states.float()
         square = exact.pow(2).sum(-1, keepdim=True) / self.width
-        return (exact * torch.rsqrt(square + self.eps)).to(hidden_states.dtype)
+        normed = (exact * torch.rsqrt(square + self.eps)).to(hidden_states.dtype)
+        return normed * self.weight if self.scaled else normed
 
 
 class HeadNorm(nn.Module):
@@ -172,18 +184,19 @@ class SecateurAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        heads, groups = config.heads[layer_idx], config.key_value_heads[layer_idx]
+        self.num_key_value_groups = heads // groups
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
         self.rotates = config.positions == "rope" and config.rope_blocks[layer_idx]
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        queries, keys = heads * config.head_dim, groups * config.head_dim
         self.q_proj = nn.Linear(width_in, queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width_in, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width_in, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, width_out, bias=config.attention_out_bias)
-        self.q_norm = HeadNorm(config, config.num_attention_heads) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(config, config.num_key_value_heads) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(config, heads) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(config, groups) if config.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -372,7 +385,7 @@ class SecateurModel(SecateurPreTrainedModel):
         learned = config.positions.startswith("learned")
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.widths[0]) if learned else None
         self.layers = nn.ModuleList(SecateurDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = ScaleFreeNorm(config.hidden_size, config.norm_eps)
+        self.norm = ScaleFreeNorm(config.hidden_size, config.norm_eps, config.widths[-1] * config.final_scale)
         self.rotary_emb = PhiRotaryEmbedding(config) if config.positions == "rope" else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -452,7 +465,7 @@ class SecateurModel(SecateurPreTrainedModel):
 class SecateurForCausalLM(SecateurPreTrainedModel, GenerationMixin):
     """The decoder with its head."""
 
-    _tied_weights_keys = {}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: SecateurConfig) -> None:
         """Build from a configuration."""

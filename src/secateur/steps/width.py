@@ -72,6 +72,7 @@ class SliceHidden(Step):
         head_width: directions the head reads.
         bases: first block of each shared basis; None gives every reading point a basis of its own.
         stock: the result keeps its architecture, with a smaller hidden size.
+        coordinates: the basis is the one there is: the directions of largest activations stay.
         sizes: what stands on the residual stream, in the form the result has.
     """
 
@@ -81,6 +82,7 @@ class SliceHidden(Step):
     head_width: int
     bases: tuple[int, ...] | None = None
     stock: bool = False
+    coordinates: bool = False
     sizes: StreamSizes
 
     def kept(self, count: int) -> tuple[int, ...]:
@@ -104,6 +106,8 @@ class SliceHidden(Step):
             )
         if len({*self.widths, self.head_width}) > 1 or (self.stock and len(self.bases) > 1):
             raise InputError("blocks with shared bases keep one width, and a stock result has one basis.")
+        if self.coordinates and len(self.bases) > 1:
+            raise InputError("directions of largest activations are one basis.")
         return tuple(range(count))
 
     def points(self) -> tuple[list[int], list[bool]]:
@@ -122,7 +126,8 @@ class SliceHidden(Step):
         """One walk that measures and slices, or walks that measure, differentiate and reconstruct."""
         if self.bases is None:
             return 2.0
-        return 1.5 + 4.0 * self.settings.get("sensitivity", True) + 1.5 * self.settings.get("reconstruct", True)
+        sensitivity = not self.coordinates and self.settings.get("sensitivity", True)
+        return 1.5 + 4.0 * sensitivity + 1.5 * self.settings.get("reconstruct", True)
 
     def says(self) -> tuple[str, str]:
         """Say how many directions stay."""
@@ -132,6 +137,12 @@ class SliceHidden(Step):
         if self.bases is None:
             how = "a basis at every reading point, shortcut matrices between them"
         else:
-            how = "one basis" if len(self.bases) == 1 else f"{len(self.bases)} bases"
+            how = (
+                "as they are"
+                if self.coordinates
+                else "one basis"
+                if len(self.bases) == 1
+                else f"{len(self.bases)} bases"
+            )
             how += ", stock architecture" if self.stock else ", with its modelling file"
         return "keeps", f"{kept} of {width} hidden directions ({share:.1%} sliced away); {how}"

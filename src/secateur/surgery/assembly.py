@@ -63,6 +63,8 @@ class Assembly:
 
     def finish(self, part: int) -> None:
         """Block `part` is in place, or a piece of `OUTER`; that of a skeleton goes to disk and is let go."""
+        if part == OUTER:
+            self.decoder.module.tie_weights()
         if not self.dense.is_skeleton:
             return
         where = "" if part == OUTER else self.block_path(part)
@@ -75,7 +77,17 @@ class Assembly:
         """Let the weights below the path `where` go; only their shapes stay."""
         for name, parameter in self._below(where).items():
             set_parameter(self.decoder.module, name, parameter.to("meta"))
+        if not where:
+            self.decoder.module.tie_weights()
         return_freed_memory()
+
+    def keep_outer(self) -> None:
+        """Leave what is outside the blocks as it is: shared, or read from where a skeleton reads it."""
+        if not self.dense.is_skeleton:
+            for name, parameter in self.dense.module.named_parameters():
+                if not name.startswith(self._blocks):
+                    set_parameter(self.decoder.module, name, parameter)
+            self.decoder.module.tie_weights()
 
     def _below(self, where: str) -> dict[str, torch.nn.Parameter]:
         """Parameters below a path; below the empty path those of no block."""
@@ -84,8 +96,9 @@ class Assembly:
 
     def result(self, edit: dict[str, Any]) -> Decoder:
         """Give the finished model; `edit` says what was done, for its fingerprint."""
-        shards = None
-        if self.dense.shards is not None:
-            shards = Shards(self.dense.shards.folder, self._blocks.removesuffix("."), device=self.dense.device)
-            shards = dataclasses.replace(shards, edited=self._parts)
+        shards, before = None, self.dense.shards
+        if before is not None:
+            parts = {part: before.edited[part] for part in (OUTER,) if part in before.edited} | self._parts
+            shards = Shards(before.folder, self._blocks.removesuffix("."), files=before.files, device=before.device)
+            shards = dataclasses.replace(shards, edited=parts)
         return dataclasses.replace(self.decoder, shards=shards, fingerprint=of_edit(self.dense.fingerprint, edit))

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.errors import ModelError
 from secateur.models.anatomy import Anatomy, find, present
 from secateur.models.decoder import Decoder
+from secateur.models.widths import block_widths
 from secateur.shapes import SecateurConfig, mlp_traits
 from secateur.steps import StreamSizes
 from secateur.surgery.assembly import Tensors
@@ -61,8 +62,8 @@ def _reason_against(anatomy: Anatomy, config: Any, module: nn.Module) -> str | N
     return f"it has blocks of the kind {sorted(kinds)[0]}" if kinds else None
 
 
-def folded_config(decoder: Decoder, refusal: str = CANNOT_SLICE) -> SecateurConfig:
-    """Give the configuration of the folded model at full width.
+def folded_config(decoder: Decoder, refusal: str = CANNOT_SLICE, *, tied: bool = False) -> SecateurConfig:
+    """Give the configuration of the folded model at full width; `tied` keeps a tied head so (`can_stay_tied`).
 
     Raises:
         ModelError: the family cannot be put into this form; says `refusal` and the reason.
@@ -70,26 +71,28 @@ def folded_config(decoder: Decoder, refusal: str = CANNOT_SLICE) -> SecateurConf
     refuse_unsliceable(decoder, refusal)
     family, config = decoder.anatomy.family, decoder.config
     blocks = list(decoder.block_list)
-    queries, keys, size = _heads(decoder)
+    widths = [block_widths(decoder, index) for index in range(len(blocks))]
     centred = family.norm == "layernorm"
     norm_bias = centred and _has_bias(next(present(blocks[0], family.norms))[1])
     return SecateurConfig(
         vocab_size=find(decoder.module, family.head).weight.shape[0],
         hidden_size=decoder.hidden_size,
         num_hidden_layers=len(blocks),
-        num_attention_heads=queries,
-        num_key_value_heads=keys,
-        head_dim=size,
+        num_attention_heads=widths[0].heads,
+        num_key_value_heads=widths[0].groups,
+        head_dim=widths[0].head_size,
         max_position_embeddings=decoder.max_positions or 2048,
         parallel=decoder.anatomy.parallel,
-        intermediate_sizes=[_inner_size(block, family.mlp_out) for block in blocks],
-        experts=[_expert_count(block, family.router) for block in blocks],
+        intermediate_sizes=[one.channels for one in widths],
+        experts=[one.experts for one in widths],
         num_experts_per_tok=getattr(config, "num_experts_per_tok", None) or 2,
         norm_topk_prob=getattr(config, "norm_topk_prob", True),
+        tie_word_embeddings=tied,
+        final_scale=tied,
         gated=family.mlp_layout != "plain",
         hidden_act=getattr(config, family.activation, family.activation),
         norm_eps=norm_eps(find(decoder.module, family.final[0])),
-        **_position_settings(decoder, queries),
+        **_position_settings(decoder, widths[0].heads),
         **_head_norm_settings(decoder),
         clip_qkv=getattr(config, "clip_qkv", None),
         qkv_bias=norm_bias or _any_bias(blocks[0], family.attention_in),
@@ -101,6 +104,18 @@ def folded_config(decoder: Decoder, refusal: str = CANNOT_SLICE) -> SecateurConf
         bos_token_id=getattr(config, "bos_token_id", None),
         eos_token_id=getattr(config, "eos_token_id", None),
     )
+
+
+def can_stay_tied(decoder: Decoder) -> bool:
+    """Whether head and embeddings are one table and can stay so where the stream is not rotated.
+
+    The last norm must have no bias, and nothing may be folded into only one of the two.
+    """
+    family, config = decoder.anatomy.family, decoder.config
+    factors = (family.embedding_multiplier, family.logits_multiplier, family.logits_divisor)
+    scaled = getattr(find(decoder.module, family.embeddings[0]), "embed_scale", None) is not None
+    plain = not scaled and all(getattr(config, name or "", 1.0) == 1.0 for name in factors)
+    return decoder.anatomy.tied and plain and family.norm != "layernorm"
 
 
 def _position_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
@@ -150,31 +165,6 @@ def _head_scales(norm: Any) -> torch.Tensor:
     return weight.float()
 
 
-def _heads(decoder: Decoder) -> tuple[int, int, int]:
-    """Numbers of query and of key/value heads, and the size of a head."""
-    family, config, block = decoder.anatomy.family, decoder.config, decoder.block_list[0]
-    writer = next(present(block, family.attention_out))[1]
-    queries = int(config.num_attention_heads)
-    size = _inputs(writer) // queries
-    attention = find(block, family.attention_out[0].rpartition(".")[0])
-    keys = getattr(attention, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None) or queries
-    return queries, int(keys), size
-
-
-def _inputs(module: Any) -> int:
-    return int(module.weight.shape[0] if isinstance(module, Conv1D) else module.weight.shape[-1])
-
-
-def _inner_size(block: nn.Module, writers: tuple[str, ...]) -> int:
-    found = next(present(block, writers))[1]
-    return int(found.shape[-1]) if isinstance(found, nn.Parameter) else _inputs(found)
-
-
-def _expert_count(block: nn.Module, router: tuple[str, ...]) -> int:
-    found = next(present(block, router), None)
-    return int(found[1].weight.shape[0]) if found else 0
-
-
 def _any_bias(block: nn.Module, names: tuple[str, ...]) -> bool:
     return any(_has_bias(found) for _, found in present(block, names))
 
@@ -215,7 +205,7 @@ def stream_sizes(config: SecateurConfig) -> StreamSizes:
             for attended, (inner, count, gated, bias, _, _) in zip(attends, mlps, strict=True)
         ),
         tables=config.vocab_size + learned * config.max_position_embeddings,
-        head=config.vocab_size,
+        head=1 if config.final_scale else config.vocab_size,
         other_fixed=config.vocab_size * config.head_bias,
     )
 
@@ -303,10 +293,11 @@ def _attention_readers(decoder: Decoder, block: nn.Module) -> dict[str, Linear]:
 
 def _split_heads(rows: torch.Tensor, decoder: Decoder) -> tuple[torch.Tensor, ...]:
     """Take the rows of a fused projection (or its bias) apart into those of queries, keys and values."""
-    queries, keys, size = _heads(decoder)
+    widths = block_widths(decoder, 0)
+    size = widths.head_size
     if decoder.anatomy.family.qkv == "stacked":
-        return rows.split([queries * size, keys * size, keys * size])
-    grouped = rows.view(keys, queries // keys + 2, size, *rows.shape[1:])
+        return rows.split([widths.heads * size, widths.groups * size, widths.groups * size])
+    grouped = rows.view(widths.groups, widths.queries + 2, size, *rows.shape[1:])
     return tuple(part.flatten(0, 2) for part in (grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:]))
 
 
@@ -314,10 +305,9 @@ def _fold_attention_scale(decoder: Decoder, block: nn.Module, found: Tensors) ->
     """Norms of heads under their own names; the scale of attention, where it is not 1/sqrt(h), into the queries;
     and rotary pairs moved from neighbouring rows to the two halves of a head."""
     family = decoder.anatomy.family
-    queries, keys, size = _heads(decoder)
-    heads = {"q": queries, "k": keys}
+    size = block_widths(decoder, 0).head_size
     names = [name for name in found if name.startswith(ATTENTION_READERS[:2])]
-    for (_, norm), letter in zip(present(block, family.attention_norms), heads, strict=False):
+    for (_, norm), letter in zip(present(block, family.attention_norms), "qk", strict=False):
         found[f"self_attn.{letter}_norm.weight"] = _head_scales(norm)
         names.append(f"self_attn.{letter}_norm.weight")
     if family.positions == "rope-interleaved":

@@ -13,13 +13,12 @@ import torch
 from secateur.models.decoder import Decoder
 from secateur.models.depth import config_with_blocks
 from secateur.models.families import FAMILIES
-from secateur.models.shards import OUTER
 from secateur.shapes import SecateurConfig
 from secateur.shapes.modeling_secateur import SecateurDecoderLayer
 from secateur.steps import Network, Span
 from secateur.surgery.assembly import Assembly, Tensors
-from secateur.surgery.folding import folded_block, folded_config
-from secateur.surgery.outer import put_head, put_tables
+from secateur.surgery.folding import can_stay_tied, folded_block, folded_config
+from secateur.surgery.outer import put_outer
 
 _FAMILY = FAMILIES[SecateurConfig.model_type]
 _SPREAD = 0.02
@@ -34,7 +33,7 @@ def network_config(decoder: Decoder, window: Span, network: Network, inner: int 
     """
     low, high = window
     kept = [block for block in range(decoder.block_count) if not low < block <= high]
-    folded = folded_config(decoder, "no network without attention can be put in")
+    folded = folded_config(decoder, "no network without attention can be put in", tied=can_stay_tied(decoder))
     config: SecateurConfig = config_with_blocks(folded, _FAMILY, kept)
     own = {"intermediate_sizes": inner, "experts": 0, "networks": network}
     for name, value in own.items():
@@ -66,10 +65,7 @@ def with_network(decoder: Decoder, config: SecateurConfig, window: Span, tensors
         edit: what is done, as data that tells the result from any other.
     """
     assembly = Assembly(decoder, config, _FAMILY)
-    put_tables(assembly, None)
-    assembly.finish(OUTER)
-    put_head(assembly, None)
-    assembly.finish(OUTER)
+    put_outer(assembly, None, None)
     low, high = window
     for place, index in enumerate(one for one in range(decoder.block_count) if not low < one <= high):
         if index == low:

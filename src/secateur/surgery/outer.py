@@ -10,9 +10,24 @@ from torch import nn
 
 from secateur.models.anatomy import find
 from secateur.models.decoder import Decoder
+from secateur.models.shards import OUTER
 from secateur.surgery.assembly import Assembly, Tensors
 from secateur.surgery.directions import Directions, by_rows, times
 from secateur.surgery.folding import bias_of, scaled, scaled_by_norm, shifted_by_norm
+
+
+def put_outer(assembly: Assembly, first: Directions | None, last: Directions | None) -> None:
+    """Put embeddings and head in place, one after the other, and finish them.
+
+    Args:
+        assembly: the model as it grows; where its head is tied, the two are one table and nothing may be rotated.
+        first: directions of the first reading point; None: the dense coordinates.
+        last: those of the head.
+    """
+    put_tables(assembly, first)
+    assembly.finish(OUTER)
+    put_head(assembly, last)
+    assembly.finish(OUTER)
 
 
 def put_tables(assembly: Assembly, directions: Directions | None) -> None:
@@ -23,10 +38,18 @@ def put_tables(assembly: Assembly, directions: Directions | None) -> None:
 
 
 def put_head(assembly: Assembly, directions: Directions | None) -> None:
-    """Let the head read the coordinates of the last point (None: the dense ones)."""
+    """Let the head read the coordinates of the last point (None: the dense ones); a tied one gets the norm's scales."""
     with assembly.dense.outer(table=False):
-        found = folded_head(assembly.dense, directions, assembly.stored)
+        tied = assembly.decoder.config.final_scale
+        found = final_scales(assembly.dense) if tied else folded_head(assembly.dense, directions, assembly.stored)
     assembly.put("", found)
+
+
+def final_scales(decoder: Decoder) -> Tensors:
+    """Give the scales of the last norm, which nothing takes in where the head is tied to the embeddings."""
+    family = decoder.anatomy.family
+    norm = find(decoder.module, family.final[0])
+    return {"model.norm.weight": norm.weight.float() + (family.norm == "rms-plus-one")}
 
 
 def folded_tables(

@@ -18,9 +18,8 @@ import torch
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.reading_points import Visit, points_per_block, visit_gradients, visit_reading_points
 from secateur.calibration.texts import Windows
-from secateur.models.anatomy import find
+from secateur.models.anatomy import find, present
 from secateur.models.decoder import Decoder
-from secateur.models.shards import OUTER
 from secateur.surgery.directions import (
     Covariance,
     Directions,
@@ -28,10 +27,11 @@ from secateur.surgery.directions import (
     Signals,
     principal_directions,
     sensitive_directions,
+    unit_scale,
 )
 from secateur.surgery.folding import folded_block, norm_eps
 from secateur.surgery.hidden import empty_sliced, imprint_of, rotate_readers, rotate_writers, sliced_fingerprint
-from secateur.surgery.outer import put_head, put_tables
+from secateur.surgery.outer import put_outer
 from secateur.surgery.stock import StockSlicing
 
 
@@ -99,10 +99,7 @@ class FoldedSlicing:
 
     def finish(self, reading: Directions) -> Decoder:
         """Slice embeddings and head, the latter with M, and give the model."""
-        put_tables(self._assembly, self._bases.directions[0])
-        self._assembly.finish(OUTER)
-        put_head(self._assembly, reading)
-        self._assembly.finish(OUTER)
+        put_outer(self._assembly, self._bases.directions[0], reading)
         return self._assembly.result(sliced_fingerprint([imprint_of(one) for one in self._bases.directions]))
 
 
@@ -193,6 +190,35 @@ def find_bases(
     visit_gradients(decoder, windows, into(gradients), batch_size=batch_size, progress=progress)
     pairs = zip(covariances, gradients, strict=True)
     return SharedBases(starts, tuple(sensitive_directions(c.matrix(), g.matrix(), width) for c, g in pairs))
+
+
+def find_coordinates(
+    decoder: Decoder,
+    windows: Windows,
+    width: int,
+    *,
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
+) -> SharedBases:
+    """Keep the directions of the stream as they are, those of the largest activations (Minitron, METHODS §8).
+
+    A direction's activation is the mean over tokens of its absolute value as the norms of attention and MLP give it,
+    their scales included, added up over all blocks. (Muralidharan et al. 2024, "Compact Language Models via Pruning
+    and Knowledge Distillation"; there the 2-norm over windows of text is taken of such means.)
+    """
+    family, points = decoder.anatomy.family, points_per_block(decoder)
+    sizes = torch.zeros(decoder.hidden_size, dtype=torch.float64)
+
+    def visit(point: int, states: torch.Tensor) -> None:
+        if point >= points * decoder.block_count:
+            return
+        norms = [norm for _, norm in present(decoder.block_list[point // points], family.norms)]
+        scale = norms[point % points].weight.double() + (family.norm == "rms-plus-one")
+        sizes.add_((unit_scale(states.double()) * scale).abs().sum(dim=0).cpu())
+
+    visit_reading_points(decoder, windows, visit, batch_size=batch_size, progress=progress)
+    largest = sizes.argsort(descending=True, stable=True)[:width].sort().values
+    return SharedBases((0,), (torch.eye(len(sizes), dtype=torch.float64, device=decoder.device)[:, largest],))
 
 
 def find_borders(
