@@ -19,7 +19,8 @@ class NarrowSettings(Settings):
     """Settings all methods have that narrow blocks."""
 
     ratio: Ratio | None = Field(
-        None, description="share of what stands inside blocks that goes (the papers' ratio); an amount by itself"
+        None,
+        description="share of the channels (and of heads that go with them) to take out; an amount by itself",
     )
     rounding: int | None = Field(
         None, ge=1, description="channels stay in multiples of this; by itself 256, 64, 8 or 1, by the MLP's width"

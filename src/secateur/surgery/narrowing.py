@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.calibration.inputs import InputSums, collecting_inputs
 from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import Batch, open_store, start, step
 from secateur.calibration.texts import Windows
@@ -68,9 +69,10 @@ def new_sums(decoder: Decoder, index: int, part: Part, *, gram: bool) -> list[In
 def writer_weights(decoder: Decoder, index: int, part: Part) -> list[torch.Tensor]:
     """Give W (out, n), float64, of a block's projection that writes, for each expert; its weights must be present."""
     found = find(decoder.block_list[index], writer_of(decoder, index, part))
+    tensor = (found if isinstance(found, nn.Parameter) else found.weight).detach()
+    weight = tensor.to(device_with_float64(tensor.device)).double()
     if isinstance(found, nn.Parameter):
-        return list(found.detach().double())
-    weight = found.weight.detach().double()
+        return list(weight)
     return [weight.T if isinstance(found, Conv1D) else weight]
 
 
@@ -162,11 +164,12 @@ class _Block:
         bias = self.bias and self.target.writes_bias(self.index, part)
         units, keep = units_of(part, dense, self.keep)
         written, shifts = [], []
-        for expert, one in enumerate(sums):
-            weight = writer_weights(self.decoder, self.index, part)[expert].to(one.total.device)
-            chosen = choose(Place(self.index, part, expert), weight, one, units.to(weight.device), keep)
+        weights = writer_weights(self.decoder, self.index, part)
+        for expert, (weight, one) in enumerate(zip(weights, sums, strict=True)):
+            weight, units = weight.to(one.total.device), units.to(one.total.device)
+            chosen = choose(Place(self.index, part, expert), weight, one, units, keep)
             stay = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
-            stay[units.to(weight.device)[chosen].flatten()] = True
+            stay[units[chosen].flatten()] = True
             _note(kept, part, expert, chosen.cpu(), dense, self.keep)
             weight, shift = rewritten(weight, one, stay, repair=self.repair, bias=bias)
             written.append(weight)
@@ -180,15 +183,18 @@ class _Block:
         name = writer_of(self.decoder, self.index, part)
         found = find(self.block, name)
         if isinstance(found, nn.Parameter):
-            return {name: self._rounded(torch.stack(weights))}
-        edits = {f"{name}.weight": self._rounded(weights[0].T if isinstance(found, Conv1D) else weights[0])}
+            return {name: self._rounded(torch.stack(weights), found)}
+        edits = {
+            f"{name}.weight": self._rounded(weights[0].T if isinstance(found, Conv1D) else weights[0], found.weight)
+        }
         if shift is not None:
-            edits[f"{name}.bias"] = self._rounded(shift if found.bias is None else found.bias.to(shift) + shift)
+            edits[f"{name}.bias"] = self._rounded(
+                shift if found.bias is None else found.bias.to(shift) + shift, found.weight
+            )
         return edits
 
-    def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
-        decoder = self.decoder
-        return tensor.to(decoder.saved_dtype).to(decoder.device, decoder.module.dtype).contiguous()
+    def _rounded(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.decoder.saved_dtype).to(like).contiguous()
 
 
 def _note(kept: Kept, part: Part, expert: int, chosen: torch.Tensor, dense: BlockWidths, keep: Widths) -> None:

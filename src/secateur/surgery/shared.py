@@ -213,8 +213,8 @@ def find_coordinates(
         if point >= points * decoder.block_count:
             return
         norms = [norm for _, norm in present(decoder.block_list[point // points], family.norms)]
-        scale = norms[point % points].weight.double() + (family.norm == "rms-plus-one")
-        sizes.add_((unit_scale(states.double()) * scale).abs().sum(dim=0).cpu())
+        scale = norms[point % points].weight.float() + (family.norm == "rms-plus-one")
+        sizes.add_((unit_scale(states.float()) * scale).abs().sum(dim=0).cpu().double())
 
     visit_reading_points(decoder, windows, visit, batch_size=batch_size, progress=progress)
     largest = sizes.argsort(descending=True, stable=True)[:width].sort().values
