@@ -16,7 +16,8 @@ from secateur.calibration.choose import windows_for
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("shortgpt", {}),
     ("uidl", {}),
-    ("streamline", {}),
+    ("streamline", {"network": "none"}),
+    ("streamline", {"network": "block", "train_tokens": 1_000_000}),
     ("last-n", {}),
     ("shortened-llama", {"criterion": "ppl"}),
     ("shortened-llama", {"criterion": "taylor"}),

@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 import secateur
-from secateur.calibration.processes import leads
+from secateur.calibration.processes import leads, process_count
 from secateur.calibration.texts import text_names
 from secateur.checkpoints.folders import check_target, replacing
 from secateur.console import facts_table, healing_table, plan_summary, scores_table, showing_progress
@@ -83,6 +83,8 @@ def score(
             batch_size=reading.batch_size,
             progress=progress,
         )
+    if not leads():
+        return
     with replacing(folder) as part:
         scores.write(part / "scores.json")
         drawn = [path.name for path in draw_scores(scores, part)]
@@ -112,6 +114,8 @@ def plan(
     decoder = opened(opening, model, only_shapes=dry_run)
     made = _decide(decoder, method, amount, reading, dry_run=dry_run)
     if made is None:
+        return
+    if not leads():
         return
     replace_file(file, made.to_json())
     _draw_merged(decoder, made, amount, reading, file.with_name("windows.png"))
@@ -149,6 +153,8 @@ def prune(
     err.print(plan_summary(made))
     pruned = _apply(decoder, made, reading, dry_run=dry_run, work=work)
     if pruned is None:
+        return
+    if not leads():
         return
     with err.status("saving, and reopening in a fresh process" if check else "saving"):
         record = secateur.save(pruned, folder, dtype=save_dtype, check=check)
@@ -354,7 +360,7 @@ def _saying_warnings(without: type[SecateurWarning] | None = None) -> Iterator[N
 def _draw_merged(decoder: Decoder, made: Plan, amount: Amount, reading: Reading, path: Path) -> None:
     """Draw the windows that a plan merges on the model's CKA map, measured now where no scores file holds it."""
     windows = [window for step in made.steps[:1] if isinstance(step, MergeBlocks) for window in step.windows]
-    if not windows:
+    if not windows or process_count() > 1:
         return
     try:
         known = amount.known_scores()
