@@ -32,7 +32,7 @@ def floor(model: Decoder, windows: Windows, kept: int) -> None:
         torch.linalg.solve(sums.gram[:kept, :kept], torch.randn(kept, model.hidden_size, dtype=torch.float64))
 
 
-def main(windows: int = 32, length: int = 512, kept: int = 1536, rounds: int = 3) -> None:
+def main(windows: int = 8, length: int = 512, kept: int = 1536, rounds: int = 1) -> None:
     """Time both in turn; a quarter of 2048 channels goes."""
     model = random_llama()
     read = random_windows(windows, length)
