@@ -155,6 +155,13 @@ BAD = {
         "protect_last=-1",
     ),
     "setting without value": (["plan", "MODEL", "--method", "sleb", "--blocks", "1", "--set", "x"], "key=value"),
+    "unknown rung": (["heal", "MODEL", "--with", "loar"], "unknown way of healing 'loar'. Did you mean 'lora'"),
+    "unknown setting of a rung": (
+        ["heal", "MODEL", "--texts", "NPY", "--set", "rnak=4"],
+        "unknown setting of heal --with lora 'rnak'. Did you mean 'rank'",
+    ),
+    "too few tokens": (["heal", "MODEL", "--tokens", "20"], "fewer than two windows"),
+    "no number of tokens": (["heal", "MODEL", "--tokens", "many"], "tokens=many: not a number"),
     "remove too large": (["plan", "MODEL", "--method", "last-n", "--remove", "1.5"], "between 0 and 1"),
     "remove zero": (["plan", "MODEL", "--method", "last-n", "--remove", "0%"], "between 0 and 1"),
     "remove unreachable": (["plan", "MODEL", "--method", "last-n", "--remove", "99%"], "unreachable"),

@@ -24,6 +24,7 @@ from secateur.checkpoints.folders import check_target, replacing
 from secateur.console import facts_table, healing_table, plan_summary, scores_table, showing_progress
 from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
 from secateur.healing.heal import find_rung
+from secateur.healing.rungs import RUNGS
 from secateur.measuring import bench, evaluate
 from secateur.methods.planning import windows_of_plan
 from secateur.methods.registry import METHODS, find_method
@@ -236,15 +237,18 @@ def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show the settings of this one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the methods, or the settings of one."""
+    """List the methods and the ways of healing, or the settings of one."""
     if name is not None:
-        one = find_method(name)
+        one = RUNGS[name] if name in RUNGS else find_method(name)
         described = describe_settings(one.settings)
         answer(described, facts_table(f"{name}: {one.summary}", described), as_json=as_json)
         return
     table = Table("method", "what it does", "paper")
     for one in METHODS.values():
         table.add_row(one.name, one.summary, one.paper)
+    table.add_section()
+    for rung in RUNGS.values():
+        table.add_row(f"heal --with {rung.name}", rung.summary, "")
     facts = [
         {
             "name": one.name,

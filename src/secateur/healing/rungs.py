@@ -233,8 +233,8 @@ def _by_blocks(job: Job) -> Decoder:
     return healed
 
 
-_RATE, _LORA_RATE = 0.2, 0.8
-"""Highest learning rates times the hidden size: 5e-5 and 2e-4 at 4096, 1e-3 and 4e-3 at 192."""
+_RATE, _LORA_RATE = 0.05, 0.4
+"""Highest learning rates times the hidden size: 1.2e-5 and 1e-4 at 4096, 2.6e-4 and 2e-3 at 192."""
 
 
 @dataclass(frozen=True, kw_only=True)
