@@ -23,7 +23,8 @@ from secateur.calibration.stream import open_store
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError
 from secateur.healing.data import WindowData, split_off_validation
-from secateur.healing.loop import Outcome, train
+from secateur.healing.loop import train
+from secateur.healing.outcome import Outcome
 from secateur.healing.pairs import BlockNetwork, PairData, PairRegression, Rows, StoredPairs
 from secateur.healing.settings import TrainingSettings
 from secateur.models.decoder import Decoder

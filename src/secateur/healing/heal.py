@@ -14,7 +14,7 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError, unknown
 from secateur.healing.instructions import InstructionData, open_instructions
-from secateur.healing.loop import warn_of
+from secateur.healing.outcome import warn_of
 from secateur.healing.rungs import RUNGS, Data, Job, Rung
 from secateur.models.decoder import Decoder
 from secateur.settings import read_settings

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, release_memory
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from secateur.calibration.progress import SILENT, Progress
-from secateur.errors import InputError, NumericsError, TrainingWarning
+from secateur.errors import InputError, NumericsError
+from secateur.healing.outcome import Outcome, Status
 from secateur.healing.run_folder import RunFolder, read
 from secateur.healing.settings import TrainingSettings
 from secateur.healing.sharding import shard, sharding_asked, sync_gradients, whole
@@ -41,65 +42,6 @@ _TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-@dataclass
-class Outcome:
-    """How a run went.
-
-    Attributes:
-        steps: optimiser steps taken, of `planned`.
-        planned: steps the data and settings make.
-        tokens: tokens seen, padding included.
-        start_loss: held-out loss before the first step.
-        best_loss: the lowest held-out loss; the weights are those that gave it.
-        best_step: after how many steps it was measured; 0 where no training was better than none.
-        stopped: why the run ended before the last planned step, if it did.
-        curve: training losses by step and held-out losses, as logged.
-    """
-
-    planned: int
-    steps: int = 0
-    tokens: int = 0
-    start_loss: float = math.inf
-    best_loss: float = math.inf
-    best_step: int = 0
-    stopped: str | None = None
-    without_gain: int = 0
-    curve: list[dict[str, Any]] = field(default_factory=list)
-
-    def describe(self) -> dict[str, Any]:
-        """Give what a record of the run says about it; the curve stays in the log."""
-        facts = asdict(self)
-        del facts["curve"], facts["without_gain"]
-        return facts
-
-    def sketch(self, points: int = 200) -> list[dict[str, Any]]:
-        """Give the curve with about so many of its training losses and all held-out ones, for a record or a plot."""
-        every = -(-self.steps // points) or 1
-        return [entry for entry in self.curve if "held_out_loss" in entry or entry["step"] % every == 0]
-
-
-def warn_of(facts: Mapping[str, Any], what: str) -> None:
-    """Say what the user should know of a run, as `describe` gives it, that was cut short by NaN or gained nothing."""
-    if facts["stopped"] and "NaN" in facts["stopped"]:
-        message = f"{facts['stopped']}; the weights of step {facts['best_step']} are kept. Try a lower learning_rate."
-    elif facts["best_step"] == 0:
-        message = "no step lowered the loss on held-back text; the weights are as before."
-    else:
-        return
-    warnings.warn(f"{what}: {message}", TrainingWarning, stacklevel=3)
-
-
-class Status:
-    """What a progress bar says: read anew each time it is drawn."""
-
-    def __init__(self, what: str) -> None:
-        """Begin with what is being done."""
-        self.what, self.now = what, ""
-
-    def __str__(self) -> str:
-        return f"{self.what}{self.now}"
-
-
 def accelerator_for(
     device: torch.device,
     settings: TrainingSettings,
@@ -108,6 +50,7 @@ def accelerator_for(
     logging: Path | None = None,
 ) -> Accelerator:
     """Make the accelerator of a run; launched by `accelerate launch`, it knows the other processes."""
+    AcceleratorState._reset_state()  # else the precision of an earlier run in this process would stay
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
     return Accelerator(
         mixed_precision="bf16" if bf16 else "no",
@@ -170,6 +113,7 @@ def train(
         made = [made[0] or RunFolder(path[0], recipe, leads=False)]
     run = made[0]
     assert run is not None
+    run.lasting = folder is not None
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(seed + accelerator.process_index)

@@ -23,7 +23,8 @@ from secateur.calibration.texts import Windows
 from secateur.errors import InputError
 from secateur.healing.data import WindowData, split_off_validation
 from secateur.healing.language import LanguageModelling
-from secateur.healing.loop import train, warn_of
+from secateur.healing.loop import train
+from secateur.healing.outcome import warn_of
 from secateur.healing.pairs import BlockNetwork, PairData, PairRegression, store_pairs
 from secateur.healing.settings import TrainingSettings
 from secateur.methods.budget import Budget, choose_blocks, choose_size, read_count
