@@ -155,6 +155,10 @@ BAD = {
         "protect_last=-1",
     ),
     "setting without value": (["plan", "MODEL", "--method", "sleb", "--blocks", "1", "--set", "x"], "key=value"),
+    "a plan and an amount": (
+        ["prune", "MODEL", "--plan", "SCORES", "--target-params", "1M", "--set", "x=1"],
+        "--target-params, --set: the plan says already how much goes",
+    ),
     "unknown rung": (["heal", "MODEL", "--with", "loar"], "unknown way of healing 'loar'. Did you mean 'lora'"),
     "unknown setting of a rung": (
         ["heal", "MODEL", "--texts", "NPY", "--set", "rnak=4"],

@@ -142,6 +142,10 @@ def prune(
     """Cut, save a folder that plain transformers opens, and prove that it does."""
     if (plan_file is None) == (method is None):
         raise InputError("say what to cut: either --plan FILE, or --method NAME with an amount (--remove 25%).")
+    if plan_file is not None and amount.given():
+        raise InputError(
+            f"{', '.join(amount.given())}: the plan says already how much goes and how; edit it, or give --method."
+        )
     made = Plan.read(plan_file) if plan_file else None
     folder = target(out, model, "prune")
     decoder = opened(opening, model, only_shapes=dry_run)

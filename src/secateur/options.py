@@ -201,6 +201,11 @@ class Amount:
         """Give the method's settings as typed."""
         return read_pairs(self.set_)
 
+    def given(self) -> list[str]:
+        """List those of these options that were given."""
+        named = [name for name, value in self.wanted().items() if value is not None]
+        return [f"--{name.replace('_', '-')}" for name in (*named, *(["set"] if self.set_ else []))]
+
     def known_scores(self) -> Scores | None:
         """Read the scores file, if one was named."""
         return Scores.read(self.scores) if self.scores else None
