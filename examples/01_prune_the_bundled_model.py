@@ -6,7 +6,7 @@ model = secateur.open_model("bundled")
 scores = secateur.score(model)
 print("block influence:", [round(value, 3) for value in scores.block_influence or ()])
 
-plan = secateur.make_plan(model, method="streamline", remove=0.25, scores=scores)
+plan = secateur.make_plan(model, method="replaceme", remove=0.25, scores=scores)
 print(*plan.steps[0].says(), f"({plan.removed_fraction:.1%} of the parameters)")
 
 pruned = secateur.prune(model, plan)

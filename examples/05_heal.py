@@ -1,0 +1,14 @@
+"""Take blocks out of the bundled model, heal it with low-rank updates, and measure what came back."""
+
+import secateur
+
+model = secateur.open_model("bundled")
+plan = secateur.make_plan(model, method="replaceme", blocks=3)
+pruned = secateur.prune(model, plan)
+healed = secateur.heal(pruned, by="lora", tokens=50_000)
+
+facts = healed.history[-1]["healing"]
+print(f"{facts['trained_weights']:,} weights trained on {facts['tokens']:,} tokens")
+for name, one in {"cut": pruned, "healed": healed}.items():
+    result, dense = secateur.eval(one, against=model, windows=16)
+    print(f"{name}: perplexity {result.value:.2f}, dense {dense.value:.2f}")
