@@ -186,7 +186,8 @@ def heal(
     decoder = opened(opening, model, only_shapes=dry_run, whole=rung.whole)
     check_target(folder, reads=decoder.folder)
     named = learning.teacher or _dense_of(decoder)
-    teacher = opened(opening, named, only_shapes=dry_run) if rung.teacher else None
+    thin = dry_run or "top" in learning.settings()  # what it says is written down first, block by block
+    teacher = opened(opening, named, only_shapes=thin) if rung.teacher else None
     data = learning.data(decoder)
     announce(decoder, data, rung.passes)
     if dry_run:

@@ -48,7 +48,8 @@ def heal(
         instructions: the texts are questions and answers (chat messages, or Alpaca's fields), of which only answers
             are learnt.
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
-        teacher: the dense model, for `distill` and `blocks`.
+        teacher: the dense model, for `distill` and `blocks`; as a skeleton it is never whole in memory, for which
+            `distill` needs its setting `top`.
         settings: the rung's own settings by name.
         seed: of the order of the data and of everything drawn.
         batch_size: windows per batch of walks without gradients.

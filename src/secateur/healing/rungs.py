@@ -199,7 +199,6 @@ def _by_distillation(job: Job) -> Decoder:
         numbers, held_back = split_off_validation(windows)
         data = TaughtData(WindowData(windows, numbers), said)
         held_out = TaughtData(WindowData(windows, held_back), said)
-        job.teacher = None  # what it says is on disk: let its weights go
     elif teacher.is_skeleton:
         raise InputError("the teacher runs beside the student: open both with --in-memory, or set top=64.")
     lora = {name: getattr(settings, name) for name in ("rank", "alpha", "dropout") if settings.trains == "lora"}
