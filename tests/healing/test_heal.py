@@ -262,7 +262,7 @@ def test_killed_by_the_system_and_started_again(tiny_folder, tmp_path):
     model, text = tiny_folder("llama", tokenizer=True), tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten " * 400)
     command = [sys.executable, "-m", "secateur", "heal", str(model), "--with", "full", "--texts", str(text)]
-    command += ["--seq-len", "16", "--tokens", "3200", "--no-check", "--set", "save_minutes=1e-9"]
+    command += ["--seq-len", "16", "--tokens", "1600", "--no-check", "--set", "save_minutes=1e-9"]
     environment = {**os.environ, "PYTHONPATH": str(Path(secateur.__file__).parents[1])}
     whole = subprocess.Popen([*command, "-o", str(tmp_path / "whole")], env=environment)
     cut_short = subprocess.Popen([*command, "-o", str(tmp_path / "cut")], env=environment)
@@ -276,7 +276,7 @@ def test_killed_by_the_system_and_started_again(tiny_folder, tmp_path):
     logged = (work / "log.jsonl").read_text().count("\n")
     subprocess.run([*command, "-o", str(tmp_path / "cut")], env=environment, check=True)
     assert whole.wait() == 0
-    assert 20 < logged < 190
+    assert 20 < logged < 95
     assert not work.exists()
     left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert left.keys() == right.keys()
