@@ -73,7 +73,8 @@ def draw() -> None:
             if name == cut:
                 first = next(iter(found.values()))
                 tokens = sorted(found)
-                axis.plot([0, *tokens], [first["before"], *(found[n]["perplexity"] for n in tokens)], "o-", label=rung)
+                measured = [first["before"], *(found[count]["perplexity"] for count in tokens)]
+                axis.plot([0, *tokens], measured, "o-", label=rung, color=f"C{list(RUNGS).index(rung)}")
                 axis.axhline(first["dense"], color="grey", linewidth=0.8, linestyle="--")
         axis.set_title(cut if cut == "dense" else f"25 % by {cut}")
         axis.set_xlabel("tokens seen")
