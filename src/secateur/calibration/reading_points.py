@@ -14,7 +14,7 @@ from torch import nn
 from secateur.calibration.backward import back_through, loss_gradients
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import real_tokens
-from secateur.calibration.stream import Batch, open_store, start, step, walk_blocks
+from secateur.calibration.stream import Batch, open_store, step, stored_start, walk_blocks
 from secateur.calibration.texts import Windows
 from secateur.models.anatomy import present
 from secateur.models.decoder import Decoder
@@ -56,10 +56,7 @@ def visit_reading_points(
         visit(point, centred(decoder, _of_real_tokens(hidden, batch)))
 
     with open_store(decoder) as store:
-        batches = []
-        for batch, hidden in start(decoder, windows, batch_size):
-            store.put(batch.index, hidden)
-            batches.append(batch)
+        batches = stored_start(decoder, windows, store, batch_size)
         for index in progress(range(decoder.block_count), "walking the blocks", decoder.block_count):
             with decoder.block(index) as block:
                 for batch in batches:

@@ -7,7 +7,7 @@ batches through one block, so that each block's weights are read once per walk.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -101,6 +101,32 @@ def start(decoder: Decoder, windows: Windows, batch_size: int | None = None) -> 
             yield Batch(index, tokens, mask, calls), hidden
 
 
+def stored_start(
+    decoder: Decoder,
+    windows: Windows,
+    store: StateStore,
+    batch_size: int | None = None,
+    *,
+    key: Callable[[Batch], Hashable] = lambda batch: batch.index,
+) -> list[Batch]:
+    """Put what enters block 0 into the store, by default under the batch's index; gives the batches."""
+    batches = []
+    for batch, hidden in start(decoder, windows, batch_size):
+        batches.append(batch)
+        store.put(key(batch), hidden)
+    return batches
+
+
+def through_block(decoder: Decoder, index: int, batches: Iterable[Batch], store: StateStore) -> None:
+    """Take batches, each in the store under its index, through block `index`, whose weights are present.
+
+    Raises:
+        NumericsError: naming the block.
+    """
+    for batch in batches:
+        store.put(batch.index, step(decoder, index, batch, store.get(batch.index)))
+
+
 @torch.no_grad()
 def states_by_batch(
     decoder: Decoder,
@@ -149,10 +175,7 @@ def walk_blocks(
     Raises:
         NumericsError: a state holds NaN or infinity at a real token.
     """
-    batches = []
-    for batch, hidden in start(decoder, windows, batch_size):
-        batches.append(batch)
-        store.put((batch.index, 0), hidden)
+    batches = stored_start(decoder, windows, store, batch_size, key=lambda batch: (batch.index, 0))
     for index in progress(range(decoder.block_count), "walking the blocks", decoder.block_count):
         with decoder.block(index):
             for batch in batches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import shutil
 import tempfile
@@ -10,6 +9,8 @@ import weakref
 from pathlib import Path
 
 import torch
+
+from secateur.models.scratch import require_room
 
 
 class MappedTensors:
@@ -31,9 +32,7 @@ class MappedTensors:
         """
         self.folder = Path(tempfile.mkdtemp(prefix=f"secateur-{what}-"))
         self._removal = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        if shutil.disk_usage(self.folder).free < needed:
-            size = f"{needed / 2**30:.1f} GiB"
-            raise OSError(errno.ENOSPC, f"no space left for {what} ({size}); set TMPDIR to a larger disk")
+        require_room(self.folder, needed, f"{what} ({needed / 2**30:.1f} GiB)")
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Give a new tensor of zeros whose numbers stand in a file."""

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.reading_points import centred
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, open_store, start, step
+from secateur.calibration.stream import Batch, open_store, stored_start, through_block
 from secateur.calibration.texts import Windows
 from secateur.healing.mapped import MappedTensors
 from secateur.models.decoder import Decoder
@@ -78,34 +78,30 @@ class Rows:
     Attributes:
         decoder: the model.
         store: holds the state of each batch under its index.
-        batches: each with the rows of the windows it holds.
+        batches: in the order of the windows.
     """
 
     decoder: Decoder
     store: StateStore
-    batches: list[tuple[Batch, slice]]
+    batches: list[Batch]
 
     @classmethod
     def start(cls, decoder: Decoder, windows: Windows, store: StateStore, batch_size: int | None = None) -> Rows:
         """Put what enters block 0 into the store."""
-        batches, rows = [], 0
-        for batch, hidden in start(decoder, windows, batch_size):
-            batches.append((batch, slice(rows, rows + len(hidden))))
-            rows += len(hidden)
-            store.put(batch.index, hidden)
-        return cls(decoder, store, batches)
+        return cls(decoder, store, stored_start(decoder, windows, store, batch_size))
 
     def through(self, index: int) -> None:
         """Take all windows through block `index`."""
         with self.decoder.block(index):
-            for batch, _ in self.batches:
-                self.store.put(batch.index, step(self.decoder, index, batch, self.store.get(batch.index)))
+            through_block(self.decoder, index, self.batches, self.store)
 
     def write(self, target: torch.Tensor, turn: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         """Write where all windows are now, (W, T, d), each state turned into another one if asked."""
-        for batch, rows in self.batches:
+        rows = 0
+        for batch in self.batches:
             state = self.store.get(batch.index)
-            target[rows] = (state if turn is None else turn(state)).to(target.dtype).cpu()
+            target[rows : rows + len(state)] = (state if turn is None else turn(state)).to(target.dtype).cpu()
+            rows += len(state)
 
 
 class PairData(Dataset[dict[str, torch.Tensor]]):

@@ -92,11 +92,6 @@ class RunFolder:
             kept = [entry for entry in self.log_entries() if entry["step"] <= step]
             (self.path / _LOG).write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
-    def remove(self) -> None:
-        """Remove the folder: the run is over and its result is elsewhere."""
-        if self.leads:
-            shutil.rmtree(self.path, ignore_errors=True)
-
     def _newest(self, kind: str) -> Path | None:
         found = sorted(self.path.glob(f"{kind}-*[0-9]"))
         return found[-1] if found else None

@@ -75,10 +75,6 @@ class DistillSettings(LoraSettings):
     )
 
 
-class BlockSettings(HealingSettings):
-    """Settings of `blocks`, for each block."""
-
-
 @dataclass
 class Job:
     """One healing: who learns what from what.
@@ -165,11 +161,18 @@ class Job:
         return prepared.finish(whole_parameters(prepared.module))
 
 
+def _prepared(job: Job, which: Trained) -> tuple[Prepared, float]:
+    """Make what is trained ready; gives it with its highest rate times the hidden size."""
+    if which != "lora":
+        return prepare(job.decoder, which), _RATE
+    settings = job.settings
+    updates = {"rank": settings.rank, "alpha": settings.alpha, "dropout": settings.dropout}
+    return prepare(job.decoder, which, **updates, seed=job.seed), _LORA_RATE
+
+
 def _by_language(which: Trained) -> Callable[[Job], Decoder]:
     def heal(job: Job) -> Decoder:
-        given = {name: getattr(job.settings, name) for name in ("rank", "alpha", "dropout") if which == "lora"}
-        prepared = prepare(job.decoder, which, **given, seed=job.seed)
-        rate = _LORA_RATE if which == "lora" else _RATE
+        prepared, rate = _prepared(job, which)
         return job.run(prepared, LanguageModelling(prepared.module), *job.items(), rate)
 
     return heal
@@ -201,8 +204,7 @@ def _by_distillation(job: Job) -> Decoder:
         held_out = TaughtData(WindowData(windows, held_back), said)
     elif teacher.is_skeleton:
         raise InputError("the teacher runs beside the student: open both with --in-memory, or set top=64.")
-    lora = {name: getattr(settings, name) for name in ("rank", "alpha", "dropout") if settings.trains == "lora"}
-    prepared = prepare(job.decoder, settings.trains, **lora, seed=job.seed)
+    prepared, rate = _prepared(job, settings.trains)
     objective = Distillation(
         prepared.module,
         None if settings.top is not None else teacher.module,
@@ -210,7 +212,7 @@ def _by_distillation(job: Job) -> Decoder:
         hidden_weight=settings.hidden_weight,
         kept=kept,
     )
-    return job.run(prepared, objective, data, held_out, _LORA_RATE if settings.trains == "lora" else _RATE)
+    return job.run(prepared, objective, data, held_out, rate)
 
 
 def _by_blocks(job: Job) -> Decoder:
@@ -287,7 +289,7 @@ RUNGS: Mapping[str, Rung] = {
         Rung(
             name="blocks",
             summary="each block that the cut touched learns the dense model's hidden states, one at a time",
-            settings=BlockSettings,
+            settings=HealingSettings,
             heal=_by_blocks,
             teacher=True,
             whole=False,

@@ -14,7 +14,7 @@ import torch
 
 from secateur.calibration.inputs import InputSums
 from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.stream import open_store, start, step
+from secateur.calibration.stream import open_store, stored_start, through_block
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_size
@@ -60,17 +60,13 @@ def fluctuation_profiles(
     found = {}
     parts: list[Part] = ["heads", "channels"] if heads else ["channels"]
     with open_store(decoder) as store:
-        batches = []
-        for batch, hidden in start(decoder, windows, batch_size):
-            store.put(batch.index, hidden)
-            batches.append(batch)
+        batches = stored_start(decoder, windows, store, batch_size)
         for index in progress(range(free.stop), "walking the blocks", free.stop):
             with decoder.block(index):
                 if index in free:
                     sums = measure_inputs(decoder, index, parts, batches, store, gram=False)
                     found[index] = Profile(*(_profile(decoder, index, part, sums.get(part, [])) for part in _BOTH))
-                for batch in batches:
-                    store.put(batch.index, step(decoder, index, batch, store.get(batch.index)))
+                through_block(decoder, index, batches, store)
     return found
 
 

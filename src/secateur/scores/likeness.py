@@ -16,7 +16,7 @@ import torch
 from torch.func import functional_call
 
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, start, step
+from secateur.calibration.stream import Batch, step, stored_start
 from secateur.calibration.texts import Windows
 from secateur.errors import NumericsError
 from secateur.models.decoder import Decoder
@@ -62,10 +62,7 @@ class MergeProbe:
         self.evaluated = 0
         self.known: dict[Merged, float] = {}
         self._decoder, self._store, self._shares = decoder, store, shares
-        self._batches: list[Batch] = []
-        for batch, hidden in start(decoder, windows, batch_size):
-            self._batches.append(batch)
-            store.put((batch.index, 0), hidden)
+        self._batches = stored_start(decoder, windows, store, batch_size, key=lambda batch: (batch.index, 0))
         for index in range(decoder.block_count):
             with decoder.block(index):
                 for batch in self._batches:

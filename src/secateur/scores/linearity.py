@@ -17,7 +17,7 @@ from secateur.calibration.processes import share_of
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import LinearSums, real_tokens
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, open_store, start, step
+from secateur.calibration.stream import Batch, open_store, step, stored_start
 from secateur.calibration.texts import Windows
 from secateur.models.decoder import Decoder
 from secateur.steps import Span
@@ -48,10 +48,7 @@ def linear_sums(
     sums = {span: LinearSums(decoder.hidden_size) for span in spans}
     before = {low - 1 for low, _ in spans}
     with open_store(decoder) as store:
-        batches: list[Batch] = []
-        for batch, hidden in start(decoder, share_of(windows), batch_size):
-            batches.append(batch)
-            store.put((batch.index, 0), hidden)
+        batches = stored_start(decoder, share_of(windows), store, batch_size, key=lambda batch: (batch.index, 0))
         depths = range(max(high for _, high in spans) + 1)
         for index in progress(depths, "walking the blocks", len(depths)):
             with decoder.block(index):

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, mean_loss_of, start, step
+from secateur.calibration.stream import Batch, mean_loss_of, step, stored_start
 from secateur.calibration.texts import Windows
 from secateur.models.decoder import Decoder
 
@@ -37,10 +37,7 @@ class RemovalProbe:
         self._store = store
         self._settled: frozenset[int] = frozenset()
         self._losses: dict[Gone, float] = {}
-        self._batches: list[Batch] = []
-        for batch, hidden in start(decoder, windows, batch_size):
-            self._batches.append(batch)
-            store.put(_key(batch, 0, ()), hidden)
+        self._batches = stored_start(decoder, windows, store, batch_size, key=lambda batch: _key(batch, 0, ()))
 
     @torch.no_grad()
     def loss(self, gone: Iterable[int]) -> float:

@@ -22,7 +22,7 @@ from secateur.calibration.inputs import InputSums, collecting_inputs
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, open_store, start, step
+from secateur.calibration.stream import Batch, open_store, step, stored_start, through_block
 from secateur.calibration.texts import Windows
 from secateur.models.anatomy import find, present
 from secateur.models.decoder import Decoder
@@ -108,10 +108,7 @@ def narrow_blocks(
     """
     target = Narrowing(decoder, widths, stock=stock, bias=bias)
     with open_store(decoder) as store:
-        batches = []
-        for batch, hidden in start(decoder, windows, batch_size):
-            store.put(batch.index, hidden)
-            batches.append(batch)
+        batches = stored_start(decoder, windows, store, batch_size)
         for index in progress(range(decoder.block_count), "narrowing block by block", decoder.block_count):
             with decoder.block(index):
                 walk = _Block(decoder, index, widths[index], batches, store, target, repair, bias)
@@ -149,8 +146,7 @@ class _Block:
             for part, sums in measured.items():
                 edits |= self._edit(part, sums, choose, kept, dense)
         with _holding(self.block, edits):
-            for batch in self.batches:
-                self.store.put(batch.index, step(self.decoder, self.index, batch, self.store.get(batch.index)))
+            through_block(self.decoder, self.index, self.batches, self.store)
             self.target.block(self.index, kept)
 
     @property
