@@ -5,12 +5,13 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
 from transformers.utils import logging
 
 from secateur.models.open import open_model
-from tiny_models import save_tiny
+from tiny_models import VOCABULARY, save_tiny
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
@@ -42,3 +43,17 @@ def tiny(tiny_folder):
         return open_model(tiny_folder(name, **settings), skeleton=skeleton)
 
     return decoder
+
+
+@pytest.fixture(scope="session")
+def tiny_with_tokenizer(tmp_path_factory):
+    """Give the checkpoint folder of a tiny Llama in bfloat16 that has a tokenizer; to be read only."""
+    return str(save_tiny("llama", tmp_path_factory.mktemp("text") / "tiny", dtype=torch.bfloat16, tokenizer=True))
+
+
+@pytest.fixture(scope="session")
+def window_file(tmp_path_factory):
+    """Give a file with eight windows of 16 random tokens for tiny models."""
+    path = tmp_path_factory.mktemp("windows") / "windows.npy"
+    np.save(path, np.random.default_rng(0).integers(0, VOCABULARY, (8, 16)))
+    return str(path)

@@ -10,19 +10,17 @@ import torch
 
 from secateur import cli, open_model
 from secateur.plan import Plan
-from tiny_models import VOCABULARY, save_tiny
+from tiny_models import save_tiny
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_tiny("llama", tmp_path_factory.mktemp("cli") / "tiny", dtype=torch.bfloat16, tokenizer=True))
+def model(tiny_with_tokenizer):
+    return tiny_with_tokenizer
 
 
 @pytest.fixture(scope="module")
-def windows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("windows") / "windows.npy"
-    np.save(path, np.random.default_rng(0).integers(0, VOCABULARY, (4, 16)))
-    return str(path)
+def windows(window_file):
+    return window_file
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import secateur
 
 ORDER = [
-    {"errors", "settings", "steps", "plan", "versions", "__init__"},
+    {"errors", "files", "recipe", "settings", "steps", "plan", "versions", "__init__"},
     {"shapes"},
     {"models"},
     {"calibration"},
@@ -15,8 +15,10 @@ ORDER = [
     {"healing"},
     {"methods", "checkpoints"},
     {"runs", "console", "result_tables", "options"},
+    {"pipeline"},
+    {"comparing"},
     {"terminal"},
-    {"demonstration", "measuring"},
+    {"demonstration", "measuring", "studies"},
     {"cli"},
     {"__main__"},
 ]

@@ -12,6 +12,7 @@ secateur.save(pruned, "cut/")
 __version__ = "0.1.0"
 
 from secateur.checkpoints.save import save
+from secateur.comparing.run import compare, run
 from secateur.demonstration import demo
 from secateur.errors import SecateurError
 from secateur.evaluation.evaluate import eval
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "SecateurError",
     "bench",
+    "compare",
     "demo",
     "eval",
     "heal",
@@ -34,6 +36,7 @@ __all__ = [
     "make_plan",
     "open_model",
     "prune",
+    "run",
     "save",
     "score",
 ]

@@ -23,6 +23,7 @@ from secateur.calibration.texts import text_names
 from secateur.checkpoints.folders import check_target, replacing
 from secateur.console import facts_table, healing_table, plan_summary, scores_table, showing_progress
 from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
+from secateur.files import replace_file
 from secateur.healing.heal import find_rung
 from secateur.healing.rungs import RUNGS
 from secateur.measuring import bench, evaluate
@@ -33,11 +34,12 @@ from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
 from secateur.options import Amount, Learning, Opening, Reading, grouped
 from secateur.plan import Plan, plans_in
-from secateur.runs import mark, replace_file, run_folder, training_folder
+from secateur.runs import mark, run_folder, training_folder
 from secateur.scores.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
 from secateur.settings import describe_settings
 from secateur.steps import MergeBlocks
+from secateur.studies import compare, run
 from secateur.terminal import DryRun, Json, ModelArg, Out, announce, answer, err, opened, out_console, target
 
 app = typer.Typer(
@@ -219,6 +221,8 @@ def heal(
 
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(compare)
+app.command()(run)
 
 
 @app.command()

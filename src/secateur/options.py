@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -52,14 +52,7 @@ class Opening:
         """Open a model; `only_shapes` reads no weights where it can be helped, `whole` holds them in memory."""
         asked = False if whole and self.skeleton is None else self.skeleton
         return open_model(
-            source,
-            dtype=self.dtype,
-            device=self.device,
-            revision=self.revision,
-            skeleton=True if only_shapes and not self.allow_pickle else asked,
-            tokenizer=self.tokenizer,
-            trust_remote_code=self.trust_remote_code,
-            allow_pickle=self.allow_pickle,
+            source, **asdict(self) | {"skeleton": True if only_shapes and not self.allow_pickle else asked}
         )
 
 
@@ -84,11 +77,7 @@ class Reading:
         Raises:
             InputError: neither a number nor `all`.
         """
-        if self.windows == "all":
-            return None
-        if not self.windows.isdecimal() or int(self.windows) < 1:
-            raise InputError(f"--windows {self.windows}: give a number from 1 up, or 'all'.")
-        return int(self.windows)
+        return read_windows(self.windows, "--windows")
 
     def calibration(self, decoder: Decoder, *, pack: bool = True) -> Windows:
         """Open the calibration part of the texts for a model."""
@@ -209,6 +198,19 @@ class Amount:
     def known_scores(self) -> Scores | None:
         """Read the scores file, if one was named."""
         return Scores.read(self.scores) if self.scores else None
+
+
+def read_windows(text: str, option: str) -> int | None:
+    """Read a number of windows; None for `all`.
+
+    Raises:
+        InputError: neither a number nor `all`.
+    """
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{option} {text}: give a number from 1 up, or 'all'.")
+    return int(text)
 
 
 def whole_numbers(text: str, option: str) -> list[int]:

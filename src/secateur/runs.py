@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from secateur.checkpoints.folders import MARKER
-from secateur.errors import InputError
 from secateur.versions import versions
 
 RUNS = Path("secateur-runs")
@@ -36,19 +33,3 @@ def mark(folder: Path, command: str, details: dict[str, Any]) -> None:
     """Leave the file by which a later run knows this folder as its own."""
     record = {"secateur": versions()["secateur"], "command": command, **details, "versions": versions()}
     (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        InputError: the place cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(temporary).replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}).") from error

@@ -8,15 +8,16 @@ from secateur.calibration.choose import Texts, windows_for
 from secateur.calibration.progress import SILENT, Progress
 from secateur.errors import InputError
 from secateur.evaluation.perplexity import measure_perplexity
+from secateur.evaluation.reference import Reference
 from secateur.evaluation.results import Result
-from secateur.evaluation.tasks import measure_tasks
+from secateur.evaluation.tasks import ask_tasks, task_results
 from secateur.models.decoder import Decoder
 
 
 def eval(
     model: Decoder,
     *,
-    against: Decoder | None = None,
+    against: Decoder | Reference | None = None,
     texts: Texts = None,
     windows: int | None = 64,
     seq_len: int | None = None,
@@ -32,7 +33,8 @@ def eval(
 
     Args:
         model: the open model.
-        against: the dense model to compare with; it must read the same tokens.
+        against: the dense model to compare with, which must read the same tokens; or what it came to, measured before
+            (`measure_reference`) on the same texts and questions.
         texts: see `secateur texts`; the held-out part is taken where a source has one. None is `python-stdlib`, or
             no text where tasks are named.
         windows: number of windows; None takes all the text there is.
@@ -55,14 +57,18 @@ def eval(
             models with different vocabularies.
         NumericsError: NaN or infinity on the way; it never becomes a number.
     """
-    if against is not None:
-        require_same_vocabulary(model, against)
+    dense = against if isinstance(against, Decoder) else None
+    known = against if isinstance(against, Reference) else Reference()
+    if dense is not None:
+        require_same_vocabulary(model, dense)
     if stability and tasks is None:
         raise InputError("stability is measured on tasks; name some, such as stdlib-cloze.")
-    models = {"model": model} | ({"against": against} if against is not None else {})
+    if stability and against is None:
+        raise InputError("stability compares two models; name the dense one (--against).")
+    models = {"model": model} | ({"against": dense} if dense is not None else {})
     asked: list[Result] = []
     if tasks is not None:
-        asked = measure_tasks(
+        outcomes = ask_tasks(
             models,
             tasks,
             limit=limit,
@@ -72,11 +78,14 @@ def eval(
             batch_size=batch_size,
             progress=progress,
         )
+        before = (outcomes.get("against") or known.answers_to(outcomes["model"])) if stability else None
+        asked = task_results(models, outcomes, limit=limit, stable_to=before)
+        asked += [one for one in known.results if one.task is not None]
         if texts is None:
             return asked
     used = windows_for(model, texts, windows=windows, seq_len=seq_len, split="held-out")
     read = [measure_perplexity(one, role, used, batch_size, progress) for role, one in models.items()]
-    return read + asked
+    return read + known.perplexity_on(used) + asked
 
 
 def require_same_vocabulary(model: Decoder, against: Decoder) -> None:
@@ -91,3 +100,41 @@ def require_same_vocabulary(model: Decoder, against: Decoder) -> None:
         raise InputError(
             f"{model.source} and {against.source} have different vocabularies; their results cannot be compared."
         )
+
+
+def measure_reference(
+    model: Decoder,
+    *,
+    texts: Texts = None,
+    windows: int | None = 64,
+    seq_len: int | None = None,
+    tasks: str | Sequence[str] | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
+) -> Reference:
+    """Measure the dense model once for many that are compared with it; arguments as for `eval`.
+
+    Perplexity is always measured, tasks where some are named.
+
+    Raises:
+        InputError, NumericsError: as `eval`.
+    """
+    used = windows_for(model, texts, windows=windows, seq_len=seq_len, split="held-out")
+    results = [measure_perplexity(model, "against", used, batch_size, progress)]
+    if tasks is None:
+        return Reference(tuple(results))
+    models = {"against": model}
+    outcomes = ask_tasks(
+        models,
+        tasks,
+        limit=limit,
+        shots=shots,
+        stability=False,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return Reference((*results, *task_results(models, outcomes, limit=limit)), tuple(outcomes["against"]))

@@ -14,7 +14,6 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +28,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.calibration.progress import Progress
 from secateur.errors import InputError, first_line
 from secateur.evaluation import cloze
+from secateur.evaluation.answers import Answer, Outcome
 from secateur.evaluation.catalogue import find_task
-from secateur.evaluation.stability import Answer
 
 _CHUNK_BATCHES = 8
 """Batches between two ticks of the progress bar."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one model makes of one task.
-
-    Attributes:
-        task: its name.
-        metrics: the harness's own, by name (`acc`, `acc_norm`, `exact_match`, …).
-        errors: standard errors of those that are means over questions.
-        answers: one per question; empty for tasks without options.
-        settings: version of the task, examples shown, number of questions.
-        fingerprint: of the questions as they were put to the model.
-    """
-
-    task: str
-    metrics: dict[str, float]
-    errors: dict[str, float]
-    answers: tuple[Answer, ...]
-    settings: dict[str, Any]
-    fingerprint: str
 
 
 def load_tasks(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Any]:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.errors import InputError
+from secateur.files import replace_file
 from secateur.models.decoder import Decoder
 from secateur.versions import versions
 
@@ -73,3 +75,27 @@ def append_results(path: Path, results: Iterable[Result]) -> None:
     with path.open("a", encoding="utf-8") as stream:
         for result in results:
             stream.write(json.dumps(result.as_dict()) + "\n")
+
+
+def write_results(path: Path, results: Iterable[Result]) -> None:
+    """Write a `results.jsonl` file anew, whole or not at all."""
+    replace_file(path, "".join(json.dumps(result.as_dict()) + "\n" for result in results))
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read a `results.jsonl` file.
+
+    Raises:
+        InputError: it cannot be read, or a line is not a result of this version.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+    results = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            results.append(Result(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}, line {number}: not a result as this version writes them ({error}).") from error
+    return results

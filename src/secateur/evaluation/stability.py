@@ -12,41 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from secateur.errors import InputError, NumericsError
-
-Values = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model makes of one question.
-
-    Attributes:
-        sums: log-likelihood of each option, summed over its tokens.
-        tokens: number of tokens of each option.
-        gold: the right option; several where the task allows several.
-    """
-
-    sums: tuple[float, ...]
-    tokens: tuple[int, ...]
-    gold: frozenset[int]
-
-    def losses(self) -> Values:
-        """Mean loss per token of each option, in nats."""
-        return -np.asarray(self.sums, dtype=np.float64) / np.asarray(self.tokens, dtype=np.float64)
-
-    def chosen(self) -> int:
-        """Give the option of lowest mean loss per token; of several the first."""
-        return int(np.argmin(self.losses()))
-
-    def right(self) -> bool:
-        """Whether the chosen option is the right one."""
-        return self.chosen() in self.gold
+from secateur.evaluation.answers import Answer, Values
 
 
 def weights(confidences: Values) -> Values:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from secateur.calibration.progress import Progress
 from secateur.errors import InputError
+from secateur.evaluation.answers import Outcome
 from secateur.evaluation.catalogue import task_names
 from secateur.evaluation.results import Result, result_of
 from secateur.evaluation.stability import accuracy, flips, stability
 from secateur.models.decoder import Decoder
-
-if TYPE_CHECKING:
-    from secateur.evaluation.harness import Outcome
 
 AVERAGE = "average"
 PER_TOKEN = "acc_per_token"
@@ -22,7 +20,7 @@ PER_TOKEN = "acc_per_token"
 _BATCH = {"cpu": 8, "cuda": 64}
 
 
-def measure_tasks(
+def ask_tasks(
     models: Mapping[str, Decoder],
     tasks: str | Sequence[str],
     *,
@@ -32,13 +30,12 @@ def measure_tasks(
     seed: int,
     batch_size: int | None,
     progress: Progress,
-) -> list[Result]:
-    """Put the same questions to every model, by role (`model`, `against`).
+) -> dict[str, list[Outcome]]:
+    """Put the same questions to every model, by role (`model`, `against`); gives an outcome for each task.
 
     Raises:
         InputError: an unknown task, data that cannot be had, a model without tokenizer, a number below 1, or
-            stability without a model to compare with or for a task without options.
-        NumericsError: NaN or infinity among the answers.
+            stability asked for a task without options.
     """
     from secateur.evaluation import harness  # here: it takes seconds to import, and most commands do not need it
 
@@ -47,15 +44,11 @@ def measure_tasks(
             raise InputError(f"{what} {number}: must be at least 1.")
     if shots is not None and shots < 0:
         raise InputError(f"shots {shots}: must be 0 or more.")
-    if stability and "against" not in models:
-        raise InputError("stability compares two models; name the dense one (--against).")
     names = task_names(tasks) if isinstance(tasks, str) else task_names(",".join(tasks))
-    tokenizer = models["model"].tokenizer
-    if tokenizer is None:
-        raise InputError(
-            f"{models['model'].source}: tasks need a tokenizer, and there is none; give one (--tokenizer)."
-        )
-    loaded = harness.load_tasks(names, tokenizer)
+    first = next(iter(models.values()))
+    if first.tokenizer is None:
+        raise InputError(f"{first.source}: tasks need a tokenizer, and there is none; give one (--tokenizer).")
+    loaded = harness.load_tasks(names, first.tokenizer)
     without = [one.task_name for one in loaded if not harness.has_options(one)]
     if stability and without:
         raise InputError(
@@ -66,7 +59,7 @@ def measure_tasks(
         with model.whole() as module:
             outcomes[role] = harness.run_tasks(
                 module,
-                tokenizer,
+                first.tokenizer,
                 loaded,
                 limit=limit,
                 shots=shots,
@@ -74,20 +67,37 @@ def measure_tasks(
                 batch_size=batch_size or _BATCH.get(model.device.type, 8),
                 progress=progress,
             )
+    return outcomes
+
+
+def task_results(
+    models: Mapping[str, Decoder],
+    outcomes: Mapping[str, Sequence[Outcome]],
+    *,
+    limit: int | None,
+    stable_to: Sequence[Outcome] | None = None,
+) -> list[Result]:
+    """Make results of what the models answered, task by task; with `stable_to` also stability and flips to these.
+
+    Raises:
+        InputError: the questions were not the same ones.
+        NumericsError: NaN or infinity among the answers.
+    """
+    count = len(next(iter(outcomes.values())))
     results = [
         _result(models[role], role, measure, value, outcome, limit)
-        for position in range(len(loaded))
+        for position in range(count)
         for role, found in outcomes.items()
         for outcome in found[position : position + 1]
         for measure, value in _measures(outcome)
     ]
-    if stability:
-        for before, after in zip(outcomes["against"], outcomes["model"], strict=True):
+    if stable_to is not None:
+        for before, after in zip(stable_to, outcomes["model"], strict=True):
             results += [
                 _result(models["model"], "model", measure, value, after, limit)
                 for measure, value in _compared(before, after)
             ]
-    return results + _averages(models, results, len(loaded))
+    return results + _averages(models, results, count)
 
 
 def _measures(outcome: Outcome) -> Iterable[tuple[str, float]]:

@@ -22,6 +22,7 @@ from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
 from secateur.methods.method import Evidence, Method, Settings
 from secateur.models.decoder import Decoder
+from secateur.scores.profile import Kind
 from secateur.scores.removal import RemovalProbe
 from secateur.scores.taylor import taylor
 from secateur.steps import DropBlocks
@@ -171,6 +172,11 @@ def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings) ->
     return {"ppl": (blocks + 1) / 2 + 1, "taylor": 4.0, "magnitude": 0.0}[settings.criterion]
 
 
+def _shortened_scores(settings: ShortenedSettings) -> tuple[Kind, ...]:
+    slow: dict[str, Kind] = {"ppl": "perplexity", "taylor": "taylor"}
+    return (slow[settings.criterion],) if settings.criterion in slow else ()
+
+
 _UIDL = "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers"
 
 METHODS = (
@@ -205,6 +211,7 @@ METHODS = (
         decide=_decide("shortened-llama", by_shortened_criterion),
         needs_texts=lambda settings: settings.criterion != "magnitude",
         forwards=_shortened_forwards,
+        scores=_shortened_scores,
     ),
     Method(
         name="sleb",

@@ -101,6 +101,8 @@ class Method:
         needs_texts: whether the model is measured on texts to decide or to apply, given its settings.
         forwards: what deciding costs, in plain forward passes over the windows, given the number of blocks, the
             number to go, and the settings.
+        scores: given its settings, the scores that deciding reads and that no single pass gives; a study measures them
+            once for all amounts.
         pace: given its settings, how the models run that it makes without taking blocks out; None where the time in
             blocks follows their size.
     """
@@ -113,6 +115,7 @@ class Method:
     native: Native = "blocks"
     needs_texts: Callable[[Any], bool] = lambda _: True
     forwards: Callable[[int, int, Any], float] = lambda _blocks, _gone, _settings: 1.0
+    scores: Callable[[Any], tuple[Kind, ...]] = lambda _: ()
     pace: Callable[[Any], Pace] | None = None
 
     def read_settings(self, given: dict[str, Any]) -> Any:

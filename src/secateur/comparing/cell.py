@@ -1,0 +1,68 @@
+"""The process of a job: `python -m secateur.comparing.cell STUDY CELL … `. Started by the queue, not by people."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+from transformers.utils import logging
+
+from secateur.comparing.jobs import CELLS, DONE
+from secateur.errors import SecateurError
+from secateur.evaluation.reference import ANSWERS, Reference
+from secateur.pipeline.run import Run, Shared
+from secateur.pipeline.stages import go
+from secateur.recipe import Recipe, read_recipe
+from secateur.scores.profile import Scores
+
+
+def main(arguments: list[str]) -> None:
+    """Run the cells one after the other; a failed one is noted in its folder and the next one begins."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("study", type=Path)
+    parser.add_argument("cells", nargs="+")
+    parser.add_argument("--first")
+    parser.add_argument("--stages")
+    given = parser.parse_args(arguments)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    cells = given.study / CELLS
+    for name in given.cells:
+        sibling = cells / given.first if given.first != name else None
+        try:
+            run = open_run(given.study, name, sibling)
+            for _stage in go(run, given.stages.split(",") if given.stages else None):
+                pass
+        except SecateurError as error:
+            sys.stderr.write(f"{name}: {error}\n")
+        except Exception:  # noqa: BLE001 - noted in the cell's state by the stage that failed; the others go on
+            traceback.print_exc()
+        sys.stdout.write(f"{DONE} {name}\n")
+        sys.stdout.flush()
+
+
+def open_run(study: Path, name: str, sibling: Path | None = None) -> Run:
+    """Open a cell with what the study's cells share.
+
+    Raises:
+        SecateurError: something of it cannot be read.
+    """
+    folder = study / CELLS / name
+    recipe = read_recipe(folder / "recipe.yaml")
+    assert isinstance(recipe, Recipe)
+    dense = study / "dense"
+    return Run(
+        recipe,
+        folder,
+        Shared(
+            scores=Scores.read(study / "scores.json"),
+            reference=Reference.read(dense) if (dense / ANSWERS).is_file() else None,
+            sibling=sibling,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

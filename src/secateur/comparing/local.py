@@ -1,0 +1,57 @@
+"""The queue on this machine: as many processes at a time as there are devices, each with one of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
+
+import torch
+
+from secateur.comparing.jobs import Job, run_job
+
+
+def default_workers() -> int:
+    """Number of processes at a time: one per GPU; one where there is none, with all cores."""
+    return max(1, torch.cuda.device_count())
+
+
+def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
+    """Run jobs; yields each when it is over. What still runs when this is left is stopped.
+
+    One worker sees all devices. Several share the GPUs out among them, or the cores where there is no GPU.
+    """
+    slots: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for number in range(workers):
+        slots.put(_environment(number, workers))
+    running: set[subprocess.Popen[str]] = set()
+
+    def work(job: Job) -> Job:
+        slot = slots.get()
+        try:
+            run_job(job, slot, running.add)
+        finally:
+            slots.put(slot)
+        return job
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.kill()
+
+
+def _environment(number: int, workers: int) -> dict[str, str]:
+    """Say to a worker's processes which device is theirs."""
+    if workers == 1:
+        return {}
+    count = torch.cuda.device_count()
+    if count:
+        return {"CUDA_VISIBLE_DEVICES": str(number % count)}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}

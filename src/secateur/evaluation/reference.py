@@ -1,0 +1,78 @@
+"""What a dense model came to, measured once and kept, so that many pruned ones can be compared with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from secateur.calibration.texts import Windows
+from secateur.errors import InputError
+from secateur.evaluation.answers import Outcome
+from secateur.evaluation.results import Result, read_results, write_results
+
+RESULTS = "results.jsonl"
+ANSWERS = "answers.json"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Results of a dense model, and its answers.
+
+    Attributes:
+        results: perplexity, then task by task, all in the role `against`.
+        answers: what it made of the questions of each task.
+    """
+
+    results: tuple[Result, ...] = ()
+    answers: tuple[Outcome, ...] = ()
+
+    def perplexity_on(self, windows: Windows) -> list[Result]:
+        """Give the perplexity, if there is one.
+
+        Raises:
+            InputError: it was measured on other texts.
+        """
+        found = [one for one in self.results if one.measure == "perplexity"]
+        for one in found:
+            if one.texts.get("fingerprint") != windows.fingerprint:
+                before = f"{one.texts.get('source')}, {one.texts.get('fingerprint')}"
+                raise InputError(
+                    f"{one.model} was measured on other texts ({before}) than these ({windows.source}, "
+                    f"{windows.fingerprint}); measure it again."
+                )
+        return found
+
+    def answers_to(self, asked: Sequence[Outcome]) -> list[Outcome]:
+        """Give the answers to the questions that were put to another model, task by task.
+
+        Raises:
+            InputError: these questions were not put to the dense model.
+        """
+        found = {(one.task, one.fingerprint): one for one in self.answers}
+        missing = [one.task for one in asked if (one.task, one.fingerprint) not in found]
+        if missing:
+            raise InputError(f"the dense model was not asked the same questions of {missing[0]}; measure it again.")
+        return [found[one.task, one.fingerprint] for one in asked]
+
+    def write(self, folder: Path) -> None:
+        """Write `results.jsonl` and `answers.json` into a folder."""
+        write_results(folder / RESULTS, self.results)
+        (folder / ANSWERS).write_text(json.dumps([one.as_dict() for one in self.answers]), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Reference:
+        """Read what `write` wrote.
+
+        Raises:
+            InputError: a file is missing or is something else.
+        """
+        path = folder / ANSWERS
+        try:
+            answers = tuple(Outcome.of(one) for one in json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path}: not answers as secateur writes them ({error}).") from error
+        return cls(tuple(read_results(folder / RESULTS)), answers)
