@@ -16,7 +16,7 @@ ORDER = [
     {"methods", "checkpoints"},
     {"runs", "console", "result_tables", "options"},
     {"terminal"},
-    {"demonstration", "measuring"},
+    {"demonstration", "measuring", "publishing"},
     {"cli"},
     {"__main__"},
 ]

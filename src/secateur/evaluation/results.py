@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.errors import InputError
 from secateur.models.decoder import Decoder
 from secateur.versions import versions
 
@@ -73,3 +74,24 @@ def append_results(path: Path, results: Iterable[Result]) -> None:
     with path.open("a", encoding="utf-8") as stream:
         for result in results:
             stream.write(json.dumps(result.as_dict()) + "\n")
+
+
+def read_results(path: str | Path) -> tuple[Result, ...]:
+    """Read a `results.jsonl` file, or the one in a folder.
+
+    Raises:
+        InputError: no such file, or a line that is not a result as this version writes them.
+    """
+    path = Path(path)
+    file = path / "results.jsonl" if path.is_dir() else path
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{file}: the results cannot be read ({error.strerror}).") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(Result(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{file}, line {number}: not a result of this version; measure again.") from error
+    return tuple(found)
