@@ -4,7 +4,7 @@
 
 * `settings NAME`: settings of a method or of a way of healing, with defaults;
 * `measured NAME`: perplexity of the bundled model under that method, from `results/*_table.jsonl`;
-* `comparison`: all methods beside each other; `healing`; `quantised`.
+* `comparison`: all methods beside each other; `healing TOKENS`: all ways of healing on so many tokens; `quantised`.
 
 Where something was measured several times, the last line counts.
 """
@@ -89,17 +89,20 @@ def comparison() -> str:
     return "\n\n".join([table, _healing_note(_records("methods_table"))]).rstrip()
 
 
-def healing() -> str:
+def healing(tokens: str) -> str:
     """Give what each way of healing brings back: perplexity, the share of the gap that is closed, seconds."""
     found: dict[str, dict[str, Record]] = {}
     for one in _records("healing_table"):
-        found.setdefault(one["setting"]["cut"], {})[one["setting"]["rung"]] = one
+        if one["setting"]["tokens"] == int(tokens):
+            found.setdefault(one["setting"]["cut"], {})[one["setting"]["rung"]] = one
     rungs = [name for name in RUNGS if any(name in cells for cells in found.values())]
     rows = []
     for cut, cells in found.items():
         first = next(iter(cells.values()))
+        given = {k: v for k, v in first["setting"].items() if k not in ("cut", "removed", "rung", "tokens")}
+        how = ", ".join([f"`{cut}`", *(f"`{key}={_word(value)}`" for key, value in given.items())])
         removed = first["setting"]["removed"]
-        label = f"{_share(removed)} gone by `{cut}`" if removed else "the dense model, given the same training"
+        label = f"{_share(removed)} gone by {how}" if removed else "the dense model, given the same training"
         rows.append([label, _number(first["found"]["before"]), *(_healed(cells.get(name)) for name in rungs)])
     return markdown(("", "before", *(f"`{name}`" for name in rungs)), rows)
 
@@ -119,7 +122,7 @@ def quantised() -> str:
                 f"{found['int8_bytes']:,}",
             ]
         )
-    return markdown(("model", "removed", "perplexity", "int8", "bytes of weights", "int8"), rows)
+    return markdown(("model", "removed", "perplexity", "… with int8", "bytes of weights", "… with int8"), rows)
 
 
 _KINDS: dict[str, Callable[..., str]] = {
