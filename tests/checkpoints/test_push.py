@@ -95,11 +95,12 @@ def test_results_are_shown_and_what_a_person_wrote_stays(cut, folders, tmp_path)
     windows = Windows.of(torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0)))
     results = secateur.eval(open_model(cut), against=open_model(folders / "source"), texts=windows)
     append_results(tmp_path / "results.jsonl", results)
-    for _ in range(2):
-        push(cut, REPO, results=tmp_path, base_model="them/dense", api=Hub())
+    for repo in ("me/other", REPO):
+        push(cut, repo, results=tmp_path, base_model="them/dense", api=Hub())
     card = ModelCard.load(cut / "README.md")
     assert card.text.count("Trained with love.") == card.text.count("## Results") == 1
     assert f"| {results[0].value:.4g} | {results[1].value:.4g} |" in card.text
+    assert f'from_pretrained("{REPO}")' in card.text
     (metric,) = card.data.eval_results
     assert (metric.metric_type, metric.metric_value) == ("perplexity", round(results[0].value, 4))
     append_results(tmp_path / "other.jsonl", secateur.eval(open_model(folders / "source"), texts=windows))

@@ -17,8 +17,7 @@ from secateur.shapes import SecateurConfig
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 """What a name on the hub looks like: owner/name."""
 
-FOLDER = "path/to/this/folder"
-"""Stands in the card's example for where the checkpoint is."""
+_OPENING = 'model = AutoModelForCausalLM.from_pretrained("'
 
 RELATION = "finetune"
 """What the hub calls a model with other weights; of its kinds (adapter, merge, quantized, finetune) the nearest."""
@@ -56,6 +55,11 @@ def methods_in(history: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def opened_from(text: str, name: str) -> str:
+    """Let the example on a card open the model by this name."""
+    return re.sub(f'{re.escape(_OPENING)}[^"]*', lambda _: f"{_OPENING}{name}", text, count=1)
+
+
 def _base_model(decoder: Decoder, source: str, original: dict[str, Any]) -> str | None:
     """Name the dense model if it is one on the hub: a folder on this machine tells nobody anything."""
     if HUB_NAME.fullmatch(source) and not Path(source).exists():
@@ -80,7 +84,7 @@ def _body(decoder: Decoder, record: dict[str, Any]) -> str:
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("{FOLDER}"{_own_code(decoder)})',
+        f'{_OPENING}path/to/this/folder"{_own_code(decoder)})',
         "```",
         "",
         "Plan, settings, versions and fingerprints: `secateur.json`.",

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from secateur.checkpoints.card import FOLDER, HUB_NAME, RELATION, methods_in
+from secateur.checkpoints.card import HUB_NAME, RELATION, methods_in, opened_from
 from secateur.checkpoints.card_results import with_results
 from secateur.checkpoints.folders import MARKER, is_ours
 from secateur.errors import InputError, ModelError, SecateurWarning, first_line
@@ -129,7 +129,7 @@ def _card(
     """Complete the folder's card: what a person wrote on it stays."""
     readme = folder / _CARD
     text = readme.read_text(encoding="utf-8") if readme.is_file() else f"---\n---\n\n# {repo.split('/')[1]}\n"
-    card = ModelCard(text.replace(FOLDER, repo), ignore_metadata_errors=True)
+    card = ModelCard(opened_from(text, repo), ignore_metadata_errors=True)
     data: Any = card.data
     data.library_name = data.library_name or "transformers"
     data.tags = list(dict.fromkeys([*(data.tags or []), "secateur", "pruned", *methods_in(record["history"])]))
