@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -47,6 +48,23 @@ def test_every_method_has_a_page_with_its_settings(name, tables):
     for key, field in METHODS[name].settings.model_fields.items():
         default = "not set" if field.default is None else tables._word(field.default)
         assert any(line.startswith(f"| `{key}` |") and default in line for line in lines), f"{key}: {default}"
+
+
+def test_the_last_measurement_counts_and_healing_is_shown(tables, tmp_path, monkeypatch):
+    def line(blocks, perplexity, **more):
+        setting = {"method": "sleb", "blocks": blocks, "windows": 32}
+        found = {"removed": 0.07 * blocks, "gone": [4] * blocks, "perplexity": perplexity, "dense": 16.9}
+        if more:
+            setting["healing"] = {"by": "full", "tokens": 50000}
+        return json.dumps({"setting": setting, "found": found | more}) + "\n"
+
+    (tmp_path / "methods_table.jsonl").write_text(line(1, 18.0) + line(2, 20.0) + line(2, 19.5, healed=18.25))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    table = tables.measured("sleb")
+    assert "| as it is | 18.00 (4) | 19.50 (4, 4) |" in table
+    assert "| … healed | – | 18.25 |" in table
+    assert table.endswith("Healed: 50,000 tokens by `full`.")
+    assert "19.50 → 18.25 (14.0 %) | – | – |" in tables.comparison()
 
 
 def anchors(page):

@@ -113,6 +113,11 @@ def _forget_the_check(folder):
     (folder / "secateur.json").write_text(json.dumps({k: v for k, v in record.items() if k != "check"}))
 
 
+def _other_version(folder):
+    record = json.loads((folder / "secateur.json").read_text())
+    (folder / "secateur.json").write_text(json.dumps(record | {"history": [{"plan": {"format": 2}}]}))
+
+
 def _cut_off_the_weights(folder):
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -123,6 +128,7 @@ def _cut_off_the_weights(folder):
     [
         (lambda folder: (folder / "secateur.json").unlink(), "not written by secateur"),
         (lambda folder: (folder / "secateur.json").write_text('{"secateur": "0", "command": "eval"}'), "secateur eval"),
+        (_other_version, "not a record of this version"),
         (_forget_the_check, "without --no-check"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors weights"),
         (_cut_off_the_weights, "Nothing was sent"),

@@ -98,6 +98,10 @@ def _finished(folder: Path) -> dict[str, Any]:
             f"{folder}: holds what `secateur {record.get('command', 'another command')}` wrote, not a checkpoint; "
             "push the folder of a model, such as cut/ or healed/."
         )
+    try:
+        methods_in(record["history"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / MARKER}: not a record of this version; write the folder again.") from error
     if not (record.get("check") or {}).get("passed"):
         raise InputError(
             f"{folder}: was never reopened and compared (--no-check), so nobody knows that it loads; "
