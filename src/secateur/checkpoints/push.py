@@ -104,7 +104,7 @@ def _finished(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / MARKER}: not a record of this version; write the folder again.") from error
     if not (record.get("check") or {}).get("passed"):
         raise InputError(
-            f"{folder}: was never reopened and compared (--no-check), so nobody knows that it loads; "
+            f"{folder}: did not pass the check in a fresh process, or was spared it, so nobody knows that it loads; "
             "run prune or heal again without --no-check."
         )
     try:
