@@ -2,14 +2,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
+TORCHAO := $(VENV)/torchao
 
-.PHONY: demo test lint types unit contract clean
+.PHONY: demo test lint types unit contract quantise clean
 
 demo: $(STAMP)  ## set up, then the main job on the bundled model
 	$(BIN)/secateur demo $(if $(OUT),-o $(OUT))
 
 test: lint types  ## set up, linters, type checker, tests (the contract beside the others)
 	$(MAKE) -j2 --output-sync=target unit contract
+	$(MAKE) quantise
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -23,6 +25,13 @@ unit: $(STAMP)
 
 contract: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_every_method.py
+
+quantise: $(TORCHAO)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest tests/checkpoints/test_quantise.py
+
+$(TORCHAO): $(STAMP)  ## beside the environment: transformers imports it wherever it is, and it is loud on a CPU
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --target $@ torchao
+	touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

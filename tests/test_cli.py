@@ -78,6 +78,13 @@ def test_the_whole_job(run, model, windows, tmp_path):
     assert results[0]["texts"] == results[1]["texts"]
     assert results[0]["value"] != results[1]["value"]
 
+    code, out, err = run("push", "cut", "me/small", "--dry-run", "--json")
+    assert code == 0
+    said = json.loads(out)
+    assert said["files"]["model.safetensors"] == (tmp_path / "cut" / "model.safetensors").stat().st_size
+    assert said["private"]
+    assert "nothing was sent" in err
+
 
 def test_tasks_and_speed_of_the_bundled_model(run, tmp_path):
     words = ["--tasks", "stdlib-cloze", "--limit", "2", "--stability", "-o", "eval"]

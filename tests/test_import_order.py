@@ -18,7 +18,7 @@ ORDER = [
     {"pipeline"},
     {"comparing"},
     {"terminal"},
-    {"demonstration", "measuring", "studies"},
+    {"demonstration", "measuring", "publishing", "studies"},
     {"cli"},
     {"__main__"},
 ]

@@ -11,6 +11,7 @@ secateur.save(pruned, "cut/")
 
 __version__ = "0.1.0"
 
+from secateur.checkpoints.push import push
 from secateur.checkpoints.save import save
 from secateur.comparing.run import compare, run
 from secateur.demonstration import demo
@@ -36,6 +37,7 @@ __all__ = [
     "make_plan",
     "open_model",
     "prune",
+    "push",
     "run",
     "save",
     "score",

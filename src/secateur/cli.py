@@ -34,6 +34,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
 from secateur.options import Amount, Learning, Opening, Reading, grouped
 from secateur.plan import Plan, plans_in
+from secateur.publishing import push
 from secateur.runs import mark, run_folder, training_folder
 from secateur.scores.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
@@ -223,6 +224,7 @@ app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(compare)
 app.command()(run)
+app.command()(push)
 
 
 @app.command()

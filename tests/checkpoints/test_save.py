@@ -1,10 +1,12 @@
 """A saved folder is complete, proved, and never half-written."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -56,6 +58,20 @@ def test_history_is_kept_when_a_result_is_cut_again(pruned, source, tmp_path):
     assert [len(entry["plan"]["steps"][0]["blocks"]) for entry in record["history"]] == [3, 1]
     assert record["base_model"] == str(source)
     assert record["parameters_before"] == open_model(source).parameter_count
+
+
+def test_the_card_names_a_base_model_on_the_hub_and_no_folder_of_this_machine(pruned, source, tmp_path):
+    save(pruned, tmp_path / "local", check=False)
+    assert "base_model" not in (tmp_path / "local" / "README.md").read_text()
+    assert str(source) not in (tmp_path / "local" / "README.md").read_text()
+    model = dataclasses.replace(open_model(source), source="them/dense")
+    save(prune(model, make_plan(model, method="last-n", blocks=1)), tmp_path / "once", check=False)
+    again = open_model(tmp_path / "once")
+    save(prune(again, make_plan(again, method="sleb", blocks=0)), tmp_path / "twice", check=False)
+    for name in ("once", "twice"):
+        data = ModelCard.load(tmp_path / name / "README.md").data.to_dict()
+        assert (data["base_model"], data["base_model_relation"], data["license"]) == ("them/dense", "finetune", "mit")
+    assert data["tags"] == ["secateur", "pruned", "last-n", "sleb"]
 
 
 def test_another_dtype_can_be_asked_for(pruned, tmp_path):

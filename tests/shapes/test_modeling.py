@@ -246,7 +246,9 @@ def test_a_saved_folder_opens_where_secateur_is_not(sliced, tmp_path):
     assert found["made"] == expected.tolist()
     body = AutoModel.from_pretrained(tmp_path / "cut")
     assert type(body) is SecateurModel
-    assert set(json.loads((tmp_path / "cut" / "config.json").read_text())["auto_map"]) >= {"AutoModel", "AutoConfig"}
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert set(config["auto_map"]) >= {"AutoModel", "AutoConfig"}
+    assert config["embedding_size"] == body.get_input_embeddings().embedding_dim
 
 
 def test_lora_learns_saves_and_merges(sliced, tmp_path):

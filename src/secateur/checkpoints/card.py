@@ -2,33 +2,77 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from secateur.checkpoints.folders import is_ours
 from secateur.models.decoder import Decoder
 from secateur.plan import plans_in
 from secateur.shapes import SecateurConfig
 
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+"""What a name on the hub looks like: owner/name."""
+
+_OPENING = 'model = AutoModelForCausalLM.from_pretrained("'
+
+RELATION = "finetune"
+"""What the hub calls a model with other weights; of its kinds (adapter, merge, quantized, finetune) the nearest."""
+
+_INHERITED = ("license", "license_name", "license_link", "language")
+
 
 def model_card(decoder: Decoder, record: dict[str, Any]) -> ModelCard:
-    """Write the card; licence and languages are taken over from the original's card where it has one."""
+    """Write the card; licence and languages are taken over from the original's card where it has one.
+
+    Args:
+        decoder: what is saved.
+        record: what `secateur.json` will hold.
+    """
     original = _original_card(decoder.folder)
-    inherited = {k: original[k] for k in ("license", "license_name", "license_link", "language") if k in original}
+    base = _base_model(decoder, record["base_model"], original)
+    related: dict[str, Any] = {"base_model_relation": RELATION} if base else {}
     data = ModelCardData(
-        base_model=None if decoder.source == "bundled" else decoder.source,
+        base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["secateur", "pruned"],
-        **inherited,
+        tags=["secateur", "pruned", *methods_in(record["history"])],
+        **{key: original[key] for key in _INHERITED if key in original},
+        **related,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(decoder, record)}")
 
 
+def methods_in(history: Iterable[dict[str, Any]]) -> list[str]:
+    """Name the methods that a checkpoint's history tells of, each once, in order; `heal-lora` and the like too."""
+    found = []
+    for entry in history:
+        found += [step.method for plan in plans_in([entry]) for step in plan.steps]
+        found += [f"heal-{entry['healing']['with']}"] if "healing" in entry else []
+    return list(dict.fromkeys(found))
+
+
+def opened_from(text: str, name: str) -> str:
+    """Let the example on a card open the model by this name."""
+    return re.sub(f'{re.escape(_OPENING)}[^"]*', lambda _: f"{_OPENING}{name}", text, count=1)
+
+
+def _base_model(decoder: Decoder, source: str, original: dict[str, Any]) -> str | None:
+    """Name the dense model if it is one on the hub: a folder on this machine tells nobody anything."""
+    if HUB_NAME.fullmatch(source) and not Path(source).exists():
+        return source
+    ours = decoder.folder is not None and is_ours(decoder.folder)
+    return original.get("base_model") if ours else None
+
+
 def _body(decoder: Decoder, record: dict[str, Any]) -> str:
-    name = Path(decoder.source).name
-    lines = [f"# {name}, pruned", "", f"Made from `{decoder.source}` with secateur {record['secateur']}.", ""]
+    base = record["base_model"]
+    name = Path(base).name
+    shown = base if HUB_NAME.fullmatch(base) and not Path(base).exists() else name
+    lines = [f"# {name}, pruned", "", f"Made from `{shown}` with secateur {record['secateur']}.", ""]
     lines += ["| step | method | what it did |", "|---|---|---|"]
     done = [row for entry in record["history"] for row in _rows(entry)]
     lines += [f"| {number} | {method} | {what} |" for number, (method, what) in enumerate(done, 1)]
@@ -40,7 +84,7 @@ def _body(decoder: Decoder, record: dict[str, Any]) -> str:
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{_own_code(decoder)})',
+        f'{_OPENING}path/to/this/folder"{_own_code(decoder)})',
         "```",
         "",
         "Plan, settings, versions and fingerprints: `secateur.json`.",

@@ -100,6 +100,8 @@ def _write_config(decoder: Decoder, folder: Path, stored: torch.dtype) -> None:
     config.dtype = stored
     if isinstance(config, SecateurConfig):
         config.auto_map = AUTO_MAP
+        assert config.widths is not None
+        config.embedding_size = config.widths[0]  # by this name vLLM's transformers backend builds the embedding
         config.save_pretrained(folder)
         shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
         return

@@ -48,8 +48,8 @@ def outcome_of(folder: Path) -> CellOutcome:
         InputError: a file there is of another version.
     """
     state = State.of(folder)
-    results = read_results(folder / RESULTS) if "eval" in state.stages else []
-    speeds = read_results(folder / SPEEDS) if "bench" in state.stages else []
+    results = read_results(folder / RESULTS) if "eval" in state.stages else ()
+    speeds = read_results(folder / SPEEDS) if "bench" in state.stages else ()
     own = [one for one in results if one.role == "model"]
     tasks: dict[str, dict[str, float]] = {}
     for one in own:

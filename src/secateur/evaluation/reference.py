@@ -75,4 +75,4 @@ class Reference:
             raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path}: not answers as secateur writes them ({error}).") from error
-        return cls(tuple(read_results(folder / RESULTS)), answers)
+        return cls(read_results(folder / RESULTS), answers)

@@ -82,20 +82,22 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
     replace_file(path, "".join(json.dumps(result.as_dict()) + "\n" for result in results))
 
 
-def read_results(path: Path) -> list[Result]:
-    """Read a `results.jsonl` file.
+def read_results(path: str | Path) -> tuple[Result, ...]:
+    """Read a `results.jsonl` file, or the one in a folder.
 
     Raises:
-        InputError: it cannot be read, or a line is not a result of this version.
+        InputError: no such file, or a line that is not a result as this version writes them.
     """
+    path = Path(path)
+    file = path / "results.jsonl" if path.is_dir() else path
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-    results = []
-    for number, line in enumerate(lines, start=1):
+        raise InputError(f"{file}: the results cannot be read ({error.strerror}).") from error
+    found = []
+    for number, line in enumerate(lines, 1):
         try:
-            results.append(Result(**json.loads(line)))
+            found.append(Result(**json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not a result as this version writes them ({error}).") from error
-    return results
+            raise InputError(f"{file}, line {number}: not a result of this version; measure again.") from error
+    return tuple(found)

@@ -1,7 +1,8 @@
 """Methods that slice hidden states; they differ in how many directions each block keeps, and in whose basis.
 
 * SliceGPT: Ashkboos et al. 2024, "SliceGPT: Compress Large Language Models by Deleting Rows and Columns".
-* DynamicSlicing: Dumitru et al. 2024, "Dynamic Slicing of Large Language Models with Layer Redundancy" (METHODS §7):
+* DynamicSlicing: Dumitru et al. 2024, "Change Is the Only Constant: Dynamic LLM Slicing based on Layer
+  Redundancy" (METHODS §7):
   block l loses the fraction `FS(l) = SB + LR(l) · (SP − SB) / mean(LR)`.
 * stock-slicing is ours (METHODS §7b): one basis for the whole model, which therefore stays a stock one.
 

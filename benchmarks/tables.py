@@ -1,0 +1,241 @@
+"""Fill the tables in docs/ from what was measured and from the code, so that no number is typed.
+
+`python benchmarks/tables.py` writes what stands between `<!-- table: … -->` and `<!-- end of table -->` anew:
+
+* `settings NAME`: settings of a method or of a way of healing, with defaults;
+* `measured NAME`: perplexity of the bundled model under that method, from `results/*_table.jsonl`;
+* `comparison`: all methods beside each other; `healing TOKENS`: all ways of healing on so many tokens; `quantised`.
+
+Where something was measured several times, the last line counts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.healing.rungs import RUNGS
+from secateur.methods.registry import METHODS
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+SHARES = (0.15, 0.22, 0.30)
+"""Shares of the parameters in the comparison; a result within five points of one stands in its column."""
+
+Record = dict[str, Any]
+Variant = tuple[tuple[str, Any], ...]
+"""Settings of a method that a benchmark gave, as pairs."""
+
+
+def main() -> None:
+    """Fill every table in docs/."""
+    for page in sorted(DOCS.rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if filled(text) != text:
+            page.write_text(filled(text), encoding="utf-8")
+            print(page.relative_to(DOCS.parent))
+
+
+def filled(text: str) -> str:
+    """Give a page with its tables as they should be."""
+    return MARKED.sub(lambda found: f"{found[1]}{_table(found[2])}\n{found[3]}", text)
+
+
+def _table(what: str) -> str:
+    kind, _, name = what.partition(" ")
+    return _KINDS[kind](*([name] if name else []))
+
+
+def settings(name: str) -> str:
+    """List the settings of a method or way of healing, with defaults."""
+    fields = (METHODS.get(name) or RUNGS[name]).settings.model_fields
+    return markdown(
+        ("setting", "default", "meaning"),
+        ((f"`{key}`", _default(one.default), one.description or "") for key, one in fields.items()),
+    )
+
+
+def measured(name: str) -> str:
+    """Give every measurement of a method: settings by amounts."""
+    variants = _variants(name)
+    if not variants:
+        return "Not measured yet."
+    amounts = sorted({amount for cells in variants.values() for amount in cells})
+    by_blocks = all(isinstance(amount, int) for amount in amounts)
+    head = [f"{amount} block{'s' * (amount > 1)}" if by_blocks else _share(amount) for amount in amounts]
+    rows = []
+    for variant, cells in variants.items():
+        rows.append([_label(variant), *(_cell(cells.get(amount), by_blocks) for amount in amounts)])
+        if any("healed" in cell["found"] for cell in cells.values()):
+            healed = [cells[amount]["found"].get("healed") if amount in cells else None for amount in amounts]
+            rows.append(["… healed", *(_number(value) for value in healed)])
+    return "\n\n".join([markdown(("settings", *head), rows), _caption(variants.values(), by_blocks)])
+
+
+def comparison() -> str:
+    """Put all methods beside each other at about equal shares of the parameters."""
+    rows = []
+    for name in METHODS:
+        variants = _variants(name)
+        default = {variant: cells for variant, cells in variants.items() if _is_default(name, variant)}
+        for variant, cells in (default or variants).items():
+            label = f"[`{name}`](methods/{name}.md)" + (f", {_label(variant)}" if not default else "")
+            rows.append([label, *(_nearest(cells.values(), share) for share in SHARES)])
+    table = markdown(("method", *(f"about {_share(share, 0)}" for share in SHARES)), rows)
+    return "\n\n".join([table, _healing_note(_records("methods_table"))]).rstrip()
+
+
+def healing(tokens: str) -> str:
+    """Give what each way of healing brings back: perplexity, the share of the gap that is closed, seconds."""
+    found: dict[str, dict[str, Record]] = {}
+    for one in _records("healing_table"):
+        if one["setting"]["tokens"] == int(tokens):
+            found.setdefault(one["setting"]["cut"], {})[one["setting"]["rung"]] = one
+    rungs = [name for name in RUNGS if any(name in cells for cells in found.values())]
+    rows = []
+    for cut, cells in found.items():
+        first = next(iter(cells.values()))
+        given = {k: v for k, v in first["setting"].items() if k not in ("cut", "removed", "rung", "tokens")}
+        how = ", ".join([f"`{cut}`", *(f"`{key}={_word(value)}`" for key, value in given.items())])
+        removed = first["setting"]["removed"]
+        label = f"{_share(removed)} gone by {how}" if removed else "the dense model, given the same training"
+        rows.append([label, _number(first["found"]["before"]), *(_healed(cells.get(name)) for name in rungs)])
+    return markdown(("", "before", *(f"`{name}`" for name in rungs)), rows)
+
+
+def quantised() -> str:
+    """Give what int8 weights cost: perplexity and bytes."""
+    rows = []
+    for one in _records("quantise_table"):
+        found, name = one["found"], one["setting"]["method"]
+        rows.append(
+            [
+                f"`{name}`" if name in METHODS else name,
+                _share(found["removed"]),
+                _number(found["perplexity"]),
+                _number(found["int8"]),
+                f"{found['bytes']:,}",
+                f"{found['int8_bytes']:,}",
+            ]
+        )
+    return markdown(("model", "removed", "perplexity", "… with int8", "bytes of weights", "… with int8"), rows)
+
+
+_KINDS: dict[str, Callable[..., str]] = {
+    "settings": settings,
+    "measured": measured,
+    "comparison": comparison,
+    "healing": healing,
+    "quantised": quantised,
+}
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = (cell.replace("|", "\\|") for cell in row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _records(name: str) -> list[Record]:
+    """Read what was measured; of the same setting the last."""
+    file = RESULTS / f"{name}.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    last = {}
+    for line in lines:
+        one = json.loads(line)
+        last[json.dumps(one["setting"], sort_keys=True)] = one
+    return list(last.values())
+
+
+def _variants(method: str) -> dict[Variant, dict[Any, Record]]:
+    """Give a method's measurements by settings and amount (blocks, or share of the parameters)."""
+    found: dict[Variant, dict[Any, Record]] = {}
+    for name in ("methods_table", "slicing_table", "narrow_table"):
+        for one in _records(name):
+            given = dict(one["setting"])
+            if given.pop("method") != method or "perplexity" not in one["found"]:
+                continue
+            amount = given.pop("blocks", None) if "blocks" in given else given.pop("remove")
+            if method == "streamline":
+                given.setdefault("network", "none")  # measured before there were networks
+            variant = tuple((key, value) for key, value in given.items() if key not in ("windows", "healing"))
+            found.setdefault(variant, {})[amount] = one
+    return found
+
+
+def _is_default(method: str, variant: Variant) -> bool:
+    fields = METHODS[method].settings.model_fields
+    return all(key in fields and fields[key].default == value for key, value in variant)
+
+
+def _nearest(cells: Iterable[Record], share: float) -> str:
+    near = min(cells, key=lambda one: abs(one["found"]["removed"] - share))["found"]
+    if abs(near["removed"] - share) > 0.05:
+        return "–"
+    healed = f" → {near['healed']:.2f}" if "healed" in near else ""
+    return f"{near['perplexity']:.2f}{healed} ({_share(near['removed'])})"
+
+
+def _cell(one: Record | None, by_blocks: bool) -> str:
+    if one is None:
+        return "–"
+    found = one["found"]
+    more = ", ".join(map(str, found["gone"])) if by_blocks else _share(found["removed"])
+    return f"{found['perplexity']:.2f} ({more})"
+
+
+def _caption(variants: Iterable[dict[Any, Record]], by_blocks: bool) -> str:
+    records = [one for cells in variants for one in cells.values()]
+    dense = {one["found"]["dense"] for one in records}
+    brackets = "the blocks that are gone" if by_blocks else "the share of all parameters that is really gone"
+    first = (
+        f"Held-out perplexity of the bundled model; dense: {', '.join(map(_number, dense))}. In brackets {brackets}."
+    )
+    return " ".join([first, _healing_note(records)]).rstrip()
+
+
+def _healing_note(records: Iterable[Record]) -> str:
+    ways = {json.dumps(one["setting"]["healing"]) for one in records if "healing" in one["setting"]}
+    said = [f"{way['tokens']:,} tokens by `{way['by']}`" for way in map(json.loads, sorted(ways))]
+    return f"Healed: {', '.join(said)}." if said else ""
+
+
+def _healed(one: Record | None) -> str:
+    if one is None:
+        return "–"
+    found = one["found"]
+    gap = found["before"] - found["dense"]
+    closed = f"{_share((found['before'] - found['perplexity']) / gap, 0)}, " if gap > 0 else ""
+    return f"{found['perplexity']:.2f} ({closed}{found['seconds']} s)"
+
+
+def _label(variant: Variant) -> str:
+    return ", ".join(f"`{key}={_word(value)}`" for key, value in variant) or "as it is"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _default(value: Any) -> str:
+    return "not set" if value is None else f"`{_word(value)}`"
+
+
+def _word(value: Any) -> str:
+    """Write a value as `--set` takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _share(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Upload a finished checkpoint folder to the hub, its card brought up to date first."""
+
+from __future__ import annotations
+
+import glob
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from secateur.checkpoints.card import HUB_NAME, RELATION, methods_in, opened_from
+from secateur.checkpoints.card_results import with_results
+from secateur.checkpoints.folders import MARKER, is_ours
+from secateur.errors import InputError, ModelError, SecateurWarning, first_line
+from secateur.evaluation.results import read_results
+from secateur.models import fingerprint
+from secateur.models.shards import open_shard, shard_files
+
+_CARD = "README.md"
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str | None = None,
+    results: str | Path | None = None,
+    base_model: str | None = None,
+    dry_run: bool = False,
+    api: HfApi | None = None,
+) -> dict[str, Any]:
+    """Upload a checkpoint folder that secateur wrote and checked to the Hugging Face hub.
+
+    The repository is made if it is not there. The card in the folder is completed before (`README.md`: base model,
+    tags, results); what else stands on it stays as it is.
+
+    Args:
+        folder: what `save`, `prune` or `heal` wrote.
+        repo: name on the hub, `owner/name`.
+        private: make a new repository a private one; one that is there already stays as it is.
+        revision: branch to upload to, made if it is not there; None is `main`.
+        token: token that may write; None takes the one that `hf auth login` or `HF_TOKEN` left.
+        message: the commit's.
+        results: a `results.jsonl` of this checkpoint (or its folder), to be shown on the card.
+        base_model: name of the dense model on the hub, where the card does not know it.
+        dry_run: only say what would go; nothing is written or sent.
+        api: what talks to the hub.
+
+    Returns:
+        `repo`, `revision`, `private`, `files` (bytes by name), `bytes` in all, and `url` of the commit, None for a
+        dry run.
+
+    Raises:
+        InputError: the folder is not a finished checkpoint of ours, a name that cannot be, results of another model,
+            or the hub does not let us.
+    """
+    folder = Path(folder)
+    record = _finished(folder)
+    _check_names(repo, base_model)
+    card = _card(folder, record, repo, base_model, results)
+    files = {name: size for name, size in _files(folder).items() if name != _CARD}
+    files[_CARD] = len(str(card).encode())
+    said: dict[str, Any] = {
+        "repo": repo,
+        "revision": revision,
+        "private": private,
+        "files": dict(sorted(files.items())),
+        "bytes": sum(files.values()),
+        "url": None,
+    }
+    if dry_run:
+        return said
+    card.save(folder / _CARD)
+    said["url"] = _upload(api or HfApi(), folder, said, token, message or _message(record))
+    return said
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """Give the record of a checkpoint that may be shown to others.
+
+    Raises:
+        InputError: not ours, not a checkpoint, never checked, or weights that are missing or cut off.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder.")
+    if not is_ours(folder):
+        raise InputError(f"{folder}: not written by secateur ({MARKER} is missing); push what prune or heal wrote.")
+    record: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    if "history" not in record:
+        raise InputError(
+            f"{folder}: holds what `secateur {record.get('command', 'another command')}` wrote, not a checkpoint; "
+            "push the folder of a model, such as cut/ or healed/."
+        )
+    try:
+        methods_in(record["history"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / MARKER}: not a record of this version; write the folder again.") from error
+    if not (record.get("check") or {}).get("passed"):
+        raise InputError(
+            f"{folder}: did not pass the check in a fresh process, or was spared it, so nobody knows that it loads; "
+            "run prune or heal again without --no-check."
+        )
+    try:
+        for shard in shard_files(folder):
+            with open_shard(shard):
+                pass
+    except ModelError as error:
+        raise InputError(f"{error} Nothing was sent; write the folder again.") from error
+    return record
+
+
+def _check_names(repo: str, base_model: str | None) -> None:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"{repo}: not a name on the hub ({first_line(error)}); write owner/name.") from error
+    if not HUB_NAME.fullmatch(repo):
+        raise InputError(f"{repo}: whose? Write owner/name.")
+    if base_model is not None and not HUB_NAME.fullmatch(base_model):
+        raise InputError(f"--base-model {base_model}: name the dense model as on the hub, owner/name.")
+
+
+def _card(
+    folder: Path, record: dict[str, Any], repo: str, base_model: str | None, results: str | Path | None
+) -> ModelCard:
+    """Complete the folder's card: what a person wrote on it stays."""
+    readme = folder / _CARD
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else f"---\n---\n\n# {repo.split('/')[1]}\n"
+    card = ModelCard(opened_from(text, repo), ignore_metadata_errors=True)
+    data: Any = card.data
+    data.library_name = data.library_name or "transformers"
+    data.tags = list(dict.fromkeys([*(data.tags or []), "secateur", "pruned", *methods_in(record["history"])]))
+    data.base_model = base_model or data.base_model
+    if data.base_model and "base_model_relation" not in data:
+        data["base_model_relation"] = RELATION
+    for missing, what in (("license", "licence"), ("base_model", "base model (--base-model)")):
+        if not getattr(data, missing, None):
+            said = f"{readme}: the card names no {what}; add it for those who find the model."
+            warnings.warn(said, SecateurWarning, stacklevel=3)
+    if results is None:
+        return card
+    found = read_results(results)
+    ours = fingerprint.of_folder(folder)
+    if not found or any(one.fingerprint != ours for one in found if one.role == "model"):
+        raise InputError(f"{results}: measured on another model than {folder}; give the results of this one.")
+    return with_results(card, found, repo.split("/")[1])
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """List what goes, with bytes: everything but hidden files and folders."""
+    found = (file for file in folder.rglob("*") if file.is_file())
+    named = {file.relative_to(folder): file.stat().st_size for file in found}
+    return {name.as_posix(): size for name, size in named.items() if not any(p.startswith(".") for p in name.parts)}
+
+
+def _message(record: dict[str, Any]) -> str:
+    return f"{', '.join(methods_in(record['history'])) or 'unchanged'}, by secateur {record['secateur']}"
+
+
+def _upload(api: HfApi, folder: Path, said: dict[str, Any], token: str | None, message: str) -> str:
+    repo, revision = said["repo"], said["revision"]
+    try:
+        api.create_repo(repo, private=said["private"], exist_ok=True, token=token)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True, token=token)
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            allow_patterns=[glob.escape(name) for name in said["files"]],
+            token=token,
+        )
+    except OfflineModeIsEnabled as error:
+        raise InputError(f"{repo}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it.") from error
+    except (HTTPError, OSError) as error:
+        raise InputError(
+            f"{repo}: the hub did not take it ({first_line(error)}). Log in with `hf auth login`, or set HF_TOKEN to a "
+            "token that may write there; the same command goes on where it stopped."
+        ) from error
+    return str(commit.commit_url)

@@ -1,0 +1,161 @@
+"""The documentation says what the code does: tables, settings, links, commands, error messages, the worked example."""
+
+import ast
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import secateur
+from secateur.cli import app
+from secateur.healing.heal import find_rung
+from secateur.methods.registry import METHODS
+from secateur.methods.sequence import read_sequence
+from secateur.options import read_pairs
+from secateur.settings import read_settings
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
+NAMED = {str(page.relative_to(ROOT)): page for page in PAGES}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    specification = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    sys.path.remove(str(ROOT / "benchmarks"))
+    return module
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_tables_are_those_of_the_results_and_the_code(name, tables):
+    text = NAMED[name].read_text()
+    assert tables.filled(text) == text, "run: python benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_page_with_its_settings(name, tables):
+    lines = (ROOT / "docs" / "methods" / f"{name}.md").read_text().splitlines()
+    assert f"`{name}`" in lines[0]
+    for key, field in METHODS[name].settings.model_fields.items():
+        default = "not set" if field.default is None else tables._word(field.default)
+        assert any(line.startswith(f"| `{key}` |") and default in line for line in lines), f"{key}: {default}"
+
+
+def test_the_last_measurement_counts_and_healing_is_shown(tables, tmp_path, monkeypatch):
+    def line(blocks, perplexity, **more):
+        setting = {"method": "sleb", "blocks": blocks, "windows": 32}
+        found = {"removed": 0.07 * blocks, "gone": [4] * blocks, "perplexity": perplexity, "dense": 16.9}
+        if more:
+            setting["healing"] = {"by": "full", "tokens": 50000}
+        return json.dumps({"setting": setting, "found": found | more}) + "\n"
+
+    (tmp_path / "methods_table.jsonl").write_text(line(1, 18.0) + line(2, 20.0) + line(2, 19.5, healed=18.25))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    table = tables.measured("sleb")
+    assert "| as it is | 18.00 (4) | 19.50 (4, 4) |" in table
+    assert "| … healed | – | 18.25 |" in table
+    assert table.endswith("Healed: 50,000 tokens by `full`.")
+    assert "19.50 → 18.25 (14.0 %) | – | – |" in tables.comparison()
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_links_lead_somewhere(name):
+    page = NAMED[name]
+    text = FENCE.sub("", page.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def commands(text):
+    """Give the words of every secateur command in a page, and whether it is a whole one (in a block of its own)."""
+    for language, block in FENCE.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            said = re.sub(r"\s+#.*$", "", line).strip()
+            if language == "" and (found := re.search(r"(?:^|-m )secateur (.*)$", said)):
+                yield shlex.split(found[1]), "…" not in said
+    for said in re.findall(r"`secateur ([^`]+)`", FENCE.sub("", text)):
+        yield shlex.split(said), False
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_commands_are_those_of_the_command_line(name):
+    known = typer.main.get_command(app)
+    for words, whole in commands(NAMED[name].read_text()):
+        if words[0].startswith("-"):
+            continue
+        assert words[0] in known.commands, words
+        command = known.commands[words[0]]
+        if not whole:
+            options = {one for parameter in command.params for one in (*parameter.opts, *parameter.secondary_opts)}
+            assert {word for word in words if word.startswith("-")} <= options | {"-h", "--help"}, words
+            continue
+        given = command.make_context(words[0], words[1:]).params
+        if given.get("method"):
+            read_sequence(given["method"], read_pairs(given["set_"]))
+        elif given.get("with_"):
+            read_settings(given["with_"], find_rung(given["with_"]).settings, read_pairs(given["set_"]))
+
+
+def literals():
+    """Give every text in the package, `…` in the place of what is filled in."""
+    for file in Path(secateur.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_error_messages_in_the_documentation_are_real_ones():
+    messages = re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / "failures.md").read_text(), re.MULTILINE)
+    assert len(messages) > 40
+    ours = "\n".join(literals())
+    for message in messages:
+        pattern = re.escape(message).replace("…", "[^\n]*")
+        assert re.search(pattern, ours), message
+
+
+def blocks(name):
+    return [code for language, code in FENCE.findall((ROOT / "docs" / name).read_text()) if language == "python"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_python_in_the_documentation_is_python(name):
+    for language, code in FENCE.findall(NAMED[name].read_text()):
+        if language == "python":
+            ast.parse(code)
+
+
+def test_the_worked_example_of_a_method_works(monkeypatch, bundled):
+    written, used = blocks("add-a-method.md")
+    names: dict = {"__name__": "secateur.methods.small_steps"}
+    exec(written, names)
+    (method,) = names["METHODS"]
+    monkeypatch.setitem(METHODS, method.name, method)
+    monkeypatch.setattr(secateur, "open_model", lambda source: bundled)
+    exec(used, names)
+    found = secateur.score(bundled, windows=2, kinds=("magnitude",)).relative_magnitude
+    smallest = sorted(range(bundled.block_count - 1), key=lambda block: found[block])[:2]
+    assert names["plan"].steps[0].blocks == tuple(sorted(smallest))
+    assert names["pruned"].block_count == bundled.block_count - 2
+    nothing = secateur.make_plan(bundled, method=method.name, blocks=0)
+    assert nothing.parameters_after == bundled.parameter_count
