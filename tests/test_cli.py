@@ -306,3 +306,45 @@ def test_a_picture_that_cannot_be_drawn_is_said(run, model, tmp_path):
     assert "no picture of the windows: CKA needs at least 4 tokens" in err
     assert not (tmp_path / "windows.png").exists()
     assert Plan.read("plan.json").steps[0].windows
+
+
+def test_compare_says_what_it_would_do_and_finds_mistakes_first(run, model, windows):
+    code, _, err = run(
+        "compare", model, "--methods", "sleb,swm:0.5+slicegpt:0.5", "--remove", "10%,20%", "--heal", "none,lora",
+        "--set", "sleb.protect_last=2", "--texts", windows, "--dry-run",
+    )  # fmt: skip
+    assert code == 0
+    assert "8 cells: sleb-protect_last=2-10, sleb-protect_last=2-10-lora" in err
+    assert "swm+slicegpt-20-lora" in err
+    for words, message in (
+        (["--methods", "slebb", "--remove", "10%"], "Did you mean 'sleb'"),
+        (["--methods", "sleb", "--remove", "ten"], "remove=ten"),
+        (["--methods", "sleb", "--remove", "10%", "--set", "rule=mean"], "sleb.rule"),
+        (["--methods", "sleb", "--remove", "10%", "--set", "swm.rule=mean"], "unknown method of this study 'swm'"),
+        (["--methods", "sleb", "--remove", "10%", "--on", "moon"], "unknown engine 'moon'"),
+        (["--methods", "sleb", "--remove", "10%", "--stability"], "name some, such as stdlib-cloze"),
+    ):
+        code, _, err = run("compare", model, *words, "--dry-run")
+        assert code == 2
+        assert message in err
+
+
+def test_a_recipe_is_run_and_gone_on_with(run, model, windows, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\ntexts: {windows}\nwindows: all\ncheck: false\n"
+        "prune: {method: last-n, blocks: 2}\neval: {windows: all}\n"
+    )
+    code, out, err = run("run", recipe, "-o", "done", "--json")
+    assert code == 0
+    assert "prune …" in err
+    (outcome,) = json.loads(out)
+    assert outcome["perplexity"] > 1
+    code, out, err = run("run", recipe, "-o", "done")
+    assert code == 0
+    assert "prune …" not in err
+    assert f"{outcome['perplexity']:.3f}" in out
+    recipe.write_text(recipe.read_text().replace("last-n", "last-m"))
+    code, _, err = run("run", recipe, "-o", "done")
+    assert code == 2
+    assert "Did you mean 'last-n'" in err

@@ -1,9 +1,16 @@
 """Recipes: what is read, what is refused, and that what is written reads the same."""
 
+from pathlib import Path
+
 import pytest
 
+from secateur.calibration.texts import text_names
+from secateur.comparing.grid import rows_of
 from secateur.errors import InputError
+from secateur.healing.heal import find_rung
+from secateur.methods.sequence import read_sequence, whole_budget
 from secateur.recipe import Recipe, Study, read_recipe
+from secateur.settings import read_settings
 
 
 @pytest.fixture
@@ -57,3 +64,21 @@ def test_what_cannot_be_used_is_named(file, text, message):
 def test_no_file(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         read_recipe(tmp_path / "none.yaml")
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_what_comes_with_the_repository_can_be_run(path):
+    """Methods, ways of healing, settings, amounts and named texts exist."""
+    asked = read_recipe(path)
+    known = {row.name for row in text_names()}
+    assert {asked.texts, asked.measuring()["texts"]} <= known
+    if isinstance(asked, Study):
+        assert rows_of(asked)
+        return
+    parts = read_sequence(asked.prune.method, asked.prune.settings)
+    whole_budget(parts, asked.prune.amount())
+    if asked.heal is not None:
+        read_settings("heal", find_rung(asked.heal.with_).settings, asked.heal.settings)
