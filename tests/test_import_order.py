@@ -15,8 +15,9 @@ ORDER = [
     {"healing"},
     {"methods", "checkpoints"},
     {"runs", "console", "result_tables", "options"},
+    {"reporting"},
     {"terminal"},
-    {"demonstration", "measuring"},
+    {"demonstration", "measuring", "presenting"},
     {"cli"},
     {"__main__"},
 ]

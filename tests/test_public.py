@@ -15,7 +15,7 @@ def test_every_public_name_exists_and_is_documented():
 
 
 def test_every_command_is_a_public_function():
-    for command in ("score", "prune", "eval", "bench", "demo", "inspect"):
+    for command in ("score", "prune", "eval", "bench", "demo", "inspect", "report"):
         assert callable(getattr(secateur, command))
     assert callable(secateur.make_plan)
 
@@ -36,4 +36,4 @@ def test_no_machine_paths_and_no_leftovers_in_the_package():
 
 
 def test_there_are_about_ten():
-    assert len(secateur.__all__) == 12
+    assert len(secateur.__all__) == 13

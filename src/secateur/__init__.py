@@ -21,6 +21,7 @@ from secateur.methods.planning import make_plan, prune
 from secateur.models.inspection import inspect
 from secateur.models.open import open_model
 from secateur.plan import Plan
+from secateur.reporting.page import report
 from secateur.scores.measure import score
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "make_plan",
     "open_model",
     "prune",
+    "report",
     "save",
     "score",
 ]

@@ -33,6 +33,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
 from secateur.options import Amount, Learning, Opening, Reading, grouped
 from secateur.plan import Plan, plans_in
+from secateur.presenting import report
 from secateur.runs import mark, replace_file, run_folder, training_folder
 from secateur.scores.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
@@ -219,6 +220,7 @@ def heal(
 
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(report)
 
 
 @app.command()
