@@ -27,7 +27,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a cell has no result."""
+    """Why a cell has no result: the stage that failed, the kind of error, its message."""
 
     stage: str
     kind: str

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from secateur.healing.rungs import RUNGS
+from secateur.methods.registry import METHODS
 from secateur.plan import Plan
 from secateur.reporting.cells import Cell, Contents
 
@@ -23,7 +28,8 @@ def commands_of(contents: Contents, cell: Cell) -> list[str]:
     """Give the command lines for one cell: the whole recipe where there is one, and each stage by itself."""
     lines = []
     if cell.recipe is not None:
-        lines.append(_words("secateur", "run", cell.recipe, "-o", f"again/{cell.name}"))
+        recipe = Path(contents.folder.resolve().name, cell.recipe.relative_to(contents.folder))
+        lines.append(_words("secateur", "run", recipe, "-o", f"again/{cell.name}"))
     last = contents.model
     for number, plan in enumerate(cell.plans):
         file, cut = (f"plan{number or ''}.json", f"cut{number or ''}/")
@@ -36,33 +42,34 @@ def commands_of(contents: Contents, cell: Cell) -> list[str]:
 
 
 def _plan_line(plan: Plan, model: str, file: str) -> str:
-    steps = plan.steps
-    methods = list(dict.fromkeys(step.method for step in steps))
-    settings = steps[0].settings if len(methods) == 1 else {}
-    asked = [word for name, value in plan.requested.items() if name in _OPTIONS and value is not None
-             for word in (_OPTIONS[name], value)]  # fmt: skip
-    texts = _texts(plan.texts) if plan.texts else []
-    chosen = [word for name, value in settings.items() if value is not None
-              for word in ("--set", f"{name}={value}")]  # fmt: skip
-    named = plan.requested.get("methods") or ",".join(methods) or "last-n"
-    return _words(
-        "secateur", "plan", model, "--method", named, *asked, *chosen, *texts, "--seed", plan.seed, "-o", file
-    )
+    methods = list(dict.fromkeys(step.method for step in plan.steps))
+    named = plan.requested.get("methods") or ",".join(methods)
+    words: list[object] = ["secateur", "plan", model, "--method", named]
+    for name, value in plan.requested.items():
+        words += [_OPTIONS[name], value] if name in _OPTIONS and value is not None else []
+    if len(methods) == 1 and methods[0] in METHODS:
+        words += _chosen(METHODS[methods[0]].settings, plan.steps[0].settings)
+    words += _texts(plan.texts) if plan.texts else []
+    return _words(*words, "--seed", plan.seed, "-o", file)
 
 
 def _heal_line(facts: dict[str, Any], model: str) -> str:
     texts = facts.get("texts") or {}
-    learnt = ["--texts", texts["source"]] if "source" in texts else []
-    length = ["--seq-len", texts["seq_len"]] if texts.get("seq_len") else []
+    rung = str(facts.get("with", "lora"))
+    words: list[object] = ["secateur", "heal", model, "--with", rung]
+    words += ["--texts", texts["source"]] if "source" in texts else []
     tokens = texts.get("windows", 0) * texts.get("seq_len", 0)
-    amount = ["--tokens", tokens] if tokens else []
-    teacher = ["--teacher", facts["teacher"]["source"]] if "teacher" in facts else []
-    settings = [word for name, value in (facts.get("settings") or {}).items() for word in ("--set", f"{name}={value}")]
-    seed = ["--seed", facts.get("seed", 0)]
-    how = ["--with", facts.get("with", "lora")]
-    return _words(
-        "secateur", "heal", model, *how, *learnt, *amount, *length, *teacher, *settings, *seed, "-o", "healed/"
-    )
+    words += ["--tokens", tokens, "--seq-len", texts["seq_len"]] if tokens else []
+    words += ["--teacher", facts["teacher"]["source"]] if "teacher" in facts else []
+    words += _chosen(RUNGS[rung].settings, facts.get("settings") or {}) if rung in RUNGS else []
+    return _words(*words, "--seed", facts.get("seed", 0), "-o", "healed/")
+
+
+def _chosen(settings: type[BaseModel], values: dict[str, Any]) -> list[object]:
+    """Give those of these values that are settings and not at their defaults; records of what was found are neither."""
+    fields = settings.model_fields
+    unusual = [name for name in fields if values.get(name) not in (None, fields[name].default)]
+    return [word for name in unusual for word in ("--set", f"{name}={values[name]}")]
 
 
 def _measuring_lines(contents: Contents, cell: Cell, model: str) -> list[str]:

@@ -13,7 +13,7 @@ from secateur.reporting.verdict import Row, pareto
 from secateur.scores.profile import Matrix, Scores
 
 _HEAT = [[0.0, "--heat-0"], [0.5, "--heat-1"], [1.0, "--heat-2"]]
-_LABEL_GAP, _LABEL_ROOM = 15.0, 112
+_LABEL_GAP, _LABEL_ROOM, _LABEL_REACH = 15.0, 104, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ def redundancy(scores: Scores) -> list[Figure]:
         figures.append(
             _bars(
                 "influence",
-                "Block influence",
+                "How much each block changes the hidden states",
                 scores.block_influence,
-                "how much a block changes the hidden states (log)",
+                "1 − cosine (log)",
             )
         )
     if scores.removal_perplexity is not None:
@@ -76,13 +76,13 @@ def quality_figures(contents: Contents, rows: Sequence[Row], winner: str | None)
     by_perplexity = any(row.ratio is not None for row in measured)
     by = "perplexity, × dense" if by_perplexity else "accuracy lost, points of 1"
     found = []
-    for name, title, axis, read, sign in (
-        ("quality-size", "Quality against size", "parameters removed, %", _removed, 1.0),
-        ("quality-speed", "Quality against speed", _speed_axis(contents), _decode, 1.0),
+    for name, title, axis, read in (
+        ("quality-size", "Quality against size", "parameters removed, %", _removed),
+        ("quality-speed", _speed_title(contents), "tokens/s of writing, × dense", _decode),
     ):
         drawn = [row for row in measured if read(row) is not None]
         if len(drawn) > 1 and any(read(row) for row in drawn):
-            found.append(_quality(name, title, axis, by, drawn, read, sign, winner, log=by_perplexity))
+            found.append(_quality(name, title, axis, by, drawn, read, winner, log=by_perplexity))
     return found
 
 
@@ -137,7 +137,7 @@ def healing_curves(contents: Contents) -> list[Figure]:
     return [Figure(name="healing", title="Loss while healing", says=says, data=data, layout=layout, height=340)]
 
 
-def task_figure(contents: Contents, rows: Sequence[Row]) -> list[Figure]:
+def task_figure(contents: Contents, rows: Sequence[Row], winner: str | None) -> list[Figure]:
     """Draw the accuracy of every cell, mean over its tasks, beside the dense model's."""
     shown = sorted((row for row in rows if row.accuracy is not None), key=lambda row: row.accuracy or 0)
     if not shown:
@@ -149,7 +149,7 @@ def task_figure(contents: Contents, rows: Sequence[Row]) -> list[Figure]:
             "mode": "markers",
             "x": [row.accuracy for row in shown],
             "y": [_plain(row.cell.name) for row in shown],
-            "marker": {"color": "--accent", "size": 9},
+            "marker": {"color": ["--accent" if row.cell.label == winner else "--bar" for row in shown], "size": 9},
             "error_x": {
                 "type": "data",
                 "array": [one or 0 for one in errors],
@@ -160,7 +160,7 @@ def task_figure(contents: Contents, rows: Sequence[Row]) -> list[Figure]:
             "hovertemplate": "%{y}: %{x:.3f}<extra></extra>",
         }
     ]
-    layout = _layout("accuracy, mean over tasks (± standard error)", "")
+    layout = _layout("accuracy (± standard error)", "")
     layout["yaxis"] |= {"automargin": True, "gridcolor": "--line", "type": "category"}
     dense = contents.dense.accuracy()
     if dense is not None:
@@ -171,7 +171,9 @@ def task_figure(contents: Contents, rows: Sequence[Row]) -> list[Figure]:
         ]
     says = "; ".join(f"{row.cell.name} {row.accuracy:.3f}" for row in reversed(shown))
     height = 110 + 24 * len(shown)
-    return [Figure(name="accuracy", title="Accuracy", says=says, data=data, layout=layout, height=height)]
+    return [
+        Figure(name="accuracy", title="Accuracy, mean over tasks", says=says, data=data, layout=layout, height=height)
+    ]
 
 
 def _mean_error(row: Row) -> float | None:
@@ -229,7 +231,6 @@ def _quality(
     by: str,
     rows: Sequence[Row],
     read: Callable[[Row], float | None],
-    scale: float,
     winner: str | None,
     *,
     log: bool,
@@ -268,8 +269,9 @@ def _quality(
     layout = _layout(axis, by)
     layout["margin"] |= {"r": _LABEL_ROOM}
     layout["yaxis"] |= {"range": [low, high]} | ({"type": "log", **_log_ticks(low, high)} if log else {})
-    layout["xaxis"] |= {"range": list(_padded([dense[0], *(read(row) or 0.0 for row in rows)]))}
-    layout["annotations"] = _labels(ends, winner, (low, high), height, log=log)
+    across = _padded([dense[0], *(read(row) or 0.0 for row in rows)])
+    layout["xaxis"] |= {"range": list(across)}
+    layout["annotations"] = _labels(ends, winner, (across, (low, high)), height, log=log)
     on_front = front_of(rows, read, dense)
     says = f"On the Pareto front: {', '.join(row.cell.name for row in on_front) or 'only the dense model'}."
     return Figure(name=name, title=title, says=says, data=data, layout=layout, height=height)
@@ -290,31 +292,44 @@ def _front_line(rows: Sequence[Row], read: Callable[[Row], float | None], dense:
 
 
 def _labels(
-    ends: Iterable[tuple[str, float, float]], winner: str | None, span: tuple[float, float], height: int, *, log: bool
+    ends: Iterable[tuple[str, float, float]],
+    winner: str | None,
+    spans: tuple[tuple[float, float], tuple[float, float]],
+    height: int,
+    *,
+    log: bool,
 ) -> list[dict[str, Any]]:
-    """Write each line's name in the right margin at the height of its end, moved apart where they would touch."""
-    pixels = (height - _MARGIN["t"] - _MARGIN["b"]) / (span[1] - span[0])
-    wanted = sorted((((math.log10(y) if log else y) - span[0]) * pixels, label) for label, _, y in ends)
-    placed: list[tuple[float, str]] = []
-    for at, label in wanted:
-        placed.append((max(at, placed[-1][0] + _LABEL_GAP) if placed else at, label))
-    over = max(0.0, placed[-1][0] - (height - _MARGIN["t"] - _MARGIN["b"])) if placed else 0.0
-    return [
-        {
-            "text": f"<b>{_plain(label)}</b>" if label == winner else _plain(label),
-            "xref": "paper",
-            "yref": "paper",
-            "x": 1,
-            "y": 0,
-            "yshift": at - over,
-            "xshift": 6,
-            "xanchor": "left",
-            "yanchor": "middle",
-            "showarrow": False,
-            "font": {"color": "--accent" if label == winner else "--muted", "size": 12},
-        }
-        for at, label in placed
-    ]
+    """Write each line's name beside its end; names that would touch move apart."""
+    (left, right), (low, high) = spans
+    pixels = (height - _MARGIN["t"] - _MARGIN["b"]) / (high - low)
+    groups: list[list[tuple[str, float, float]]] = []
+    for label, x, y in sorted(ends, key=lambda end: end[1]):
+        if not groups or x - groups[-1][-1][1] > _LABEL_REACH * (right - left):
+            groups.append([])
+        groups[-1].append((label, x, math.log10(y) if log else y))
+    written = []
+    for group in groups:
+        ordered = sorted(group, key=lambda end: end[2])
+        wanted = [y * pixels for _, _, y in ordered]
+        for (label, x, y), at, placed in zip(ordered, wanted, _apart(wanted, _LABEL_GAP), strict=True):
+            font = {"color": "--accent" if label == winner else "--muted", "size": 12}
+            text = f"<b>{_plain(label)}</b>" if label == winner else _plain(label)
+            place = {"x": x, "y": y, "xanchor": "left", "xshift": 10, "yanchor": "middle", "yshift": placed - at}
+            written.append(place | {"text": text, "showarrow": False, "font": font})
+    return written
+
+
+def _apart(wanted: Sequence[float], gap: float) -> list[float]:
+    """Move sorted places so that neighbours are `gap` apart, and all together as little as can be (least squares)."""
+    groups: list[tuple[float, int]] = []
+    for number, at in enumerate(wanted):
+        mean, count = at - number * gap, 1
+        while groups and groups[-1][0] > mean:
+            other, others = groups.pop()
+            mean, count = (mean * count + other * others) / (count + others), count + others
+        groups.append((mean, count))
+    level = [mean for mean, count in groups for _ in range(count)]
+    return [mean + number * gap for number, mean in enumerate(level)]
 
 
 def _log_ticks(low: float, high: float) -> dict[str, Any]:
@@ -355,11 +370,10 @@ def _step(count: int) -> int:
     return max(1, -(-count // 16))
 
 
-def _speed_axis(contents: Contents) -> str:
+def _speed_title(contents: Contents) -> str:
     asked = next((one for cell in contents.cells if (one := cell.measured.ratio("decode_tokens_per_second"))), None)
-    if asked is None:
-        return "decode speed, × dense"
-    return f"decode speed, × dense (batch {asked.settings.get('batch')}, prompt {asked.settings.get('prompt')})"
+    settings = asked.settings if asked is not None else {}
+    return f"Quality against speed (batch {settings.get('batch', '?')}, prompt {settings.get('prompt', '?')})"
 
 
 def _removed(row: Row) -> float | None:

@@ -18,10 +18,10 @@ from secateur.reporting.cells import Cell, Contents, Sample
 from secateur.reporting.commands import commands_of
 from secateur.reporting.folders import read_folder
 from secateur.reporting.tables import cells_table, healing_lines, tasks_table
-from secateur.reporting.verdict import Row, Verdict, rankings, rows_of, verdict
+from secateur.reporting.verdict import Row, Verdict, rankings, rows_of, share, verdict
 from secateur.runs import replace_file
 
-_SIDE_BY_SIDE = 3
+_SIDE_BY_SIDE = 2
 """Continuations of cells shown beside the dense model's; the others are folded away."""
 
 
@@ -68,15 +68,16 @@ def render(contents: Contents) -> str:
         facts=_facts(contents),
         keys=_keys(said.best),
         rankings=_bars(rows) if contents.is_study else [],
-        strips=_strips(contents),
-        legend=_legend(contents),
+        strips=_strips(rows),
+        legend=_legend(rows),
         figures=drawn,
         drawings={figure.name: {"data": figure.data, "layout": figure.layout} for figure in shown},
         table=cells_table(rows, figures.size_front(rows)) if rows else None,
         tasks=tasks_table(contents),
         healing=healing_lines(contents),
         prompts=_prompts(contents, rows, said),
-        commands=[(cell, commands_of(contents, cell)) for cell in contents.cells],
+        failures=[(row.cell.name, row.cell.failure) for row in rows if row.cell.failure],
+        commands=[(row.cell.name, commands_of(contents, row.cell)) for row in rows],
         style=Markup((here / "style.css").read_text(encoding="utf-8")),
         script=Markup((here / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()) if shown else None,
@@ -90,7 +91,7 @@ def _figures(contents: Contents, rows: Sequence[Row], said: Verdict) -> dict[str
         "quality": figures.quality_figures(contents, rows, winner),
         "redundancy": figures.redundancy(scores) if scores else [],
         "maps": figures.heat_maps(scores) if scores else [],
-        "tasks": figures.task_figure(contents, rows) if contents.is_study else [],
+        "tasks": figures.task_figure(contents, rows, winner) if contents.is_study else [],
         "healing": figures.healing_curves(contents),
     }
 
@@ -131,13 +132,13 @@ def _keys(best: Row | None) -> list[tuple[str, str]]:
     if best is None:
         return []
     shown = [
-        ("perplexity, × dense", best.ratio, "{:.2f}"),
-        ("of the parameters gone", best.cell.removed, "{:.1%}"),
-        ("writing speed, × dense", best.decode, "{:.2f}"),
-        ("accuracy", best.accuracy, "{:.3f}"),
-        ("stability of answers", best.stability, "{:.3f}"),
+        ("perplexity, × dense", best.ratio, "{:.2f}".format),
+        ("of the parameters gone", best.cell.removed, share),
+        ("writing speed, × dense", best.decode, "{:.2f}".format),
+        ("accuracy", best.accuracy, "{:.3f}".format),
+        ("stability of answers", best.stability, "{:.3f}".format),
     ]
-    return [(name, form.format(value)) for name, value, form in shown if value is not None]
+    return [(name, form(value)) for name, value, form in shown if value is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,18 +160,18 @@ def _bars(rows: Sequence[Row]) -> list[tuple[str, list[_Bar]]]:
     ]
 
 
-def _strips(contents: Contents) -> list[tuple[Cell, list[Block]]]:
+def _strips(rows: Sequence[Row]) -> list[tuple[Cell, list[Block]]]:
     """Give the pictures; a healed cell is drawn once, with the cell it was healed from."""
     drawn: list[tuple[Cell, list[Block]]] = []
-    for cell in contents.cells:
+    for cell in (row.cell for row in rows):
         blocks = picture(cell.plans)
         if blocks and not any(cell.plans == other.plans for other, _ in drawn):
             drawn.append((cell, blocks))
     return drawn
 
 
-def _legend(contents: Contents) -> list[tuple[str, str]]:
-    used = {block.state for _, blocks in _strips(contents) for block in blocks}
+def _legend(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    used = {block.state for _, blocks in _strips(rows) for block in blocks}
     return [(state, says) for state, says in LEGEND.items() if state in used]
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.evaluation.results import Result
-from secateur.reporting.cells import ACCURACIES, Cell, Contents, Measured
-from secateur.reporting.verdict import Row
+from secateur.reporting.cells import ACCURACIES, Contents, Measured
+from secateur.reporting.verdict import Row, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,12 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One row: its name, its entries, whether it stands out, and why there is nothing else to say."""
+    """One row: its name, its entries, whether it stands out, and the stage that failed, if one did."""
 
     name: str
     entries: tuple[Entry, ...]
     marked: bool = False
-    failure: str = ""
+    failed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +42,15 @@ _COLUMNS: tuple[_Column, ...] = (
     ("method", "what was cut, and how", lambda row: row.cell.method, str),
     ("asked", "how much was asked for", lambda row: row.cell.amount or None, str),
     ("healing", "how it was trained afterwards", lambda row: row.cell.healing, str),
-    ("removed", "share of all parameters that is gone", lambda row: row.cell.removed, "{:.1%}".format),
+    ("removed", "share of all parameters that is gone", lambda row: row.cell.removed, share),
     ("parameters", "what is left", lambda row: row.cell.parameters, "{:,}".format),
     ("blocks", "what is left", lambda row: row.cell.blocks, "{:d}".format),
     ("perplexity", "on held-out text", lambda row: row.perplexity, "{:.2f}".format),
     ("× dense", "perplexity as a multiple of the dense model's", lambda row: row.ratio, "{:.3f}".format),
-    ("price", "quality lost per 1 % of parameters removed", lambda row: row.price, "{:.2f} %".format),
+    ("price", "quality lost per 1 % of parameters removed", lambda row: row.price, "{:.2f}".format),
     ("accuracy", "mean over tasks", lambda row: row.accuracy, "{:.3f}".format),
     ("stability", "answers that stay right or wrong, weighted", lambda row: row.stability, "{:.3f}".format),
-    ("flips", "share of answers that changed", lambda row: row.flips, "{:.1%}".format),
+    ("flips", "share of answers that changed", lambda row: row.flips, share),
     ("decode", "tokens/s of writing, × dense", lambda row: row.decode, "{:.2f} ×".format),
     ("prefill", "tokens/s of reading, × dense", lambda row: row.prefill, "{:.2f} ×".format),
     ("time", "what all stages took", lambda row: sum(row.cell.seconds.values()) or None, lambda value: duration(value)),
@@ -68,7 +68,7 @@ def cells_table(rows: Sequence[Row], front: Sequence[Row]) -> Table:
                 name=row.cell.name,
                 entries=tuple(_entry(value, show) for value, show in values),
                 marked=row in front,
-                failure=_why(row.cell),
+                failed=row.cell.failure.stage if row.cell.failure else "",
             )
         )
     columns = tuple((name, says, name not in ("method", "asked", "healing")) for name, says, _, _ in kept)
@@ -132,9 +132,3 @@ def _score(result: Result | None) -> Entry:
         return Entry(text="—")
     error = result.spread.get("stderr")
     return Entry(text=f"{result.value:.3f}" + (f" ±{error:.3f}" if error is not None else ""), value=result.value)
-
-
-def _why(cell: Cell) -> str:
-    if cell.failure is None:
-        return ""
-    return f"failed at {cell.failure.stage}: {cell.failure.kind}: {cell.failure.error}"

@@ -61,11 +61,20 @@ class Verdict:
     sentence: str
     best: Row | None
 
+    @property
+    def title(self) -> str:
+        """Give the headline with the numbers it lacks."""
+        if self.best is None or self.best.ratio is None or not self.sentence:
+            return self.headline
+        return f"{self.headline}: {says_row(self.best)}"
+
 
 def rows_of(contents: Contents) -> list[Row]:
-    """Give the numbers of every cell, failed ones included, in the order of their names."""
+    """Give the numbers of every cell: amount by amount, the cheapest first; cells without numbers come last."""
     by_perplexity = any(cell.measured.perplexity() for cell in contents.cells)
-    return [_row(cell, contents.dense, by_perplexity=by_perplexity) for cell in contents.cells]
+    rows = [_row(cell, contents.dense, by_perplexity=by_perplexity) for cell in contents.cells]
+    ranked = [row for one in rankings(rows) for row in one.rows]
+    return ranked + sorted((row for row in rows if row not in ranked), key=lambda row: row.cell.failure is not None)
 
 
 def _row(cell: Cell, dense: Measured, *, by_perplexity: bool) -> Row:
@@ -148,44 +157,42 @@ def _winner(model: str, ranked: Sequence[Ranking]) -> Verdict:
     rivals = next(one.rows for one in fair if best in one.rows)
     parts = [f"{says_row(best)}."]
     if len(rivals) > 1:
-        parts.append(f"Next is {rivals[1].cell.label}: {says_row(rivals[1])}.")
-    if len(fair) > 1:
-        parts.append(f"It pays least for what it takes out at {len(firsts)} of {len(fair)} amounts.")
+        parts.append(f"Next is {rivals[1].cell.label}: {says_row(rivals[1], short=True)}.")
+    others = [f"{one.rows[0].cell.label} at {one.amount}" for one in fair if one.rows[0] not in firsts]
+    if others:
+        parts.append(f"Elsewhere {', '.join(others)} comes first.")
+    elif len(fair) > 1:
+        parts.append(f"It comes first at all {len(fair)} amounts.")
     healed = [row for one in ranked if one.healed for row in one.rows]
-    if healed and fair != list(ranked):
+    if healed and len(fair) < len(ranked):
         cheapest = min(healed, key=_price)
-        parts.append(f"With training, {cheapest.cell.label} comes to {says_row(cheapest)}.")
+        parts.append(f"Best with training: {cheapest.cell.label}, {says_row(cheapest, short=True)}.")
     return Verdict(headline=f"{name} keeps the most of {model}", sentence=" ".join(parts), best=best)
 
 
 def _single(model: str, row: Row) -> Verdict:
     cell = row.cell
     if row.quality is None:
-        return Verdict(
-            headline=f"{cell.label} takes {_share(cell.removed)} off {model}",
-            sentence="What is left was not measured here.",
-            best=row,
-        )
-    kept = f"perplexity at {row.ratio:.2f} × dense" if row.ratio else f"{row.accuracy:.1%} accuracy"
-    size = f" with {_share(cell.removed)} of {model} gone" if cell.removed else f" ({model})"
-    return Verdict(headline=f"{cell.label} keeps {kept}{size}", sentence=f"{says_row(row)}.", best=row)
+        headline, sentence = f"{cell.label} takes {share(cell.removed)} off {model}", "What is left was not measured."
+    else:
+        kept = f"perplexity at {row.ratio:.2f} × dense" if row.ratio else f"an accuracy of {row.accuracy:.3f}"
+        size = f" with {share(cell.removed)} of {model} gone" if cell.removed else f" ({model})"
+        headline, sentence = f"{cell.label} keeps {kept}{size}", ""
+    return Verdict(headline=headline, sentence=sentence, best=row)
 
 
-def says_row(row: Row) -> str:
-    """Say what one cell took and what it cost."""
-    parts = []
+def says_row(row: Row, *, short: bool = False) -> str:
+    """Say what one cell cost and what it took out."""
+    removed = share(row.cell.removed)
+    size = f"{removed} gone" if short else f"{removed} of the parameters gone"
     if row.ratio is not None:
-        parts.append(f"{row.ratio:.2f} × the dense perplexity")
-    elif row.lost is not None:
-        parts.append(f"{100 * row.lost:.1f} points of accuracy lost")
-    if row.cell.removed is not None:
-        parts.append(f"{_share(row.cell.removed)} of the parameters gone")
-    said = " with ".join(parts)
-    return said + (f", writing {row.decode:.2f} × as fast" if row.decode is not None else "")
+        return f"{row.ratio:.2f} ×{'' if short else ' the dense perplexity'} with {size}"
+    return f"{100 * (row.lost or 0):.1f} points of accuracy lost with {size}"
 
 
-def _share(removed: float | None) -> str:
-    return f"{100 * (removed or 0):.1f} %"
+def share(value: float | None) -> str:
+    """Write a share of one in per cent, in one piece."""
+    return f"{100 * (value or 0):.1f}\N{NO-BREAK SPACE}%"
 
 
 def _price(row: Row) -> float:
