@@ -194,7 +194,7 @@ def _bars(name: str, title: str, values: Sequence[float], axis: str) -> Figure:
         "hovertemplate": "block %{x}: %{y:.4g}<extra></extra>",
     }
     layout = _layout("block", axis)
-    layout["yaxis"] |= {"type": "log", "dtick": 1, "exponentformat": "power"} if min(values) > 0 else {}
+    layout["yaxis"] |= {"type": "log", "dtick": 1, "tickformat": "~g"} if min(values) > 0 else {}
     layout["xaxis"] |= {"dtick": _step(len(values)), "gridcolor": "rgba(0,0,0,0)"}
     layout["bargap"] = 0.25
     order = sorted(range(len(values)), key=lambda block: values[block])

@@ -38,7 +38,7 @@ def read_folder(folder: str | Path) -> Contents:
     else:
         one = _cell(folder)
         cells = [one] if _says_something(one) else []
-        dense = Measured(results=_results_in(folder, "against"))
+        dense = _dense_beside(folder)
     scores = Scores.read(folder / "scores.json") if (folder / "scores.json").is_file() else None
     if not cells and scores is None:
         raise InputError(
@@ -100,6 +100,15 @@ def _cell(folder: Path) -> Cell:
     )
 
 
+def _dense_beside(folder: Path) -> Measured:
+    """Read what was measured of the dense model: in the folder itself, or once for the study that it is a cell of."""
+    whole = folder.resolve()
+    if (own := _results_in(folder, "against")) and any(one.measure == "perplexity" or one.task for one in own):
+        return Measured(results=own)
+    shared = _measured(whole.parent.parent / "dense", "against") if whole.parent.name == "cells" else None
+    return shared or Measured(results=own)
+
+
 def _says_something(cell: Cell) -> bool:
     return bool(cell.plans or cell.healed or cell.measured.results or cell.failure or cell.seconds or cell.recipe)
 
@@ -110,7 +119,8 @@ def _model(record: dict[str, Any], cells: list[Cell], dense: Measured, scores: S
             return cell.plans[0].model.source
     if scores is not None:
         return scores.model
-    named = record.get("base_model") or record.get("against") or record.get("model")
+    asked = next((one["model"] for cell in cells if (one := _asked(cell.folder)) and "model" in one), None)
+    named = asked or record.get("base_model") or record.get("against") or record.get("model")
     if named:
         return str(named)
     results = [*dense.results, *(one for cell in cells for one in cell.measured.results)]

@@ -72,7 +72,7 @@ def render(contents: Contents) -> str:
         legend=_legend(rows),
         figures=drawn,
         drawings={figure.name: {"data": figure.data, "layout": figure.layout} for figure in shown},
-        table=cells_table(rows, figures.size_front(rows)) if rows else None,
+        table=cells_table(rows, figures.size_front(rows) if contents.is_study else []) if rows else None,
         tasks=tasks_table(contents),
         healing=healing_lines(contents),
         prompts=_prompts(contents, rows, said),
@@ -188,7 +188,7 @@ def _prompts(contents: Contents, rows: Sequence[Row], said: Verdict) -> list[_Pr
     order = sorted(rows, key=lambda row: (row.cell is not best, row.quality is None, row.quality or 0.0))
     wrote = [(row.cell.name, row.cell.measured.samples) for row in order if row.cell.measured.samples]
     written: dict[str, list[tuple[str, Sample]]] = {}
-    for name, samples in [("dense", contents.dense.samples), *wrote]:
+    for name, samples in [("dense", contents.dense.samples), *wrote] if wrote else []:
         for sample in samples:
             written.setdefault(sample.prompt, []).append((name, sample))
     prompts = []

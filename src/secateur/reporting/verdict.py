@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from secateur.reporting.cells import Cell, Contents, Measured
 
@@ -132,7 +133,7 @@ def verdict(contents: Contents, rows: Sequence[Row]) -> Verdict:
     if contents.is_study and ranked:
         return _winner(model, ranked)
     row = next(iter(rows), None)
-    if row is not None and (row.quality is not None or row.cell.removed):
+    if row is not None and not contents.is_study:
         return _single(model, row)
     if contents.scores is not None and contents.scores.block_influence is not None:
         influence = contents.scores.block_influence
@@ -172,12 +173,21 @@ def _winner(model: str, ranked: Sequence[Ranking]) -> Verdict:
 
 def _single(model: str, row: Row) -> Verdict:
     cell = row.cell
-    if row.quality is None:
-        headline, sentence = f"{cell.label} takes {share(cell.removed)} off {model}", "What is left was not measured."
+    sentence = ""
+    if cell.failure is not None:
+        headline, sentence = f"{cell.label} failed at {cell.failure.stage}", cell.failure.error
+    elif row.quality is None and cell.removed is not None:
+        headline = f"{cell.label} takes {share(cell.removed)} off {model}"
+        sentence = "Its quality was not compared with the dense model's."
+    elif row.quality is None:
+        speed = (
+            f" writes {row.decode:.2f} × as fast as {model}" if row.decode else " was not compared with another model"
+        )
+        headline = f"{Path(cell.label).name}{speed}"
     else:
         kept = f"perplexity at {row.ratio:.2f} × dense" if row.ratio else f"an accuracy of {row.accuracy:.3f}"
         size = f" with {share(cell.removed)} of {model} gone" if cell.removed else f" ({model})"
-        headline, sentence = f"{cell.label} keeps {kept}{size}", ""
+        headline = f"{cell.label} keeps {kept}{size}"
     return Verdict(headline=headline, sentence=sentence, best=row)
 
 
