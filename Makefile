@@ -2,6 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
+BROWSER := $(VENV)/.browser
 
 .PHONY: demo test lint types unit contract clean
 
@@ -18,7 +19,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-unit: $(STAMP)
+unit: $(STAMP) $(BROWSER)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/test_every_method.py
 
 contract: $(STAMP)
@@ -28,6 +29,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(BROWSER): $(STAMP)  ## for the report's test in a browser, which is skipped where there is none
+	command -v chromium-headless-shell || command -v chromium || command -v google-chrome \
+		|| $(BIN)/playwright install --only-shell chromium \
+		|| echo "No Chromium could be had: the report is tested as text only."
 	touch $@
 
 clean:

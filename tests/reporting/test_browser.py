@@ -18,7 +18,10 @@ def browser():
         path = own if os.path.exists(own) else next(filter(None, map(shutil.which, SYSTEM)), None)
         if path is None:
             pytest.skip("no Chromium: neither playwright's (`playwright install chromium`) nor one on the PATH")
-        started = engine.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        try:
+            started = engine.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"{path} does not start: {error.message.splitlines()[0]}")
         yield started
         started.close()
 

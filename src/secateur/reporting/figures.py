@@ -332,14 +332,23 @@ def _apart(wanted: Sequence[float], gap: float) -> list[float]:
     return [mean + number * gap for number, mean in enumerate(level)]
 
 
+_ROUND = (1, 1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2, 3, 5, 7)
+
+
 def _log_ticks(low: float, high: float) -> dict[str, Any]:
-    """Round numbers between 10^low and 10^high, about six of them."""
-    for steps in ((1, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5), (1, 1.1, 1.25, 1.5, 2, 3, 5), (1, 2, 5)):
-        ticks = [step * 10**power for power in range(-3, 7) for step in steps]
-        inside = [tick for tick in ticks if low <= math.log10(tick) <= high]
-        if steps[1] == 2 or (inside and inside[-1] * steps[1] > 10**high):
-            break
-    return {"tickvals": inside, "ticktext": [f"{tick:g}" for tick in inside]}
+    """Round numbers between 10^low and 10^high, 1 among them, not closer than a seventh of the axis."""
+    steps = _ROUND if high - low < 2 else (1,)
+    inside = [
+        step * 10.0**power for power in range(-6, 12) for step in steps if low <= math.log10(step) + power <= high
+    ]
+    up, down = [1.0], [1.0]
+    for kept, ticks in ((up, inside), (down, inside[::-1])):
+        sign = 1 if kept is up else -1
+        for tick in ticks:
+            if sign * math.log10(tick / kept[-1]) >= (high - low) / 7:
+                kept.append(tick)
+    ticks = sorted({*up, *down})
+    return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

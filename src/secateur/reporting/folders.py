@@ -77,8 +77,7 @@ def _cell(folder: Path) -> Cell:
         removed = 1 - parameters / plans[0].parameters_before
     elif some and dense:
         removed = 1 - some.parameters / dense.parameters
-    prune = asked.get("prune") or {}
-    heal = asked.get("heal") or {}
+    prune, heal = (one if isinstance(one := asked.get(name), dict) else {} for name in ("prune", "heal"))
     requested = plans[-1].requested if plans else {name: prune[name] for name in _AMOUNTS if name in prune}
     return Cell(
         name=str(state.get("name", folder.resolve().name)),

@@ -76,6 +76,7 @@ def render(contents: Contents) -> str:
         tasks=tasks_table(contents),
         healing=healing_lines(contents),
         prompts=_prompts(contents, rows, said),
+        by_perplexity=any(row.ratio is not None for row in rows),
         failures=[(row.cell.name, row.cell.failure) for row in rows if row.cell.failure],
         commands=[(row.cell.name, commands_of(contents, row.cell)) for row in rows],
         style=Markup((here / "style.css").read_text(encoding="utf-8")),
@@ -114,7 +115,9 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
     if dense is not None:
         facts.append(("dense perplexity", f"{dense.value:.3f}"))
     if read is not None:
-        facts.append(("arithmetic", ", ".join(str(read.settings[name]) for name in ("dtype", "device"))))
+        facts.append(
+            ("arithmetic", ", ".join(str(read.settings[name]) for name in ("dtype", "device") if name in read.settings))
+        )
     checks = [cell.checked for cell in contents.cells if cell.checked is not None]
     if checks:
         facts.append(("reopened", f"{sum(checks)} of {len(checks)} in a fresh process: same logits, same generation"))
