@@ -73,7 +73,7 @@ def render(contents: Contents) -> str:
         figures=drawn,
         drawings={figure.name: {"data": figure.data, "layout": figure.layout} for figure in shown},
         table=cells_table(rows, figures.size_front(rows) if contents.is_study else []) if rows else None,
-        tasks=tasks_table(contents),
+        tasks=tasks_table(contents, rows),
         healing=healing_lines(contents),
         prompts=_prompts(contents, rows, said),
         by_perplexity=any(row.ratio is not None for row in rows),

@@ -75,9 +75,9 @@ def cells_table(rows: Sequence[Row], front: Sequence[Row]) -> Table:
     return Table(columns=columns, lines=tuple(lines))
 
 
-def tasks_table(contents: Contents) -> Table | None:
+def tasks_table(contents: Contents, rows: Sequence[Row]) -> Table | None:
     """Accuracy, stability and flips of every task, the dense model first; None where no task was asked."""
-    cells = [cell for cell in contents.cells if cell.measured.tasks()]
+    cells = [row.cell for row in rows if row.cell.measured.tasks()]
     tasks = list(dict.fromkeys(task for cell in cells for task in cell.measured.tasks()))
     if not tasks:
         return None

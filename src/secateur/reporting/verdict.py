@@ -164,9 +164,9 @@ def _winner(model: str, ranked: Sequence[Ranking]) -> Verdict:
         parts.append(f"Elsewhere {', '.join(others)} comes first.")
     elif len(fair) > 1:
         parts.append(f"It comes first at all {len(fair)} amounts.")
-    healed = [row for one in ranked if one.healed for row in one.rows]
-    if healed and len(fair) < len(ranked):
-        cheapest = min(healed, key=_price)
+    healed = [row for one in ranked if one.healed and one not in fair for row in one.rows]
+    if healed:
+        cheapest = min(healed, key=lambda row: (row.cell.amount != best.cell.amount, row.price))
         parts.append(f"Best with training: {cheapest.cell.label}, {says_row(cheapest, short=True)}.")
     return Verdict(headline=f"{name} keeps the most of {model}", sentence=" ".join(parts), best=best)
 
@@ -197,7 +197,8 @@ def says_row(row: Row, *, short: bool = False) -> str:
     size = f"{removed} gone" if short else f"{removed} of the parameters gone"
     if row.ratio is not None:
         return f"{row.ratio:.2f} ×{'' if short else ' the dense perplexity'} with {size}"
-    return f"{100 * (row.lost or 0):.1f} points of accuracy lost with {size}"
+    lost = 100 * (row.lost or 0)
+    return f"{abs(lost):.1f} points of accuracy {'lost' if lost > 0 else 'gained'} with {size}"
 
 
 def share(value: float | None) -> str:
