@@ -61,7 +61,7 @@ def replacing(target: str | Path, *, reads: Path | None = None) -> Iterator[Path
 
 def _swap(temporary: Path, target: Path) -> None:
     temporary.chmod(0o777 & ~_umask())
-    for file in temporary.iterdir():
+    for file in filter(Path.is_file, temporary.iterdir()):
         file.chmod(0o666 & ~_umask())
     if not target.exists():
         temporary.rename(target)
