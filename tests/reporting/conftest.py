@@ -75,7 +75,7 @@ def _write_samples(folder):
 
 def _write_failure(folder):
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text("prune: {method: sleb, blocks: 9}\n")
+    (folder / "recipe.yaml").write_text("prune: {method: sleb, remove: 90%, settings: {protect_last: 2}}\n")
     failed = {"stage": "plan", "kind": "InputError", "error": "9 blocks <cannot> go"}
     (folder / "state.json").write_text(json.dumps({"format": 1, "name": "sleb-9", "stages": {}, "failed": failed}))
 

@@ -65,7 +65,8 @@ def test_who_wins():
 def test_failed_cells_alone_win_nothing(study):
     contents = read_folder(study / "cells" / "sleb-9")
     said = verdict(contents, rows_of(contents))
-    assert said.headline == "sleb failed at plan"
+    assert contents.cells[0].amount == "90 %"
+    assert said.headline == "sleb (protect_last=2) failed at plan"
     assert said.sentence == "9 blocks <cannot> go"
 
 

@@ -82,7 +82,8 @@ def _cell(folder: Path) -> Cell:
     return Cell(
         name=str(state.get("name", folder.resolve().name)),
         folder=folder,
-        method=method_of(plans) if plans else str(prune.get("method") or (some.model if some else folder.name)),
+        method=(method_of(plans) if plans else str(prune.get("method") or (some.model if some else folder.name)))
+        + _settings(prune),
         amount=amount_of(requested),
         healing=" + ".join(str(facts.get("with")) for facts in healed) or heal.get("with"),
         plans=plans,
@@ -97,6 +98,12 @@ def _cell(folder: Path) -> Cell:
         checkpoint=checkpoint,
         failure=_failure(state),
     )
+
+
+def _settings(prune: dict[str, Any]) -> str:
+    """Write the settings a recipe gives its method, by which two cells of one method differ."""
+    given = prune.get("settings")
+    return f" ({', '.join(f'{name}={value}' for name, value in given.items())})" if isinstance(given, dict) else ""
 
 
 def _dense_beside(folder: Path) -> Measured:
