@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from secateur.reporting.cells import Cell, Contents
-from secateur.reporting.figures import _apart, size_front
 from secateur.reporting.folders import read_folder
+from secateur.reporting.trade_offs import _apart, size_front
 from secateur.reporting.verdict import Row, pareto, rankings, rows_of, verdict
 
 

@@ -33,6 +33,7 @@ def read_folder(folder: str | Path) -> Contents:
         raise InputError(f"{folder}: {what}; name a folder that secateur wrote, such as a study or a run.")
     record = _record(folder)
     if (folder / "cells").is_dir():
+        _state(folder)
         cells = [_cell(one) for one in sorted((folder / "cells").iterdir()) if (one / "state.json").is_file()]
         dense = _measured(folder / "dense", "against") or Measured()
     else:

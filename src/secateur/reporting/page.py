@@ -16,8 +16,10 @@ from secateur.reporting import figures
 from secateur.reporting.blocks import LEGEND, Block, picture
 from secateur.reporting.cells import Cell, Contents, Sample
 from secateur.reporting.commands import commands_of
+from secateur.reporting.drawing import Figure
 from secateur.reporting.folders import read_folder
 from secateur.reporting.tables import cells_table, healing_lines, tasks_table
+from secateur.reporting.trade_offs import quality_figures, size_front
 from secateur.reporting.verdict import Row, Verdict, rankings, rows_of, share, verdict
 from secateur.runs import replace_file
 
@@ -72,7 +74,7 @@ def render(contents: Contents) -> str:
         legend=_legend(rows),
         figures=drawn,
         drawings={figure.name: {"data": figure.data, "layout": figure.layout} for figure in shown},
-        table=cells_table(rows, figures.size_front(rows) if contents.is_study else []) if rows else None,
+        table=cells_table(rows, size_front(rows) if contents.is_study else []) if rows else None,
         tasks=tasks_table(contents, rows),
         healing=healing_lines(contents),
         prompts=_prompts(contents, rows, said),
@@ -85,11 +87,11 @@ def render(contents: Contents) -> str:
     )
 
 
-def _figures(contents: Contents, rows: Sequence[Row], said: Verdict) -> dict[str, list[figures.Figure]]:
+def _figures(contents: Contents, rows: Sequence[Row], said: Verdict) -> dict[str, list[Figure]]:
     winner = said.best.cell.label if said.best is not None else None
     scores = contents.scores
     return {
-        "quality": figures.quality_figures(contents, rows, winner),
+        "quality": quality_figures(contents, rows, winner),
         "redundancy": figures.redundancy(scores) if scores else [],
         "maps": figures.heat_maps(scores) if scores else [],
         "tasks": figures.task_figure(contents, rows, winner) if contents.is_study else [],
