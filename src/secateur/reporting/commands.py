@@ -42,13 +42,15 @@ def commands_of(contents: Contents, cell: Cell) -> list[str]:
 
 
 def _plan_line(plan: Plan, model: str, file: str) -> str:
-    methods = list(dict.fromkeys(step.method for step in plan.steps))
+    firsts = {step.method: step for step in reversed(plan.steps)}
+    methods = list(reversed(firsts))
     named = plan.requested.get("methods") or ",".join(methods)
     words: list[object] = ["secateur", "plan", model, "--method", named]
     for name, value in plan.requested.items():
         words += [_OPTIONS[name], value] if name in _OPTIONS and value is not None else []
-    if len(methods) == 1 and methods[0] in METHODS:
-        words += _chosen(METHODS[methods[0]].settings, plan.steps[0].settings)
+    for method in (one for one in methods if one in METHODS):
+        owner = f"{method}." if len(methods) > 1 else ""
+        words += _chosen(METHODS[method].settings, firsts[method].settings, owner)
     words += _texts(plan.texts) if plan.texts else []
     return _words(*words, "--seed", plan.seed, "-o", file)
 
@@ -65,11 +67,15 @@ def _heal_line(facts: dict[str, Any], model: str) -> str:
     return _words(*words, "--seed", facts.get("seed", 0), "-o", "healed/")
 
 
-def _chosen(settings: type[BaseModel], values: dict[str, Any]) -> list[object]:
-    """Give those of these values that are settings and not at their defaults; records of what was found are neither."""
+def _chosen(settings: type[BaseModel], values: dict[str, Any], owner: str = "") -> list[object]:
+    """Give those of these values that somebody chose: settings not at their defaults.
+
+    What a search found stands among them with the losses it compared (`loss_by_…`); it is found again, not set.
+    """
     fields = settings.model_fields
     unusual = [name for name in fields if values.get(name) not in (None, fields[name].default)]
-    return [word for name in unusual for word in ("--set", f"{name}={values[name]}")]
+    chosen = [name for name in unusual if f"loss_by_{name}" not in values]
+    return [word for name in chosen for word in ("--set", f"{owner}{name}={values[name]}")]
 
 
 def _measuring_lines(contents: Contents, cell: Cell, model: str) -> list[str]:
