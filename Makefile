@@ -3,6 +3,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 TORCHAO := $(VENV)/torchao
+BROWSER := $(VENV)/.browser
 
 .PHONY: demo test lint types unit contract quantise clean
 
@@ -20,7 +21,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-unit: $(STAMP)
+unit: $(STAMP) $(BROWSER)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/test_every_method.py
 
 contract: $(STAMP)
@@ -37,6 +38,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(BROWSER): $(STAMP)  ## for the report's test in a browser, which is skipped where there is none
+	command -v chromium-headless-shell || command -v chromium || command -v google-chrome \
+		|| $(BIN)/playwright install --only-shell chromium \
+		|| echo "No Chromium could be had: the report is tested as text only."
 	touch $@
 
 clean:

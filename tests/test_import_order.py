@@ -16,9 +16,9 @@ ORDER = [
     {"methods", "checkpoints"},
     {"runs", "console", "result_tables", "options"},
     {"pipeline"},
-    {"comparing"},
+    {"comparing", "reporting"},
     {"terminal"},
-    {"demonstration", "measuring", "publishing", "studies"},
+    {"demonstration", "measuring", "presenting", "publishing", "studies"},
     {"cli"},
     {"__main__"},
 ]

@@ -15,7 +15,7 @@ def test_every_public_name_exists_and_is_documented():
 
 
 def test_every_command_is_a_public_function():
-    for command in ("score", "prune", "eval", "bench", "demo", "inspect", "push", "compare", "run"):
+    for command in ("score", "prune", "eval", "bench", "demo", "inspect", "push", "compare", "run", "report"):
         assert callable(getattr(secateur, command))
     assert callable(secateur.make_plan)
 

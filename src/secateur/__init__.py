@@ -23,6 +23,7 @@ from secateur.methods.planning import make_plan, prune
 from secateur.models.inspection import inspect
 from secateur.models.open import open_model
 from secateur.plan import Plan
+from secateur.reporting.page import report
 from secateur.scores.measure import score
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "open_model",
     "prune",
     "push",
+    "report",
     "run",
     "save",
     "score",

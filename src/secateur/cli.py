@@ -34,6 +34,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
 from secateur.options import Amount, Learning, Opening, Reading, grouped
 from secateur.plan import Plan, plans_in
+from secateur.presenting import report
 from secateur.publishing import push
 from secateur.runs import mark, run_folder, training_folder
 from secateur.scores.pictures import draw_scores, draw_windows
@@ -225,6 +226,7 @@ app.command()(bench)
 app.command()(compare)
 app.command()(run)
 app.command()(push)
+app.command()(report)
 
 
 @app.command()

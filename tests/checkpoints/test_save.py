@@ -155,6 +155,14 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_inside_can_be_entered(tmp_path):
+    with replacing(tmp_path / "demo") as part:
+        (part / "cut").mkdir()
+        (part / "plan.json").touch(0o600)
+    assert (tmp_path / "demo" / "cut").stat().st_mode & 0o100
+    assert not (tmp_path / "demo" / "plan.json").stat().st_mode & 0o100
+
+
 def test_nan_weights_are_not_saved(pruned, tmp_path):
     with torch.no_grad():
         pruned.block_list[1].mlp.up_proj.weight[0, 0] = float("nan")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secateur.errors import InputError
+from secateur.files import umask
 
 MARKER = "secateur.json"
 """Every folder written by secateur holds this file; a folder without it is never replaced."""
@@ -60,9 +61,9 @@ def replacing(target: str | Path, *, reads: Path | None = None) -> Iterator[Path
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    temporary.chmod(0o777 & ~_umask())
-    for file in temporary.iterdir():
-        file.chmod(0o666 & ~_umask())
+    temporary.chmod(0o777 & ~umask())
+    for file in filter(Path.is_file, temporary.iterdir()):
+        file.chmod(0o666 & ~umask())
     if not target.exists():
         temporary.rename(target)
         return
@@ -70,9 +71,3 @@ def _swap(temporary: Path, target: Path) -> None:
     target.rename(aside)
     temporary.rename(target)
     shutil.rmtree(aside)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

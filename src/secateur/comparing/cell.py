@@ -9,10 +9,10 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from secateur.comparing.jobs import CELLS, DONE
+from secateur.comparing.jobs import CELLS, DENSE, DONE, SCORES
 from secateur.errors import SecateurError
 from secateur.evaluation.reference import ANSWERS, Reference
-from secateur.pipeline.run import Run, Shared
+from secateur.pipeline.run import RECIPE, Run, Shared
 from secateur.pipeline.stages import go
 from secateur.recipe import Recipe, read_recipe
 from secateur.scores.profile import Scores
@@ -50,14 +50,14 @@ def open_run(study: Path, name: str, sibling: Path | None = None) -> Run:
         SecateurError: something of it cannot be read.
     """
     folder = study / CELLS / name
-    recipe = read_recipe(folder / "recipe.yaml")
+    recipe = read_recipe(folder / RECIPE)
     assert isinstance(recipe, Recipe)
-    dense = study / "dense"
+    dense = study / DENSE
     return Run(
         recipe,
         folder,
         Shared(
-            scores=Scores.read(study / "scores.json"),
+            scores=Scores.read(study / SCORES),
             reference=Reference.read(dense) if (dense / ANSWERS).is_file() else None,
             sibling=sibling,
         ),

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from secateur.pipeline.state import State
 
-CELLS = "cells"
+CELLS, DENSE, SCORES = "cells", "dense", "scores.json"
+"""What lies in the folder of a study."""
 LOG = "log.txt"
 DONE = "finished"
 """What a job's process prints, with the name of a cell, when it has done or failed it."""

@@ -13,14 +13,14 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.checkpoints.folders import MARKER, check_target
 from secateur.comparing import local
 from secateur.comparing.grid import Cell, parts_of, rows_of
-from secateur.comparing.jobs import CELLS, Job
+from secateur.comparing.jobs import CELLS, DENSE, SCORES, Job
 from secateur.comparing.outcome import CellOutcome, outcome_of
 from secateur.errors import InputError
 from secateur.evaluation.evaluate import measure_reference
 from secateur.files import replace_file
 from secateur.models.decoder import Decoder
 from secateur.models.open import open_model
-from secateur.pipeline.run import SAMPLES, Run, fingerprint_of, measuring_key
+from secateur.pipeline.run import RECIPE, SAMPLES, Run, fingerprint_of, measuring_key
 from secateur.pipeline.stages import keep_samples
 from secateur.pipeline.state import State
 from secateur.recipe import Study, digest
@@ -28,8 +28,6 @@ from secateur.runs import mark
 from secateur.scores.measure import score
 from secateur.scores.pictures import draw_scores
 from secateur.scores.profile import ONE_PASS, Kind
-
-RECIPE, DENSE, SCORES = "recipe.yaml", "dense", "scores.json"
 
 Engine = Literal["local", "ray"]
 

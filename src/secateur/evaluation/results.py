@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,7 +98,11 @@ def read_results(path: str | Path) -> tuple[Result, ...]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(Result(**json.loads(line)))
+            one = Result(**json.loads(line))
+            finite = math.isfinite(one.value)
         except (ValueError, TypeError) as error:
             raise InputError(f"{file}, line {number}: not a result of this version; measure again.") from error
+        if not finite:
+            raise InputError(f"{file}, line {number}: {one.measure} is {one.value}; measure again.")
+        found.append(one)
     return tuple(found)

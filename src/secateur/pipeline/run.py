@@ -18,7 +18,14 @@ from secateur.recipe import Common, Recipe, digest
 from secateur.scores.profile import Scores
 from secateur.versions import versions
 
-PLAN, CUT, HEALED, SPEEDS, SAMPLES = "plan.json", "cut", "healed", "bench.jsonl", "generations.json"
+RECIPE, PLAN, CUT, HEALED, SPEEDS, SAMPLES = (
+    "recipe.yaml",
+    "plan.json",
+    "cut",
+    "healed",
+    "bench.jsonl",
+    "generations.json",
+)
 
 
 @dataclass(frozen=True)

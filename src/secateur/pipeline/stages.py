@@ -101,7 +101,7 @@ def _heal(run: Run) -> dict[str, Any]:
     )
     save(healed, run.healed, check=run.recipe.check)
     shutil.rmtree(work, ignore_errors=True)
-    return {}
+    return {"facts": healed.history[-1]["healing"]}
 
 
 def _eval(run: Run) -> dict[str, Any]:

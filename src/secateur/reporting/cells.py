@@ -1,0 +1,189 @@
+"""What was read from folders, as data: cells of a study (or the one there is) and the dense model beside them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur.evaluation.results import Result
+from secateur.plan import Plan
+from secateur.scores.profile import Scores
+
+AVERAGE = "average"
+ACCURACIES = ("acc_norm", "acc", "exact_match", "acc_per_token")
+"""Measures of a task that count as its accuracy; the first there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What a model wrote after a prompt; `truth` is what really follows."""
+
+    prompt: str
+    text: str
+    truth: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a cell has no result: the stage that failed, the kind of error, its message."""
+
+    stage: str
+    kind: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """All that was measured of one model."""
+
+    results: tuple[Result, ...] = ()
+    samples: tuple[Sample, ...] = ()
+
+    def perplexity(self) -> Result | None:
+        """Give the perplexity; the first where several texts were read."""
+        return next((one for one in self.results if one.measure == "perplexity"), None)
+
+    def tasks(self) -> list[str]:
+        """Name the tasks, without their average."""
+        return list(dict.fromkeys(one.task for one in self.results if one.task not in (None, AVERAGE)))
+
+    def of_task(self, task: str, *measures: str) -> Result | None:
+        """Give the first of these measures that a task has."""
+        found = {one.measure: one for one in self.results if one.task == task}
+        return next((found[name] for name in measures if name in found), None)
+
+    def accuracy(self) -> float | None:
+        """Mean accuracy over the tasks."""
+        return self._over_tasks(*ACCURACIES)
+
+    def stability(self) -> float | None:
+        """Mean stability over the tasks (METHODS §10)."""
+        return self._over_tasks("stability")
+
+    def flips(self) -> float | None:
+        """Mean share of answers that changed, over the tasks."""
+        return self._over_tasks("flips")
+
+    def ratio(self, measure: str) -> Result | None:
+        """Give a measure of `bench` with a ratio, of the smallest request: fewest sequences, shortest prompt."""
+        found = [one for one in self.results if one.measure == measure and one.ratio is not None]
+        return min(found, key=lambda one: (one.settings.get("batch", 0), one.settings.get("prompt", 0)), default=None)
+
+    def _over_tasks(self, *measures: str) -> float | None:
+        found = [one.value for task in self.tasks() if (one := self.of_task(task, *measures)) is not None]
+        return math.fsum(found) / len(found) if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One model that was made, or that could not be made.
+
+    Attributes:
+        name: of its folder.
+        folder: where it is.
+        method: the method, or several in order.
+        amount: how much was asked for, as people write it; empty where nothing says so.
+        healing: how it was trained afterwards; None where it was not.
+        plans: what was done, oldest first.
+        healed: what healing says of itself, oldest first.
+        measured: numbers and samples of this model.
+        removed: share of all parameters that is gone; None before it is known.
+        parameters, blocks: of the result.
+        seconds: time by stage.
+        checked: what reopening in a fresh process said; None where it was not tried.
+        recipe: the recipe file, where there is one.
+        checkpoint: the folder of its final checkpoint, where there is one.
+        failure: why it went no further.
+    """
+
+    name: str
+    folder: Path
+    method: str
+    amount: str = ""
+    healing: str | None = None
+    plans: tuple[Plan, ...] = ()
+    healed: tuple[dict[str, Any], ...] = ()
+    measured: Measured = field(default_factory=Measured)
+    removed: float | None = None
+    parameters: int | None = None
+    blocks: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    checked: bool | None = None
+    recipe: Path | None = None
+    checkpoint: Path | None = None
+    failure: Failure | None = None
+
+    @property
+    def label(self) -> str:
+        """Name the cell as people speak of it: `sleb + lora`."""
+        return f"{self.method} + {self.healing}" if self.healing else self.method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a folder holds.
+
+    Attributes:
+        kind: the command that wrote it, such as `compare`, `run`, `demo`, `prune`.
+        folder: where it is.
+        model: the dense model's path or hub name.
+        cells: what was made of it.
+        dense: what was measured of the dense model.
+        scores: redundancy of the dense model, where it was measured.
+        versions: of the software.
+    """
+
+    kind: str
+    folder: Path
+    model: str
+    cells: tuple[Cell, ...] = ()
+    dense: Measured = field(default_factory=Measured)
+    scores: Scores | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_study(self) -> bool:
+        """Whether several cells stand beside each other."""
+        return len(self.cells) > 1
+
+    @property
+    def model_name(self) -> str:
+        """Give the model's name without the folders it lies in; hub names stay whole."""
+        return Path(self.model).name if self.model.startswith(("/", ".", "~")) else self.model
+
+    def plan(self) -> Plan | None:
+        """Give any plan for the dense model."""
+        return next((cell.plans[0] for cell in self.cells if cell.plans), None)
+
+
+def method_of(plans: tuple[Plan, ...]) -> str:
+    """Name the methods of all steps in order, each once."""
+    return ", then ".join(dict.fromkeys(step.method for plan in plans for step in plan.steps)) or "nothing"
+
+
+def amount_of(requested: dict[str, Any]) -> str:
+    """Write how much was asked for: `20 %`, `4 blocks`, `20 % of directions`, `parameters 5.5B`."""
+    for name, value in requested.items():
+        if value is None:
+            continue
+        if name in ("remove", "slice"):
+            share = percent(value)
+            return share if name == "remove" else f"{share} of directions"
+        if name == "blocks":
+            return f"{value} blocks" if value != 1 else "1 block"
+        if name.startswith("target_"):
+            return f"{name.removeprefix('target_')} {value:,.0f}" if _large(value) else f"{name[7:]} {value}"
+    return ""
+
+
+def percent(value: float | str) -> str:
+    """Write a share of one as people do; one that is written already stays."""
+    if isinstance(value, str):
+        return value if "%" not in value else value.replace("%", " %").replace("  ", " ")
+    return f"{100 * value:.3g} %"
+
+
+def _large(value: Any) -> bool:
+    return isinstance(value, int | float) and value >= 1000

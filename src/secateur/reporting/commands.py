@@ -1,0 +1,113 @@
+"""The commands that make a cell again, from what its files say."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from secateur.healing.rungs import RUNGS
+from secateur.methods.registry import METHODS
+from secateur.plan import Plan
+from secateur.reporting.cells import Cell, Contents
+
+_OPTIONS = {
+    "remove": "--remove",
+    "blocks": "--blocks",
+    "slice": "--slice",
+    "target_params": "--target-params",
+    "target_memory": "--target-memory",
+    "target_speedup": "--target-speedup",
+    "context": "--context",
+}
+
+
+def commands_of(contents: Contents, cell: Cell) -> list[str]:
+    """Give the command lines for one cell: the whole recipe where there is one, and each stage by itself."""
+    lines = []
+    if cell.recipe is not None:
+        recipe = Path(contents.folder.resolve().name, cell.recipe.relative_to(contents.folder))
+        lines.append(_words("secateur", "run", recipe, "-o", f"again/{cell.name}"))
+    last = contents.model
+    for number, plan in enumerate(cell.plans):
+        file, cut = (f"plan{number or ''}.json", f"cut{number or ''}/")
+        lines += [_plan_line(plan, last, file), _words("secateur", "prune", last, "--plan", file, "-o", cut)]
+        last = cut
+    for facts in cell.healed:
+        lines.append(_heal_line(facts, last))
+        last = "healed/"
+    return lines + _measuring_lines(contents, cell, last)
+
+
+def _plan_line(plan: Plan, model: str, file: str) -> str:
+    firsts = {step.method: step for step in reversed(plan.steps)}
+    methods = list(reversed(firsts))
+    named = plan.requested.get("methods") or ",".join(methods)
+    words: list[object] = ["secateur", "plan", model, "--method", named]
+    for name, value in plan.requested.items():
+        words += [_OPTIONS[name], value] if name in _OPTIONS and value is not None else []
+    for method in (one for one in methods if one in METHODS):
+        owner = f"{method}." if len(methods) > 1 else ""
+        words += _chosen(METHODS[method].settings, firsts[method].settings, owner)
+    words += _texts(plan.texts) if plan.texts else []
+    return _words(*words, "--seed", plan.seed, "-o", file)
+
+
+def _heal_line(facts: dict[str, Any], model: str) -> str:
+    texts = facts.get("texts") or {}
+    rung = str(facts.get("with", "lora"))
+    words: list[object] = ["secateur", "heal", model, "--with", rung]
+    words += ["--texts", texts["source"]] if "source" in texts else []
+    tokens = texts.get("windows", 0) * texts.get("seq_len", 0)
+    words += ["--tokens", tokens, "--seq-len", texts["seq_len"]] if tokens else []
+    words += ["--teacher", facts["teacher"]["source"]] if "teacher" in facts else []
+    words += _chosen(RUNGS[rung].settings, facts.get("settings") or {}) if rung in RUNGS else []
+    return _words(*words, "--seed", facts.get("seed", 0), "-o", "healed/")
+
+
+def _chosen(settings: type[BaseModel], values: dict[str, Any], owner: str = "") -> list[object]:
+    """Give those of these values that somebody chose: settings not at their defaults.
+
+    What a search found stands among them with the losses it compared (`loss_by_…`); it is found again, not set.
+    """
+    fields = settings.model_fields
+    unusual = [name for name in fields if values.get(name) not in (None, fields[name].default)]
+    chosen = [name for name in unusual if f"loss_by_{name}" not in values]
+    return [word for name in chosen for word in ("--set", f"{owner}{name}={values[name]}")]
+
+
+def _measuring_lines(contents: Contents, cell: Cell, model: str) -> list[str]:
+    lines = []
+    against = ["--against", contents.model] if model != contents.model else []
+    read, tasks = cell.measured.perplexity(), cell.measured.tasks()
+    if read is not None or tasks:
+        asked = []
+        if tasks:
+            one = next(one for one in cell.measured.results if one.task == tasks[0])
+            limit = one.settings.get("limit")
+            asked = ["--tasks", ",".join(tasks)] + (["--limit", limit] if limit else [])
+            asked += ["--stability"] if cell.measured.stability() is not None else []
+        texts = _texts(read.texts) if read is not None else []
+        lines.append(_words("secateur", "eval", model, *against, *texts, *asked, "-o", "eval/"))
+    timed = [one.settings for one in cell.measured.results if one.measure == "decode_tokens_per_second"]
+    if timed:
+        batches, prompts = (sorted({one[name] for one in timed if name in one}) for name in ("batch", "prompt"))
+        asked = ["--batch-sizes", ",".join(map(str, batches)), "--prompts", ",".join(map(str, prompts))]
+        asked += ["--new-tokens", timed[0]["new_tokens"]] if "new_tokens" in timed[0] else []
+        asked += ["--repeats", timed[0]["repeats"]] if "repeats" in timed[0] else []
+        lines.append(_words("secateur", "bench", model, *against, *asked, "-o", "bench/"))
+    return lines
+
+
+def _texts(texts: dict[str, Any]) -> list[object]:
+    words: list[object] = []
+    for option, name in (("--texts", "source"), ("--windows", "windows"), ("--seq-len", "seq_len")):
+        if texts.get(name) is not None:
+            words += [option, texts[name]]
+    return words
+
+
+def _words(*words: object) -> str:
+    return shlex.join(str(word) for word in words)

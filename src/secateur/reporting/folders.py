@@ -1,0 +1,191 @@
+"""Read folders that stages wrote. Folders of another format are refused, never guessed at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from secateur.checkpoints.folders import MARKER
+from secateur.errors import InputError, first_line
+from secateur.evaluation.results import Result, read_results
+from secateur.pipeline.run import RECIPE
+from secateur.pipeline.state import State
+from secateur.plan import Plan, plans_in
+from secateur.recipe import read_recipe
+from secateur.reporting.cells import Cell, Contents, Failure, Measured, Sample, amount_of, method_of
+from secateur.scores.profile import Scores
+
+_AMOUNTS = ("remove", "blocks", "slice", "target_params", "target_memory", "target_speedup")
+
+
+def read_folder(folder: str | Path) -> Contents:
+    """Read a study, a run, a demo, a checkpoint, or a folder with scores, a plan or results.
+
+    Raises:
+        InputError: no folder, nothing in it that a report can show, or files of another format version.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {what}; name a folder that secateur wrote, such as a study or a run.")
+    record = _record(folder)
+    if (folder / "cells").is_dir():
+        State.of(folder)
+        cells = [_cell(one) for one in sorted((folder / "cells").iterdir()) if (one / "state.json").is_file()]
+        dense = _measured(folder / "dense", "against") or Measured()
+    else:
+        one = _cell(folder)
+        cells = [one] if _says_something(one) else []
+        dense = _dense_beside(folder)
+    scores = Scores.read(folder / "scores.json") if (folder / "scores.json").is_file() else None
+    if not cells and scores is None:
+        raise InputError(
+            f"{folder}: nothing to report: no cells, plan.json, scores.json, results.jsonl or pruned checkpoint. "
+            "Name a folder written by compare, run, demo, score, prune, heal, eval or bench."
+        )
+    return Contents(
+        kind=str(record.get("command") or ("prune" if "history" in record else "folder")),
+        folder=folder,
+        model=_model(record, cells, dense, scores),
+        cells=tuple(cells),
+        dense=dense,
+        scores=scores,
+        versions=_versions(record, cells),
+    )
+
+
+def _cell(folder: Path) -> Cell:
+    state = State.of(folder)
+    asked = _asked(folder)
+    stages = state.stages
+    cut = folder / str(stages.get("prune", {}).get("cut", "cut"))
+    checkpoint = next((one for one in (folder / "healed", cut, folder) if (one / "config.json").is_file()), None)
+    record = _record(checkpoint) if checkpoint else {}
+    history = record.get("history", [])
+    plans = _plans(history, checkpoint)
+    if not plans and (folder / "plan.json").is_file():
+        plans = (Plan.read(folder / "plan.json"),)
+    healed = tuple(entry["healing"] for entry in history if "healing" in entry)
+    if not healed and "facts" in stages.get("heal", {}):  # the checkpoints were not kept
+        healed = (stages["heal"]["facts"],)
+    measured = _measured(folder, "model") or Measured()
+    some = next(iter(measured.results), None)
+    dense = next(iter(_results_in(folder, "against")), None)
+    removed, parameters, blocks = None, some.parameters if some else None, some.blocks if some else None
+    if plans:
+        parameters, blocks = plans[-1].parameters_after, len(plans[-1].kept_blocks())
+        removed = 1 - parameters / plans[0].parameters_before
+    elif some and dense:
+        removed = 1 - some.parameters / dense.parameters
+    prune, heal = (one if isinstance(one := asked.get(name), dict) else {} for name in ("prune", "heal"))
+    requested = plans[-1].requested if plans else {name: prune[name] for name in _AMOUNTS if name in prune}
+    return Cell(
+        name=state.name or folder.resolve().name,
+        folder=folder,
+        method=(method_of(plans) if plans else str(prune.get("method") or (some.model if some else folder.name)))
+        + _settings(prune),
+        amount=amount_of(requested),
+        healing=" + ".join(str(facts.get("with")) for facts in healed) or heal.get("with"),
+        plans=plans,
+        healed=healed,
+        measured=measured,
+        removed=removed,
+        parameters=parameters,
+        blocks=blocks,
+        seconds={name: float(stage["seconds"]) for name, stage in stages.items() if "seconds" in stage},
+        checked=record["check"].get("passed") if isinstance(record.get("check"), dict) else None,
+        recipe=folder / RECIPE if (folder / RECIPE).is_file() else None,
+        checkpoint=checkpoint,
+        failure=_failure(state),
+    )
+
+
+def _settings(prune: dict[str, Any]) -> str:
+    """Write the settings a recipe gives its method, by which two cells of one method differ."""
+    given = prune.get("settings")
+    return f" ({', '.join(f'{name}={value}' for name, value in given.items())})" if given else ""
+
+
+def _dense_beside(folder: Path) -> Measured:
+    """Read what was measured of the dense model: in the folder itself, or once for the study that it is a cell of."""
+    whole = folder.resolve()
+    if (own := _results_in(folder, "against")) and any(one.measure == "perplexity" or one.task for one in own):
+        return Measured(results=own)
+    shared = _measured(whole.parent.parent / "dense", "against") if whole.parent.name == "cells" else None
+    return shared or Measured(results=own)
+
+
+def _says_something(cell: Cell) -> bool:
+    return bool(cell.plans or cell.healed or cell.measured.results or cell.failure or cell.seconds or cell.recipe)
+
+
+def _model(record: dict[str, Any], cells: list[Cell], dense: Measured, scores: Scores | None) -> str:
+    for cell in cells:
+        if cell.plans:
+            return cell.plans[0].model.source
+    if scores is not None:
+        return scores.model
+    asked = next((one["model"] for cell in cells if (one := _asked(cell.folder)) and "model" in one), None)
+    named = asked or record.get("base_model") or record.get("against") or record.get("model")
+    if named:
+        return str(named)
+    results = [*dense.results, *(one for cell in cells for one in cell.measured.results)]
+    return results[0].model if results else "a model"
+
+
+def _versions(record: dict[str, Any], cells: list[Cell]) -> dict[str, str]:
+    results = [one.versions for cell in cells for one in cell.measured.results]
+    return dict(results[-1] if results else record.get("versions", {}))
+
+
+def _failure(state: State) -> Failure | None:
+    return Failure(**state.failed) if state.failed else None
+
+
+def _asked(folder: Path) -> dict[str, Any]:
+    path = folder / RECIPE
+    return read_recipe(path).model_dump(mode="json", by_alias=True, exclude_none=True) if path.is_file() else {}
+
+
+def _measured(folder: Path, role: str) -> Measured | None:
+    results = _results_in(folder, role)
+    path = folder / "generations.json"
+    samples = tuple(_sample(path, one) for one in _json(path)) if path.is_file() else ()
+    return Measured(results=results, samples=samples) if results or samples else None
+
+
+def _sample(path: Path, one: Any) -> Sample:
+    if not isinstance(one, dict) or not {"prompt", "text"} <= set(one):
+        raise InputError(f"{path}: a sample needs 'prompt' and 'text'; generate it again.")
+    return Sample(**{name: str(one.get(name, "")) for name in ("prompt", "text", "truth")})
+
+
+def _results_in(folder: Path, role: str) -> tuple[Result, ...]:
+    files = (folder / name for name in ("results.jsonl", "bench.jsonl"))
+    return tuple(one for file in files if file.is_file() for one in read_results(file) if one.role == role)
+
+
+def _plans(history: list[dict[str, Any]], checkpoint: Path | None) -> tuple[Plan, ...]:
+    try:
+        return plans_in(history)
+    except ValidationError as error:
+        raise InputError(
+            f"{checkpoint}/{MARKER}: a plan of another version of secateur ({first_line(error)}). "
+            "Make the report with the version that wrote it."
+        ) from error
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / MARKER
+    record = _json(path) if path.is_file() else {}
+    return record if isinstance(record, dict) else {}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable ({first_line(error)}).") from error

@@ -1,0 +1,134 @@
+"""The tables of the page, as data: columns that have something in them, and what sorts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.evaluation.results import Result
+from secateur.reporting.cells import ACCURACIES, Contents, Measured
+from secateur.reporting.verdict import Row, share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One cell of a table: what is shown, and what it is sorted by."""
+
+    text: str
+    value: float | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One row: its name, its entries, whether it stands out, and the stage that failed, if one did."""
+
+    name: str
+    entries: tuple[Entry, ...]
+    marked: bool = False
+    failed: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Named columns and lines; columns hold (heading, what it means, whether numbers stand in it)."""
+
+    columns: tuple[tuple[str, str, bool], ...]
+    lines: tuple[Line, ...]
+
+
+_Column = tuple[str, str, Callable[[Row], Any], Callable[[Any], str]]
+_COLUMNS: tuple[_Column, ...] = (
+    ("method", "what was cut, and how", lambda row: row.cell.method, str),
+    ("asked", "how much was asked for", lambda row: row.cell.amount or None, str),
+    ("healing", "how it was trained afterwards", lambda row: row.cell.healing, str),
+    ("removed", "share of all parameters that is gone", lambda row: row.cell.removed, share),
+    ("parameters", "what is left", lambda row: row.cell.parameters, "{:,}".format),
+    ("blocks", "what is left", lambda row: row.cell.blocks, "{:d}".format),
+    ("perplexity", "on held-out text", lambda row: row.perplexity, "{:.2f}".format),
+    ("× dense", "perplexity as a multiple of the dense model's", lambda row: row.ratio, "{:.3f}".format),
+    ("price", "quality lost per 1 % of parameters removed", lambda row: row.price, "{:.2f}".format),
+    ("accuracy", "mean over tasks", lambda row: row.accuracy, "{:.3f}".format),
+    ("stability", "answers that stay right or wrong, weighted", lambda row: row.stability, "{:.3f}".format),
+    ("flips", "share of answers that changed", lambda row: row.flips, share),
+    ("decode", "tokens/s of writing, × dense", lambda row: row.decode, "{:.2f} ×".format),
+    ("prefill", "tokens/s of reading, × dense", lambda row: row.prefill, "{:.2f} ×".format),
+    ("time", "what all stages took", lambda row: sum(row.cell.seconds.values()) or None, lambda value: duration(value)),
+)
+
+
+def cells_table(rows: Sequence[Row], front: Sequence[Row]) -> Table:
+    """One line per cell; columns that no cell has anything in are left out."""
+    kept = [one for one in _COLUMNS if any(one[2](row) is not None for row in rows)]
+    lines = []
+    for row in rows:
+        values = [(read(row), show) for _, _, read, show in kept]
+        lines.append(
+            Line(
+                name=row.cell.name,
+                entries=tuple(_entry(value, show) for value, show in values),
+                marked=row in front,
+                failed=row.cell.failure.stage if row.cell.failure else "",
+            )
+        )
+    columns = tuple((name, says, name not in ("method", "asked", "healing")) for name, says, _, _ in kept)
+    return Table(columns=columns, lines=tuple(lines))
+
+
+def tasks_table(contents: Contents, rows: Sequence[Row]) -> Table | None:
+    """Accuracy, stability and flips of every task, the dense model first; None where no task was asked."""
+    cells = [row.cell for row in rows if row.cell.measured.tasks()]
+    tasks = list(dict.fromkeys(task for cell in cells for task in cell.measured.tasks()))
+    if not tasks:
+        return None
+    wanted = [
+        (task, name, measures)
+        for task in tasks
+        for name, measures in (("accuracy", ACCURACIES), ("stability", ("stability",)), ("flips", ("flips",)))
+        if any(cell.measured.of_task(task, *measures) for cell in cells)
+    ]
+    models: list[tuple[str, Measured]] = [("dense", contents.dense)] if contents.dense.tasks() else []
+    models += [(cell.name, cell.measured) for cell in cells]
+    lines = tuple(
+        Line(name=name, entries=tuple(_score(measured.of_task(task, *measures)) for task, _, measures in wanted))
+        for name, measured in models
+    )
+    says = {"accuracy": "share answered right", "stability": "answers that stay right or wrong", "flips": "changed"}
+    columns = tuple((f"{task} {name}", says[name], True) for task, name, _ in wanted)
+    return Table(columns=columns, lines=lines)
+
+
+def healing_lines(contents: Contents) -> list[tuple[str, str]]:
+    """Say of each training what it was, on how much, and what it brought on held-back text."""
+    said = []
+    for cell in contents.cells:
+        for facts in cell.healed:
+            source = (facts.get("texts") or {}).get("source", "text")
+            parts = [f"{facts.get('with')}, {facts.get('tokens', 0):,} tokens of {source}"]
+            if "start_loss" in facts:
+                parts.append(f"held-back loss {facts['start_loss']:.3f} → {facts['best_loss']:.3f}")
+            parts += [
+                f"block {block}: error {one['start_loss']:.3g} → {one['best_loss']:.3g}"
+                for block, one in facts.get("blocks", {}).items()
+            ]
+            said.append((cell.name, "; ".join(parts)))
+    return said
+
+
+def duration(seconds: float) -> str:
+    """Write a time as people do."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _entry(value: Any, show: Callable[[Any], str]) -> Entry:
+    return Entry(text="—") if value is None else Entry(text=show(value), value=value)
+
+
+def _score(result: Result | None) -> Entry:
+    if result is None:
+        return Entry(text="—")
+    error = result.spread.get("stderr")
+    return Entry(text=f"{result.value:.3f}" + (f" ±{error:.3f}" if error is not None else ""), value=result.value)

@@ -1,0 +1,216 @@
+"""Who won: the price of what each cell took out, the Pareto front, and the sentence at the top of the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from secateur.reporting.cells import Cell, Contents, Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The numbers of one cell beside the dense model's; None where not measured.
+
+    Attributes:
+        cell: whose they are.
+        perplexity: on held-out text.
+        ratio: of the perplexity to the dense model's.
+        accuracy: mean over the tasks, with `lost` the points (of 1) below the dense model.
+        stability: share of answers that stay right or wrong, mean over the tasks.
+        flips: share of answers that changed.
+        decode, prefill: tokens per second of writing and reading, as ratios to the dense model's in the same rounds.
+        quality: what is drawn: `ratio`, or `lost` where no perplexity was measured. Higher is worse.
+        price: quality lost for each 1 % of parameters removed: per cent of perplexity, or points of accuracy.
+    """
+
+    cell: Cell
+    perplexity: float | None = None
+    ratio: float | None = None
+    accuracy: float | None = None
+    lost: float | None = None
+    stability: float | None = None
+    flips: float | None = None
+    decode: float | None = None
+    prefill: float | None = None
+    quality: float | None = None
+    price: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Cells of one amount, the cheapest first."""
+
+    amount: str
+    healed: bool
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a reader should know after ten seconds.
+
+    Attributes:
+        headline: the result in one line, without its numbers where several cells are compared.
+        sentence: the numbers.
+        best: the row the headline is about; None where nothing was measured.
+    """
+
+    headline: str
+    sentence: str
+    best: Row | None
+
+    @property
+    def title(self) -> str:
+        """Give the headline with the numbers it lacks."""
+        if self.best is None or self.best.ratio is None or not self.sentence:
+            return self.headline
+        return f"{self.headline}: {says_row(self.best)}"
+
+
+def rows_of(contents: Contents) -> list[Row]:
+    """Give the numbers of every cell: amount by amount, the cheapest first; cells without numbers come last."""
+    by_perplexity = any(cell.measured.perplexity() for cell in contents.cells)
+    rows = [_row(cell, contents.dense, by_perplexity=by_perplexity) for cell in contents.cells]
+    ranked = [row for one in rankings(rows) for row in one.rows]
+    return ranked + sorted((row for row in rows if row not in ranked), key=lambda row: row.cell.failure is not None)
+
+
+def _row(cell: Cell, dense: Measured, *, by_perplexity: bool) -> Row:
+    here, there = cell.measured.perplexity(), dense.perplexity()
+    comparable = here and there and here.texts.get("fingerprint") == there.texts.get("fingerprint")
+    ratio = here.value / there.value if comparable and here and there else None
+    accuracy, before = cell.measured.accuracy(), dense.accuracy()
+    lost = before - accuracy if accuracy is not None and before is not None else None
+    quality = ratio if by_perplexity else lost
+    cost = None if quality is None else 100 * (math.log(quality) if by_perplexity else quality)
+    decode, prefill = (cell.measured.ratio(f"{what}_tokens_per_second") for what in ("decode", "prefill"))
+    return Row(
+        cell=cell,
+        perplexity=here.value if here else None,
+        ratio=ratio,
+        accuracy=accuracy,
+        lost=lost,
+        stability=cell.measured.stability(),
+        flips=cell.measured.flips(),
+        decode=decode.ratio if decode else None,
+        prefill=prefill.ratio if prefill else None,
+        quality=quality,
+        price=cost / (100 * cell.removed) if cost is not None and cell.removed and cell.removed > 0 else None,
+    )
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Say of each (cost, cost) point whether no other is at least as low in both and lower in one."""
+    best = math.inf
+    front = [False] * len(points)
+    previous: tuple[float, float] | None = None
+    for number in sorted(range(len(points)), key=lambda one: points[one]):
+        if points[number][1] < best or points[number] == previous:
+            front[number], best, previous = True, points[number][1], points[number]
+    return front
+
+
+def rankings(rows: Sequence[Row]) -> list[Ranking]:
+    """Rank the cells of each amount by price, those that were healed apart from the others."""
+    groups: dict[tuple[bool, str], list[Row]] = {}
+    for row in rows:
+        if row.price is not None:
+            groups.setdefault((row.cell.healing is not None, row.cell.amount), []).append(row)
+    ranked = [
+        Ranking(amount=amount, healed=healed, rows=tuple(sorted(group, key=_price)))
+        for (healed, amount), group in groups.items()
+    ]
+    return sorted(ranked, key=lambda one: (one.healed, sum(row.cell.removed or 0 for row in one.rows) / len(one.rows)))
+
+
+def verdict(contents: Contents, rows: Sequence[Row]) -> Verdict:
+    """Say which method keeps the most, or what became of the one model there is."""
+    model = contents.model_name
+    ranked = rankings(rows)
+    if contents.is_study and ranked:
+        return _winner(model, ranked)
+    row = next(iter(rows), None)
+    if row is not None and not contents.is_study:
+        return _single(model, row)
+    if contents.scores is not None and contents.scores.block_influence is not None:
+        influence = contents.scores.block_influence
+        least = sorted(sorted(range(len(influence)), key=lambda block: influence[block])[: max(1, len(influence) // 4)])
+        return Verdict(
+            headline=f"{model} leans least on block{'s' if len(least) > 1 else ''} {_listed(least)}",
+            sentence="They change the hidden states least, so they are the first to try to do without.",
+            best=None,
+        )
+    failed = sum(cell.failure is not None for cell in contents.cells)
+    state = f"{failed} of {len(contents.cells)} cells failed; nothing was compared." if failed else ""
+    return Verdict(headline=f"{model}: nothing compared with the dense model yet", sentence=state, best=None)
+
+
+def _winner(model: str, ranked: Sequence[Ranking]) -> Verdict:
+    fair = [one for one in ranked if not one.healed] or list(ranked)
+    won: dict[str, list[Row]] = {}
+    for one in fair:
+        won.setdefault(one.rows[0].cell.label, []).append(one.rows[0])
+    name, firsts = min(won.items(), key=lambda item: (-len(item[1]), sum(map(_price, item[1])) / len(item[1])))
+    best = firsts[-1]
+    rivals = next(one.rows for one in fair if best in one.rows)
+    parts = [f"{says_row(best)}."]
+    if len(rivals) > 1:
+        parts.append(f"Next is {rivals[1].cell.label}: {says_row(rivals[1], short=True)}.")
+    others = [f"{one.rows[0].cell.label} at {one.amount}" for one in fair if one.rows[0] not in firsts]
+    if others:
+        parts.append(f"Elsewhere {', '.join(others)} comes first.")
+    elif len(fair) > 1:
+        parts.append(f"It comes first at all {len(fair)} amounts.")
+    healed = [row for one in ranked if one.healed and one not in fair for row in one.rows]
+    if healed:
+        cheapest = min(healed, key=lambda row: (row.cell.amount != best.cell.amount, row.price))
+        parts.append(f"Best with training: {cheapest.cell.label}, {says_row(cheapest, short=True)}.")
+    return Verdict(headline=f"{name} keeps the most of {model}", sentence=" ".join(parts), best=best)
+
+
+def _single(model: str, row: Row) -> Verdict:
+    cell = row.cell
+    sentence = ""
+    if cell.failure is not None:
+        headline, sentence = f"{cell.label} failed at {cell.failure.stage}", cell.failure.error
+    elif row.quality is None and cell.removed is not None:
+        headline = f"{cell.label} takes {share(cell.removed)} off {model}"
+        sentence = "Its quality was not compared with the dense model's."
+    elif row.quality is None:
+        speed = (
+            f" writes {row.decode:.2f} × as fast as {model}" if row.decode else " was not compared with another model"
+        )
+        headline = f"{Path(cell.label).name}{speed}"
+    else:
+        kept = f"perplexity at {row.ratio:.2f} × dense" if row.ratio else f"an accuracy of {row.accuracy:.3f}"
+        size = f" with {share(cell.removed)} of {model} gone" if cell.removed else f" ({model})"
+        headline = f"{cell.label} keeps {kept}{size}"
+    return Verdict(headline=headline, sentence=sentence, best=row)
+
+
+def says_row(row: Row, *, short: bool = False) -> str:
+    """Say what one cell cost and what it took out."""
+    removed = share(row.cell.removed)
+    size = f"{removed} gone" if short else f"{removed} of the parameters gone"
+    if row.ratio is not None:
+        return f"{row.ratio:.2f} ×{'' if short else ' the dense perplexity'} with {size}"
+    lost = 100 * (row.lost or 0)
+    return f"{abs(lost):.1f} points of accuracy {'lost' if lost > 0 else 'gained'} with {size}"
+
+
+def share(value: float | None) -> str:
+    """Write a share of one in per cent, in one piece."""
+    return f"{100 * (value or 0):.1f}\N{NO-BREAK SPACE}%"
+
+
+def _price(row: Row) -> float:
+    assert row.price is not None
+    return row.price
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    words = [str(one) for one in numbers]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
