@@ -20,7 +20,8 @@ from secateur.options import read_pairs
 from secateur.settings import read_settings
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
+BESIDE = [ROOT / "benchmarks" / "README.md", ROOT / "recipes" / "README.md"]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *BESIDE])
 NAMED = {str(page.relative_to(ROOT)): page for page in PAGES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
