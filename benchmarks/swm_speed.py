@@ -1,9 +1,13 @@
-"""Sliding-window merging at one budget, against running a whole merged copy of the model for every candidate."""
+"""Sliding-window merging at one budget, against running a whole merged copy of the model for every candidate.
+
+Arguments: windows, tokens of a window, blocks to take out, rounds.
+"""
 
 from __future__ import annotations
 
 import copy
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -172,4 +176,4 @@ def main(windows: int = 4, length: int = 256, count: int = 3, rounds: int = 2) -
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from secateur.evaluation.evaluate import measure_reference
 from secateur.files import replace_file
 from secateur.models.decoder import Decoder
 from secateur.models.open import open_model
-from secateur.pipeline.run import RECIPE, SAMPLES, Run, fingerprint_of, measuring_key
+from secateur.pipeline.run import CUT, HEALED, RECIPE, SAMPLES, Run, fingerprint_of, measuring_key
 from secateur.pipeline.stages import keep_samples
 from secateur.pipeline.state import State
 from secateur.recipe import Study, digest
@@ -71,17 +72,19 @@ def run_study(
     count = workers or (local.default_workers() if on == "local" else None)
     phases = _phases(rows[0][0], count)
     for number, stages in enumerate(phases):
-        names = [_pending(row, folder, fingerprint, stages) for row in rows]
+        names = [_pending(row, folder, fingerprint, stages, failed=number == 0) for row in rows]
         jobs = [Job(folder, row[0].name, cells, stages) for row, cells in zip(rows, names, strict=True) if cells]
         last = number + 1 == len(phases)
         for job in progress(_queue(on, jobs, count if stages != ("bench",) else 1, address), "cells", len(jobs)):
             for name in job.cells:
                 outcome = outcome_of(folder / CELLS / name)
-                if last or outcome.failed:
+                if number == 0 or outcome.failed:
                     finished(outcome)
-        if last and not keep:
-            for cell in (cell for row in rows for cell in row):
-                Run(cell.recipe, folder / CELLS / cell.name, fingerprint=fingerprint).discard()
+            if last and not keep:
+                _discard(next(row for row in rows if row[0].name == job.first), folder)
+    if not keep:
+        for row in rows:
+            _discard(row, folder)
     return [outcome_of(folder / CELLS / cell.name) for row in rows for cell in row]
 
 
@@ -147,9 +150,19 @@ def _phases(cell: Cell, workers: int | None) -> list[tuple[str, ...] | None]:
     return [("plan", "prune", "heal", "eval", "generate"), ("bench",)]
 
 
-def _pending(row: Sequence[Cell], folder: Path, fingerprint: str, stages: Sequence[str] | None) -> tuple[str, ...]:
+def _pending(
+    row: Sequence[Cell], folder: Path, fingerprint: str, stages: Sequence[str] | None, *, failed: bool
+) -> tuple[str, ...]:
+    """Name the cells that have something to do; those that failed only where they are to be tried again."""
     runs = {cell.name: Run(cell.recipe, folder / CELLS / cell.name, fingerprint=fingerprint) for cell in row}
-    return tuple(name for name, run in runs.items() if run.pending(stages))
+    return tuple(name for name, run in runs.items() if run.pending(stages) and (failed or not run.state.failed))
+
+
+def _discard(row: Sequence[Cell], folder: Path) -> None:
+    """Remove the checkpoints of cells that share a cut; results stay."""
+    for cell in row:
+        for name in (CUT, HEALED):
+            shutil.rmtree(folder / CELLS / cell.name / name, ignore_errors=True)
 
 
 def _queue(on: Engine, jobs: Sequence[Job], workers: int | None, address: str | None) -> Iterator[Job]:

@@ -7,6 +7,7 @@ bars give way to ours, and data files of a task folder are looked for beside the
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import lm_eval.api.task as lm_task
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError
@@ -258,13 +260,16 @@ def _gold(task: Any, doc: Any, choices: Sequence[str]) -> frozenset[int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness from logging what it is about to do."""
+    """Keep the harness from logging what it is about to do, and from drawing bars of its own."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     before = [logger.level for logger in loggers]
+    bar = lm_task.tqdm
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    lm_task.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
+        lm_task.tqdm = bar
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)

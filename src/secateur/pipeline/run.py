@@ -85,11 +85,6 @@ class Run:
             wanted.add("plan")
         return [stage for stage in self.keys if stage in wanted]
 
-    def discard(self) -> None:
-        """Remove the checkpoints; results stay."""
-        for name in (CUT, HEALED):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-
     def _done(self, stage: str) -> bool:
         return self.state.finished(stage, self.keys[stage])
 
