@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
 from secateur.calibration.progress import Progress
+from secateur.calibration.stream import perplexity_of
 from secateur.methods.amounts import gigabytes
 from secateur.methods.registry import METHODS
-from secateur.plan import Plan
+from secateur.plan import Plan, Search
 from secateur.scores.profile import Scores
 from secateur.steps import AnyStep
 
@@ -74,8 +76,8 @@ def _least_needed(values: Sequence[float], *, most_is_least: bool) -> set[int]:
     return set(order[: max(1, len(values) // 4)])
 
 
-def plan_summary(plan: Plan) -> Table:
-    """What stays, what goes, and the sizes."""
+def plan_summary(plan: Plan) -> RenderableType:
+    """What stays, what goes, the sizes, and the candidates it was chosen from."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("model", f"{plan.model.source} ({plan.model.family})")
     for step in plan.steps:
@@ -94,6 +96,30 @@ def plan_summary(plan: Plan) -> Table:
             "measured on",
             f"{plan.texts['windows']} windows of {plan.texts['seq_len']}, {plan.texts['source']}",
         )
+    return table if plan.search is None else Group(table, "", search_table(plan.search, plan.parameters_before))
+
+
+def search_table(search: Search, parameters: int) -> Table:
+    """The plans that were tried, of a model of so many parameters, the best first; refused ones below."""
+    table = Table(
+        title=f"Plans tried: fitted to {search.fitted} windows, perplexity on {search.held_back} others "
+        f"(dense: {perplexity_of(search.dense_loss):.2f})",
+        title_justify="left",
+        caption="front: no other plan is smaller and better; dim: on the way, or refused",
+        caption_justify="left",
+    )
+    for name in ("", "blocks out by", "blocks", "then", "removed", "perplexity"):
+        table.add_column(name, justify="right" if name in ("blocks", "removed", "perplexity") else "left")
+    places = range(len(search.candidates))
+    for place in sorted(places, key=lambda one: (search.candidates[one].loss is None, search.candidates[one].loss)):
+        one = search.candidates[place]
+        mark = "best" if place == search.best else "front" if place in search.front else ""
+        row = (mark, one.depth or "–", str(one.blocks or "–"), one.width or "–")
+        if one.loss is None or one.parameters is None:
+            table.add_row(*row, "–", escape(one.refused or ""), style="dim")
+        else:
+            found = (f"{1 - one.parameters / parameters:.1%}", f"{perplexity_of(one.loss):.2f}")
+            table.add_row(*row, *found, style="bold" if mark == "best" else None if one.enough else "dim")
     return table
 
 

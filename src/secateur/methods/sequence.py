@@ -83,12 +83,12 @@ def whole_budget(parts: tuple[Part, ...], amounts: dict[str, Any]) -> Budget:
         raise InputError(f"{own[0].knob} and another amount contradict each other; give one of them.")
     budget = own[0] if own else read_budget(**amounts)
     if budget.aim in ("blocks", "slice", "ratio"):
-        native = {part.method.native for part in parts}
         if len(parts) > 1:
             raise InputError(f"several methods share one budget: give remove or target-params, not {budget.aim}.")
-        if budget.aim not in native:
+        if budget.aim != parts[0].method.native:
+            unit = f"{parts[0].method.native}, " if parts[0].method.native else ""
             raise InputError(
-                f"{parts[0].method.name} does not count in {budget.aim}; give {native.pop()}, remove or target-params."
+                f"{parts[0].method.name} does not count in {budget.aim}; give {unit}remove or target-params."
             )
     return budget
 

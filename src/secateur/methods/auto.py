@@ -1,0 +1,351 @@
+"""Depth and width together: how many blocks go, by which method, and which method narrows or slices what is left.
+
+Ours (METHODS §8). A candidate is a single method, or one that takes out 1, 2, 3, … blocks and one that brings what is
+left down to what was asked for. Candidates are made and measured as `prune` would make them, and Optuna proposes which
+to try next. Their losses are those on calibration windows that were held back: matrices and repairs are least-squares
+fits to the windows they are measured on, so that the loss there flatters whatever fits most parameters.
+
+What one candidate measures the others use: scores and errors of the dense model are measured once, a model with fewer
+blocks is made once for every width tried on it, whichever method it comes from, and no plan is measured twice. Every
+candidate removes what was asked for, but for a twentieth of it at most, so that none wins by being larger. Models with
+fewer blocks on their way to that are measured too, which costs little: they show on the front what less would cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator, Field
+
+from secateur.calibration.stream import mean_loss
+from secateur.calibration.texts import Windows
+from secateur.errors import InputError, ModelError, NumericsError, SecateurError, unknown
+from secateur.methods.budget import Budget, weigh
+from secateur.methods.method import Evidence, Method, MethodSettings
+from secateur.methods.split_search import Split, all_splits, search
+from secateur.methods.targets import weighed
+from secateur.models.decoder import Decoder
+from secateur.plan import Candidate, Search
+from secateur.steps import AnyStep
+
+Steps = tuple[AnyStep, ...]
+Apply = Mapping[str, Callable[[Evidence, Any], Decoder]]
+
+_NONE = "none"
+_SLACK = 0.05
+"""Share of what is to go by which a candidate may miss it."""
+_TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}
+"""Settings with which a method needs no training, so that it can be tried."""
+_FORWARDS_EACH = 5.0
+
+
+def _names(given: Any) -> Any:
+    return tuple(name.strip() for name in given.split(",")) if isinstance(given, str) else given
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+
+
+class AutoSettings(MethodSettings):
+    """Settings of `auto`."""
+
+    depth: Names = Field(
+        (_NONE, "replaceme", "streamline"),
+        description="methods that may take blocks out; with none among them, width alone is tried too",
+    )
+    width: Names = Field(
+        (_NONE, "obs-width", "stock-slicing"),
+        description="methods that may slice or narrow what is left; with none among them, depth alone is tried too",
+    )
+    trials: int = Field(16, ge=1, description="how many plans are measured at most; single methods come first")
+    held_back: float = Field(
+        0.25, gt=0, lt=1, description="share of the calibration windows that plans are compared on, and not fitted to"
+    )
+
+
+class _Member(NamedTuple):
+    """A method that takes part, and its settings."""
+
+    method: Method
+    settings: Any
+
+    def decide(self, evidence: Evidence, budget: Budget) -> Steps:
+        return tuple(self.method.decide(evidence, self.settings, budget))
+
+
+def _members(settings: AutoSettings, known: Mapping[str, Method]) -> dict[str, _Member]:
+    """Look up the methods that take part.
+
+    Raises:
+        InputError: an unknown one, one on the wrong side, or none at all.
+    """
+    for side, wanted in (("depth", True), ("width", False)):
+        fitting = [name for name, method in known.items() if (method.native == "blocks") == wanted]
+        for name in getattr(settings, side):
+            if name not in (_NONE, *fitting):
+                raise unknown(f"method for {side}", name, [_NONE, *fitting])
+    names = [name for name in dict.fromkeys((*settings.depth, *settings.width)) if name != _NONE]
+    if not names:
+        raise InputError("auto: depth=none and width=none leave nothing to try; name a method.")
+    return {name: _Member(known[name], known[name].read_settings(_TRAINING_FREE.get(name, {}))) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """A model that has fewer blocks, or the dense one.
+
+    Attributes:
+        steps: how it was made.
+        kept: blocks of the dense model that are left.
+        evidence: about it.
+    """
+
+    steps: Steps
+    kept: tuple[int, ...]
+    evidence: Evidence
+
+
+class _Made(NamedTuple):
+    """A candidate that was made and measured."""
+
+    steps: Steps
+    parameters: int
+    gone: int
+    loss: float
+
+
+class _Trials:
+    """Makes and measures candidates; nothing twice."""
+
+    def __init__(
+        self, evidence: Evidence, held_back: Windows, budget: Budget, members: Mapping[str, _Member], apply: Apply
+    ) -> None:
+        self.budget, self.held_back = budget, held_back
+        self._members, self._apply = members, apply
+        self.dense = _Cut((), tuple(range(evidence.decoder.block_count)), evidence)
+        self._cuts: dict[tuple[str, int], _Cut] = {}
+        self._evidence = {evidence.decoder.fingerprint: evidence}
+        self._made: dict[tuple[str, str | None], _Made] = {}
+
+    def most_blocks(self) -> int:
+        """Count how many blocks can go so that something is left for the other method to do."""
+        decoder = self.dense.evidence.decoder
+        weights, whole = weigh(self.budget, decoder.block_parameter_counts(), decoder.parameter_count)
+        lightest = sorted(weights)
+        wanted = whole - self.budget.limit(whole)
+        return sum(sum(lightest[: count + 1]) < wanted for count in range(len(lightest) - 1))
+
+    def make(self, split: Split) -> _Made:
+        """Make and measure a candidate.
+
+        Raises:
+            InputError: it cannot meet the budget.
+            ModelError: a method cannot cut this model.
+            NumericsError: NaN or infinity on the way.
+        """
+        cut = self.dense if split.depth is None else self._without_blocks(split.depth, split.blocks)
+        return self._known(cut, split.width)
+
+    def on_the_way(self, split: Split) -> _Made:
+        """Measure a candidate of two methods as the first leaves it; make the candidate first.
+
+        Raises:
+            NumericsError: NaN or infinity on the way.
+        """
+        assert split.depth is not None
+        return self._known(self._without_blocks(split.depth, split.blocks), None)
+
+    def _known(self, cut: _Cut, width: str | None) -> _Made:
+        key = (cut.evidence.decoder.fingerprint, width)
+        if key not in self._made:
+            self._made[key] = self._measured(cut, width)
+        made = self._made[key]
+        return made._replace(steps=cut.steps + made.steps)
+
+    def _without_blocks(self, name: str, blocks: int) -> _Cut:
+        """Take out so many blocks, or, where nothing comes after, as many as the budget asks for."""
+        if (name, blocks) not in self._cuts:
+            dense = self.dense.evidence
+            steps = self._members[name].decide(dense, Budget("blocks", blocks) if blocks else self.budget)
+            self._cuts[name, blocks] = self._after(steps, dense)
+        return self._cuts[name, blocks]
+
+    def _after(self, steps: Steps, evidence: Evidence) -> _Cut:
+        kept = self.dense.kept
+        for step in steps:
+            kept = tuple(kept[place] for place in step.kept(len(kept)))
+            left = self._apply[step.kind](evidence, step)
+            evidence = self._evidence.setdefault(left.fingerprint, evidence.of(left))
+        return _Cut(steps, kept, evidence)
+
+    def _measured(self, cut: _Cut, width: str | None) -> _Made:
+        evidence, steps = cut.evidence, Steps()
+        decoder = evidence.decoder
+        if width is not None:
+            member = self._members[width]
+            steps = member.decide(evidence, self._rest(cut, member))
+            for step in steps:
+                decoder = self._apply[step.kind](evidence, step)
+                evidence = evidence.of(decoder)
+        loss = mean_loss(decoder, self.held_back, batch_size=evidence.batch_size)
+        return _Made(steps, decoder.parameter_count, len(self.dense.kept) - decoder.block_count, loss)
+
+    def _rest(self, cut: _Cut, member: _Member) -> Budget:
+        """Give the budget as it stands for the model at hand.
+
+        Raises:
+            InputError: nothing is left to do.
+        """
+        budget, decoder, scale = self.budget, cut.evidence.decoder, self.budget.scale
+        if scale is not None:
+            pace = member.method.pace_of(member.settings)
+            if pace is not None and scale.unit == "seconds":
+                budget = weighed(budget, decoder, pace)
+            else:
+                budget = dataclasses.replace(budget, scale=scale.after(cut.kept, decoder.parameter_count))
+        now = decoder.parameter_count if budget.scale is None else budget.scale.total
+        if now <= budget.limit(now):
+            raise InputError(f"without blocks {_gone(cut)} nothing is left to do.")
+        return budget
+
+
+def _gone(cut: _Cut) -> str:
+    return ", ".join(str(block) for block in range(max(cut.kept)) if block not in cut.kept)
+
+
+def decide(
+    known: Mapping[str, Method], apply: Apply, evidence: Evidence, settings: AutoSettings, budget: Budget
+) -> Sequence[AnyStep]:
+    """Try candidates; gives the steps of the best, and leaves the record in `evidence.facts["search"]`.
+
+    Raises:
+        InputError: no candidate meets the budget, a setting names what cannot take part, or there is one window.
+        ModelError: no candidate can cut this model.
+        NumericsError: the dense model, or every candidate, has no loss.
+    """
+    members = _members(settings, known)
+    fitted, held_back = evidence.need_windows().split_off(settings.held_back)
+    dense_loss = mean_loss(evidence.decoder, held_back, batch_size=evidence.batch_size)
+    goal = _at_most(budget, evidence.decoder.parameter_count)
+    trials = _Trials(dataclasses.replace(evidence, windows=fitted), held_back, goal, members, apply)
+    tried = _Tried(trials)
+    depth, width = ([None if name == _NONE else name for name in side] for side in (settings.depth, settings.width))
+    splits = all_splits(depth, width, trials.most_blocks())
+    search(splits, tried.measure, trials=settings.trials, seed=evidence.seed, progress=evidence.progress)
+    best, steps = tried.best()
+    evidence.facts["search"] = Search(
+        fitted=len(fitted),
+        held_back=len(held_back),
+        dense_loss=round(dense_loss, 6),
+        candidates=tuple(tried.candidates),
+        front=front([(one.parameters, one.loss) for one in tried.candidates]),
+        best=best,
+        settings=settings.model_dump(mode="json"),
+    )
+    return steps
+
+
+class _Tried:
+    """What was tried, in order, and what came of it.
+
+    Attributes:
+        candidates: all of them.
+    """
+
+    def __init__(self, trials: _Trials) -> None:
+        self.candidates: list[Candidate] = []
+        self._trials = trials
+        self._steps: dict[int, Steps] = {}
+        self._failures: list[SecateurError] = []
+        self._impossible: set[str | None] = set()
+        self._on_the_way: set[tuple[str | None, int]] = set()
+
+    def measure(self, split: Split) -> float | None:
+        """Try a split; gives its loss, or None where there is none.
+
+        A method that by itself cannot cut the model is not tried again.
+        """
+        if self._impossible & {split.depth, split.width}:
+            return None
+        made = self._note(split, self._trials.make)
+        if made is not None and split.blocks and (split.depth, split.blocks) not in self._on_the_way:
+            self._on_the_way.add((split.depth, split.blocks))
+            self._note(split._replace(width=None), self._trials.on_the_way)
+        return None if made is None else made.loss
+
+    def _note(self, split: Split, make: Callable[[Split], _Made]) -> _Made | None:
+        named = Candidate(depth=split.depth, blocks=split.blocks or None, width=split.width)
+        try:
+            made = make(split)
+        except (InputError, ModelError, NumericsError) as error:
+            self._failures.append(error)
+            self.candidates.append(named.model_copy(update={"refused": str(error)}))
+            if isinstance(error, ModelError) and not split.blocks:
+                self._impossible |= {split.depth, split.width} - {None}
+            return None
+        enough = split.width is not None or not split.blocks
+        if enough:
+            self._steps[len(self.candidates)] = made.steps
+        facts = {"blocks": made.gone, "parameters": made.parameters, "loss": round(made.loss, 6), "enough": enough}
+        self.candidates.append(named.model_copy(update=facts))
+        return made
+
+    def best(self) -> tuple[int, Steps]:
+        """Give the place of the candidate of least loss that removes enough, and its steps.
+
+        Raises:
+            SecateurError: there is none; of the kind of what went wrong.
+        """
+        if not self._steps:
+            kinds = {type(error) for error in self._failures}
+            kind = kinds.pop() if len(kinds) == 1 else InputError
+            raise kind(f"auto: no plan can be made. {' '.join(dict.fromkeys(map(str, self._failures)))}")
+        place = min(self._steps, key=lambda one: (self.candidates[one].loss, self.candidates[one].parameters))
+        return place, self._steps[place]
+
+
+def _at_most(budget: Budget, total: int) -> Budget:
+    """Give a share to be removed as a size that no candidate may exceed, so that all can be compared."""
+    if budget.aim != "remove":
+        return budget
+    return Budget("target_params", total * (1 - budget.value * (1 - _SLACK)))
+
+
+def front(found: Sequence[tuple[int | None, float | None]]) -> tuple[int, ...]:
+    """Give the places of those (parameters, loss) to which no other is preferable, the largest model first.
+
+    Another is preferable if it is no larger and no worse, and not the same in both; of equal ones the first stays.
+    Those without parameters or loss do not count.
+    """
+    best: list[tuple[int, float, int]] = []
+    numbers = ((size, loss, place) for place, (size, loss) in enumerate(found) if size is not None and loss is not None)
+    for one in sorted(numbers):
+        if not best or one[1] < best[-1][1]:
+            best.append(one)
+    return tuple(place for *_, place in reversed(best))
+
+
+def method_over(known: Mapping[str, Method], apply: Apply) -> Method:
+    """Make the method that tries others.
+
+    Args:
+        known: the methods by name.
+        apply: how each kind of step is applied.
+    """
+
+    def forwards(blocks: int, gone: int, settings: AutoSettings) -> float:
+        deciding = sum(one.method.forwards(blocks, gone, one.settings) for one in _members(settings, known).values())
+        return 1 + deciding + _FORWARDS_EACH * settings.trials
+
+    return Method(
+        name="auto",
+        summary="splits what is to go between blocks and their widths, by trying: the least loss on windows held back",
+        paper="secateur's own (docs/methods/auto.md)",
+        settings=AutoSettings,
+        decide=partial(decide, known, apply),
+        native=None,
+        forwards=forwards,
+    )
