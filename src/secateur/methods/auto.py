@@ -43,7 +43,8 @@ _FORWARDS_EACH = 5.0
 
 
 def _names(given: Any) -> Any:
-    return tuple(name.strip() for name in given.split(",")) if isinstance(given, str) else given
+    names = given.split(",") if isinstance(given, str) else given
+    return tuple(dict.fromkeys(str(name).strip() for name in names))
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
@@ -64,6 +65,20 @@ class AutoSettings(MethodSettings):
     held_back: float = Field(
         0.25, gt=0, lt=1, description="share of the calibration windows that plans are compared on, and not fitted to"
     )
+    of: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="settings of the methods that take part, each as METHOD.SETTING"
+    )
+
+    @classmethod
+    def gathered(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Put `replaceme.max_window` into `of`."""
+        plain = {name: value for name, value in given.items() if "." not in name}
+        dotted: dict[str, dict[str, Any]] = {}
+        for name, value in given.items():
+            owner, dot, setting = name.partition(".")
+            if dot:
+                dotted.setdefault(owner, {})[setting] = value
+        return plain | ({"of": dotted} if dotted else {})
 
 
 class _Member(NamedTuple):
@@ -90,7 +105,22 @@ def _members(settings: AutoSettings, known: Mapping[str, Method]) -> dict[str, _
     names = [name for name in dict.fromkeys((*settings.depth, *settings.width)) if name != _NONE]
     if not names:
         raise InputError("auto: depth=none and width=none leave nothing to try; name a method.")
-    return {name: _Member(known[name], known[name].read_settings(_TRAINING_FREE.get(name, {}))) for name in names}
+    for name in settings.of:
+        if name not in names:
+            raise unknown("method that takes part", name, names)
+    return {name: _member(known[name], settings.of.get(name, {})) for name in names}
+
+
+def _member(method: Method, given: dict[str, Any]) -> _Member:
+    fixed = _TRAINING_FREE.get(method.name, {})
+    wrong = [name for name, value in fixed.items() if given.get(name, value) != value]
+    if wrong:
+        raise InputError(f"{method.name}.{wrong[0]}={given[wrong[0]]}: auto trains nothing; leave it out.")
+    settings = method.read_settings(given | fixed)
+    amount = settings.own_amount()
+    if amount is not None:
+        raise InputError(f"{method.name}.{amount.knob}: auto decides how much each method takes; leave it out.")
+    return _Member(method, settings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,11 @@ class MethodSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @classmethod
+    def gathered(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Give settings by the names they have here, of those by the names under which they are typed."""
+        return given
+
     def own_amount(self) -> Budget | None:
         """Give the amount that one of these settings asks for by itself, as the papers' knobs do; None without."""
         return None
@@ -133,4 +138,4 @@ class Method:
         Raises:
             InputError: an unknown setting (the known ones are named) or a value it cannot take.
         """
-        return read_settings(self.name, self.settings, given)
+        return read_settings(self.name, self.settings, self.settings.gathered(given))

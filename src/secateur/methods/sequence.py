@@ -47,7 +47,7 @@ def read_sequence(spec: str, settings: dict[str, Any]) -> tuple[Part, ...]:
     by_method: dict[str, dict[str, Any]] = {name: {} for name in known}
     for key, value in settings.items():
         owner, dot, name = key.partition(".")
-        if len(methods) == 1 and not dot:
+        if len(methods) == 1 and owner != known[0]:
             owner, name = known[0], key
         elif not dot:
             raise InputError(f"{key}: say whose setting it is, such as {known[0]}.{key}.")

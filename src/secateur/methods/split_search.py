@@ -8,7 +8,7 @@ than may be tried, all are.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from secateur.calibration.progress import Progress
@@ -43,7 +43,7 @@ def all_splits(depth: Sequence[str | None], width: Sequence[str | None], most: i
 
 
 def search(
-    splits: Collection[Split],
+    splits: Sequence[Split],
     measure: Callable[[Split], float | None],
     *,
     trials: int,
@@ -53,7 +53,7 @@ def search(
     """Measure up to `trials` of the splits: single methods first, then where little loss is to be expected.
 
     Args:
-        splits: all there are.
+        splits: all there are, each once.
         measure: gives the loss of a split, or None where it has none; such a one does not count as a trial.
         trials: how many losses at most.
         seed: of the sampler.
