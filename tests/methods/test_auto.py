@@ -8,7 +8,7 @@ from secateur.calibration.progress import SILENT
 from secateur.calibration.stream import mean_loss
 from secateur.calibration.texts import Windows
 from secateur.errors import InputError, ModelError, NumericsError
-from secateur.methods import auto
+from secateur.methods import auto, trials
 from secateur.methods.auto import front
 from secateur.methods.registry import APPLY
 from secateur.methods.scale import memory_scale
@@ -16,7 +16,7 @@ from secateur.methods.split_search import Split, all_splits, search
 from tiny_models import VOCABULARY
 
 WINDOWS = Windows.of(torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0)))
-BRIEF = {"depth": "none,streamline", "width": "none,obs-width"}
+BRIEF = {"depth": "none,streamline", "width": "none,obs-width", "skip_hopeless": False}
 SINGLE = [("streamline", None), (None, "obs-width")]
 
 
@@ -102,11 +102,12 @@ def test_a_cut_is_made_once_and_no_plan_is_measured_twice(tiny, monkeypatch):
     decoder, applied, measured = tiny("llama"), [], []
     for kind, edit in dict(APPLY).items():
         monkeypatch.setitem(APPLY, kind, lambda e, s, edit=edit: (applied.append((e.decoder, s)), edit(e, s))[1])
-    true_loss = auto.mean_loss
+    true_loss = trials.mean_loss
     monkeypatch.setattr(
-        auto, "mean_loss", lambda d, *a, **k: (measured.append(d.fingerprint), true_loss(d, *a, **k))[1]
+        trials, "mean_loss", lambda d, *a, **k: (measured.append(d.fingerprint), true_loss(d, *a, **k))[1]
     )
     settings = {"depth": "none,shortgpt,uidl,last-n", "width": "none,obs-width,wanda-sp", "trials": 50}
+    settings["skip_hopeless"] = False
     make_plan(decoder, method="auto", remove=0.3, texts=WINDOWS, settings=settings)
     assert len(measured) == len(set(measured))
     cuts = [step.method for model, step in applied if model is decoder and step.kind == "drop-blocks"]
@@ -124,7 +125,7 @@ def test_same_seed_same_plan(tiny):
 
 
 def test_a_method_that_cannot_cut_the_model_falls_out(tiny):
-    settings = {"depth": "none,replaceme,shortgpt", "width": "none,stock-slicing,obs-width", "trials": 50}
+    settings = {"depth": "none,replaceme,shortgpt", "width": "none,stock-slicing,obs-width", "skip_hopeless": False}
     plan = make_plan(tiny("gemma2"), method="auto", remove=0.3, texts=WINDOWS, settings=settings)
     refused = [one for one in plan.search.candidates if one.refused]
     assert [(one.depth, one.width, one.loss) for one in refused] == [
@@ -135,15 +136,36 @@ def test_a_method_that_cannot_cut_the_model_falls_out(tiny):
     assert plan.search.candidates[plan.search.best].loss is not None
 
 
+def test_what_loses_too_much_before_it_is_narrowed_is_not_narrowed(tiny, monkeypatch):
+    losses = {8: 2.0, 7: 2.1, 6: 2.6, 5: 2.8}
+
+    def loss(decoder, *given, **named):
+        narrower = decoder.config.intermediate_size < 48
+        return losses[decoder.block_count] + 0.5 * narrower
+
+    monkeypatch.setattr(trials, "mean_loss", loss)
+    plan = make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF | {"skip_hopeless": True})
+    found = {(one.blocks, one.width): one.loss or one.refused for one in plan.search.candidates}
+    assert found == {
+        (3, None): 2.8,
+        (0, "obs-width"): 2.5,
+        (1, None): 2.1,
+        (1, "obs-width"): 2.6,
+        (2, None): 2.6,
+        (2, "obs-width"): "the missing blocks alone cost more",
+    }
+    assert plan.search.candidates[plan.search.best].blocks == 0
+
+
 def test_nan_is_a_candidate_refused_and_never_a_loss(tiny, monkeypatch):
-    true_loss = auto.mean_loss
+    true_loss = trials.mean_loss
 
     def loss(decoder, *given, **named):
         if decoder.block_count == 7:
             raise NumericsError("NaN or infinity in what leaves block 3")
         return true_loss(decoder, *given, **named)
 
-    monkeypatch.setattr(auto, "mean_loss", loss)
+    monkeypatch.setattr(trials, "mean_loss", loss)
     plan = make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF | {"trials": 50})
     seven = [one for one in plan.search.candidates if one.blocks == 1]
     assert [(one.loss, one.refused) for one in seven] == [(None, "NaN or infinity in what leaves block 3")]

@@ -8,31 +8,28 @@ fits to the windows they are measured on, so that the loss there flatters whatev
 What one candidate measures the others use: scores and errors of the dense model are measured once, a model with fewer
 blocks is made once for every width tried on it, whichever method it comes from, and no plan is measured twice. Every
 candidate removes what was asked for, but for a twentieth of it at most, so that none wins by being larger. Models with
-fewer blocks on their way to that are measured too, which costs little: they show on the front what less would cost.
+fewer blocks on their way to that are measured too, which costs little: they show on the front what less would cost, and
+where one loses more than the best plan so far, nothing is narrowed that will lose still more.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from secateur.calibration.stream import mean_loss
-from secateur.calibration.texts import Windows
 from secateur.errors import InputError, ModelError, NumericsError, SecateurError, unknown
-from secateur.methods.budget import Budget, weigh
+from secateur.methods.budget import Budget
 from secateur.methods.method import Evidence, Method, MethodSettings
 from secateur.methods.split_search import Split, all_splits, search
-from secateur.methods.targets import weighed
-from secateur.models.decoder import Decoder
+from secateur.methods.trials import Apply, Made, Member, Steps, Trials
 from secateur.plan import Candidate, Search
 from secateur.steps import AnyStep
-
-Steps = tuple[AnyStep, ...]
-Apply = Mapping[str, Callable[[Evidence, Any], Decoder]]
 
 _NONE = "none"
 _SLACK = 0.05
@@ -62,6 +59,9 @@ class AutoSettings(MethodSettings):
         description="methods that may slice or narrow what is left; with none among them, depth alone is tried too",
     )
     trials: int = Field(16, ge=1, description="how many plans are measured at most; single methods come first")
+    skip_hopeless: bool = Field(
+        True, description="pass over plans whose missing blocks alone cost more than the best plan so far"
+    )
     held_back: float = Field(
         0.25, gt=0, lt=1, description="share of the calibration windows that plans are compared on, and not fitted to"
     )
@@ -81,17 +81,7 @@ class AutoSettings(MethodSettings):
         return plain | ({"of": dotted} if dotted else {})
 
 
-class _Member(NamedTuple):
-    """A method that takes part, and its settings."""
-
-    method: Method
-    settings: Any
-
-    def decide(self, evidence: Evidence, budget: Budget) -> Steps:
-        return tuple(self.method.decide(evidence, self.settings, budget))
-
-
-def _members(settings: AutoSettings, known: Mapping[str, Method]) -> dict[str, _Member]:
+def _members(settings: AutoSettings, known: Mapping[str, Method]) -> dict[str, Member]:
     """Look up the methods that take part.
 
     Raises:
@@ -111,7 +101,7 @@ def _members(settings: AutoSettings, known: Mapping[str, Method]) -> dict[str, _
     return {name: _member(known[name], settings.of.get(name, {})) for name in names}
 
 
-def _member(method: Method, given: dict[str, Any]) -> _Member:
+def _member(method: Method, given: dict[str, Any]) -> Member:
     fixed = _TRAINING_FREE.get(method.name, {})
     wrong = [name for name, value in fixed.items() if given.get(name, value) != value]
     if wrong:
@@ -120,130 +110,7 @@ def _member(method: Method, given: dict[str, Any]) -> _Member:
     amount = settings.own_amount()
     if amount is not None:
         raise InputError(f"{method.name}.{amount.knob}: auto decides how much each method takes; leave it out.")
-    return _Member(method, settings)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cut:
-    """A model that has fewer blocks, or the dense one.
-
-    Attributes:
-        steps: how it was made.
-        kept: blocks of the dense model that are left.
-        evidence: about it.
-    """
-
-    steps: Steps
-    kept: tuple[int, ...]
-    evidence: Evidence
-
-
-class _Made(NamedTuple):
-    """A candidate that was made and measured."""
-
-    steps: Steps
-    parameters: int
-    gone: int
-    loss: float
-
-
-class _Trials:
-    """Makes and measures candidates; nothing twice."""
-
-    def __init__(
-        self, evidence: Evidence, held_back: Windows, budget: Budget, members: Mapping[str, _Member], apply: Apply
-    ) -> None:
-        self.budget, self.held_back = budget, held_back
-        self._members, self._apply = members, apply
-        self.dense = _Cut((), tuple(range(evidence.decoder.block_count)), evidence)
-        self._cuts: dict[tuple[str, int], _Cut] = {}
-        self._evidence = {evidence.decoder.fingerprint: evidence}
-        self._made: dict[tuple[str, str | None], _Made] = {}
-
-    def most_blocks(self) -> int:
-        """Count how many blocks can go so that something is left for the other method to do."""
-        decoder = self.dense.evidence.decoder
-        weights, whole = weigh(self.budget, decoder.block_parameter_counts(), decoder.parameter_count)
-        lightest = sorted(weights)
-        wanted = whole - self.budget.limit(whole)
-        return sum(sum(lightest[: count + 1]) < wanted for count in range(len(lightest) - 1))
-
-    def make(self, split: Split) -> _Made:
-        """Make and measure a candidate.
-
-        Raises:
-            InputError: it cannot meet the budget.
-            ModelError: a method cannot cut this model.
-            NumericsError: NaN or infinity on the way.
-        """
-        cut = self.dense if split.depth is None else self._without_blocks(split.depth, split.blocks)
-        return self._known(cut, split.width)
-
-    def on_the_way(self, split: Split) -> _Made:
-        """Measure a candidate of two methods as the first leaves it; make the candidate first.
-
-        Raises:
-            NumericsError: NaN or infinity on the way.
-        """
-        assert split.depth is not None
-        return self._known(self._without_blocks(split.depth, split.blocks), None)
-
-    def _known(self, cut: _Cut, width: str | None) -> _Made:
-        key = (cut.evidence.decoder.fingerprint, width)
-        if key not in self._made:
-            self._made[key] = self._measured(cut, width)
-        made = self._made[key]
-        return made._replace(steps=cut.steps + made.steps)
-
-    def _without_blocks(self, name: str, blocks: int) -> _Cut:
-        """Take out so many blocks, or, where nothing comes after, as many as the budget asks for."""
-        if (name, blocks) not in self._cuts:
-            dense = self.dense.evidence
-            steps = self._members[name].decide(dense, Budget("blocks", blocks) if blocks else self.budget)
-            self._cuts[name, blocks] = self._after(steps, dense)
-        return self._cuts[name, blocks]
-
-    def _after(self, steps: Steps, evidence: Evidence) -> _Cut:
-        kept = self.dense.kept
-        for step in steps:
-            kept = tuple(kept[place] for place in step.kept(len(kept)))
-            left = self._apply[step.kind](evidence, step)
-            evidence = self._evidence.setdefault(left.fingerprint, evidence.of(left))
-        return _Cut(steps, kept, evidence)
-
-    def _measured(self, cut: _Cut, width: str | None) -> _Made:
-        evidence, steps = cut.evidence, Steps()
-        decoder = evidence.decoder
-        if width is not None:
-            member = self._members[width]
-            steps = member.decide(evidence, self._rest(cut, member))
-            for step in steps:
-                decoder = self._apply[step.kind](evidence, step)
-                evidence = evidence.of(decoder)
-        loss = mean_loss(decoder, self.held_back, batch_size=evidence.batch_size)
-        return _Made(steps, decoder.parameter_count, len(self.dense.kept) - decoder.block_count, loss)
-
-    def _rest(self, cut: _Cut, member: _Member) -> Budget:
-        """Give the budget as it stands for the model at hand.
-
-        Raises:
-            InputError: nothing is left to do.
-        """
-        budget, decoder, scale = self.budget, cut.evidence.decoder, self.budget.scale
-        if scale is not None:
-            pace = member.method.pace_of(member.settings)
-            if pace is not None and scale.unit == "seconds":
-                budget = weighed(budget, decoder, pace)
-            else:
-                budget = dataclasses.replace(budget, scale=scale.after(cut.kept, decoder.parameter_count))
-        now = decoder.parameter_count if budget.scale is None else budget.scale.total
-        if now <= budget.limit(now):
-            raise InputError(f"without blocks {_gone(cut)} nothing is left to do.")
-        return budget
-
-
-def _gone(cut: _Cut) -> str:
-    return ", ".join(str(block) for block in range(max(cut.kept)) if block not in cut.kept)
+    return Member(method, settings)
 
 
 def decide(
@@ -260,8 +127,8 @@ def decide(
     fitted, held_back = evidence.need_windows().split_off(settings.held_back)
     dense_loss = mean_loss(evidence.decoder, held_back, batch_size=evidence.batch_size)
     goal = _at_most(budget, evidence.decoder.parameter_count)
-    trials = _Trials(dataclasses.replace(evidence, windows=fitted), held_back, goal, members, apply)
-    tried = _Tried(trials)
+    trials = Trials(dataclasses.replace(evidence, windows=fitted, measured={}), held_back, goal, members, apply)
+    tried = _Tried(trials, skip_hopeless=settings.skip_hopeless)
     depth, width = ([None if name == _NONE else name for name in side] for side in (settings.depth, settings.width))
     splits = all_splits(depth, width, trials.most_blocks())
     search(splits, tried.measure, trials=settings.trials, seed=evidence.seed, progress=evidence.progress)
@@ -285,13 +152,15 @@ class _Tried:
         candidates: all of them.
     """
 
-    def __init__(self, trials: _Trials) -> None:
+    def __init__(self, trials: Trials, *, skip_hopeless: bool) -> None:
         self.candidates: list[Candidate] = []
-        self._trials = trials
+        self._trials, self._skips = trials, skip_hopeless
         self._steps: dict[int, Steps] = {}
         self._failures: list[SecateurError] = []
         self._impossible: set[str | None] = set()
-        self._on_the_way: set[tuple[str | None, int]] = set()
+        self._on_the_way: dict[Split, Made | None] = {}
+        self._hopeless: dict[str | None, int] = {}
+        self._least = math.inf
 
     def measure(self, split: Split) -> float | None:
         """Try a split; gives its loss, or None where there is none.
@@ -300,27 +169,41 @@ class _Tried:
         """
         if self._impossible & {split.depth, split.width}:
             return None
-        made = self._note(split, self._trials.make)
-        if made is not None and split.blocks and (split.depth, split.blocks) not in self._on_the_way:
-            self._on_the_way.add((split.depth, split.blocks))
-            self._note(split._replace(width=None), self._trials.on_the_way)
+        if split.blocks and not self._is_promising(split):
+            return None
+        made = self._note(split)
         return None if made is None else made.loss
 
-    def _note(self, split: Split, make: Callable[[Split], _Made]) -> _Made | None:
-        named = Candidate(depth=split.depth, blocks=split.blocks or None, width=split.width)
+    def _is_promising(self, split: Split) -> bool:
+        """Measure what the first of two methods leaves; the second will hardly make it better, nor will more blocks."""
+        if split.blocks >= self._hopeless.get(split.depth, math.inf):
+            return False
+        first = split._replace(width=None)
+        if first not in self._on_the_way:
+            self._on_the_way[first] = self._note(first)
+        made = self._on_the_way[first]
+        if made is None or made.enough:
+            return False
+        if not self._skips or made.loss < self._least:
+            return True
+        self._hopeless[split.depth] = split.blocks
+        self.candidates.append(_named(split).model_copy(update={"refused": "the missing blocks alone cost more"}))
+        return False
+
+    def _note(self, split: Split) -> Made | None:
         try:
-            made = make(split)
+            made = self._trials.make(split)
         except (InputError, ModelError, NumericsError) as error:
             self._failures.append(error)
-            self.candidates.append(named.model_copy(update={"refused": str(error)}))
+            self.candidates.append(_named(split).model_copy(update={"refused": str(error)}))
             if isinstance(error, ModelError) and not split.blocks:
                 self._impossible |= {split.depth, split.width} - {None}
             return None
-        enough = split.width is not None or not split.blocks
-        if enough:
+        if made.enough:
             self._steps[len(self.candidates)] = made.steps
-        facts = {"blocks": made.gone, "parameters": made.parameters, "loss": round(made.loss, 6), "enough": enough}
-        self.candidates.append(named.model_copy(update=facts))
+            self._least = min(self._least, made.loss)
+        found = {"blocks": made.gone, "parameters": made.parameters, "loss": round(made.loss, 6), "enough": made.enough}
+        self.candidates.append(_named(split).model_copy(update=found))
         return made
 
     def best(self) -> tuple[int, Steps]:
@@ -335,6 +218,10 @@ class _Tried:
             raise kind(f"auto: no plan can be made. {' '.join(dict.fromkeys(map(str, self._failures)))}")
         place = min(self._steps, key=lambda one: (self.candidates[one].loss, self.candidates[one].parameters))
         return place, self._steps[place]
+
+
+def _named(split: Split) -> Candidate:
+    return Candidate(depth=split.depth, blocks=split.blocks or None, width=split.width)
 
 
 def _at_most(budget: Budget, total: int) -> Budget:
