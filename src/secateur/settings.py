@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from secateur.errors import InputError, unknown
 
@@ -32,11 +31,4 @@ def read_settings(whose: str, settings: type[Model], given: dict[str, Any]) -> M
 
 def describe_settings(settings: type[BaseModel]) -> dict[str, str]:
     """Give each setting with its meaning and default."""
-    return {name: f"{one.description} (default: {_as_typed(one)})" for name, one in settings.model_fields.items()}
-
-
-def _as_typed(field: FieldInfo) -> str:
-    default = field.get_default(call_default_factory=True)
-    if isinstance(default, tuple):
-        return ",".join(map(str, default))
-    return "none" if default == {} else str(default)
+    return {n: f"{f.description} (default: {f.default})" for n, f in settings.model_fields.items()}

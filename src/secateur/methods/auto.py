@@ -18,9 +18,9 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from secateur.calibration.stream import mean_loss
 from secateur.errors import InputError, ModelError, NumericsError, SecateurError, unknown
@@ -39,23 +39,15 @@ _TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}
 _FORWARDS_EACH = 5.0
 
 
-def _names(given: Any) -> Any:
-    names = given.split(",") if isinstance(given, str) else given
-    return tuple(dict.fromkeys(str(name).strip() for name in names))
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
-
-
 class AutoSettings(MethodSettings):
     """Settings of `auto`."""
 
-    depth: Names = Field(
-        (_NONE, "replaceme", "streamline"),
+    depth: str = Field(
+        "none,replaceme,streamline",
         description="methods that may take blocks out; with none among them, width alone is tried too",
     )
-    width: Names = Field(
-        (_NONE, "obs-width", "stock-slicing"),
+    width: str = Field(
+        "none,obs-width,stock-slicing",
         description="methods that may slice or narrow what is left; with none among them, depth alone is tried too",
     )
     trials: int = Field(16, ge=1, description="how many plans are measured at most; single methods come first")
@@ -65,9 +57,14 @@ class AutoSettings(MethodSettings):
     held_back: float = Field(
         0.25, gt=0, lt=1, description="share of the calibration windows that plans are compared on, and not fitted to"
     )
-    of: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="settings of the methods that take part, each as METHOD.SETTING"
+    of: dict[str, dict[str, Any]] | None = Field(
+        None, description="settings of the methods that take part, each as METHOD.SETTING"
     )
+
+    def side(self, name: Literal["depth", "width"]) -> list[str | None]:
+        """List the methods for one side, None where the other may do everything."""
+        typed = dict.fromkeys(one.strip() for one in getattr(self, name).split(","))
+        return [None if one == _NONE else one for one in typed]
 
     @classmethod
     def gathered(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -87,18 +84,20 @@ def _members(settings: AutoSettings, known: Mapping[str, Method]) -> dict[str, M
     Raises:
         InputError: an unknown one, one on the wrong side, or none at all.
     """
-    for side, wanted in (("depth", True), ("width", False)):
-        fitting = [name for name, method in known.items() if (method.native == "blocks") == wanted]
-        for name in getattr(settings, side):
-            if name not in (_NONE, *fitting):
+    sides = {"depth": settings.side("depth"), "width": settings.side("width")}
+    for side, wanted in sides.items():
+        fitting = [name for name, method in known.items() if (method.native == "blocks") == (side == "depth")]
+        for name in wanted:
+            if name is not None and name not in fitting:
                 raise unknown(f"method for {side}", name, [_NONE, *fitting])
-    names = [name for name in dict.fromkeys((*settings.depth, *settings.width)) if name != _NONE]
+    names = [name for wanted in sides.values() for name in wanted if name]
     if not names:
         raise InputError("auto: depth=none and width=none leave nothing to try; name a method.")
-    for name in settings.of:
+    given = settings.of or {}
+    for name in given:
         if name not in names:
             raise unknown("method that takes part", name, names)
-    return {name: _member(known[name], settings.of.get(name, {})) for name in names}
+    return {name: _member(known[name], given.get(name, {})) for name in names}
 
 
 def _member(method: Method, given: dict[str, Any]) -> Member:
@@ -129,8 +128,7 @@ def decide(
     goal = _at_most(budget, evidence.decoder.parameter_count)
     trials = Trials(dataclasses.replace(evidence, windows=fitted, measured={}), held_back, goal, members, apply)
     tried = _Tried(trials, skip_hopeless=settings.skip_hopeless)
-    depth, width = ([None if name == _NONE else name for name in side] for side in (settings.depth, settings.width))
-    splits = all_splits(depth, width, trials.most_blocks())
+    splits = all_splits(settings.side("depth"), settings.side("width"), trials.most_blocks())
     search(splits, tried.measure, trials=settings.trials, seed=evidence.seed, progress=evidence.progress)
     best, steps = tried.best()
     evidence.facts["search"] = Search(
