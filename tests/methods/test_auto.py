@@ -1,18 +1,27 @@
 """Depth and width together: candidates as `prune` makes them, the best of them, the front, and what falls out."""
 
+import io
+import math
+
 import pytest
 import torch
+from rich.console import Console
 
 from secateur import Plan, make_plan, prune
 from secateur.calibration.progress import SILENT
 from secateur.calibration.stream import mean_loss
 from secateur.calibration.texts import Windows
+from secateur.console import plan_summary
 from secateur.errors import InputError, ModelError, NumericsError
-from secateur.methods import auto, trials
+from secateur.methods import auto, linearize_blocks, trials
 from secateur.methods.auto import front
-from secateur.methods.registry import APPLY
+from secateur.methods.budget import Budget
+from secateur.methods.method import Evidence
+from secateur.methods.registry import APPLY, find_method
 from secateur.methods.scale import memory_scale
 from secateur.methods.split_search import Split, all_splits, search
+from secateur.scores.likeness import MergeProbe
+from secateur.scores.removal import RemovalProbe
 from tiny_models import VOCABULARY
 
 WINDOWS = Windows.of(torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0)))
@@ -265,3 +274,52 @@ def test_search_finds_the_least_and_tries_nothing_twice():
 
 def wide(name):
     return Split(None, name)
+
+
+@pytest.mark.parametrize(("name", "probe"), [("sleb", RemovalProbe), ("swm", MergeProbe)])
+def test_what_was_measured_for_one_number_of_blocks_serves_the_next(tiny, monkeypatch, name, probe):
+    seen, true_measure = [], probe._measure
+
+    def measure(self, what):
+        seen.append(what)
+        return true_measure(self, what)
+
+    monkeypatch.setattr(probe, "_measure", measure)
+    method = find_method(name)
+    settings = method.read_settings({})
+    evidence = Evidence(tiny("llama"), WINDOWS)
+    found = [method.decide(evidence, settings, Budget("blocks", count))[0] for count in (1, 3, 2)]
+    assert len(seen) == len(set(seen))
+    assert [len(step.kept(8)) for step in found] == [7, 5, 6]
+    alone = method.decide(Evidence(tiny("llama"), WINDOWS), settings, Budget("blocks", 1))[0]
+    assert alone == found[0]
+
+
+def test_errors_of_windows_are_measured_once(tiny, monkeypatch):
+    asked, true_sums = [], linearize_blocks.linear_sums
+
+    def sums(decoder, windows, spans, **more):
+        asked.extend(spans)
+        return true_sums(decoder, windows, spans, **more)
+
+    monkeypatch.setattr(linearize_blocks, "linear_sums", sums)
+    method = find_method("replaceme")
+    evidence = Evidence(tiny("llama"), WINDOWS)
+    found = [method.decide(evidence, method.read_settings({}), Budget("blocks", count))[0] for count in (1, 2, 3)]
+    assert len(asked) == len(set(asked)) == 7
+    assert [len(step.windows) for step in found] == [1, 2, 3]
+
+
+def test_the_summary_shows_what_was_tried(everything):
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(plan_summary(everything))
+    said = console.export_text()
+    best = everything.search.candidates[everything.search.best]
+    (line,) = [line for line in said.splitlines() if " best " in line]
+    assert f"{math.exp(best.loss):.2f}" in line
+    assert f"{everything.removed_fraction:.1%}" in line
+    assert said.count("streamline") >= len([one for one in everything.search.candidates if one.depth])
+    refused = everything.search.candidates[0].model_copy(update={"loss": None, "refused": "no [such] model"})
+    search = everything.search.model_copy(update={"candidates": (*everything.search.candidates, refused)})
+    console.print(plan_summary(everything.model_copy(update={"search": search})))
+    assert "no [such] model" in console.export_text()
