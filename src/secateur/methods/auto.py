@@ -24,7 +24,7 @@ from pydantic import Field
 
 from secateur.calibration.stream import mean_loss
 from secateur.errors import InputError, ModelError, NumericsError, SecateurError, unknown
-from secateur.methods.budget import Budget
+from secateur.methods.budget import Budget, already
 from secateur.methods.method import Evidence, Method, MethodSettings
 from secateur.methods.split_search import Split, all_splits, search
 from secateur.methods.trials import Apply, Made, Member, Steps, Trials
@@ -123,6 +123,9 @@ def decide(
         NumericsError: the dense model, or every candidate, has no loss.
     """
     members = _members(settings, known)
+    whole = evidence.decoder.parameter_count if budget.scale is None else budget.scale.total
+    if budget.limit(whole) >= whole:
+        raise InputError(already(budget, whole))
     fitted, held_back = evidence.need_windows().split_off(settings.held_back)
     dense_loss = mean_loss(evidence.decoder, held_back, batch_size=evidence.batch_size)
     goal = _at_most(budget, evidence.decoder.parameter_count)

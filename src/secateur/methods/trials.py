@@ -132,7 +132,7 @@ class Trials:
             member = self._members[width]
             budget = self._budget_for(cut, member)
             if self._is_enough(cut, budget):
-                raise InputError(f"without {len(self._dense.kept) - len(cut.kept)} blocks nothing is left to do.")
+                raise InputError("with these blocks gone nothing is left to do.")
             steps = member.decide(evidence, budget)
             for step in steps:
                 decoder = self._apply[step.kind](evidence, step)
