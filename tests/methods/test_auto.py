@@ -38,7 +38,7 @@ def everything(tiny):
 def found_by_hand(decoder, windows, share):
     """Make every candidate with the public functions; gives (depth, blocks gone, width) → (plans, parameters, loss)."""
     fitted, held_back = windows.split_off(0.25)
-    limit = decoder.parameter_count * (1 - 0.95 * share)
+    whole = decoder.parameter_count
 
     def cut(model, method, **amount):
         settings = {"network": "none"} if method == "streamline" else {}
@@ -55,13 +55,13 @@ def found_by_hand(decoder, windows, share):
         )
 
     for depth, width in SINGLE:
-        plan, model = cut(decoder, depth or width, target_params=limit)
+        plan, model = cut(decoder, depth or width, remove=share)
         note(depth, width, [plan], model)
     for blocks in range(1, decoder.block_count):
         first, shorter = cut(decoder, "streamline", blocks=blocks)
-        if shorter.parameter_count <= limit:
+        if shorter.parameter_count <= whole * (1 - 0.95 * share):
             break
-        second, model = cut(shorter, "obs-width", target_params=limit)
+        second, model = cut(shorter, "obs-width", remove=1 - whole * (1 - share) / shorter.parameter_count)
         note("streamline", "obs-width", [first, second], model)
     return found
 
@@ -308,6 +308,19 @@ def test_errors_of_windows_are_measured_once(tiny, monkeypatch):
     found = [method.decide(evidence, method.read_settings({}), Budget("blocks", count))[0] for count in (1, 2, 3)]
     assert len(asked) == len(set(asked)) == 7
     assert [len(step.windows) for step in found] == [1, 2, 3]
+
+
+def test_a_share_is_met_closely_or_else_not_missed(tiny):
+    decoder = tiny("llama")  # a block is 9.9 % of it, a channel of every MLP 1 %
+
+    def removed(share, **settings):
+        plan = make_plan(decoder, method="auto", remove=share, texts=WINDOWS, settings={"trials": 1} | settings)
+        return plan.removed_fraction
+
+    only = {"depth": "streamline", "width": "none"}
+    assert removed(0.3, **only) == pytest.approx(3 * 0.0988, abs=1e-3), "1.2 % of it missed, and no more to be had"
+    assert removed(0.23, **only) == pytest.approx(3 * 0.0988, abs=1e-3), "two blocks would miss an eighth"
+    assert removed(0.3, depth="none", width="obs-width") == pytest.approx(0.3, abs=0.006)
 
 
 def test_the_summary_shows_what_was_tried(everything):

@@ -32,8 +32,6 @@ from secateur.plan import Candidate, Search
 from secateur.steps import AnyStep
 
 _NONE = "none"
-_SLACK = 0.05
-"""Share of what is to go by which a candidate may miss it."""
 _TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}
 """Settings with which a method needs no training, so that it can be tried."""
 _FORWARDS_EACH = 5.0
@@ -128,8 +126,7 @@ def decide(
         raise InputError(already(budget, whole))
     fitted, held_back = evidence.need_windows().split_off(settings.held_back)
     dense_loss = mean_loss(evidence.decoder, held_back, batch_size=evidence.batch_size)
-    goal = _at_most(budget, evidence.decoder.parameter_count)
-    trials = Trials(dataclasses.replace(evidence, windows=fitted, measured={}), held_back, goal, members, apply)
+    trials = Trials(dataclasses.replace(evidence, windows=fitted, measured={}), held_back, budget, members, apply)
     tried = _Tried(trials, skip_hopeless=settings.skip_hopeless)
     splits = all_splits(settings.side("depth"), settings.side("width"), trials.most_blocks())
     search(splits, tried.measure, trials=settings.trials, seed=evidence.seed, progress=evidence.progress)
@@ -223,13 +220,6 @@ class _Tried:
 
 def _named(split: Split) -> Candidate:
     return Candidate(depth=split.depth, blocks=split.blocks or None, width=split.width)
-
-
-def _at_most(budget: Budget, total: int) -> Budget:
-    """Give a share to be removed as a size that no candidate may exceed, so that all can be compared."""
-    if budget.aim != "remove":
-        return budget
-    return Budget("target_params", total * (1 - budget.value * (1 - _SLACK)))
 
 
 def front(found: Sequence[tuple[int | None, float | None]]) -> tuple[int, ...]:

@@ -14,7 +14,10 @@ from secateur.methods.method import Evidence, Method
 from secateur.methods.split_search import Split
 from secateur.methods.targets import weighed
 from secateur.models.decoder import Decoder
-from secateur.steps import AnyStep
+from secateur.steps import AnyStep, Sizes
+
+SLACK = 0.05
+"""Share of what is to be removed by which a candidate may miss it."""
 
 Steps = tuple[AnyStep, ...]
 Apply = Mapping[str, Callable[[Evidence, Any], Decoder]]
@@ -75,7 +78,7 @@ class Trials:
         Args:
             evidence: about it, with the windows that candidates are fitted to.
             held_back: windows that losses are of.
-            budget: what every candidate has to meet; a target.
+            budget: what every candidate has to meet.
             members: methods that take part, by name.
             apply: how each kind of step is applied.
         """
@@ -85,13 +88,14 @@ class Trials:
         self._cuts: dict[tuple[str, int], Cut] = {}
         self._evidence = {evidence.decoder.fingerprint: evidence}
         self._made: dict[tuple[str, str | None], Made] = {}
+        self._whole = evidence.decoder.parameter_count if budget.scale is None else budget.scale.total
 
     def most_blocks(self) -> int:
         """Count how many blocks can go so that something is left for the other method to do."""
         decoder = self._dense.evidence.decoder
         weights, whole = weigh(self._budget, decoder.block_parameter_counts(), decoder.parameter_count)
         lightest = sorted(weights)
-        wanted = whole - self._budget.limit(whole)
+        wanted = whole - self._largest()
         return sum(sum(lightest[: count + 1]) < wanted for count in range(len(lightest) - 1))
 
     def make(self, split: Split) -> Made:
@@ -112,8 +116,8 @@ class Trials:
     def _without_blocks(self, name: str, blocks: int) -> Cut:
         """Take out so many blocks, or, where nothing comes after, as many as the budget asks for."""
         if (name, blocks) not in self._cuts:
-            dense = self._dense.evidence
-            steps = self._members[name].decide(dense, Budget("blocks", blocks) if blocks else self._budget)
+            member, dense = self._members[name], self._dense.evidence
+            steps = member.decide(dense, Budget("blocks", blocks)) if blocks else self._meet(self._dense, member)
             self._cuts[name, blocks] = self._after(steps, dense)
         return self._cuts[name, blocks]
 
@@ -129,21 +133,38 @@ class Trials:
         evidence, steps = cut.evidence, Steps()
         decoder = evidence.decoder
         if width is not None:
-            member = self._members[width]
-            budget = self._budget_for(cut, member)
-            if self._is_enough(cut, budget):
-                raise InputError("with these blocks gone nothing is left to do.")
-            steps = member.decide(evidence, budget)
+            steps = self._meet(cut, self._members[width])
             for step in steps:
                 decoder = self._apply[step.kind](evidence, step)
                 evidence = evidence.of(decoder)
         loss = mean_loss(decoder, self._held_back, batch_size=evidence.batch_size)
         gone = len(self._dense.kept) - decoder.block_count
-        enough = width is not None or self._is_enough(cut, self._budget_for(cut))
+        enough = width is not None or self._is_enough(cut)
         return Made(steps, decoder.parameter_count, gone, loss, enough)
 
-    def _budget_for(self, cut: Cut, member: Member | None = None) -> Budget:
-        """Give the budget; in bytes or seconds weighed for a model at hand and the method that cuts it next."""
+    def _meet(self, cut: Cut, member: Member) -> Steps:
+        """Let a method bring a model down to the budget.
+
+        A share to be removed is met as closely as the method can, and, where that misses it by more than the slack, by
+        the largest model that removes no less.
+
+        Raises:
+            InputError: it cannot, or the model is as small as that already.
+        """
+        evidence = cut.evidence
+        now = evidence.decoder.parameter_count
+        if self._is_enough(cut):
+            raise InputError("with these blocks gone nothing is left to do.")
+        if self._budget.aim != "remove":
+            return member.decide(evidence, self._weighed(cut, member))
+        wanted = self._budget.limit(self._whole)
+        steps = member.decide(evidence, Budget("remove", 1 - wanted / now))
+        if _left(evidence.decoder, steps) <= self._largest():
+            return steps
+        return member.decide(evidence, Budget("target_params", wanted))
+
+    def _weighed(self, cut: Cut, member: Member | None = None) -> Budget:
+        """Give a target, in bytes or seconds weighed for a model at hand and the method that cuts it next."""
         decoder, scale = cut.evidence.decoder, self._budget.scale
         if scale is None:
             return self._budget
@@ -152,6 +173,20 @@ class Trials:
             return weighed(self._budget, decoder, pace)
         return dataclasses.replace(self._budget, scale=scale.after(cut.kept, decoder.parameter_count))
 
-    def _is_enough(self, cut: Cut, budget: Budget) -> bool:
-        now = cut.evidence.decoder.parameter_count if budget.scale is None else budget.scale.total
-        return now <= budget.limit(now)
+    def _largest(self) -> float:
+        """Give what a candidate may weigh at most."""
+        if self._budget.aim != "remove":
+            return self._budget.limit(self._whole)
+        return self._whole * (1 - self._budget.value * (1 - SLACK))
+
+    def _is_enough(self, cut: Cut) -> bool:
+        scale = self._weighed(cut).scale
+        return (cut.evidence.decoder.parameter_count if scale is None else scale.total) <= self._largest()
+
+
+def _left(decoder: Decoder, steps: Steps) -> int:
+    inside = decoder.block_parameter_counts()
+    sizes = Sizes(inside, decoder.parameter_count - sum(inside))
+    for step in steps:
+        sizes = step.left(sizes)
+    return sizes.total
