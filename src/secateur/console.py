@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
 from secateur.calibration.progress import Progress
+from secateur.calibration.stream import perplexity_of
 from secateur.methods.amounts import gigabytes
 from secateur.methods.registry import METHODS
-from secateur.plan import Plan
+from secateur.plan import Candidate, Plan, Search
 from secateur.scores.profile import Scores
 from secateur.steps import AnyStep
 
@@ -74,8 +75,8 @@ def _least_needed(values: Sequence[float], *, most_is_least: bool) -> set[int]:
     return set(order[: max(1, len(values) // 4)])
 
 
-def plan_summary(plan: Plan) -> Table:
-    """What stays, what goes, and the sizes."""
+def plan_summary(plan: Plan) -> RenderableType:
+    """What stays, what goes, the sizes, and the candidates it was chosen from."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("model", f"{plan.model.source} ({plan.model.family})")
     for step in plan.steps:
@@ -94,7 +95,41 @@ def plan_summary(plan: Plan) -> Table:
             "measured on",
             f"{plan.texts['windows']} windows of {plan.texts['seq_len']}, {plan.texts['source']}",
         )
-    return table
+    return table if plan.search is None else Group(table, "", search_table(plan.search, plan.parameters_before))
+
+
+def search_table(search: Search, parameters: int) -> RenderableType:
+    """The plans that were tried, of a model of so many parameters, the best first; below why others were not."""
+    table = Table(
+        title=f"Plans tried: fitted to {search.fitted} windows, perplexity on {search.held_back} others "
+        f"(dense: {perplexity_of(search.dense_loss):.2f})",
+        title_justify="left",
+        caption="front: no other plan is smaller and better; dim: less than was asked for",
+        caption_justify="left",
+    )
+    for name in ("", "blocks out by", "blocks", "then", "removed", "perplexity"):
+        table.add_column(name, justify="right" if name in ("blocks", "removed", "perplexity") else "left")
+    measured = [place for place, one in enumerate(search.candidates) if one.loss is not None]
+    for place in sorted(measured, key=lambda place: search.candidates[place].loss or 0.0):
+        one = search.candidates[place]
+        mark = "best" if place == search.best else "front" if place in search.front else ""
+        table.add_row(
+            mark,
+            one.depth or "–",
+            str(one.blocks or "–"),
+            one.width or "–",
+            f"{1 - (one.parameters or 0) / parameters:.1%}",
+            f"{perplexity_of(one.loss or 0.0):.2f}",
+            style="bold" if mark == "best" else None if one.enough else "dim",
+        )
+    return Group(
+        table, *(Text(f"{_name(one)}: {one.refused}", style="dim") for one in search.candidates if one.refused)
+    )
+
+
+def _name(one: Candidate) -> str:
+    blocks = f" ({one.blocks})" if one.blocks else ""
+    return " + ".join(part for part in (one.depth and f"{one.depth}{blocks}", one.width) if part)
 
 
 def _unusual(step: AnyStep) -> dict[str, Any]:

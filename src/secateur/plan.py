@@ -39,6 +39,54 @@ class ModelRef(BaseModel):
     other_parameters: int
 
 
+class Candidate(BaseModel):
+    """A plan that was tried, or could not be made, while searching for the best.
+
+    Attributes:
+        depth: method that took blocks out first; None where none went.
+        blocks: how many blocks went.
+        width: method that then sliced or narrowed what was left; None without.
+        parameters: of the result; None where there is none.
+        loss: mean next-token loss on the held-back windows in nats; None where it was not measured.
+        enough: whether what was asked for is gone; where not, another method came after, or was to come.
+        refused: why there is no result.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    depth: str | None
+    blocks: int | None
+    width: str | None
+    parameters: int | None = None
+    loss: float | None = None
+    enough: bool = True
+    refused: str | None = None
+
+
+class Search(BaseModel):
+    """How a plan was found: every candidate, and which of them are best.
+
+    Attributes:
+        fitted: number of calibration windows that candidates were measured and fitted on.
+        held_back: number of calibration windows, others, that their losses are of.
+        dense_loss: loss of the dense model on the windows held back.
+        candidates: in the order in which they were tried.
+        front: places of those to which no other is preferable, being no larger and no worse; largest model first.
+        best: place of the candidate that the plan holds: the least loss among those that remove enough.
+        settings: of the search.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fitted: int
+    held_back: int
+    dense_loss: float
+    candidates: tuple[Candidate, ...]
+    front: tuple[int, ...]
+    best: int
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
 class Plan(BaseModel):
     """What to do to one model.
 
@@ -49,6 +97,7 @@ class Plan(BaseModel):
         texts: source, fingerprint and shape of the calibration windows it was measured on.
         seed: seed of everything drawn at random.
         counts_on: for a target in bytes or seconds, what it was counted on and what the plan is expected to reach.
+        search: the candidates among which the steps were chosen, where that was done by trying.
         version: the secateur that made it.
     """
 
@@ -62,6 +111,7 @@ class Plan(BaseModel):
     seed: int = 0
     steps: tuple[AnyStep, ...] = ()
     counts_on: dict[str, Any] = Field(default_factory=dict)
+    search: Search | None = None
 
     @model_validator(mode="before")
     @classmethod

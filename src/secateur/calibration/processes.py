@@ -6,7 +6,6 @@ with the same numbers. Everything else every process does by itself.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import torch
@@ -53,9 +52,7 @@ def share_of(windows: Windows) -> Windows:
     numbers = share_numbers(windows)
     if len(numbers) == len(windows):
         return windows
-    rows = list(numbers)
-    mask = None if windows.mask is None else windows.mask[rows]
-    return dataclasses.replace(windows, tokens=windows.tokens[rows], mask=mask)
+    return windows.some(numbers)
 
 
 def token_numbers(windows: Windows) -> torch.Tensor:

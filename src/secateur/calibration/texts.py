@@ -7,8 +7,8 @@ import hashlib
 import math
 import random
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -88,6 +88,30 @@ class Windows:
             raise InputError(f"a batch needs at least one window, not {size}")
         masks = [None] * len(self) if self.mask is None else self.mask.split(size)
         return zip(self.tokens.split(size), masks, strict=False)
+
+    def some(self, numbers: Iterable[int]) -> "Windows":
+        """Give the windows of these numbers, which have the fingerprint of the whole."""
+        rows = list(numbers)
+        return replace(self, tokens=self.tokens[rows], mask=None if self.mask is None else self.mask[rows])
+
+    def split_off(self, share: float) -> "tuple[Windows, Windows]":
+        """Split into those that stay and a share, at least one, evenly spaced, that is held back.
+
+        Each part has a fingerprint of its own.
+
+        Raises:
+            InputError: fewer than two windows.
+        """
+        if len(self) < 2:
+            raise InputError(f"{self.source}: {len(self)} window, and some must be held back; give more text.")
+        count = min(max(1, round(share * len(self))), len(self) - 1)
+        back = [(number + 1) * len(self) // count - 1 for number in range(count)]
+        stay = [number for number in range(len(self)) if number not in back]
+        parts = {f"without every {len(self) / count:.3g}th": stay, f"every {len(self) / count:.3g}th": back}
+        left, held = (
+            replace(self.some(rows), fingerprint=f"{self.fingerprint}, {which}") for which, rows in parts.items()
+        )
+        return left, held
 
     def describe(self) -> dict[str, Any]:
         """Return all but the tokens, ready for JSON."""

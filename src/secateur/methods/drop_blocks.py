@@ -118,7 +118,8 @@ def greedily(evidence: Evidence, settings: Settings, _budget: Budget) -> Candida
     """Again and again skip the block whose absence costs least, on the model without those already skipped."""
     free = list(settings.free_blocks(evidence.decoder.block_count))
     with open_store(evidence.decoder) as store:
-        probe = RemovalProbe(evidence.decoder, evidence.need_windows(), store, evidence.batch_size)
+        known = evidence.measured.setdefault("loss without blocks", {})
+        probe = RemovalProbe(evidence.decoder, evidence.need_windows(), store, evidence.batch_size, known)
         gone: tuple[int, ...] = ()
         while free:
             trials = evidence.progress(list(free), f"leaving out block {len(gone) + 1}", len(free))

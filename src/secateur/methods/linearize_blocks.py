@@ -161,14 +161,18 @@ def _costs(evidence: Evidence, settings: LinearizeSettings, free: range, sizes: 
         (low, low + size - 1) for size in sorted(set(sizes)) for low in range(free.start + 1, free.stop - size + 1)
     ]
     if settings.choose == "error":
-        sums = linear_sums(
-            evidence.decoder,
-            evidence.need_windows(),
-            spans,
-            batch_size=evidence.batch_size,
-            progress=evidence.progress,
-        )
-        return {span: one.error(one.result(settings.ridge)) for span, one in sums.items()}
+        known = evidence.measured.setdefault(("least-squares error", settings.ridge), {})
+        unknown = [span for span in spans if span not in known]
+        if unknown:
+            sums = linear_sums(
+                evidence.decoder,
+                evidence.need_windows(),
+                unknown,
+                batch_size=evidence.batch_size,
+                progress=evidence.progress,
+            )
+            known.update({span: one.error(one.result(settings.ridge)) for span, one in sums.items()})
+        return {span: known[span] for span in spans}
     scores = evidence.scores(settings.choose)
     if settings.choose == "cosine":
         return {(low, high): 1 - scores.window_cosine(high - low + 1)[low] for low, high in spans}

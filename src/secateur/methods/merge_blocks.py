@@ -170,6 +170,7 @@ def decide(evidence: Evidence, settings: MergeSettings, budget: Budget) -> Seque
             lambda window: shares_for(settings.rule, window, influence),
             lows,
             evidence.batch_size,
+            evidence.measured.setdefault(("similarity of merged", settings.model_dump_json()), {}),
         )
 
         def run(threshold: float) -> Slide:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,11 @@ class MethodSettings(BaseModel):
     """Settings of a method; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def gathered(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Give settings by the names they have here, of those by the names under which they are typed."""
+        return given
 
     def own_amount(self) -> Budget | None:
         """Give the amount that one of these settings asks for by itself, as the papers' knobs do; None without."""
@@ -51,7 +56,9 @@ class Evidence:
         windows: calibration windows, None where the method needs none.
         known: scores measured earlier for this model and these windows.
         work: folder in which training keeps states to go on from after a kill; None keeps none.
-        facts: what applying a step measured, by name; goes into the record of the result.
+        facts: what deciding or applying found out, by name: `search` goes into the plan, what applying a step
+            measured into the record of the result.
+        measured: what was measured on this model and these windows and may be asked for again, by what it is.
     """
 
     decoder: Decoder
@@ -62,6 +69,11 @@ class Evidence:
     progress: Progress = field(default=SILENT)
     work: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    measured: dict[Hashable, Any] = field(default_factory=dict)
+
+    def of(self, decoder: Decoder) -> Evidence:
+        """Give the evidence on another model: what was measured on this one does not count there."""
+        return replace(self, decoder=decoder, known=None, measured={})
 
     def scores(self, *kinds: Kind) -> Scores:
         """Give scores that hold at least these kinds."""
@@ -97,7 +109,8 @@ class Method:
         paper: authors, year, title.
         settings: its settings and their defaults.
         decide: evidence, settings and budget to the steps of a plan.
-        native: what it counts in by itself: whole blocks, or directions sliced away.
+        native: what it counts in by itself: whole blocks, directions sliced away, or a share of what is inside blocks;
+            None where only amounts common to all methods make sense.
         needs_texts: whether the model is measured on texts to decide or to apply, given its settings.
         forwards: what deciding costs, in plain forward passes over the windows, given the number of blocks, the
             number to go, and the settings.
@@ -112,11 +125,15 @@ class Method:
     paper: str
     settings: type[MethodSettings]
     decide: Callable[[Evidence, Any, Budget], Sequence[AnyStep]]
-    native: Native = "blocks"
+    native: Native | None = "blocks"
     needs_texts: Callable[[Any], bool] = lambda _: True
     forwards: Callable[[int, int, Any], float] = lambda _blocks, _gone, _settings: 1.0
     scores: Callable[[Any], tuple[Kind, ...]] = lambda _: ()
     pace: Callable[[Any], Pace] | None = None
+
+    def pace_of(self, settings: Any) -> Pace | None:
+        """Give how the models run that it makes with these settings; None where time follows size."""
+        return None if self.pace is None else self.pace(settings)
 
     def read_settings(self, given: dict[str, Any]) -> Any:
         """Check settings given by name.
@@ -124,4 +141,4 @@ class Method:
         Raises:
             InputError: an unknown setting (the known ones are named) or a value it cannot take.
         """
-        return read_settings(self.name, self.settings, given)
+        return read_settings(self.name, self.settings, self.settings.gathered(given))

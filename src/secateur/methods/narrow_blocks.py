@@ -16,7 +16,6 @@ Heads go last: where a group of heads goes instead of as many parameters of the 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -106,7 +105,7 @@ def decide_minitron(evidence: Evidence, settings: MinitronSettings, budget: Budg
     first = _fewer_directions(decoder, settings)
     if budget.knob == "hidden":
         return (first,)
-    after = dataclasses.replace(evidence, decoder=slice_hidden.apply(evidence, first))
+    after = evidence.of(slice_hidden.apply(evidence, first))
     left = after.decoder.parameter_count
     if budget.aim in ("remove", "target_params"):
         wanted = whole * (1 - budget.value) if budget.aim == "remove" else budget.value

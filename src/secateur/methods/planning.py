@@ -103,6 +103,7 @@ def make_plan(
         seed=seed,
         steps=steps,
         counts_on=counted,
+        search=evidence.facts.get("search"),
     )
 
 
@@ -112,7 +113,7 @@ def _decide(parts: tuple[Part, ...], budget: Budget, evidence: Evidence) -> tupl
     steps: list[AnyStep] = []
     counted: dict[str, Any] = {}
     for number, part in enumerate(parts):
-        budget = weighed(budget, evidence.decoder, part)
+        budget = weighed(budget, evidence.decoder, part.method.pace_of(part.settings))
         own = part_of(budget, parts, number, dense, evidence.decoder.parameter_count)
         found = () if own is None else tuple(part.method.decide(evidence, part.settings, own))
         steps += found
@@ -120,7 +121,7 @@ def _decide(parts: tuple[Part, ...], budget: Budget, evidence: Evidence) -> tupl
         if number + 1 < len(parts):
             for step in found:
                 left = APPLY[step.kind](evidence, step)
-                evidence = dataclasses.replace(evidence, decoder=left, known=None)
+                evidence = evidence.of(left)
     return tuple(steps), counted
 
 

@@ -7,7 +7,15 @@ from types import ModuleType
 from typing import Any
 
 from secateur.errors import unknown
-from secateur.methods import drop_blocks, linearize_blocks, merge_blocks, narrow_blocks, replace_blocks, slice_hidden
+from secateur.methods import (
+    auto,
+    drop_blocks,
+    linearize_blocks,
+    merge_blocks,
+    narrow_blocks,
+    replace_blocks,
+    slice_hidden,
+)
 from secateur.methods.method import Evidence, Method
 from secateur.models.decoder import Decoder
 
@@ -20,12 +28,14 @@ _FILES: tuple[ModuleType, ...] = (
     narrow_blocks,
 )
 
-METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
-
 APPLY: dict[str, Callable[[Evidence, Any], Decoder]] = {
     kind: edit for file in _FILES for kind, edit in file.APPLY.items()
 }
 """How each kind of step is applied: evidence, whose decoder is the model before it, and the step, to the new model."""
+
+_SINGLE: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
+
+METHODS: dict[str, Method] = _SINGLE | {"auto": auto.method_over(_SINGLE, APPLY)}
 
 
 def find_method(name: str) -> Method:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from secateur.evaluation.timing import BlockTimes, Request, time_blocks
@@ -37,6 +37,15 @@ class Scale:
     dense: float
     of: Callable[[Sequence[int], int], float] = field(compare=False)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def after(self, kept: Sequence[int], parameters: int) -> Scale:
+        """Weigh what is left when only these blocks stay, with so many parameters, by what was measured here."""
+        return replace(
+            self,
+            blocks=tuple(self.blocks[block] for block in kept),
+            total=self.of(kept, parameters),
+            of=lambda stay, count: self.of([kept[place] for place in stay], count),
+        )
 
 
 def memory_scale(decoder: Decoder, context: int) -> Scale:

@@ -47,7 +47,7 @@ def read_sequence(spec: str, settings: dict[str, Any]) -> tuple[Part, ...]:
     by_method: dict[str, dict[str, Any]] = {name: {} for name in known}
     for key, value in settings.items():
         owner, dot, name = key.partition(".")
-        if len(methods) == 1 and not dot:
+        if len(methods) == 1 and owner != known[0]:
             owner, name = known[0], key
         elif not dot:
             raise InputError(f"{key}: say whose setting it is, such as {known[0]}.{key}.")
@@ -83,12 +83,12 @@ def whole_budget(parts: tuple[Part, ...], amounts: dict[str, Any]) -> Budget:
         raise InputError(f"{own[0].knob} and another amount contradict each other; give one of them.")
     budget = own[0] if own else read_budget(**amounts)
     if budget.aim in ("blocks", "slice", "ratio"):
-        native = {part.method.native for part in parts}
         if len(parts) > 1:
             raise InputError(f"several methods share one budget: give remove or target-params, not {budget.aim}.")
-        if budget.aim not in native:
+        if budget.aim != parts[0].method.native:
+            unit = f"{parts[0].method.native}, " if parts[0].method.native else ""
             raise InputError(
-                f"{parts[0].method.name} does not count in {budget.aim}; give {native.pop()}, remove or target-params."
+                f"{parts[0].method.name} does not count in {budget.aim}; give {unit}remove or target-params."
             )
     return budget
 

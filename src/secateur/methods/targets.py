@@ -8,16 +8,20 @@ from typing import Any
 
 from secateur.errors import InputError
 from secateur.methods.budget import Budget
-from secateur.methods.scale import memory_scale, time_scale
-from secateur.methods.sequence import Part
+from secateur.methods.scale import Pace, memory_scale, time_scale
 from secateur.models.decoder import Decoder
 from secateur.steps import AnyStep, Sizes
 
 CONTEXT = 4096
 
 
-def weighed(budget: Budget, decoder: Decoder, part: Part) -> Budget:
+def weighed(budget: Budget, decoder: Decoder, pace: Pace | None) -> Budget:
     """Weigh the model at hand in the unit of a budget, if that is bytes or seconds; a second time, keep what was dense.
+
+    Args:
+        budget: what is asked for.
+        decoder: the model at hand.
+        pace: how the models run that the method makes which decides next.
 
     Raises:
         InputError: the context is longer than the model's positions.
@@ -29,7 +33,7 @@ def weighed(budget: Budget, decoder: Decoder, part: Part) -> Budget:
         scale = memory_scale(decoder, context)
         budget = dataclasses.replace(budget, context=context)
     elif budget.aim == "target_speedup":
-        scale = time_scale(decoder, part.method.pace(part.settings) if part.method.pace else None)
+        scale = time_scale(decoder, pace)
     else:
         return budget
     dense = scale.dense if budget.scale is None else budget.scale.dense

@@ -45,6 +45,7 @@ class MergeProbe:
         shares: Callable[[Span], Shares],
         lows: range,
         batch_size: int | None = None,
+        known: dict[Merged, float] | None = None,
     ) -> None:
         """Run the original model once.
 
@@ -55,12 +56,14 @@ class MergeProbe:
             shares: what of each block goes into the one a window becomes.
             lows: blocks at which a merged window may begin.
             batch_size: windows per batch; chosen by the device if None.
+            known: similarities measured before, on the same model and windows and with the same shares; what is
+                measured is added to them.
 
         Raises:
             NumericsError: NaN or infinity on the way.
         """
         self.evaluated = 0
-        self.known: dict[Merged, float] = {}
+        self.known: dict[Merged, float] = {} if known is None else known
         self._decoder, self._store, self._shares = decoder, store, shares
         self._batches = stored_start(decoder, windows, store, batch_size, key=lambda batch: (batch.index, 0))
         for index in range(decoder.block_count):

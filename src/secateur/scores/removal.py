@@ -30,13 +30,28 @@ class RemovalProbe:
         evaluated: block evaluations so far (one block on all windows), for honest accounting.
     """
 
-    def __init__(self, decoder: Decoder, windows: Windows, store: StateStore, batch_size: int | None = None) -> None:
-        """Prepare the windows; `store` holds the remembered states and is closed by its owner."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: Windows,
+        store: StateStore,
+        batch_size: int | None = None,
+        known: dict[Gone, float] | None = None,
+    ) -> None:
+        """Prepare the windows.
+
+        Args:
+            decoder: the model.
+            windows: calibration windows.
+            store: holds the remembered states; closed by its owner.
+            batch_size: windows per batch; chosen by the device if None.
+            known: losses measured before on this model and these windows; what is measured is added to them.
+        """
         self.evaluated = 0
         self._decoder = decoder
         self._store = store
         self._settled: frozenset[int] = frozenset()
-        self._losses: dict[Gone, float] = {}
+        self._losses: dict[Gone, float] = {} if known is None else known
         self._batches = stored_start(decoder, windows, store, batch_size, key=lambda batch: _key(batch, 0, ()))
 
     @torch.no_grad()
