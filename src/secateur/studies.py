@@ -212,8 +212,10 @@ def _table(outcomes: Sequence[CellOutcome]) -> Table:
     tasks = sorted({(task, measure) for one in outcomes for task in one.tasks for measure in one.tasks[task]})
     shown = [pair for pair in tasks if pair[1] in ("acc", "stability")]
     speeds = sorted({name for one in outcomes for name in one.speedup}, reverse=True)
-    for name in ("cell", "removed", "perplexity", *(" ".join(pair) for pair in shown), *speeds, "seconds"):
-        table.add_column(name, justify="left" if name == "cell" else "right")
+    several = len({task for task, _ in shown}) > 1
+    asked = [f"{task} {measure}" if several else measure for task, measure in shown]
+    for name in ("cell", "removed", "perplexity", *asked, *speeds, "seconds"):
+        table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=name == "cell")
     for one in sorted(outcomes, key=lambda one: (one.failed is not None, one.perplexity or float("inf"))):
         if one.failed:
             table.add_row(one.name, f"[red]failed: {escape(one.failed['error'][:60])}[/]")

@@ -74,13 +74,16 @@ def run_study(
     for number, stages in enumerate(phases):
         names = [_pending(row, folder, fingerprint, stages, failed=number == 0) for row in rows]
         jobs = [Job(folder, row[0].name, cells, stages) for row, cells in zip(rows, names, strict=True) if cells]
-        last = number + 1 == len(phases)
-        for job in progress(_queue(on, jobs, count if stages != ("bench",) else 1, address), "cells", len(jobs)):
+        what, at_a_time = "cells", count
+        if number:  # one process for all: there is nothing to run beside it, and starting one takes seconds
+            cells = tuple(name for job in jobs for name in job.cells)
+            what, at_a_time, jobs = "speed of all cells", 1, [Job(folder, cells[0], cells, stages)] if cells else []
+        for job in progress(_queue(on, jobs, at_a_time, address), what, len(jobs)):
             for name in job.cells:
                 outcome = outcome_of(folder / CELLS / name)
                 if number == 0 or outcome.failed:
                     finished(outcome)
-            if last and not keep:
+            if not keep and len(phases) == 1:
                 _discard(next(row for row in rows if row[0].name == job.first), folder)
     if not keep:
         for row in rows:

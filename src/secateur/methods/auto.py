@@ -41,7 +41,7 @@ class AutoSettings(MethodSettings):
     """Settings of `auto`."""
 
     depth: str = Field(
-        "none,replaceme,streamline",
+        "none,replaceme,streamline,swm",
         description="methods that may take blocks out; with none among them, width alone is tried too",
     )
     width: str = Field(
