@@ -8,8 +8,9 @@ import pytest
 import secateur
 from secateur.comparing import jobs
 from secateur.comparing.grid import rows_of, study_of
-from secateur.comparing.jobs import CELLS, Job, run_job
+from secateur.comparing.jobs import Job, run_job
 from secateur.errors import InputError
+from secateur.pipeline.layout import CELLS
 from secateur.pipeline.state import State
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from secateur.comparing.jobs import CELLS, DENSE, DONE, SCORES
+from secateur.comparing.jobs import DONE
 from secateur.errors import SecateurError
 from secateur.evaluation.reference import ANSWERS, Reference
-from secateur.pipeline.run import RECIPE, Run, Shared
+from secateur.pipeline.layout import CELLS, DENSE, RECIPE, SCORES
+from secateur.pipeline.run import Run, Shared
 from secateur.pipeline.stages import go
 from secateur.recipe import Recipe, read_recipe
 from secateur.scores.profile import Scores

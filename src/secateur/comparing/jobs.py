@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from secateur.pipeline.layout import CELLS
 from secateur.pipeline.state import State
 
-CELLS, DENSE, SCORES = "cells", "dense", "scores.json"
-"""What lies in the folder of a study."""
 LOG = "log.txt"
 DONE = "finished"
 """What a job's process prints, with the name of a cell, when it has done or failed it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.evaluation.reference import RESULTS
 from secateur.evaluation.results import read_results
-from secateur.pipeline.run import SPEEDS
+from secateur.pipeline.layout import SPEEDS
 from secateur.pipeline.state import State
 
 

@@ -14,14 +14,15 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.checkpoints.folders import MARKER, check_target
 from secateur.comparing import local
 from secateur.comparing.grid import Cell, parts_of, rows_of
-from secateur.comparing.jobs import CELLS, DENSE, SCORES, Job
+from secateur.comparing.jobs import Job
 from secateur.comparing.outcome import CellOutcome, outcome_of
 from secateur.errors import InputError
 from secateur.evaluation.evaluate import measure_reference
 from secateur.files import replace_file
 from secateur.models.decoder import Decoder
 from secateur.models.open import open_model
-from secateur.pipeline.run import CUT, HEALED, RECIPE, SAMPLES, Run, fingerprint_of, measuring_key
+from secateur.pipeline.layout import CELLS, CUT, DENSE, HEALED, RECIPE, SAMPLES, SCORES
+from secateur.pipeline.run import Run, fingerprint_of, measuring_key
 from secateur.pipeline.stages import keep_samples
 from secateur.pipeline.state import State
 from secateur.recipe import Study, digest

@@ -13,19 +13,11 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.evaluation.reference import Reference
 from secateur.models.decoder import Decoder
 from secateur.models.open import open_model
+from secateur.pipeline.layout import CUT, HEALED, PLAN
 from secateur.pipeline.state import State
 from secateur.recipe import Common, Recipe, digest
 from secateur.scores.profile import Scores
 from secateur.versions import versions
-
-RECIPE, PLAN, CUT, HEALED, SPEEDS, SAMPLES = (
-    "recipe.yaml",
-    "plan.json",
-    "cut",
-    "healed",
-    "bench.jsonl",
-    "generations.json",
-)
 
 
 @dataclass(frozen=True)

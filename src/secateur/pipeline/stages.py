@@ -24,7 +24,8 @@ from secateur.healing.heal import find_rung, heal
 from secateur.methods.amounts import read_count
 from secateur.methods.planning import make_plan, prune
 from secateur.models.decoder import Decoder
-from secateur.pipeline.run import CUT, PLAN, SAMPLES, SPEEDS, Run
+from secateur.pipeline.layout import CUT, PLAN, SAMPLES, SPEEDS
+from secateur.pipeline.run import Run
 from secateur.plan import Plan
 from secateur.recipe import Samples
 

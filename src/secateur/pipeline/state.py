@@ -9,9 +9,9 @@ from typing import Any
 
 from secateur.errors import InputError
 from secateur.files import replace_file
+from secateur.pipeline.layout import STATE
 
 FORMAT = 1
-FILE = "state.json"
 
 
 @dataclass
@@ -37,7 +37,7 @@ class State:
         Raises:
             InputError: the file is of another version, or something else.
         """
-        path = folder / FILE
+        path = folder / STATE
         if not path.exists():
             return cls(folder, folder.name)
         try:
@@ -67,4 +67,4 @@ class State:
     def write(self) -> None:
         """Write the file."""
         data = {"format": FORMAT, "name": self.name, "stages": self.stages, "failed": self.failed}
-        replace_file(self.folder / FILE, json.dumps(data, indent=2) + "\n")
+        replace_file(self.folder / STATE, json.dumps(data, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from pydantic import ValidationError
 
 from secateur.checkpoints.folders import MARKER
 from secateur.errors import InputError, first_line
+from secateur.evaluation.reference import RESULTS
 from secateur.evaluation.results import Result, read_results
-from secateur.pipeline.run import RECIPE
+from secateur.pipeline.layout import CELLS, CUT, DENSE, HEALED, PLAN, RECIPE, SAMPLES, SCORES, SPEEDS, STATE
 from secateur.pipeline.state import State
 from secateur.plan import Plan, plans_in
 from secateur.recipe import read_recipe
@@ -32,15 +34,15 @@ def read_folder(folder: str | Path) -> Contents:
         what = "is a file" if folder.exists() else "no such folder"
         raise InputError(f"{folder}: {what}; name a folder that secateur wrote, such as a study or a run.")
     record = _record(folder)
-    if (folder / "cells").is_dir():
+    if (folder / CELLS).is_dir():
         State.of(folder)
-        cells = [_cell(one) for one in sorted((folder / "cells").iterdir()) if (one / "state.json").is_file()]
-        dense = _measured(folder / "dense", "against") or Measured()
+        cells = _told_apart([_cell(one) for one in sorted((folder / CELLS).iterdir()) if (one / STATE).is_file()])
+        dense = _measured(folder / DENSE, "against") or Measured()
     else:
         one = _cell(folder)
         cells = [one] if _says_something(one) else []
         dense = _dense_beside(folder)
-    scores = Scores.read(folder / "scores.json") if (folder / "scores.json").is_file() else None
+    scores = Scores.read(folder / SCORES) if (folder / SCORES).is_file() else None
     if not cells and scores is None:
         raise InputError(
             f"{folder}: nothing to report: no cells, plan.json, scores.json, results.jsonl or pruned checkpoint. "
@@ -61,13 +63,13 @@ def _cell(folder: Path) -> Cell:
     state = State.of(folder)
     asked = _asked(folder)
     stages = state.stages
-    cut = folder / str(stages.get("prune", {}).get("cut", "cut"))
-    checkpoint = next((one for one in (folder / "healed", cut, folder) if (one / "config.json").is_file()), None)
+    cut = folder / str(stages.get("prune", {}).get("cut", CUT))
+    checkpoint = next((one for one in (folder / HEALED, cut, folder) if (one / "config.json").is_file()), None)
     record = _record(checkpoint) if checkpoint else {}
     history = record.get("history", [])
     plans = _plans(history, checkpoint)
-    if not plans and (folder / "plan.json").is_file():
-        plans = (Plan.read(folder / "plan.json"),)
+    if not plans and (folder / PLAN).is_file():
+        plans = (Plan.read(folder / PLAN),)
     healed = tuple(entry["healing"] for entry in history if "healing" in entry)
     if not healed and "facts" in stages.get("heal", {}):  # the checkpoints were not kept
         healed = (stages["heal"]["facts"],)
@@ -103,6 +105,15 @@ def _cell(folder: Path) -> Cell:
     )
 
 
+def _told_apart(cells: list[Cell]) -> list[Cell]:
+    """Leave the settings out of a method's name where all its cells have the same."""
+    names: dict[str, set[str]] = {}
+    for cell in cells:
+        names.setdefault(cell.method.partition(" (")[0], set()).add(cell.method)
+    plain = {next(iter(full)): name for name, full in names.items() if len(full) == 1}
+    return [replace(cell, method=plain.get(cell.method, cell.method)) for cell in cells]
+
+
 def _settings(prune: dict[str, Any]) -> str:
     """Write the settings a recipe gives its method, by which two cells of one method differ."""
     given = prune.get("settings")
@@ -114,7 +125,7 @@ def _dense_beside(folder: Path) -> Measured:
     whole = folder.resolve()
     if (own := _results_in(folder, "against")) and any(one.measure == "perplexity" or one.task for one in own):
         return Measured(results=own)
-    shared = _measured(whole.parent.parent / "dense", "against") if whole.parent.name == "cells" else None
+    shared = _measured(whole.parent.parent / DENSE, "against") if whole.parent.name == CELLS else None
     return shared or Measured(results=own)
 
 
@@ -152,7 +163,7 @@ def _asked(folder: Path) -> dict[str, Any]:
 
 def _measured(folder: Path, role: str) -> Measured | None:
     results = _results_in(folder, role)
-    path = folder / "generations.json"
+    path = folder / SAMPLES
     samples = tuple(_sample(path, one) for one in _json(path)) if path.is_file() else ()
     return Measured(results=results, samples=samples) if results or samples else None
 
@@ -164,7 +175,7 @@ def _sample(path: Path, one: Any) -> Sample:
 
 
 def _results_in(folder: Path, role: str) -> tuple[Result, ...]:
-    files = (folder / name for name in ("results.jsonl", "bench.jsonl"))
+    files = (folder / name for name in (RESULTS, SPEEDS))
     return tuple(one for file in files if file.is_file() for one in read_results(file) if one.role == role)
 
 
