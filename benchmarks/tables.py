@@ -4,7 +4,8 @@
 
 * `settings NAME`: settings of a method or of a way of healing, with defaults;
 * `measured NAME`: perplexity of the bundled model under that method, from `results/*_table.jsonl`;
-* `comparison`: all methods beside each other; `healing TOKENS`: all ways of healing on so many tokens; `quantised`.
+* `comparison`: all methods beside each other; `healing TOKENS`: all ways of healing on so many tokens;
+* `quantised`, `stability`.
 
 Where something was measured several times, the last line counts.
 """
@@ -125,12 +126,27 @@ def quantised() -> str:
     return markdown(("model", "removed", "perplexity", "… with int8", "bytes of weights", "… with int8"), rows)
 
 
+def stability() -> str:
+    """Give accuracy, stability and flips on `stdlib-cloze`."""
+    rows = []
+    for one in _records("stability_table"):
+        found, given = one["found"], dict(one["setting"])
+        name, blocks = given.pop("method"), given.pop("blocks", None)
+        more = "".join(f", `{key}={_word(value)}`" for key, value in given.items())
+        label = f"`{name}`{more}, {blocks} of 12 blocks" if blocks else name
+        kept = (found.get("stability", 1.0), found.get("flips", 0.0))
+        accuracy = f"{found['acc']:.3f} ± {found['stderr']:.3f}"
+        rows.append([label, accuracy, *(f"{value:.3f}" for value in kept)])
+    return markdown(("model", "`acc`", "stability", "flips"), rows)
+
+
 _KINDS: dict[str, Callable[..., str]] = {
     "settings": settings,
     "measured": measured,
     "comparison": comparison,
     "healing": healing,
     "quantised": quantised,
+    "stability": stability,
 }
 
 
