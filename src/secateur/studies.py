@@ -13,12 +13,13 @@ from rich.table import Table
 
 from secateur.comparing.grid import rows_of, study_of
 from secateur.comparing.outcome import CellOutcome
+from secateur.comparing.run import require_runnable
 from secateur.comparing.run import run as run_recipe
 from secateur.comparing.study import Engine
 from secateur.console import showing_progress
 from secateur.errors import InputError, unknown
-from secateur.models.open import open_model
 from secateur.options import Asking, Opening, Reading, grouped, read_pairs, read_windows
+from secateur.pipeline.run import open_shapes
 from secateur.recipe import Recipe, Study, read_recipe
 from secateur.runs import run_folder
 from secateur.terminal import DryRun, Json, ModelArg, Out, answer, err
@@ -145,8 +146,8 @@ def _go(
 
 def _announce(asked: Recipe | Study) -> None:
     """Say what a recipe comes to: cells, and what their checkpoints take on the disk."""
-    opening = asked.opening() | ({} if asked.allow_pickle else {"skeleton": True})
-    dense = open_model(asked.model, **opening)
+    require_runnable(asked)
+    dense = open_shapes(asked)
     err.print(f"{asked.model}: {dense.parameter_count:,} parameters, {dense.block_count} blocks")
     if isinstance(asked, Recipe):
         err.print(f"{asked.prune.method}, then {', '.join(_stages(asked))}")

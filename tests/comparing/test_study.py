@@ -1,12 +1,14 @@
 """Studies: the cells, the queue here and on Ray, what is shared, what is skipped, and cells that fail or die."""
 
 import json
+import os
 import sys
+import time
 
 import pytest
 
 import secateur
-from secateur.comparing import jobs
+from secateur.comparing import jobs, local
 from secateur.comparing.grid import rows_of, study_of
 from secateur.comparing.jobs import Job, run_job
 from secateur.errors import InputError
@@ -158,3 +160,37 @@ def test_what_kills_a_cell_is_noted_and_the_next_one_runs(tmp_path, monkeypatch)
     run_job(Job(tmp_path, "a", ("a", "b", "c")), {})
     assert "SIGKILL; was there too little memory" in State.of(tmp_path / CELLS / "b").failed["error"]
     assert [State.of(tmp_path / CELLS / name).failed for name in "ac"] == [None, None]
+
+
+def test_stopping_a_study_ends_its_processes_and_is_no_failure(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / CELLS / name).mkdir(parents=True)
+    begun = tmp_path / "begun"
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f"#!{sys.executable}\nimport os, time\n"
+        f"open({str(begun)!r}, 'a').write(str(os.getpid()) + ' ')\ntime.sleep(60)\n"
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+
+    def interrupted(_):
+        while not begun.exists() or not begun.read_text().endswith(" "):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(local.run_jobs([Job(tmp_path, "a", ("a", "b"))], 1))
+    (only,) = map(int, begun.read_text().split())
+    with pytest.raises(ProcessLookupError):
+        os.kill(only, 0)
+    assert [State.of(tmp_path / CELLS / name).failed for name in "ab"] == [None, None]
+
+
+def test_workers_get_the_devices_that_were_given(monkeypatch):
+    monkeypatch.setattr(local.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-7")
+    assert [local._environment(number, 2)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["2", "GPU-7"]
+    assert (local.default_workers("auto"), local.default_workers("cuda:1"), local.default_workers("cpu")) == (2, 1, 1)
+    assert local._environment(0, 1) == {}

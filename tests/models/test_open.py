@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from oracles import draw_tokens, forward, walk
+from secateur.checkpoints.save import save
 from secateur.errors import InputError, ModelError
 from secateur.models.open import open_model
 from tiny_models import build, build_tokenizer, save_tiny
@@ -598,6 +599,12 @@ def test_code_in_a_checkpoint_runs_when_it_is_trusted(own_code, skeleton):
     assert type(decoder.module).__name__ == "OwnForCausalLM"
     assert decoder.anatomy.family.detected
     assert torch.equal(use(decoder), forward(build("llama", blocks=2), draw_tokens(windows=1)))
+
+
+def test_a_model_with_trusted_code_is_saved_with_it_and_reopened(own_code, tmp_path):
+    record = save(open_model(own_code, trust_remote_code=True), tmp_path / "copy")
+    assert record["check"]["passed"]
+    assert (tmp_path / "copy" / "modeling_own.py").is_file()
 
 
 # Fingerprints

@@ -6,6 +6,7 @@ import pytest
 
 import secateur
 from secateur.errors import InputError, SecateurError
+from secateur.pipeline.run import Run
 from secateur.pipeline.state import State
 from secateur.recipe import Recipe
 
@@ -98,3 +99,46 @@ def test_a_state_of_another_version_is_refused(tmp_path):
     (tmp_path / "state.json").write_text("[]")
     with pytest.raises(InputError, match="not the state of a run"):
         State.of(tmp_path)
+
+
+def test_results_never_outlive_the_cut_they_are_of(run, recipe, tmp_path):
+    _, before = run(recipe())
+    assert before.perplexity
+    with pytest.raises(SecateurError):
+        run(recipe(prune={"method": "shortgpt", "blocks": 3}, eval={"texts": "nowhere.npy"}))
+    assert State.of(tmp_path / "run").failed["stage"] == "eval"
+    assert not (tmp_path / "run" / "results.jsonl").exists()
+    _, after = run(recipe(prune={"method": "shortgpt", "blocks": 3}, eval=None))
+    assert after.perplexity is None
+    assert after.failed is None, "what is not asked for any more has not failed"
+
+
+def test_mistakes_are_found_before_anything_is_done(recipe, tmp_path):
+    for changes, message in (
+        ({"prune": {"method": "shortgppt", "blocks": 2}}, "Did you mean 'shortgpt'"),
+        ({"prune": {"method": "shortgpt", "slice": 0.2}}, "does not count in slice"),
+        ({"heal": {"with": "lroa"}}, "Did you mean 'lora'"),
+        ({"heal": {"with": "lora", "instructions": True}}, "have to be named"),
+        ({"eval": {"tasks": "stdlib-clozze"}}, "stdlib-cloze"),
+    ):
+        with pytest.raises(InputError, match=message):
+            secateur.run(recipe(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_goes_with_the_cut(recipe, tiny_with_tokenizer, tmp_path):
+    """The checkpoint's own stays in the cut; the one asked for is given whenever a model of the run is opened."""
+    other = tmp_path / "tokenizer"
+    tokenizer = secateur.open_model(tiny_with_tokenizer).tokenizer
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(other)
+    secateur.run(recipe(tokenizer=str(other)), tmp_path / "run")
+    opened = Run(recipe(tokenizer=str(other)), tmp_path / "run").final()
+    assert opened.tokenizer.chat_template == "{{ messages }}"
+
+
+def test_training_of_other_settings_is_not_gone_on_with(recipe, tmp_path):
+    run = Run(recipe(heal={"with": "full", "tokens": 64}), tmp_path)
+    (tmp_path / "healing-of-before").mkdir()
+    assert run.work("healing", "heal").name == f"healing-{run.keys['heal']}"
+    assert not list(tmp_path.glob("healing-*"))

@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from secateur.checkpoints.folders import is_ours
 from secateur.models.decoder import Decoder
 from secateur.plan import plans_in
-from secateur.shapes import SecateurConfig
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 """What a name on the hub looks like: owner/name."""
@@ -102,7 +101,7 @@ def _rows(entry: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _own_code(decoder: Decoder) -> str:
-    return ", trust_remote_code=True" if isinstance(decoder.config, SecateurConfig) else ""
+    return ", trust_remote_code=True" if decoder.has_own_code else ""
 
 
 def _original_card(folder: Path | None) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import torch
 from secateur.errors import CheckError
 from secateur.models.decoder import Decoder
 from secateur.models.replay import capture, logits, run_block
-from secateur.shapes import SecateurConfig
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference allowed, relative to the largest logit, by the dtype of the arithmetic."""
@@ -61,8 +60,7 @@ def record_expected(decoder: Decoder, file: Path) -> Expected:
     with decoder.outer():
         found = logits(decoder, hidden, placed)
     np.savez(file, tokens=tokens.numpy(), logits=found.float().cpu().numpy())
-    own_code = isinstance(decoder.config, SecateurConfig)
-    return Expected(file, _dtype_for_reopening(decoder), trust_remote_code=own_code)
+    return Expected(file, _dtype_for_reopening(decoder), trust_remote_code=decoder.has_own_code)
 
 
 def _dtype_for_reopening(decoder: Decoder) -> torch.dtype:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from secateur.evaluation.reference import ANSWERS, Reference
 from secateur.pipeline.layout import CELLS, DENSE, RECIPE, SCORES
 from secateur.pipeline.run import Run, Shared
 from secateur.pipeline.stages import go
+from secateur.pipeline.state import State
 from secateur.recipe import Recipe, read_recipe
 from secateur.scores.profile import Scores
 
@@ -27,6 +32,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--first")
     parser.add_argument("--stages")
     given = parser.parse_args(arguments)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     cells = given.study / CELLS
@@ -36,12 +42,22 @@ def main(arguments: list[str]) -> None:
             run = open_run(given.study, name, sibling)
             for _stage in go(run, given.stages.split(",") if given.stages else None):
                 pass
-        except SecateurError as error:
+        except Exception as error:  # noqa: BLE001 - noted in the cell's state; the others go on
+            if not isinstance(error, SecateurError):
+                traceback.print_exc()
             sys.stderr.write(f"{name}: {error}\n")
-        except Exception:  # noqa: BLE001 - noted in the cell's state by the stage that failed; the others go on
-            traceback.print_exc()
+            state = State.of(cells / name)
+            if state.failed is None:
+                state.fail("open", error)
         sys.stdout.write(f"{DONE} {name}\n")
         sys.stdout.flush()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone: another may be started in the same folder."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def open_run(study: Path, name: str, sibling: Path | None = None) -> Run:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from secateur.errors import InputError
 from secateur.healing.heal import find_rung
 from secateur.methods.amounts import read_count, read_fraction
 from secateur.methods.sequence import Part, read_sequence
@@ -58,10 +59,21 @@ def parts_of(study: Study) -> Iterator[Part]:
     """
     for healing in study.compare.heal:
         if isinstance(healing, Healing):
-            read_settings(f"heal --with {healing.with_}", find_rung(healing.with_).settings, healing.settings)
-            read_count(healing.tokens, "tokens")
+            check_healing(healing)
     for entry in _entries(study):
         yield from read_sequence(entry.method, entry.settings)
+
+
+def check_healing(asked: Healing) -> None:
+    """Find mistakes in what is asked for.
+
+    Raises:
+        InputError: an unknown way of healing or setting, no number of tokens, or instructions without texts.
+    """
+    read_settings(f"heal --with {asked.with_}", find_rung(asked.with_).settings, asked.settings)
+    read_count(asked.tokens, "tokens")
+    if asked.instructions and asked.texts is None:
+        raise InputError("heal: instruction data have to be named (texts: alpaca, or a jsonl file).")
 
 
 def _entries(study: Study) -> list[Entry]:

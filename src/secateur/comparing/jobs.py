@@ -40,9 +40,19 @@ class Job:
 
 
 def run_job(
-    job: Job, environment: Mapping[str, str], started: Callable[[subprocess.Popen[str]], object] = lambda _: None
+    job: Job,
+    environment: Mapping[str, str],
+    started: Callable[[subprocess.Popen[str]], object] = lambda _: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run a job until every cell of it is done or noted as failed; `started` is told of each process."""
+    """Run a job until every cell of it is done or noted as failed.
+
+    Args:
+        job: the cells.
+        environment: what its processes find in theirs besides, such as the device they may use.
+        started: told of each process, which leads a group of its own.
+        stopped: whether the study was stopped, so that a process that ended has not failed.
+    """
     left = job.cells
     while left:
         with (job.study / CELLS / left[0] / LOG).open("a", encoding="utf-8") as log:
@@ -54,10 +64,13 @@ def run_job(
                 stderr=log,
                 text=True,
                 env={**os.environ, **environment},
+                start_new_session=True,
             )
             started(process)
             output, _ = process.communicate()
             code = process.returncode
+        if stopped():
+            return
         over = [line.removeprefix(f"{DONE} ") for line in output.splitlines() if line.startswith(f"{DONE} ")]
         left = tuple(name for name in left if name not in over)
         if left:

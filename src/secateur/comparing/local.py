@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
@@ -13,9 +15,9 @@ import torch
 from secateur.comparing.jobs import Job, run_job
 
 
-def default_workers() -> int:
-    """Number of processes at a time: one per GPU; one where there is none, with all cores."""
-    return max(1, torch.cuda.device_count())
+def default_workers(device: str) -> int:
+    """Number of processes at a time: one per GPU, but one where a device is named or there is none."""
+    return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
 
 
 def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
@@ -27,11 +29,12 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
     for number in range(workers):
         slots.put(_environment(number, workers))
     running: set[subprocess.Popen[str]] = set()
+    stop = threading.Event()
 
     def work(job: Job) -> Job:
         slot = slots.get()
         try:
-            run_job(job, slot, running.add)
+            run_job(job, slot, running.add, stop.is_set)
         finally:
             slots.put(slot)
         return job
@@ -42,16 +45,19 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
             for future in as_completed(futures):
                 yield future.result()
         finally:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
-                process.kill()
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def _environment(number: int, workers: int) -> dict[str, str]:
     """Say to a worker's processes which device is theirs."""
     if workers == 1:
         return {}
-    count = torch.cuda.device_count()
-    if count:
-        return {"CUDA_VISIBLE_DEVICES": str(number % count)}
+    if torch.cuda.device_count():
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        devices = seen.split(",")
+        return {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]}
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}

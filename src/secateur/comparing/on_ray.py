@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import ray
 
-from secateur.comparing.cell import open_run
 from secateur.comparing.jobs import Job, run_job
+from secateur.pipeline.layout import CELLS
+from secateur.pipeline.state import State
 
 
 def run_jobs(jobs: Sequence[Job], workers: int | None, address: str | None = None) -> Iterator[Job]:
@@ -45,8 +46,8 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, address: str | None = Non
 
 
 def _note_loss(job: Job, error: Exception) -> None:
-    """Note that the worker with a job was lost: those of its cells that are not over have failed."""
+    """Note that the worker with a job was lost; a cell that was over is found to be so when the study is run again."""
     for name in job.cells:
-        run = open_run(job.study, name)
-        if run.pending(job.stages):
-            run.state.fail("process", error)
+        state = State.of(job.study / CELLS / name)
+        if state.failed is None:
+            state.fail("process", error)

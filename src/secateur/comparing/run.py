@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from secateur.calibration.progress import SILENT, Progress
-from secateur.comparing.grid import study_of
+from secateur.comparing.grid import check_healing, rows_of, study_of
 from secateur.comparing.outcome import CellOutcome, outcome_of
 from secateur.comparing.study import Engine, begin, run_study
+from secateur.evaluation.catalogue import require_known
+from secateur.methods.sequence import read_sequence, whole_budget
 from secateur.pipeline.run import Run
 from secateur.pipeline.stages import go
 from secateur.recipe import Recipe, Study, read_recipe
@@ -47,6 +49,7 @@ def run(
         SecateurError: a stage of a single run cannot be done. In a study that is noted in the cell's folder.
     """
     asked = recipe if isinstance(recipe, Recipe | Study) else read_recipe(recipe)
+    require_runnable(asked)
     command = "compare" if isinstance(asked, Study) else "run"
     folder = Path(out) if out is not None else run_folder(asked.model, command)
     if isinstance(asked, Study):
@@ -57,6 +60,23 @@ def run(
     for name in go(Run(asked, folder, progress=progress)):
         stage(name)
     return [outcome_of(folder)]
+
+
+def require_runnable(asked: Recipe | Study) -> None:
+    """Find mistakes in a recipe before anything is done.
+
+    Raises:
+        InputError: an unknown method, way of healing, task or setting, or an amount that is none.
+    """
+    if isinstance(asked, Study):
+        rows_of(asked)
+    else:
+        parts = read_sequence(asked.prune.method, asked.prune.settings)
+        whole_budget(parts, asked.prune.amount())
+        if asked.heal is not None:
+            check_healing(asked.heal)
+    if asked.eval is not None and asked.eval.tasks is not None:
+        require_known(asked.eval.tasks if isinstance(asked.eval.tasks, str) else ",".join(asked.eval.tasks))
 
 
 def compare(

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils.memory import clear_device_cache
+
 from secateur.calibration.progress import SILENT, Progress
 from secateur.checkpoints.folders import MARKER, check_target
 from secateur.comparing import local
@@ -63,6 +65,7 @@ def run_study(
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers {workers}: must be at least 1.")
+    folder = folder.resolve()
     rows = rows_of(study)
     kinds = _kinds(study)
     begin(folder, "compare", study.to_yaml(), {"model": study.model, "cells": sum(map(len, rows))})
@@ -70,7 +73,7 @@ def run_study(
     _share(study, folder, fingerprint, kinds, progress)
     for cell in (cell for row in rows for cell in row):
         begin(folder / CELLS / cell.name, "run", cell.recipe.to_yaml(), {"model": study.model})
-    count = workers or (local.default_workers() if on == "local" else None)
+    count = workers or (local.default_workers(study.device) if on == "local" else None)
     phases = _phases(rows[0][0], count)
     for number, stages in enumerate(phases):
         names = [_pending(row, folder, fingerprint, stages, failed=number == 0) for row in rows]
@@ -85,10 +88,10 @@ def run_study(
                 if number == 0 or outcome.failed:
                     finished(outcome)
             if not keep and len(phases) == 1:
-                _discard(next(row for row in rows if row[0].name == job.first), folder)
+                _discard(next(row for row in rows if row[0].name == job.first), folder, fingerprint)
     if not keep:
         for row in rows:
-            _discard(row, folder)
+            _discard(row, folder, fingerprint)
     return [outcome_of(folder / CELLS / cell.name) for row in rows for cell in row]
 
 
@@ -140,11 +143,15 @@ def _share(study: Study, folder: Path, fingerprint: str, kinds: tuple[Kind, ...]
     if study.eval is not None:
         with stage("dense", measuring_key(study)) as pending:
             if pending:
-                measure_reference(dense(), **study.measuring(), progress=progress).write(folder / DENSE)
+                stable = study.eval.stability
+                found = measure_reference(dense(), **study.measuring(), stability=stable, progress=progress)
+                found.write(folder / DENSE)
     if study.generate is not None:
         with stage("generate", study.generate.model_dump(mode="json"), study.measuring()["texts"]) as pending:
             if pending:
                 keep_samples(folder / DENSE / SAMPLES, dense(), study.measuring()["texts"], study.generate)
+    opened.clear()
+    clear_device_cache(garbage_collection=True)  # the cells' processes need the memory
 
 
 def _phases(cell: Cell, workers: int | None) -> list[tuple[str, ...] | None]:
@@ -159,11 +166,16 @@ def _pending(
 ) -> tuple[str, ...]:
     """Name the cells that have something to do; those that failed only where they are to be tried again."""
     runs = {cell.name: Run(cell.recipe, folder / CELLS / cell.name, fingerprint=fingerprint) for cell in row}
+    for run in runs.values():
+        if not run.pending():
+            run.state.settle()
     return tuple(name for name, run in runs.items() if run.pending(stages) and (failed or not run.state.failed))
 
 
-def _discard(row: Sequence[Cell], folder: Path) -> None:
-    """Remove the checkpoints of cells that share a cut; results stay."""
+def _discard(row: Sequence[Cell], folder: Path, fingerprint: str) -> None:
+    """Remove the checkpoints of cells that share a cut, once all of them are measured; results stay."""
+    if any(Run(cell.recipe, folder / CELLS / cell.name, fingerprint=fingerprint).pending() for cell in row):
+        return
     for cell in row:
         for name in (CUT, HEALED):
             shutil.rmtree(folder / CELLS / cell.name / name, ignore_errors=True)

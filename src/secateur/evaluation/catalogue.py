@@ -71,6 +71,18 @@ def find_task(name: str) -> Found:
     return known[name]
 
 
+def require_known(text: str) -> None:
+    """Look up names of tasks without loading any; folders and YAML files are left for later.
+
+    Raises:
+        InputError: there is none, or one that nobody knows.
+    """
+    for name in task_names(text):
+        path = Path(name).expanduser()
+        if name != CLOZE and not path.is_dir() and path.suffix not in (".yaml", ".yml"):
+            find_task(name)
+
+
 @functools.cache
 def harness_tasks() -> dict[str, Found]:
     """Give all names of the installed harness: tasks, groups and tags.

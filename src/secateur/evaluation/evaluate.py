@@ -111,13 +111,14 @@ def measure_reference(
     tasks: str | Sequence[str] | None = None,
     limit: int | None = None,
     shots: int | None = None,
+    stability: bool = False,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Progress = SILENT,
 ) -> Reference:
     """Measure the dense model once for many that are compared with it; arguments as for `eval`.
 
-    Perplexity is always measured, tasks where some are named.
+    Perplexity is always measured, tasks where some are named; with `stability` all of them must have options.
 
     Raises:
         InputError, NumericsError: as `eval`.
@@ -132,7 +133,7 @@ def measure_reference(
         tasks,
         limit=limit,
         shots=shots,
-        stability=False,
+        stability=stability,
         seed=seed,
         batch_size=batch_size,
         progress=progress,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.models.anatomy import Anatomy, count_parameters, find
 from secateur.models.shards import OUTER, Shards
+from secateur.shapes import SecateurConfig
 
 
 @dataclass
@@ -52,6 +53,13 @@ class Decoder:
     def block_count(self) -> int:
         """Number of blocks, L."""
         return self.anatomy.block_count
+
+    @property
+    def has_own_code(self) -> bool:
+        """Whether opening a saved copy runs code that lies beside the weights: ours, or what was trusted before."""
+        return isinstance(self.config, SecateurConfig) or type(self.module).__module__.startswith(
+            "transformers_modules"
+        )
 
     @property
     def is_skeleton(self) -> bool:

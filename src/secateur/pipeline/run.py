@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
+
 from secateur.calibration.progress import SILENT, Progress
-from secateur.evaluation.reference import Reference
+from secateur.errors import InputError
+from secateur.evaluation.reference import RESULTS, Reference
 from secateur.models.decoder import Decoder
 from secateur.models.open import open_model
-from secateur.pipeline.layout import CUT, HEALED, PLAN
+from secateur.pipeline.layout import CUT, HEALED, PLAN, SAMPLES, SPEEDS
 from secateur.pipeline.state import State
 from secateur.recipe import Common, Recipe, digest
 from secateur.scores.profile import Scores
@@ -77,6 +79,23 @@ class Run:
             wanted.add("plan")
         return [stage for stage in self.keys if stage in wanted]
 
+    def begin(self, stage: str) -> None:
+        """Note that a stage is being done, and remove what is outdated by it."""
+        self.state.begin(stage)
+        made = {"prune": CUT, "heal": HEALED, "eval": RESULTS, "bench": SPEEDS, "generate": SAMPLES}
+        for name, what in made.items():
+            if name not in self.state.stages and name != stage:
+                path = self.folder / what
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def work(self, name: str, stage: str) -> Path:
+        """Name the folder in which training keeps its states; those of other settings are removed."""
+        own = self.folder / f"{name}-{self.keys[stage]}"
+        for other in self.folder.glob(f"{name}-*"):
+            if other != own:
+                shutil.rmtree(other)
+        return own
+
     def _done(self, stage: str) -> bool:
         return self.state.finished(stage, self.keys[stage])
 
@@ -109,8 +128,9 @@ class Run:
 
     def open(self, folder: Path, **more: Any) -> Decoder:
         """Open a checkpoint of this run, as the recipe opens models."""
-        place = {"dtype": self.recipe.dtype, "device": self.recipe.device, "skeleton": self.recipe.skeleton}
-        return open_model(folder, **(place | {"trust_remote_code": self.recipe.trust_remote_code} | more))
+        place = self.recipe.opening()
+        del place["revision"], place["allow_pickle"]
+        return open_model(folder, **(place | more))
 
     def final(self) -> Decoder:
         """Open what is to be measured."""
@@ -126,15 +146,22 @@ class Run:
     def close_dense(self) -> None:
         """Let the dense model go; what is in memory for one stage makes room for the next."""
         self._dense = None
-        gc.collect()
+        clear_device_cache(garbage_collection=True)
 
 
 def fingerprint_of(recipe: Common) -> str:
     """Give the fingerprint of a recipe's model, without reading its weights where it can be helped."""
-    opening = recipe.opening()
-    if not recipe.allow_pickle:
-        opening["skeleton"] = True
-    return open_model(recipe.model, **opening).fingerprint
+    return open_shapes(recipe).fingerprint
+
+
+def open_shapes(recipe: Common) -> Decoder:
+    """Open a recipe's model without reading its weights, where they are not pickled."""
+    try:
+        return open_model(recipe.model, **recipe.opening() | {"skeleton": True})
+    except InputError:
+        if not recipe.allow_pickle:
+            raise
+        return open_model(recipe.model, **recipe.opening())
 
 
 def _keys(recipe: Recipe, fingerprint: str) -> dict[str, str]:

@@ -37,8 +37,11 @@ def go(run: Run, only: Collection[str] | None = None) -> Iterator[str]:
         SecateurError: a stage cannot be done; that is noted in the state.
     """
     run.adopt(only)
+    if not run.pending():
+        run.state.settle()
     for stage in run.pending(only):
         yield stage
+        run.begin(stage)
         begun = time.perf_counter()
         try:
             more = _DO[stage](run)
@@ -58,7 +61,7 @@ def _plan(run: Run) -> dict[str, Any]:
         **run.recipe.reading(),
         settings=cut.settings,
         scores=run.shared.scores,
-        work=run.folder / "training",
+        work=run.work("training", "plan"),
         progress=run.progress,
     )
     replace_file(run.folder / PLAN, plan.to_json())
@@ -66,7 +69,7 @@ def _plan(run: Run) -> dict[str, Any]:
 
 
 def _prune(run: Run) -> dict[str, Any]:
-    work = run.folder / "training"
+    work = run.work("training", "plan")
     pruned = prune(
         run.open_dense(),
         Plan.read(run.folder / PLAN),
@@ -85,14 +88,14 @@ def _heal(run: Run) -> dict[str, Any]:
     rung = find_rung(asked.with_)
     if not rung.teacher:
         run.close_dense()
-    work = run.folder / "healing"
+    work = run.work("healing", "heal")
     healed = heal(
         run.open(run.cut(), **({"skeleton": False} if rung.whole and run.recipe.skeleton is None else {})),
         by=asked.with_,
         texts=asked.texts or run.recipe.texts,
         tokens=int(read_count(asked.tokens, "tokens")),
         instructions=asked.instructions,
-        seq_len=asked.seq_len or run.recipe.seq_len,
+        seq_len=asked.seq_len or (None if asked.instructions else run.recipe.seq_len),
         teacher=run.open_dense() if rung.teacher else None,
         settings=asked.settings,
         seed=run.recipe.seed,

@@ -12,6 +12,9 @@ from secateur.files import replace_file
 from secateur.pipeline.layout import STATE
 
 FORMAT = 1
+_MEASURED = ("eval", "bench", "generate")
+_LATER = {"plan": ("prune", "heal", *_MEASURED), "prune": ("heal", *_MEASURED), "heal": _MEASURED}
+"""Stages that work on what an earlier one made."""
 
 
 @dataclass
@@ -52,6 +55,18 @@ class State:
     def finished(self, stage: str, key: str) -> bool:
         """Whether a stage was done with these settings."""
         return self.stages.get(stage, {}).get("key") == key
+
+    def begin(self, stage: str) -> None:
+        """Note that a stage is being done: it, and what was made of what it made before, is not finished."""
+        outdated = (*_LATER.get(stage, ()), stage)
+        self.stages = {name: done for name, done in self.stages.items() if name not in outdated}
+        self.write()
+
+    def settle(self) -> None:
+        """Note that nothing is left to do, so that no failure concerns anyone any more."""
+        if self.failed is not None:
+            self.failed = None
+            self.write()
 
     def finish(self, stage: str, key: str, seconds: float, **more: Any) -> None:
         """Note that a stage is done."""

@@ -64,7 +64,8 @@ def _cell(folder: Path) -> Cell:
     asked = _asked(folder)
     stages = state.stages
     cut = folder / str(stages.get("prune", {}).get("cut", CUT))
-    checkpoint = next((one for one in (folder / HEALED, cut, folder) if (one / "config.json").is_file()), None)
+    made = (cut, folder) if asked and "heal" not in asked else (folder / HEALED, cut, folder)
+    checkpoint = next((one for one in made if (one / "config.json").is_file()), None)
     record = _record(checkpoint) if checkpoint else {}
     history = record.get("history", [])
     plans = _plans(history, checkpoint)
