@@ -22,7 +22,7 @@ from secateur.errors import InputError
 from secateur.evaluation.evaluate import measure_reference
 from secateur.files import replace_file
 from secateur.models.decoder import Decoder
-from secateur.models.open import open_model
+from secateur.models.open import BUNDLED, open_model
 from secateur.pipeline.layout import CELLS, CUT, DENSE, HEALED, RECIPE, SAMPLES, SCORES
 from secateur.pipeline.run import Run, fingerprint_of, measuring_key
 from secateur.pipeline.stages import keep_samples
@@ -65,7 +65,7 @@ def run_study(
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers {workers}: must be at least 1.")
-    folder = folder.resolve()
+    study, folder = _placed(study), folder.resolve()
     rows = rows_of(study)
     kinds = _kinds(study)
     begin(folder, "compare", study.to_yaml(), {"model": study.model, "cells": sum(map(len, rows))})
@@ -108,6 +108,12 @@ def begin(folder: Path, command: str, recipe: str, details: dict[str, Any]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     mark(folder, command, details)
     replace_file(folder / RECIPE, recipe)
+
+
+def _placed(study: Study) -> Study:
+    """Give paths that hold wherever the cells run."""
+    named = {name: Path(getattr(study, name)) for name in ("model", "texts") if getattr(study, name) != BUNDLED}
+    return study.model_copy(update={name: str(path.resolve()) for name, path in named.items() if path.exists()})
 
 
 def _kinds(study: Study) -> tuple[Kind, ...]:
