@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from secateur.comparing.grid import rows_of, study_of
 from secateur.comparing.outcome import CellOutcome
 from secateur.comparing.run import require_runnable
 from secateur.comparing.run import run as run_recipe
-from secateur.comparing.study import Engine
+from secateur.comparing.study import ENGINES
 from secateur.console import showing_progress
 from secateur.errors import InputError, unknown
 from secateur.options import Asking, Opening, Reading, grouped, read_pairs, read_windows
@@ -24,10 +24,27 @@ from secateur.recipe import Recipe, Study, read_recipe
 from secateur.runs import run_folder
 from secateur.terminal import DryRun, Json, ModelArg, Out, answer, err
 
-On = Annotated[str, typer.Option(help="local: the devices here. ray: a Ray cluster.")]
-Address = Annotated[str | None, typer.Option(help="Of the Ray cluster: auto, ray://… (default: start one here)")]
-Workers = Annotated[int | None, typer.Option(help="Processes at a time. (default: one per GPU, or one)")]
-Keep = Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the checkpoints of the cells when measured.")]
+
+@dataclass(frozen=True, kw_only=True)
+class Queueing:
+    """Where the cells of a study run, and what stays of them."""
+
+    on: Annotated[str, typer.Option(help="local: the devices here. ray: a Ray cluster.")] = "local"
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster: auto, ray://… (default: start one here)")] = (
+        None
+    )
+    workers: Annotated[int | None, typer.Option(help="Processes at a time. (default: one per GPU, or one)")] = None
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the checkpoints of measured cells.")] = True
+
+    def settings(self) -> dict[str, Any]:
+        """Give these by the names `run` takes.
+
+        Raises:
+            InputError: an unknown engine.
+        """
+        if self.on not in ENGINES:
+            raise unknown("engine", self.on, list(ENGINES))
+        return asdict(self)
 
 
 @grouped
@@ -40,6 +57,7 @@ def compare(
     reading: Reading,
     asking: Asking,
     opening: Opening,
+    queueing: Queueing,
     heal: Annotated[str, typer.Option(help="Ways of healing, and none: none,lora,distill.")] = "none",
     heal_tokens: Annotated[str, typer.Option(help="Tokens to heal on, at most.")] = "1M",
     heal_texts: Annotated[str | None, typer.Option(help="Texts to heal on. (default: --texts)")] = None,
@@ -50,10 +68,6 @@ def compare(
     eval_windows: Annotated[str, typer.Option(help="Windows of held-out text for perplexity, or 'all'.")] = "64",
     bench: Annotated[bool, typer.Option("--bench", help="Measure speed too, when nothing else runs.")] = False,
     samples: Annotated[int, typer.Option(help="Continuations to keep of each cell; 0 for none.")] = 2,
-    on: On = "local",
-    address: Address = None,
-    workers: Workers = None,
-    keep: Keep = True,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -83,15 +97,13 @@ def compare(
         [_healing(name, heal_tokens, heal_texts) for name in _listed(heal)],
         {name: value for name, value in settings.items() if value is not None},
     )
-    _go(study, out or run_folder(model, "compare"), on, address, workers, keep=keep, dry_run=dry_run, as_json=as_json)
+    _go(study, out or run_folder(model, "compare"), queueing, dry_run=dry_run, as_json=as_json)
 
 
+@grouped
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/.")],
-    on: On = "local",
-    address: Address = None,
-    workers: Workers = None,
-    keep: Keep = True,
+    queueing: Queueing,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -100,25 +112,15 @@ def run(
     read = read_recipe(recipe)
     kind = "compare" if isinstance(read, Study) else "run"
     folder = out or run_folder(read.model, f"{recipe.stem}-{kind}")
-    _go(read, folder, on, address, workers, keep=keep, dry_run=dry_run, as_json=as_json)
+    _go(read, folder, queueing, dry_run=dry_run, as_json=as_json)
 
 
-def _go(
-    asked: Recipe | Study,
-    folder: Path,
-    on: str,
-    address: str | None,
-    workers: int | None,
-    *,
-    keep: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def _go(asked: Recipe | Study, folder: Path, queueing: Queueing, *, dry_run: bool, as_json: bool) -> None:
     """Say what is about to be done, do it, and show what came of it.
 
     Exit code 1 where no cell came to an end.
     """
-    engine = _engine(on)
+    queue = queueing.settings()
     _announce(asked)
     if dry_run:
         return
@@ -127,10 +129,7 @@ def _go(
         outcomes = run_recipe(
             asked,
             folder,
-            on=engine,
-            address=address,
-            workers=workers,
-            keep=keep,
+            **queue,
             stage=lambda name: err.print(f"{name} …"),
             finished=lambda cell: err.print(_line(cell), markup=False, highlight=False),
             progress=progress,
@@ -162,14 +161,6 @@ def _announce(asked: Recipe | Study) -> None:
 def _stages(recipe: Recipe) -> list[str]:
     asked = {"heal": recipe.heal, "eval": recipe.eval, "bench": recipe.bench, "generate": recipe.generate}
     return ["prune", *(name for name, section in asked.items() if section is not None)]
-
-
-def _engine(on: str) -> Engine:
-    if on == "local":
-        return "local"
-    if on == "ray":
-        return "ray"
-    raise unknown("engine", on, ["local", "ray"])
 
 
 def _listed(text: str) -> list[str]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from accelerate.utils.memory import clear_device_cache
 
@@ -34,6 +34,7 @@ from secateur.scores.pictures import draw_scores
 from secateur.scores.profile import ONE_PASS, Kind
 
 Engine = Literal["local", "ray"]
+ENGINES = get_args(Engine)
 
 
 def run_study(
