@@ -64,7 +64,8 @@ def _write_cell(study, name, model, made, texts, *, plan, where="cut"):
     timed = secateur.bench(made, against=model, batch_sizes=[1], prompts=[4], new_tokens=2, repeats=2)
     append_results(folder / "bench.jsonl", timed)
     _write_samples(folder)
-    (folder / "recipe.yaml").write_text(f"model: tiny\nprune: {{method: {plan.steps[0].method}}}\n")
+    heal = "heal: {with: lora}\n" if where == "healed" else ""
+    (folder / "recipe.yaml").write_text(f"model: tiny\nprune: {{method: {plan.steps[0].method}}}\n{heal}")
     stages = {"plan": {"key": "0", "seconds": 1.5}, "prune": {"key": "0", "seconds": 0.5, "cut": "cut"}}
     (folder / "state.json").write_text(json.dumps({"format": 1, "name": name, "stages": stages, "failed": None}))
 
