@@ -18,6 +18,7 @@ from secateur.comparing.run import run as run_recipe
 from secateur.comparing.study import ENGINES
 from secateur.console import showing_progress
 from secateur.errors import InputError, unknown
+from secateur.methods.sequence import names_in
 from secateur.options import Asking, Opening, Reading, grouped, read_pairs, read_windows
 from secateur.pipeline.run import open_shapes
 from secateur.recipe import Recipe, Study, read_recipe
@@ -173,12 +174,12 @@ def _methods(text: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     used: set[str] = set()
     found = []
     for entry in entries:
-        names = [part.partition(":")[0].strip() for part in entry.split(",")]
+        names = names_in(entry)
         own = {key: value for key, value in settings.items() if key.partition(".")[0] in names}
         used |= set(own)
         plain = {key.partition(".")[2]: value for key, value in own.items()} if len(names) == 1 else own
         found.append({"method": entry, "settings": plain})
-    known = [part.partition(":")[0].strip() for entry in entries for part in entry.split(",")]
+    known = [name for entry in entries for name in names_in(entry)]
     for key in settings:
         if "." not in key:
             raise InputError(f"--set {key}: say whose setting it is, such as {known[0]}.{key}.")

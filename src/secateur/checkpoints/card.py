@@ -61,16 +61,20 @@ def opened_from(text: str, name: str) -> str:
 
 def _base_model(decoder: Decoder, source: str, original: dict[str, Any]) -> str | None:
     """Name the dense model if it is one on the hub: a folder on this machine tells nobody anything."""
-    if HUB_NAME.fullmatch(source) and not Path(source).exists():
+    if _is_on_hub(source):
         return source
     ours = decoder.folder is not None and is_ours(decoder.folder)
     return original.get("base_model") if ours else None
 
 
+def _is_on_hub(source: str) -> bool:
+    return HUB_NAME.fullmatch(source) is not None and not Path(source).exists()
+
+
 def _body(decoder: Decoder, record: dict[str, Any]) -> str:
     base = record["base_model"]
     name = Path(base).name
-    shown = base if HUB_NAME.fullmatch(base) and not Path(base).exists() else name
+    shown = base if _is_on_hub(base) else name
     lines = [f"# {name}, pruned", "", f"Made from `{shown}` with secateur {record['secateur']}.", ""]
     lines += ["| step | method | what it did |", "|---|---|---|"]
     done = [row for entry in record["history"] for row in _rows(entry)]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from secateur.errors import InputError
 from secateur.healing.heal import find_rung
 from secateur.methods.amounts import read_count, read_fraction
-from secateur.methods.sequence import Part, read_sequence
+from secateur.methods.sequence import Part, names_in, read_sequence
 from secateur.recipe import Common, Cut, Entry, Healing, Recipe, Study, as_recipe
 from secateur.settings import read_settings
 
@@ -82,7 +82,7 @@ def _entries(study: Study) -> list[Entry]:
 
 def _method_name(entry: Entry) -> str:
     """Name a method with the settings it was given, as a folder may be called."""
-    methods = "+".join(part.partition(":")[0].strip() for part in entry.method.split(","))
+    methods = "+".join(names_in(entry.method))
     settings = "".join(f"-{name}={value}" for name, value in entry.settings.items())
     return re.sub(r"[^\w.+=-]", "_", entry.name or methods + settings)
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from secateur.errors import InputError
+
+_COUNTS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_BYTES = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
 def read_fraction(text: float | str, name: str = "remove", *, zero: bool = False) -> float:
@@ -28,15 +33,7 @@ def read_count(text: float | str, name: str = "target-params") -> float:
     Raises:
         InputError: not a positive number.
     """
-    stripped = str(text).strip()
-    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(stripped[-1:].upper(), 1.0)
-    try:
-        value = float(stripped[:-1] if scale > 1 else stripped) * scale
-    except ValueError as error:
-        raise InputError(f"{name}={text}: not a number; write 5.5B, 350M or 5500000000.") from error
-    if not 0 < value < float("inf"):
-        raise InputError(f"{name}={text}: must be a positive number.")
-    return value
+    return _read_scaled(name, text, _COUNTS, "number", "5.5B, 350M or 5500000000")
 
 
 def read_bytes(text: float | str) -> float:
@@ -45,15 +42,19 @@ def read_bytes(text: float | str) -> float:
     Raises:
         InputError: not a positive number of bytes.
     """
-    stripped = str(text).strip().upper()
-    scales = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-    unit = next((unit for unit in scales if stripped.endswith(unit)), "")
+    return _read_scaled("target-memory", text, _BYTES, "size", "12GB, 11.5GiB or 800MB")
+
+
+def _read_scaled(name: str, text: float | str, scales: Mapping[str, float], what: str, examples: str) -> float:
+    """Read a positive number with or without one of these units behind it."""
+    written = str(text).strip().upper()
+    unit = next((unit for unit in scales if written.endswith(unit)), "")
     try:
-        value = float(stripped.removesuffix(unit)) * scales.get(unit, 1)
+        value = float(written.removesuffix(unit)) * scales.get(unit, 1)
     except ValueError as error:
-        raise InputError(f"target-memory={text}: not a size; write 12GB, 11.5GiB or 800MB.") from error
+        raise InputError(f"{name}={text}: not a {what}; write {examples}.") from error
     if not 0 < value < float("inf"):
-        raise InputError(f"target-memory={text}: must be a positive size.")
+        raise InputError(f"{name}={text}: must be a positive {what}.")
     return value
 
 

@@ -40,9 +40,8 @@ def read_sequence(spec: str, settings: dict[str, Any]) -> tuple[Part, ...]:
     Raises:
         InputError: an unknown method or setting, or shares that are no positive numbers.
     """
-    entries = [entry.partition(":") for entry in spec.split(",")]
-    methods = [find_method(name.strip()) for name, _, _ in entries]
-    shares = [_share(text, spec) for _, _, text in entries]
+    methods = [find_method(name) for name in names_in(spec)]
+    shares = [_share(entry.partition(":")[2], spec) for entry in spec.split(",")]
     known = [method.name for method in methods]
     by_method: dict[str, dict[str, Any]] = {name: {} for name in known}
     for key, value in settings.items():
@@ -58,6 +57,11 @@ def read_sequence(spec: str, settings: dict[str, Any]) -> tuple[Part, ...]:
         Part(method, method.read_settings(by_method[method.name]), share / sum(shares))
         for method, share in zip(methods, shares, strict=True)
     )
+
+
+def names_in(spec: str) -> list[str]:
+    """Give the methods' names of `swm:0.5,slicegpt:0.5` in order, as they are written."""
+    return [entry.partition(":")[0].strip() for entry in spec.split(",")]
 
 
 def _share(text: str, spec: str) -> float:

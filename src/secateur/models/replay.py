@@ -7,13 +7,14 @@ position biases that differ from block to block, where copying block 0's argumen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from secateur.errors import ModelError, NumericsError
 from secateur.models.decoder import Decoder
@@ -67,9 +68,17 @@ def capture(
     raise ModelError(f"{decoder.source}: the model's forward did not call all of its {last + 1} blocks.")
 
 
-def run_block(block: nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:
-    """Run one block on hidden states (batch, positions, d) with the arguments recorded for it."""
-    output = block(hidden, *call.args, **call.kwargs)
+def run_block(
+    block: nn.Module, call: Call, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Run one block on hidden states (batch, positions, d) with the arguments recorded for it.
+
+    `weights` stand in for those of the block by these names.
+    """
+    if weights is None:
+        output = block(hidden, *call.args, **call.kwargs)
+    else:
+        output = functional_call(block, dict(weights), (hidden, *call.args), call.kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 

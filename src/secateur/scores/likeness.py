@@ -13,14 +13,13 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.func import functional_call
 
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import Batch, step, stored_start
 from secateur.calibration.texts import Windows
 from secateur.errors import NumericsError
 from secateur.models.decoder import Decoder
-from secateur.models.replay import final_states, require_finite
+from secateur.models.replay import final_states, require_finite, run_block
 from secateur.steps import Span
 from secateur.surgery.merging import Shares, merged_tensors
 
@@ -127,9 +126,8 @@ class MergeProbe:
     def _step_merged(
         self, window: Span, tensors: dict[str, torch.Tensor], batch: Batch, hidden: torch.Tensor
     ) -> torch.Tensor:
-        call = batch.calls[window[0]]
-        output = functional_call(self._decoder.block_list[window[0]], tensors, (hidden, *call.args), dict(call.kwargs))
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        low = window[0]
+        result = run_block(self._decoder.block_list[low], batch.calls[low], hidden, tensors)
         require_finite(result, f"what leaves the block that blocks {window[0]} to {window[1]} become", batch.mask)
         return result
 

@@ -16,13 +16,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
 from secateur.models.anatomy import present
 from secateur.models.decoder import Decoder
-from secateur.models.replay import Call
+from secateur.models.replay import Call, run_block
 from secateur.steps import Span
 from secateur.surgery.blocks import keep_blocks, require_one_basis, with_block_tensors
 
@@ -51,9 +50,7 @@ def without_mlp(decoder: Decoder, index: int, call: Call, hidden: torch.Tensor) 
     """Run block `index`, its weights present, with an MLP that writes 0: R for the states (batch, positions, d)."""
     block = decoder.block_list[index]
     silent = {name: torch.zeros_like(tensor) for name, tensor, _ in _mlp_writers(decoder, block)}
-    output = functional_call(block, silent, (hidden, *call.args), dict(call.kwargs))
-    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return result
+    return run_block(block, call, hidden, silent)
 
 
 @torch.no_grad()
