@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from secateur import cli, open_model
+import secateur
+from secateur import cli, open_model, pruning, terminal
 from secateur.plan import Plan
 from tiny_models import save_tiny
 
@@ -30,7 +31,7 @@ def run(monkeypatch, capsys, tmp_path):
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
-        monkeypatch.setattr(cli.err, "width", 1000, raising=False)
+        monkeypatch.setattr(terminal.err, "width", 1000, raising=False)
         code = 0
         try:
             cli.main()
@@ -39,7 +40,7 @@ def run(monkeypatch, capsys, tmp_path):
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
-    cli.err.width = cli.out_console.width = 1000
+    terminal.err.width = terminal.out_console.width = 1000
     return call
 
 
@@ -266,9 +267,9 @@ def test_ctrl_c_is_130_and_keeps_what_was_there(run, model, windows, tmp_path, m
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.secateur, "score", interrupted)
+    monkeypatch.setattr(secateur, "score", interrupted)
     assert run("score", model, "--texts", windows, "-o", "scores")[0] == 130
-    monkeypatch.setattr(cli, "draw_scores", interrupted)
+    monkeypatch.setattr(pruning, "draw_scores", interrupted)
     assert run("score", model, "--texts", windows, "-o", "scores")[0] == 130
     assert (tmp_path / "scores" / "scores.json").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
@@ -278,7 +279,7 @@ def test_a_full_disk_is_one_clear_message(run, model, windows, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "/somewhere")
 
-    monkeypatch.setattr(cli, "draw_scores", full)
+    monkeypatch.setattr(pruning, "draw_scores", full)
     code, _, err = run("score", model, "--texts", windows, "-o", "scores")
     assert code == 2
     assert "/somewhere: No space left on device. Free some space" in err
@@ -287,6 +288,27 @@ def test_a_full_disk_is_one_clear_message(run, model, windows, monkeypatch):
 def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "secateur", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "secateur 0.1.0\n")
+
+
+def test_help_comes_without_torch():
+    code = "import sys; from secateur.cli import app; app(standalone_mode=False); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+    assert all(f" {name} " in done.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_of_its_own(name, run):
+    code, out, _ = run(name, "--help")
+    assert code == 0
+    assert f"secateur {name} " in out
+    assert "-h" in out
+
+
+def test_an_unknown_command(run):
+    code, _, err = run("prnue")
+    assert code == 2
+    assert "Did you mean 'prune'" in err
 
 
 def test_a_plan_that_merges_is_drawn(run, model, windows, tmp_path):

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
 import secateur
-from secateur.cli import app
+from secateur.cli import COMMANDS, load
 from secateur.healing.heal import find_rung
 from secateur.methods.registry import METHODS
 from secateur.methods.sequence import read_sequence
@@ -99,12 +98,11 @@ def commands(text):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_commands_are_those_of_the_command_line(name):
-    known = typer.main.get_command(app)
     for words, whole in commands(NAMED[name].read_text()):
         if words[0].startswith("-"):
             continue
-        assert words[0] in known.commands, words
-        command = known.commands[words[0]]
+        assert words[0] in COMMANDS, words
+        command = load(words[0])
         if not whole:
             options = {one for parameter in command.params for one in (*parameter.opts, *parameter.secondary_opts)}
             assert {word for word in words if word.startswith("-")} <= options | {"-h", "--help"}, words

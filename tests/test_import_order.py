@@ -18,7 +18,8 @@ ORDER = [
     {"pipeline"},
     {"comparing", "reporting"},
     {"terminal"},
-    {"demonstration", "measuring", "presenting", "publishing", "studies"},
+    {"demonstration"},
+    {"listing", "measuring", "presenting", "pruning", "publishing", "studies"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,4 +1,4 @@
-"""Secateur: structured pruning of large language models. Score, plan, cut, check, save.
+"""Secateur: structured pruning of large language models. Score, plan, cut, heal, prove, save.
 
 import secateur
 
@@ -7,24 +7,30 @@ scores = secateur.score(model, texts="wikitext2")
 plan = secateur.make_plan(model, method="streamline", remove=0.25, texts="wikitext2")
 pruned = secateur.prune(model, plan)
 secateur.save(pruned, "cut/")
+
+Names are imported when they are first used: torch and transformers take seconds.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from secateur.checkpoints.push import push
-from secateur.checkpoints.save import save
-from secateur.comparing.run import compare, run
-from secateur.demonstration import demo
-from secateur.errors import SecateurError
-from secateur.evaluation.evaluate import eval
-from secateur.evaluation.speed import bench
-from secateur.healing.heal import heal
-from secateur.methods.planning import make_plan, prune
-from secateur.models.inspection import inspect
-from secateur.models.open import open_model
-from secateur.plan import Plan
-from secateur.reporting.page import report
-from secateur.scores.measure import score
+if TYPE_CHECKING:
+    from secateur.checkpoints.push import push
+    from secateur.checkpoints.save import save
+    from secateur.comparing.run import compare, run
+    from secateur.demonstration import demo
+    from secateur.errors import SecateurError
+    from secateur.evaluation.evaluate import eval
+    from secateur.evaluation.speed import bench
+    from secateur.healing.heal import heal
+    from secateur.methods.planning import make_plan, prune
+    from secateur.models.inspection import inspect
+    from secateur.models.open import open_model
+    from secateur.plan import Plan
+    from secateur.reporting.page import report
+    from secateur.scores.measure import score
 
 __all__ = [
     "Plan",
@@ -44,3 +50,35 @@ __all__ = [
     "save",
     "score",
 ]
+
+_WHERE = {
+    "Plan": "plan",
+    "SecateurError": "errors",
+    "bench": "evaluation.speed",
+    "compare": "comparing.run",
+    "demo": "demonstration",
+    "eval": "evaluation.evaluate",
+    "heal": "healing.heal",
+    "inspect": "models.inspection",
+    "make_plan": "methods.planning",
+    "open_model": "models.open",
+    "prune": "methods.planning",
+    "push": "checkpoints.push",
+    "report": "reporting.page",
+    "run": "comparing.run",
+    "save": "checkpoints.save",
+    "score": "scores.measure",
+}
+"""The module of each public name."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'secateur' has no attribute '{name}'")
+    found = getattr(import_module(f"secateur.{_WHERE[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,60 +1,37 @@
-"""The command line: one command per public function. Tables for people, `--json` for programs."""
+"""The commands that make a smaller model: `score`, `plan`, `prune`, `heal`, and `demo`, which does the whole job."""
 
 from __future__ import annotations
 
-import errno
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
-from transformers.utils import logging
 
 import secateur
 from secateur.calibration.processes import leads, process_count
-from secateur.calibration.texts import text_names
 from secateur.checkpoints.folders import check_target, replacing
-from secateur.console import facts_table, healing_table, plan_summary, scores_table, showing_progress
+from secateur.console import healing_table, plan_summary, scores_table, showing_progress
 from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
 from secateur.files import replace_file
 from secateur.healing.heal import find_rung
-from secateur.healing.rungs import RUNGS
-from secateur.measuring import bench, evaluate
 from secateur.methods.planning import windows_of_plan
-from secateur.methods.registry import METHODS, find_method
 from secateur.methods.sequence import read_sequence
 from secateur.models.decoder import Decoder
-from secateur.models.families import FAMILIES
 from secateur.options import Amount, Learning, Opening, Reading, grouped
 from secateur.plan import Plan, plans_in
-from secateur.presenting import report
-from secateur.publishing import push
 from secateur.runs import mark, run_folder, training_folder
 from secateur.scores.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
-from secateur.settings import describe_settings
 from secateur.steps import MergeBlocks
-from secateur.studies import compare, run
 from secateur.terminal import DryRun, Json, ModelArg, Out, announce, answer, err, opened, out_console, target
 
-app = typer.Typer(
-    name="secateur",
-    help="Structured pruning of language models: score, plan, prune, heal, eval, bench. Start with: secateur demo",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
-
-@app.command()
 @grouped
 def score(
     model: ModelArg,
@@ -98,7 +75,6 @@ def score(
     err.print(f"Written: [bold]{escape(str(folder))}[/]/scores.json, {', '.join(drawn)}")
 
 
-@app.command()
 @grouped
 def plan(
     model: ModelArg,
@@ -128,7 +104,6 @@ def plan(
     err.print(f"Written: [bold]{escape(str(file))}[/]\nTo apply it: secateur prune {model} --plan {file} -o FOLDER")
 
 
-@app.command()
 @grouped
 def prune(
     model: ModelArg,
@@ -173,7 +148,6 @@ def prune(
     err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
 
 
-@app.command()
 @grouped
 def heal(
     model: ModelArg,
@@ -221,91 +195,11 @@ def heal(
     err.print(f"Written: [bold]{escape(str(folder))}[/]")
 
 
-app.command("eval")(evaluate)
-app.command()(bench)
-app.command()(compare)
-app.command()(run)
-app.command()(push)
-app.command()(report)
-
-
-@app.command()
 def demo(out: Out = None) -> None:
     """Score, plan, cut, check and compare the small trained model that ships with the package."""
     folder = target(out, "bundled", "demo")
     with showing_progress(err) as progress:
         secateur.demo(folder, show=out_console.print, progress=progress)
-
-
-@app.command()
-@grouped
-def inspect(model: ModelArg, opening: Opening, as_json: Json = False) -> None:
-    """Say what a model is made of; reads no weights where they are safetensors."""
-    facts = secateur.inspect(opened(opening, model, only_shapes=True))
-    answer(facts, facts_table(model, facts), as_json=as_json)
-
-
-@app.command()
-def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show the settings of this one.")] = None,
-    as_json: Json = False,
-) -> None:
-    """List the methods and the ways of healing, or the settings of one."""
-    if name is not None:
-        one = RUNGS[name] if name in RUNGS else find_method(name)
-        described = describe_settings(one.settings)
-        answer(described, facts_table(f"{name}: {one.summary}", described), as_json=as_json)
-        return
-    table = Table("method", "what it does", "paper")
-    for one in METHODS.values():
-        table.add_row(one.name, one.summary, one.paper)
-    table.add_section()
-    for rung in RUNGS.values():
-        table.add_row(f"heal --with {rung.name}", rung.summary, "")
-    facts = [
-        {
-            "name": one.name,
-            "summary": one.summary,
-            "paper": one.paper,
-            "settings": list(one.settings.model_fields),
-        }
-        for one in METHODS.values()
-    ]
-    answer(facts, table, as_json=as_json)
-
-
-@app.command()
-def families(as_json: Json = False) -> None:
-    """List the families in the table; others are detected and proved on a tiny copy."""
-    table = Table("family", "blocks at", "norm", "order", "residual")
-    for row in FAMILIES.values():
-        residual = "parallel" if row.parallel is True else f"by {row.parallel}" if row.parallel else "sequential"
-        table.add_row(row.model_type, row.blocks, row.norm, row.order, residual)
-    answer(list(FAMILIES), table, as_json=as_json)
-
-
-@app.command()
-def texts(as_json: Json = False) -> None:
-    """List the named texts; a path of yours (txt, md, jsonl, parquet, folder, npy) works as well."""
-    table = Table("name", "from", "for calibration", "held out")
-    for row in text_names():
-        table.add_row(row.name, row.origin, row.calibration, row.held_out)
-    answer([row.name for row in text_names()], table, as_json=as_json)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"secateur {secateur.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """Structured pruning of language models: score, plan, prune, heal, eval, bench. Start with: secateur demo."""
 
 
 def _dense_of(decoder: Decoder) -> str:
@@ -411,23 +305,3 @@ def _require_plan(path: Path) -> None:
         Plan.read(path)
     except InputError as error:
         raise InputError(f"{path}: exists and is not a plan; choose another file.") from error
-
-
-def main() -> None:
-    """Run the command line; what a user can act on becomes one message and exit code 2, Ctrl-C becomes 130."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        app()
-    except SecateurError as error:
-        _fail(str(error))
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        hint = " Free some space, or choose another disk." if error.errno == errno.ENOSPC else ""
-        _fail(f"{where}{error.strerror or error}.{hint}")
-
-
-def _fail(message: str) -> NoReturn:
-    err.print("[bold red]error:[/] ", end="")
-    err.print(message, markup=False, highlight=False)
-    sys.exit(2)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import version
+
+from secateur import __version__
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "lm_eval")
 
 
-def secateur_version() -> str:
-    """Version of secateur itself."""
-    import secateur  # here, because the package imports this module while it is being imported
-
-    return secateur.__version__
-
-
 def versions() -> dict[str, str]:
     """Versions of secateur, Python and the packages that can change a result."""
-    found = {"secateur": secateur_version(), "python": platform.python_version()}
-    return found | {name: version(name) for name in _PACKAGES}
+    return {"secateur": __version__, "python": platform.python_version(), **_installed()}
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """Look the packages up once: it takes tens of milliseconds."""
+    return {name: version(name) for name in _PACKAGES}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from secateur import cli
+from secateur import cli, terminal
 from secateur.errors import InputError
 from secateur.reporting.folders import read_folder
 from secateur.reporting.page import report
@@ -72,7 +72,7 @@ def test_nothing_is_left_where_it_cannot_be_written(study, tmp_path):
 def test_the_command(study, tmp_path, monkeypatch, capsys):
     opened = []
     monkeypatch.setattr("typer.launch", opened.append)
-    monkeypatch.setattr(cli.err, "width", 1000, raising=False)
+    monkeypatch.setattr(terminal.err, "width", 1000, raising=False)
     monkeypatch.setattr(sys, "argv", ["secateur", "report", str(study), "-o", str(tmp_path / "r.html"), "--open"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

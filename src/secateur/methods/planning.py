@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from secateur import __version__
 from secateur.calibration.choose import Texts, windows_for
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.texts import Windows
@@ -21,7 +22,6 @@ from secateur.models.decoder import Decoder
 from secateur.plan import ModelRef, Plan
 from secateur.scores.profile import Scores
 from secateur.steps import AnyStep
-from secateur.versions import secateur_version
 
 
 def make_plan(
@@ -96,7 +96,7 @@ def make_plan(
     evidence = Evidence(model, used, scores, batch_size, seed, progress, None if work is None else Path(work))
     steps, counted = _decide(parts, budget, evidence)
     return Plan(
-        version=secateur_version(),
+        version=__version__,
         model=model_ref(model),
         requested=budget.describe() | ({"methods": method} if len(parts) > 1 else {}),
         texts=used.describe() if used is not None else None,
