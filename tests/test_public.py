@@ -23,8 +23,8 @@ def test_every_command_is_a_public_function():
 def test_a_model_in_memory_is_cut_without_a_folder(bundled, tmp_path):
     model = secateur.open_model(bundled.module, tokenizer=bundled.tokenizer)
     pruned = secateur.prune(model, secateur.make_plan(model, method="last-n", blocks=2))
-    record = secateur.save(pruned, tmp_path / "cut")
-    assert record["check"]["passed"]
+    secateur.save(pruned, tmp_path / "cut", check=False)
+    assert secateur.open_model(tmp_path / "cut").block_count == 10
     assert (tmp_path / "cut" / "tokenizer.json").is_file()
 
 

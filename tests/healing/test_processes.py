@@ -7,30 +7,31 @@ from pathlib import Path
 
 import pytest
 import torch
+import two_processes
 
 from tiny_models import save_tiny
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
+SCRIPT = Path(two_processes.__file__)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What one process finds, two, and two that share the weights; all started at once."""
+    """What one process finds, this one; and two, and two that share the weights, started at once."""
     folder = tmp_path_factory.mktemp("processes")
     model = save_tiny("llama", folder / "model")
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    kinds = {"one": [sys.executable], "two": two, "sharded": two}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     started = {}
-    for kind, launcher in kinds.items():
+    for kind in ("two", "sharded"):
         fsdp = {"ACCELERATE_USE_FSDP": "true"} if kind == "sharded" else {}
         command = [*launcher, str(SCRIPT), str(model), str(folder / f"{kind}.pt"), kind]
         started[kind] = subprocess.Popen(
             command, env=environment | fsdp, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+    two_processes.main(str(model), str(folder / "one.pt"), "one")
     said = {kind: process.communicate(timeout=300)[0] for kind, process in started.items()}
     assert all(process.returncode == 0 for process in started.values()), said
-    return {kind: torch.load(folder / f"{kind}.pt") for kind in kinds}
+    return {kind: torch.load(folder / f"{kind}.pt") for kind in ("one", "two", "sharded")}
 
 
 def test_statistics_are_those_of_one_process(found):
