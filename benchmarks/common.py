@@ -47,10 +47,10 @@ Times = dict[str, list[tuple[float, float]]]
 """Wall and processor seconds of each round, by run."""
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> Times:
-    """Time each of the runs `rounds` times, in turn (A B A B …), after one round that is not counted."""
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int, *, warm: bool = True) -> Times:
+    """Time each of the runs `rounds` times, in turn (A B A B …), with `warm` after one round that is not counted."""
     times: Times = {name: [] for name in runs}
-    for number in range(rounds + 1):
+    for number in range(not warm, rounds + 1):
         for name, run in runs.items():
             wall, processor = time.perf_counter(), time.process_time()
             run()
