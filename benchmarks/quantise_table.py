@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
 import secateur
 from secateur.calibration.choose import windows_for
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 
 CASES: list[tuple[str | None, dict[str, Any]]] = [
     (None, {}),

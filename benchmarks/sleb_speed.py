@@ -7,7 +7,7 @@ from common import compare, interleaved, keep, random_llama, random_windows
 
 import secateur
 from secateur.calibration.stream import batch_size_for
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.surgery.blocks import keep_blocks
 

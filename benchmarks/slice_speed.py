@@ -6,7 +6,7 @@ import torch
 from common import compare, interleaved, keep, random_llama, random_windows
 
 from secateur.calibration.stream import batch_size_for, mean_loss
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.surgery.directions import Covariance, principal_directions
 from secateur.surgery.hidden import slice_by_principal_directions

@@ -21,7 +21,7 @@ from torch import nn
 
 import secateur
 from secateur.calibration.stream import batch_size_for, start, step
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.methods import merge_blocks
 from secateur.methods.merge_blocks import Slide, find_threshold, slide
 from secateur.models.decoder import Decoder

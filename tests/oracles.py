@@ -2,7 +2,7 @@
 
 import torch
 
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.models.anatomy import find
 from secateur.models.families import FAMILIES
 from secateur.models.replay import capture, logits, run_block

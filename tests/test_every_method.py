@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from secateur import Plan, make_plan, open_model, prune, save
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.checkpoints.check import record_expected, reopen
 from secateur.errors import SecateurError
 from secateur.methods.registry import METHODS

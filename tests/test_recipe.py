@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.calibration.texts import text_names
+from secateur.calibration.sources import text_names
 from secateur.comparing.grid import rows_of
 from secateur.errors import InputError
 from secateur.healing.heal import find_rung

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 import secateur
-from secateur.calibration.texts import text_names
+from secateur.calibration.sources import text_names
 from secateur.console import facts_table
 from secateur.healing.rungs import RUNGS
 from secateur.methods.registry import METHODS, find_method

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from secateur.calibration.choose import windows_for
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 from secateur.healing.heal import training_data
 from secateur.healing.rungs import Data

@@ -15,7 +15,7 @@ from secateur.calibration.stream import (
     states_by_batch,
     walk_blocks,
 )
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError, NumericsError
 from secateur.models.open import open_model
 from tiny_models import build

@@ -23,7 +23,9 @@ from transformers import AutoTokenizer
 
 import secateur
 from secateur.calibration import local_files, sources
-from secateur.calibration.texts import Windows, open_texts, text_names
+from secateur.calibration.sources import text_names
+from secateur.calibration.texts import open_texts
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 
 BUNDLED = Path(next(iter(secateur.__path__))) / "bundled"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import secateur
 from oracles import draw_windows, forward, plain_loss, plain_states
 from secateur import heal, make_plan, open_model, prune, save
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.cli import app
 from secateur.errors import InputError, NumericsError, TrainingWarning
 from secateur.healing.blocks import Lesson, lessons

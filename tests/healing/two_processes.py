@@ -7,7 +7,7 @@ import torch
 
 from secateur import heal, make_plan, open_model, prune, score
 from secateur.calibration.processes import leads, process_count
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.healing import loop, sharding
 
 

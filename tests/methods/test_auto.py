@@ -10,7 +10,7 @@ from rich.console import Console
 from secateur import Plan, make_plan, prune
 from secateur.calibration.progress import SILENT
 from secateur.calibration.stream import mean_loss
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.console import plan_summary
 from secateur.errors import InputError, ModelError, NumericsError
 from secateur.methods import auto, linearize_blocks, trials

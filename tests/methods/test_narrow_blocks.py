@@ -11,7 +11,7 @@ from secateur import Plan, make_plan, open_model, prune
 from secateur.calibration.choose import windows_for
 from secateur.calibration.reading_points import visit_reading_points
 from secateur.calibration.stream import mean_loss
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError, ModelError, SecateurError
 from secateur.methods.inner_widths import rounded
 from secateur.steps import NarrowBlocks

@@ -9,7 +9,7 @@ from torch import nn
 
 from oracles import draw_windows, forward, plain_loss, plain_states, walk
 from secateur import make_plan, open_model, prune, save
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError, ModelError, NumericsError, TrainingWarning
 from secateur.healing.pairs import PairRegression, pair_bytes, store_pairs
 from secateur.methods.replace_blocks import training_windows

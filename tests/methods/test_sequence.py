@@ -5,7 +5,7 @@ import torch
 
 from oracles import draw_windows
 from secateur import Plan, make_plan, prune
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget
 from secateur.methods.sequence import part_of, read_sequence

@@ -10,7 +10,7 @@ import torch
 from oracles import draw_windows
 from secateur import Plan, make_plan, open_model, prune, score
 from secateur.calibration.stream import mean_loss
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError, ModelError, TextsWarning
 from secateur.methods.slice_hidden import normalised, rounded_width, slice_fractions
 from secateur.surgery.hidden import slice_by_principal_directions

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from secateur import Plan, make_plan, open_model, prune
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.console import plan_summary
 from secateur.errors import InputError
 from secateur.evaluation.timing import BlockTimes

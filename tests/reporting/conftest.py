@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import secateur
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.evaluation.results import append_results
 from secateur.reporting.page import report
 from secateur.runs import mark

@@ -9,7 +9,7 @@ import torch
 from oracles import draw_windows, loss_without, no_real_parameters
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import open_store
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError, NumericsError
 from secateur.models.open import open_model
 from secateur.scores.removal import RemovalProbe

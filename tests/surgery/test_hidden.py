@@ -8,7 +8,8 @@ from oracles_slicing import slicegpt_loss
 
 from oracles import draw_windows, forward, no_real_parameters, plain_loss, walk
 from secateur.calibration.stream import mean_loss
-from secateur.calibration.texts import Windows, open_texts
+from secateur.calibration.texts import open_texts
+from secateur.calibration.windows import Windows
 from secateur.errors import NumericsError
 from secateur.models.open import open_model
 from secateur.surgery.hidden import slice_by_principal_directions

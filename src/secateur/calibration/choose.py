@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from secateur.calibration.sources import STDLIB, Split
-from secateur.calibration.texts import Bos, Windows, open_texts
+from secateur.calibration.texts import Bos, open_texts
+from secateur.calibration.windows import Windows
 from secateur.models.decoder import Decoder
 
 Texts = str | Path | Windows | None

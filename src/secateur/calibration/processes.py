@@ -11,7 +11,7 @@ import os
 import torch
 from torch import distributed
 
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 
 

@@ -15,7 +15,7 @@ from secateur.calibration.backward import back_through, loss_gradients
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import real_tokens
 from secateur.calibration.stream import Batch, open_store, step, stored_start, walk_blocks
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.models.anatomy import present
 from secateur.models.decoder import Decoder
 from secateur.models.replay import inputs_of

@@ -16,7 +16,7 @@ import torch
 from secateur.calibration.processes import add_up
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.store import StateStore
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError, NumericsError
 from secateur.models.decoder import Decoder
 from secateur.models.replay import Call, capture, logits, require_finite, run_block, same_calls

@@ -3,127 +3,28 @@
 Shapes: W windows of T tokens (`seq_len`, the beginning-of-sequence token included).
 """
 
-import hashlib
 import math
 import random
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 
-from secateur.calibration.sources import Documents, Split, is_source, open_documents, text_names
+from secateur.calibration.sources import Documents, Split, is_source, open_documents
+from secateur.calibration.windows import Windows, check_vocabulary, counted, digest, load_windows
 from secateur.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["Windows", "open_texts", "text_names"]
 
 Bos = Literal["auto", "always", "never"]
 
 BETWEEN_DOCUMENTS = "\n\n"
 SHORTEST = 8  # tokens: a shorter window, or a shorter document of its own, says nothing about a model
 MARGIN = 64  # tokens at the end of a cut text that are not trusted: the cut may have split a word
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Windows of tokens, on the CPU, and everything needed to get the same ones again.
-
-    Attributes:
-        tokens: int64 (W, T).
-        mask: bool (W, T), True where a real token stands; None when nothing is padded.
-        source: what the user typed.
-        fingerprint: where the text is from and the sha256 of tokens, mask and shape: equal fingerprints mean
-            equal windows, e.g. "python-stdlib(python 3.11.7, calibration):sha256:0123456789abcdef".
-        seed: of the shuffling; None when nothing was shuffled.
-        bos: whether the beginning-of-sequence token starts each window.
-        notes: what the user should be told, e.g. "last 131 tokens dropped".
-    """
-
-    tokens: torch.Tensor
-    mask: torch.Tensor | None
-    source: str
-    fingerprint: str
-    seed: int | None
-    bos: bool
-    notes: tuple[str, ...] = ()
-    given: bool = False
-    """Made by `of`: the source is a name for the reader and cannot be opened for more."""
-
-    @classmethod
-    def of(cls, tokens: Any, mask: Any = None, source: str = "tokens", *, bos: bool = False) -> "Windows":
-        """Wrap windows that you already have: tensors, arrays or nested lists, (W, T), used exactly as given.
-
-        Raises:
-            InputError: tokens are not a non-empty table of non-negative integers, or the mask is not a table
-                of booleans of the same shape with at least one True in each window.
-        """
-        tokens_WT = _checked_tokens(_tensor(tokens, source), source)
-        mask_WT = None if mask is None else _checked_mask(_tensor(mask, source), tokens_WT)
-        return cls(tokens_WT, mask_WT, source, f"{source}:{_digest(tokens_WT, mask_WT)}", None, bos, given=True)
-
-    def __len__(self) -> int:
-        """Return the number of windows."""
-        return self.tokens.shape[0]
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens in a window, padding and beginning-of-sequence token included."""
-        return self.tokens.shape[1]
-
-    @property
-    def token_count(self) -> int:
-        """Tokens in all windows, padding not counted."""
-        return self.tokens.numel() if self.mask is None else int(self.mask.sum())
-
-    def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Give (tokens, mask) of `size` windows at a time, the last perhaps of fewer; views, not copies."""
-        if size < 1:
-            raise InputError(f"a batch needs at least one window, not {size}")
-        masks = [None] * len(self) if self.mask is None else self.mask.split(size)
-        return zip(self.tokens.split(size), masks, strict=False)
-
-    def some(self, numbers: Iterable[int]) -> "Windows":
-        """Give the windows of these numbers, which have the fingerprint of the whole."""
-        rows = list(numbers)
-        return replace(self, tokens=self.tokens[rows], mask=None if self.mask is None else self.mask[rows])
-
-    def split_off(self, share: float) -> "tuple[Windows, Windows]":
-        """Split into those that stay and a share, at least one, evenly spaced, that is held back.
-
-        Each part has a fingerprint of its own.
-
-        Raises:
-            InputError: fewer than two windows.
-        """
-        if len(self) < 2:
-            raise InputError(f"{self.source}: {len(self)} window, and some must be held back; give more text.")
-        count = min(max(1, round(share * len(self))), len(self) - 1)
-        back = [(number + 1) * len(self) // count - 1 for number in range(count)]
-        stay = [number for number in range(len(self)) if number not in back]
-        parts = {f"without every {len(self) / count:.3g}th": stay, f"every {len(self) / count:.3g}th": back}
-        left, held = (
-            replace(self.some(rows), fingerprint=f"{self.fingerprint}, {which}") for which, rows in parts.items()
-        )
-        return left, held
-
-    def describe(self) -> dict[str, Any]:
-        """Return all but the tokens, ready for JSON."""
-        return {
-            "source": self.source,
-            "fingerprint": self.fingerprint,
-            "windows": len(self),
-            "seq_len": self.seq_len,
-            "seed": self.seed,
-            "bos": self.bos,
-            "notes": list(self.notes),
-        }
 
 
 @dataclass(frozen=True)
@@ -184,7 +85,7 @@ def open_texts(
     shares = _parse(source)
     first = next(iter(shares))
     if len(shares) == 1 and first.lower().endswith(".npy"):
-        return _given_windows(source, first, tokenizer, windows, seq_len, vocab_size, max_positions)
+        return load_windows(source, first, tokenizer, windows, seq_len, vocab_size, max_positions)
     _check_sizes(windows, seq_len, max_positions)
     if split not in ("calibration", "held-out"):
         raise unknown("split", split, ["calibration", "held-out"])
@@ -229,14 +130,14 @@ def _cut(source: str, part: str, count: int | None, cutting: _Cutting) -> Window
     if cutting.bos:
         tokens_WT = torch.nn.functional.pad(tokens_WT, (1, 0), value=cutting.tokenizer.bos_token_id)
         mask_WT = None if mask_WT is None else torch.nn.functional.pad(mask_WT, (1, 0), value=True)
-    _check_vocabulary(tokens_WT, cutting.vocab_size, f"the tokenizer (reading {part})")
+    check_vocabulary(tokens_WT, cutting.vocab_size, f"the tokenizer (reading {part})")
     if count is not None and len(rows) < count:
-        notes = [f"{_counted(len(rows), 'window')} instead of the {count} asked for", *notes]
+        notes = [f"{counted(len(rows), 'window')} instead of the {count} asked for", *notes]
     return Windows(
         tokens_WT,
         mask_WT,
         source,
-        f"{documents.label}:{_digest(tokens_WT, mask_WT)}",
+        f"{documents.label}:{digest(tokens_WT, mask_WT)}",
         cutting.seed if cutting.split == "calibration" else None,
         cutting.bos,
         (*documents.notes, *notes),
@@ -257,7 +158,7 @@ def _packed(documents: Documents, count: int | None, cutting: _Cutting) -> Cut:
     rows = [ids[start : start + length] for start in range(0, full * length, length)][:count]
     dropped = len(ids) - full * length
     last_is_partial = dropped and (count is None or full < count)
-    return rows, None, [f"last {_counted(dropped, 'token')} dropped"] if last_is_partial else []
+    return rows, None, [f"last {counted(dropped, 'token')} dropped"] if last_is_partial else []
 
 
 def _one_each(documents: Documents, count: int | None, cutting: _Cutting) -> Cut:
@@ -272,15 +173,11 @@ def _one_each(documents: Documents, count: int | None, cutting: _Cutting) -> Cut
         if len(rows) == count:
             break
     if not rows:
-        raise _too_little(documents, f"{_counted(short, 'document')}, all shorter than {SHORTEST} tokens")
+        raise _too_little(documents, f"{counted(short, 'document')}, all shorter than {SHORTEST} tokens")
     mask_WT = torch.arange(length) < torch.tensor([[len(ids)] for ids in rows])
     padding = _padding_id(cutting.tokenizer)
-    notes = [f"{_counted(short, 'document')} shorter than {SHORTEST} tokens skipped"] if short else []
+    notes = [f"{counted(short, 'document')} shorter than {SHORTEST} tokens skipped"] if short else []
     return [ids + [padding] * (length - len(ids)) for ids in rows], mask_WT, notes
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -374,7 +271,7 @@ def _mixed(source: str, shares: dict[str, float], windows: int | None, cutting: 
     labels = [part.fingerprint.rsplit(":sha256:", 1)[0] for part in parts]
     label = ",".join(f"{name}:{share:.4g}" for name, share in zip(labels, shares.values(), strict=True))
     notes = tuple(f"{part.source}: {note}" for part in parts for note in part.notes)
-    fingerprint = f"{label}:{_digest(tokens_WT, mask_WT)}"
+    fingerprint = f"{label}:{digest(tokens_WT, mask_WT)}"
     return Windows(tokens_WT, mask_WT, source, fingerprint, parts[0].seed, cutting.bos, notes)
 
 
@@ -390,84 +287,3 @@ def _apportion(shares: list[float], windows: int) -> list[int]:
         counts[counts.index(max(counts))] -= 1
         counts[counts.index(0)] += 1
     return counts
-
-
-# Windows that are given
-
-
-def _given_windows(
-    source: str,
-    path: str,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    windows: int | None,
-    seq_len: int,
-    vocab_size: int | None,
-    max_positions: int | None,
-) -> Windows:
-    """Read a .npy file of token ids (W, T) and use it exactly as it is."""
-    tokens_WT = _checked_tokens(_load_array(Path(path).expanduser()), path)
-    count, length = tokens_WT.shape
-    if max_positions is not None and length > max_positions:
-        raise InputError(
-            f"the windows of {path} have {length} tokens, the model has {max_positions} positions; cut them"
-        )
-    _check_vocabulary(tokens_WT, vocab_size, path)
-    bos_id = None if tokenizer is None else tokenizer.bos_token_id
-    bos = bos_id is not None and bool((tokens_WT[:, 0] == bos_id).all())
-    as_asked = (count, length) == (windows, seq_len)
-    notes = () if as_asked else (f"used as given: {_counted(count, 'window')} of {length} tokens",)
-    fingerprint = f"{Path(path).name}:{_digest(tokens_WT, None)}"
-    return Windows(tokens_WT, None, source, fingerprint, None, bos, notes)
-
-
-def _load_array(path: Path) -> torch.Tensor:
-    try:
-        return _tensor(np.load(path, allow_pickle=False), str(path))
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}; save it with numpy.save(path, windows)") from error
-
-
-def _tensor(values: Any, source: str) -> torch.Tensor:
-    try:
-        return torch.as_tensor(values).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{source}: not a table of numbers ({error})") from error
-
-
-def _checked_tokens(tokens: torch.Tensor, source: str) -> torch.Tensor:
-    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
-        raise InputError(f"{source}: token ids must be integers, not {_dtype(tokens)}")
-    if tokens.ndim != 2 or not tokens.numel():
-        raise InputError(f"{source}: token ids must be a table (windows, tokens), not {tuple(tokens.shape)}")
-    tokens = tokens.to(torch.int64, copy=True).contiguous()
-    if tokens.min() < 0:
-        raise InputError(f"{source}: token ids must not be negative, one is {tokens.min()}")
-    return tokens
-
-
-def _checked_mask(mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    if mask.dtype != torch.bool or mask.shape != tokens.shape:
-        raise InputError(f"the mask must be booleans {tuple(tokens.shape)}, not {_dtype(mask)} {tuple(mask.shape)}")
-    if not mask.any(dim=1).all():
-        raise InputError("the mask leaves a window without any token")
-    return mask.clone().contiguous()
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _check_vocabulary(tokens: torch.Tensor, vocab_size: int | None, origin: str) -> None:
-    if vocab_size is not None and tokens.max() >= vocab_size:
-        raise InputError(
-            f"{origin} gives token id {tokens.max()}, but the model knows only {vocab_size}; is it made for this model?"
-        )
-
-
-def _digest(tokens: torch.Tensor, mask: torch.Tensor | None) -> str:
-    """Return "sha256:" and 16 hex digits over shape, tokens (little-endian int64) and mask (bytes)."""
-    digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
-    digest.update(tokens.numpy().astype("<i8").tobytes())
-    if mask is not None:
-        digest.update(mask.numpy().tobytes())
-    return f"sha256:{digest.hexdigest()[:16]}"

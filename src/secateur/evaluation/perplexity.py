@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from secateur.calibration.progress import Progress
 from secateur.calibration.stream import mean_loss, perplexity_of
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.evaluation.results import Result, result_of
 from secateur.models.decoder import Decoder
 

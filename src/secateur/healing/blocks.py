@@ -20,7 +20,7 @@ from torch import nn
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.reading_points import centred
 from secateur.calibration.stream import open_store
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 from secateur.healing.data import WindowData, split_off_validation
 from secateur.healing.loop import train

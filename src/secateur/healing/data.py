@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch.utils.data import Dataset
 
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 
 _HELD_BACK = 0.05

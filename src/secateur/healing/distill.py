@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.stream import last_states
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 from secateur.healing.data import WindowData
 from secateur.healing.language import IGNORED, targets_of

@@ -11,7 +11,7 @@ from typing import Any
 
 from secateur.calibration.choose import DEFAULT_SEQ_LEN, Texts, windows_for
 from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError, unknown
 from secateur.healing.instructions import InstructionData, open_instructions
 from secateur.healing.outcome import warn_of

@@ -18,7 +18,7 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.reading_points import centred
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import Batch, open_store, stored_start, through_block
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.healing.mapped import MappedTensors
 from secateur.models.decoder import Decoder
 from secateur.models.replay import Call, capture, run_block

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch.utils.data import Dataset
 
 from secateur.calibration.progress import Progress
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 from secateur.healing.blocks import heal_blocks
 from secateur.healing.data import WindowData, split_off_validation

@@ -15,7 +15,7 @@ import torch
 from secateur.calibration.inputs import InputSums
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.stream import open_store, stored_start, through_block
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_size
 from secateur.methods.inner_widths import TOLD, AllWidths

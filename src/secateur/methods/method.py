@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, Native
 from secateur.methods.scale import Pace

@@ -11,7 +11,7 @@ from typing import Any
 from secateur import __version__
 from secateur.calibration.choose import Texts, windows_for
 from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError, ModelError, TextsWarning
 from secateur.methods.budget import Budget
 from secateur.methods.method import Evidence

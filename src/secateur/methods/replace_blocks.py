@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from secateur.calibration.choose import windows_for
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 from secateur.healing.data import WindowData, split_off_validation
 from secateur.healing.language import LanguageModelling

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from secateur.calibration.stream import mean_loss
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, weigh
 from secateur.methods.method import Evidence, Method

@@ -16,7 +16,7 @@ import torch
 
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import Batch, step, stored_start
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import NumericsError
 from secateur.models.decoder import Decoder
 from secateur.models.replay import final_states, require_finite, run_block

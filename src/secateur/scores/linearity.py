@@ -18,7 +18,7 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import LinearSums, real_tokens
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import Batch, open_store, step, stored_start
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.steps import Span
 from secateur.surgery.linear import without_mlp

@@ -12,7 +12,7 @@ from secateur.calibration.processes import process_count, share_of, token_number
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import AngularSums, CkaSums, CosineSums, real_tokens
 from secateur.calibration.stream import check_windows, open_store, perplexity_of, states_by_batch
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError, ModelError, NumericsError, unknown
 from secateur.models.decoder import Decoder
 from secateur.scores.profile import KINDS, ONE_PASS, Kind, Matrix, Scores

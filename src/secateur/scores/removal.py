@@ -16,7 +16,7 @@ import torch
 
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import Batch, mean_loss_of, step, stored_start
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.models.decoder import Decoder
 
 Gone = tuple[int, ...]

@@ -19,7 +19,7 @@ from secateur.calibration.backward import back_through, loss_gradients
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import Batch, open_store, walk_blocks
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.errors import NumericsError
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths

@@ -23,7 +23,7 @@ from secateur.calibration.reading_points import centred, points_per_block
 from secateur.calibration.statistics import real_tokens
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import Batch, mean_loss_of, open_store, start
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
 from secateur.models.replay import require_finite

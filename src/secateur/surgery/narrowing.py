@@ -23,7 +23,7 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.store import StateStore
 from secateur.calibration.stream import Batch, open_store, step, stored_start, through_block
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.models.anatomy import find, present
 from secateur.models.decoder import Decoder
 from secateur.models.widths import BlockWidths, block_widths

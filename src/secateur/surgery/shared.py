@@ -17,7 +17,7 @@ import torch
 
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.reading_points import Visit, points_per_block, visit_gradients, visit_reading_points
-from secateur.calibration.texts import Windows
+from secateur.calibration.windows import Windows
 from secateur.models.anatomy import find, present
 from secateur.models.decoder import Decoder
 from secateur.surgery.directions import (
