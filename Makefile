@@ -4,13 +4,15 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 TORCHAO := $(VENV)/torchao
 BROWSER := $(VENV)/.browser
+WHOLE := tests/test_every_method.py tests/comparing tests/healing
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test lint types unit contract quantise clean
 
 demo: $(STAMP)  ## set up, then the main job on the bundled model
 	$(BIN)/secateur demo $(if $(OUT),-o $(OUT))
 
-test: lint types  ## set up, linters, type checker, tests (the contract beside the others)
+test: lint types  ## set up, linters, type checker, tests in two halves side by side
 	$(MAKE) -j2 --output-sync=target unit contract
 	$(MAKE) quantise
 
@@ -22,13 +24,13 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP) $(BROWSER)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/test_every_method.py
+	$(PYTEST) $(WHOLE:%=--ignore=%)
 
-contract: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_every_method.py
+contract: $(STAMP)  ## every method on every family, and whole runs: studies, healing
+	$(PYTEST) $(WHOLE)
 
 quantise: $(TORCHAO)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest tests/checkpoints/test_quantise.py
+	PYTHONPATH=$(TORCHAO) $(PYTEST) tests/checkpoints/test_quantise.py
 
 $(TORCHAO): $(STAMP)  ## beside the environment: transformers imports it wherever it is, and it is loud on a CPU
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --target $@ torchao

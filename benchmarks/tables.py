@@ -4,7 +4,7 @@
 
 * `settings NAME`: settings of a method or of a way of healing, with defaults;
 * `measured NAME`: perplexity of the bundled model under that method, from `results/*_table.jsonl`;
-* `comparison`: all methods beside each other; `healing TOKENS`: all ways of healing on so many tokens;
+* `comparison`: all methods beside each other; `healing`: all ways of healing by tokens;
 * `quantised`, `stability`.
 
 Where something was measured several times, the last line counts.
@@ -90,22 +90,24 @@ def comparison() -> str:
     return "\n\n".join([table, _healing_note(_records("methods_table"))]).rstrip()
 
 
-def healing(tokens: str) -> str:
+def healing() -> str:
     """Give what each way of healing brings back: perplexity, the share of the gap that is closed, seconds."""
-    found: dict[str, dict[str, Record]] = {}
+    found: dict[str, dict[int, dict[str, Record]]] = {}
     for one in _records("healing_table"):
-        if one["setting"]["tokens"] == int(tokens):
-            found.setdefault(one["setting"]["cut"], {})[one["setting"]["rung"]] = one
-    rungs = [name for name in RUNGS if any(name in cells for cells in found.values())]
+        of = one["setting"]
+        found.setdefault(of["cut"], {}).setdefault(of["tokens"], {})[of["rung"]] = one
+    rungs = [name for name in RUNGS if any(name in cells for amounts in found.values() for cells in amounts.values())]
     rows = []
-    for cut, cells in found.items():
-        first = next(iter(cells.values()))
+    for cut, amounts in found.items():
+        first = next(iter(next(iter(amounts.values())).values()))
         given = {k: v for k, v in first["setting"].items() if k not in ("cut", "removed", "rung", "tokens")}
         how = ", ".join([f"`{cut}`", *(f"`{key}={_word(value)}`" for key, value in given.items())])
         removed = first["setting"]["removed"]
         label = f"{_share(removed)} gone by {how}" if removed else "the dense model, given the same training"
-        rows.append([label, _number(first["found"]["before"]), *(_healed(cells.get(name)) for name in rungs)])
-    return markdown(("", "before", *(f"`{name}`" for name in rungs)), rows)
+        rows.append([f"{label}: {_number(first['found']['before'])}", *[""] * (1 + len(rungs))])
+        for tokens in sorted(amounts):
+            rows.append(["", f"{tokens:,}", *(_healed(amounts[tokens].get(name)) for name in rungs)])
+    return markdown(("", "tokens", *(f"`{name}`" for name in rungs)), rows)
 
 
 def quantised() -> str:

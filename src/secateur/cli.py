@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from secateur import __version__
@@ -66,13 +68,15 @@ class Commands(TyperGroup):
 
 
 def load(name: str) -> TyperCommand:
-    """Import a command."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Import a command, saying so: it takes seconds."""
     entry = COMMANDS[name]
-    function: Callable[..., None] = getattr(import_module(f"secateur.{entry.module}"), entry.function)
+    quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
+    with Console(stderr=True, quiet=quiet).status("loading torch and transformers"):
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        function: Callable[..., None] = getattr(import_module(f"secateur.{entry.module}"), entry.function)
     alone = typer.Typer(add_completion=False)
     alone.command(name)(function)
     command = typer.main.get_command(alone)
