@@ -17,6 +17,9 @@ PROGRAM = """
 import sys
 import secateur
 
+for name in secateur.__all__:  # torch and the rest are the interpreter's own
+    getattr(secateur, name)
+
 def highest():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

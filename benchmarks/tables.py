@@ -5,7 +5,7 @@
 * `settings NAME`: settings of a method or of a way of healing, with defaults;
 * `measured NAME`: perplexity of the bundled model under that method, from `results/*_table.jsonl`;
 * `comparison`: all methods beside each other; `healing`: all ways of healing by tokens;
-* `quantised`, `stability`.
+* `searched`: `auto` and the single methods it tried; `quantised`, `stability`.
 
 Where something was measured several times, the last line counts.
 """
@@ -142,11 +142,35 @@ def stability() -> str:
     return markdown(("model", "`acc`", "stability", "flips"), rows)
 
 
+def searched() -> str:
+    """Put `auto` beside the single methods it tried: perplexity, plans measured, processor seconds."""
+    found: dict[str, dict[float, Record]] = {}
+    for one in _records("auto_table"):
+        if "depth" not in one["setting"]:
+            found.setdefault(one["setting"]["method"], {})[one["setting"]["remove"]] = one["found"]
+    auto = found.pop("auto")
+    amounts = sorted(auto)
+    alone = sorted(found, key=lambda name: found[name][amounts[0]]["perplexity"])
+    rows = [
+        [f"`{name}`", *(_perplexity(cells.get(amount)) for amount in amounts)]
+        for name, cells in (("auto", auto), *((name, found[name]) for name in alone))
+    ]
+    counts = [(auto[amount]["trials"], sum("refused" in one for one in auto[amount]["tried"])) for amount in amounts]
+    rows.append(["plans measured, and passed over unmeasured", *(f"{tried}, {left}" for tried, left in counts)])
+    rows.append(["processor seconds, one thread", *(f"{auto[amount]['processor_s']:.0f}" for amount in amounts)])
+    return markdown(("method", *(_share(amount, 0) for amount in amounts)), rows)
+
+
+def _perplexity(found: Record | None) -> str:
+    return "–" if found is None else f"{found['perplexity']:.2f} ({_share(found['removed'])})"
+
+
 _KINDS: dict[str, Callable[..., str]] = {
     "settings": settings,
     "measured": measured,
     "comparison": comparison,
     "healing": healing,
+    "searched": searched,
     "quantised": quantised,
     "stability": stability,
 }
