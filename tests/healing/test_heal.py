@@ -83,6 +83,17 @@ def test_uneven_shapes_learn_too(by, tiny):
         assert result.parameter_count == pruned.parameter_count
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weights_that_are_not_trained_may_be_in_less(name, tiny):
+    pruned = cut(tiny(name, dtype=torch.bfloat16))
+    assert pruned.module.dtype == torch.float32
+    half = open_model(copy.deepcopy(pruned.module).bfloat16())
+    result = healed(half, "last-layers")
+    facts = result.history[-1]["healing"]
+    assert facts["best_loss"] < facts["start_loss"]
+    assert {one.dtype for one in [*result.module.parameters(), *half.module.parameters()]} == {torch.bfloat16}
+
+
 def test_it_is_saved_with_its_history(tiny_folder, tmp_path):
     dense = open_model(tiny_folder("llama", tokenizer=True))
     result = healed(cut(dense), "lora")
@@ -162,6 +173,9 @@ def test_which_blocks_learn_what(tiny):
     expected = tuple(Lesson(place, kept[place + 1] if place + 1 < len(kept) else 8) for place in gaps)
     assert lessons(replaced, dense, kept) == expected
     assert lessons(dense, dense, tuple(range(8))) == ()
+    plan = make_plan(dense, method="last-n", blocks=0)
+    first = prune(dense, plan.model_copy(update={"steps": (plan.steps[0].model_copy(update={"blocks": (0,)}),)}))
+    assert lessons(first, dense, tuple(range(1, 8))) == (Lesson(0, 2),)
     again = cut(dropped, "last-n", {"blocks": 1})
     assert blocks_kept_by(again.history, 5) == (0, 1, 2, 3, 7)
 

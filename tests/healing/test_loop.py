@@ -118,12 +118,20 @@ def test_out_of_memory_takes_smaller_micro_batches():
         run(run_out_of_memory(Regression(), 0))
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_a_killed_run_goes_on_bit_equal(epochs, tmp_path):
+class Dropped(Regression):
+    """With dropout, which draws from the generator that a run that goes on has to find where it was."""
+
+    def forward(self, tokens):
+        loss, terms = super().forward(tokens)
+        return loss + nn.functional.dropout(self.weight, 0.5, self.training).sum(), terms
+
+
+@pytest.mark.parametrize(("epochs", "kind"), [(1, Regression), (2, Regression), (2, Dropped)])
+def test_a_killed_run_goes_on_bit_equal(epochs, kind, tmp_path):
     settings = SETTINGS.model_copy(update={"epochs": epochs, "save_minutes": 1e-9})
-    whole = Regression()
+    whole = kind()
     expected = run(whole, settings)
-    killed = Regression()
+    killed = kind()
 
     def stop(_):
         if killed.training and len(killed.seen) == 11 * epochs + 4:
@@ -132,7 +140,7 @@ def test_a_killed_run_goes_on_bit_equal(epochs, tmp_path):
     killed.before = stop
     with pytest.raises(KeyboardInterrupt):
         run(killed, settings, folder=tmp_path / "run")
-    resumed = Regression()
+    resumed = kind()
     outcome = run(resumed, settings, folder=tmp_path / "run")
     assert killed.seen + resumed.seen == whole.seen
     assert torch.equal(resumed.weight, whole.weight)

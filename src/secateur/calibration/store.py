@@ -19,6 +19,8 @@ _SHARE_OF_MEMORY = 0.25
 class StateStore:
     """Tensors by key. The first ones stay in memory up to a budget, the others go to files.
 
+    Those of a GPU stay there while it has room, then in the machine's memory.
+
     Files are read and written plainly, not memory-mapped, so that what is on disk does not count as resident
     memory. The folder is removed by `close` (or at the end of a `with` statement).
 
@@ -29,7 +31,7 @@ class StateStore:
     def __init__(self, budget: int | None = None) -> None:
         """Open an empty store; without a budget it takes a quarter of the memory that is free now."""
         self.budget = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY) if budget is None else budget
-        self._memory: dict[Hashable, torch.Tensor] = {}
+        self._memory: dict[Hashable, tuple[torch.Tensor, torch.device]] = {}
         self._files: dict[Hashable, tuple[Path, torch.Size, torch.dtype, torch.device]] = {}
         self._used = 0
         self._written = 0
@@ -53,7 +55,7 @@ class StateStore:
         """Keep a tensor under a key, in place of what was there."""
         self.drop(key)
         if self.has_room(tensor):
-            self._memory[key] = tensor
+            self._memory[key] = (tensor if _stays(tensor) else tensor.cpu(), tensor.device)
             self._used += _bytes(tensor)
         else:
             self._files[key] = (self._write(tensor), tensor.shape, tensor.dtype, tensor.device)
@@ -65,7 +67,8 @@ class StateStore:
     def get(self, key: Hashable) -> torch.Tensor:
         """Give a tensor back as it was put, on the device it was on."""
         if key in self._memory:
-            return self._memory[key]
+            tensor, device = self._memory[key]
+            return tensor.to(device)
         path, shape, dtype, device = self._files[key]
         data = np.fromfile(path, dtype=np.float32)
         return torch.from_numpy(data).view(shape).to(device=device, dtype=dtype)
@@ -73,7 +76,7 @@ class StateStore:
     def drop(self, key: Hashable) -> None:
         """Forget a key; nothing happens where it is not held."""
         if key in self._memory:
-            self._used -= _bytes(self._memory.pop(key))
+            self._used -= _bytes(self._memory.pop(key)[0])
         elif key in self._files:
             self._files.pop(key)[0].unlink(missing_ok=True)
 
@@ -94,6 +97,14 @@ class StateStore:
         self._written += 1
         tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tofile(path)
         return path
+
+
+def _stays(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may stay on its GPU: a quarter of the GPU's memory is left to those who compute."""
+    if not tensor.is_cuda:
+        return True
+    free, whole = torch.cuda.mem_get_info(tensor.device)
+    return free > whole // 4
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -91,7 +91,7 @@ def open_texts(
         raise unknown("split", split, ["calibration", "held-out"])
     if tokenizer is None:
         raise InputError(f"no tokenizer to read '{source}' with; give one, or a .npy file of token ids")
-    cutting = _Cutting(tokenizer, seq_len, seed, split, pack, _wants_bos(tokenizer, bos), vocab_size)
+    cutting = _Cutting(tokenizer, seq_len, seed, split, pack, wants_bos(tokenizer, bos), vocab_size)
     if len(shares) == 1:
         return _cut(source, first, windows, cutting)
     return _mixed(source, shares, windows, cutting)
@@ -109,7 +109,12 @@ def _check_sizes(windows: int | None, seq_len: int, max_positions: int | None) -
         )
 
 
-def _wants_bos(tokenizer: "PreTrainedTokenizerBase", bos: Bos) -> bool:
+def wants_bos(tokenizer: "PreTrainedTokenizerBase", bos: Bos) -> bool:
+    """Whether windows begin with the beginning-of-sequence token.
+
+    Raises:
+        InputError: an unknown word, or a tokenizer without that token.
+    """
     if bos not in ("auto", "always", "never"):
         raise unknown("setting for bos", bos, ["auto", "always", "never"])
     if bos == "always" and tokenizer.bos_token_id is None:

@@ -8,7 +8,6 @@ each is in memory at a time, and the states between them in memory-mapped files.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ def lessons(pruned: Decoder, dense: Decoder, kept: tuple[int, ...]) -> tuple[Les
     follows_edit = False
     for block, origin in enumerate(kept):
         following = kept[block + 1] if block + 1 < len(kept) else dense.block_count
-        gap = block > 0 and origin > kept[block - 1] + 1
+        gap = origin > (kept[block - 1] + 1 if block else 0)
         edited = _differs(pruned, block, dense, origin)
         if edited:
             found.append(Lesson(block, following))
@@ -127,7 +126,7 @@ def heal_blocks(
                 student.write(pairs.entering)
                 teacher.write(pairs.leaving, (lambda state: centred(dense, state)) if folded else None)
                 with student.decoder.block(block) as present:
-                    network = BlockNetwork(copy.deepcopy(present).float().requires_grad_(True))
+                    network = BlockNetwork.copy_of(present)
                 with student.decoder.outer(head=False):
                     outcomes[block] = train(
                         PairRegression(student.decoder, (block, block), network),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.stream import last_states
+from secateur.calibration.stream import last_states, parts_of
 from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 from secateur.healing.data import WindowData
@@ -141,11 +141,13 @@ class TeacherScores(MappedTensors):
         self.tokens = self.tensor("tokens", shape, torch.int32)
         rows = 0
         for batch, hidden in last_states(teacher, windows, batch_size, progress):
-            found = logits(teacher, hidden, batch.tokens, batch.mask).float() / temperature
-            best = found.log_softmax(-1).topk(shape[2], dim=-1)
-            self.scores[rows : rows + len(hidden)] = best.values.half().cpu()
-            self.tokens[rows : rows + len(hidden)] = best.indices.int().cpu()
-            rows += len(hidden)
+            for some, part in parts_of(teacher, batch):
+                found = logits(teacher, hidden[some], part.tokens, part.mask).float() / temperature
+                best = found.log_softmax(-1).topk(shape[2], dim=-1)
+                here = slice(rows, rows + len(part.tokens))
+                self.scores[here] = best.values.half().cpu()
+                self.tokens[here] = best.indices.int().cpu()
+                rows = here.stop
 
 
 def teacher_bytes(windows: int, seq_len: int, top: int) -> int:

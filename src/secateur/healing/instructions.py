@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from secateur.calibration.sources import open_rows
+from secateur.calibration.texts import wants_bos
 from secateur.errors import InputError, first_line
 from secateur.healing.language import IGNORED
 
@@ -137,7 +138,10 @@ def _encoded(messages: list[Message], tokenizer: PreTrainedTokenizerBase, source
         start, end = (len(_tokens(text, tokenizer)) for text in (before, after))
         ids = _tokens(after, tokenizer)
         learnt += [False] * (start - len(learnt)) + [True] * (end - max(start, len(learnt)))
-    return ids, learnt[: len(ids)] + [True] * (len(ids) - len(learnt))
+    learnt = learnt[: len(ids)] + [True] * (len(ids) - len(learnt))
+    if tokenizer.chat_template is None and wants_bos(tokenizer, "auto"):  # a template writes its own
+        return [tokenizer.bos_token_id, *ids], [False, *learnt]
+    return ids, learnt
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

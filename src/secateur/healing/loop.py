@@ -19,7 +19,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, release_memory
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    release_memory,
+)
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -33,6 +38,7 @@ from secateur.healing.outcome import Outcome, Status
 from secateur.healing.run_folder import RunFolder, read
 from secateur.healing.settings import TrainingSettings
 from secateur.healing.sharding import shard, sharding_asked, sync_gradients, whole
+from secateur.shapes import SecateurExperts
 
 Batch = dict[str, torch.Tensor]
 Sums = tuple[torch.Tensor, torch.Tensor]
@@ -43,6 +49,7 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def accelerator_for(
+    objective: nn.Module,
     device: torch.device,
     settings: TrainingSettings,
     seed: int = 0,
@@ -51,9 +58,12 @@ def accelerator_for(
 ) -> Accelerator:
     """Make the accelerator of a run; launched by `accelerate launch`, it knows the other processes."""
     AcceleratorState._reset_state()  # else the precision of an earlier run in this process would stay
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Accelerate puts what it moves
+    idle_experts = any(isinstance(module, SecateurExperts) for module in objective.modules())
     return Accelerator(
-        mixed_precision="bf16" if bf16 else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if idle_experts else None,
+        mixed_precision="bf16" if settings.autocasts(device) else "no",
         cpu=device.type == "cpu",
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed),
         log_with=list(trackers) or None,
@@ -102,7 +112,7 @@ def train(
     """
     if sharding_asked() and units:
         shard(objective, units)
-    accelerator = accelerator_for(device, settings, seed, trackers, tracking)
+    accelerator = accelerator_for(objective, device, settings, seed, trackers, tracking)
     recipe = recipe | {"training": settings.model_dump(), "seed": seed}
     made: list[RunFolder | None] = [None]
     if accelerator.is_main_process:
@@ -158,8 +168,16 @@ class _Run:
             num_training_steps=steps,
             min_lr=min(settings.final_learning_rate, settings.learning_rate),
         )
-        loader = DataLoader(data, batch_size=self.batch_size, shuffle=True, drop_last=True, collate_fn=default_collate)
+        loader = DataLoader(
+            data,
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=default_collate,
+            generator=torch.Generator(),  # else a run that goes on would draw once more from the one dropout uses
+        )
         self.loader = accelerator.prepare_data_loader(loader)
+        self.exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
         length = data[0]["tokens"].shape[0]
         fitting = max(1, _TOKENS_PER_FORWARD.get(accelerator.device.type, 4096) // length)
         self.micro = settings.micro_batch or fitting
@@ -192,7 +210,8 @@ class _Run:
         self._take_best()
         outcome.curve = self.folder.log_entries()
         if self.tracked:
-            accelerator.end_training()
+            for tracker in accelerator.trackers:  # `end_training` would end the other processes' group, too
+                tracker.finish()
         accelerator.wait_for_everyone()
         return outcome
 
@@ -211,10 +230,10 @@ class _Run:
         started, rate = time.monotonic(), self.schedule.get_last_lr()[0]
         total, terms = self._fitting(lambda: self._accumulate(batch))
         sums = self.accelerator.reduce(torch.stack((total, terms)), reduction="sum")
-        loss, terms = float(sums[0] / sums[1]), sums[1]
+        loss, counted = float(sums[0] / sums[1]), float(sums[1])
         for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad.mul_(self.accelerator.num_processes / terms)
+                parameter.grad.mul_(self.accelerator.num_processes / counted)
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)))
         self.outcome.steps += 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -255,7 +274,7 @@ class _Run:
     def _accumulate(self, batch: Batch) -> Sums:
         """Sum losses, terms and gradients over the micro-batches of one process's share of a step."""
         self.module.train()
-        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        total = torch.zeros((), dtype=self.exact, device=self.accelerator.device)
         terms = torch.zeros_like(total)
         count = len(batch["tokens"])
         for first in range(0, count, self.micro):
@@ -294,7 +313,7 @@ class _Run:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = list(range(rank, _length(self.held_out), world))
         rounds = math.ceil(math.ceil(_length(self.held_out) / world) / self.micro)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        sums = torch.zeros(2, dtype=self.exact, device=self.accelerator.device)
         self.module.eval()
         for number in range(rounds):
             numbers = mine[number * self.micro : (number + 1) * self.micro]
@@ -303,7 +322,7 @@ class _Run:
             with self.accelerator.autocast():
                 loss, terms = self.module(**batch)
             if numbers:
-                sums += torch.stack((loss.double(), torch.as_tensor(terms, device=sums.device).double()))
+                sums += torch.stack([torch.as_tensor(one).to(sums) for one in (loss, terms)])
         sums = self.accelerator.reduce(sums, reduction="sum")
         return sums[0], sums[1]
 
@@ -326,11 +345,12 @@ class _Run:
 
     def _everything(self) -> dict[str, Any]:
         weights, optimizer = get_state_dict(self.module, self.optimizer, options=_TRAINED)
-        return {
-            "model": weights,
-            "optimizer": optimizer,
-            f"random-{self.accelerator.process_index}": torch.get_rng_state(),
-        }
+        return {"model": weights, "optimizer": optimizer, f"random-{self.accelerator.process_index}": self._random()}
+
+    def _random(self) -> dict[str, torch.Tensor]:
+        device = self.accelerator.device
+        found = {"cpu": torch.get_rng_state()}
+        return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
     def _save(self) -> None:
         facts = {"outcome": asdict(self.outcome), "schedule": self.schedule.state_dict()}
@@ -353,7 +373,10 @@ class _Run:
             options=_TRAINED,
         )
         self.schedule.load_state_dict(facts["schedule"])
-        torch.set_rng_state(tensors[f"random-{self.accelerator.process_index}"])
+        random = tensors[f"random-{self.accelerator.process_index}"]
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.accelerator.device)
         for name, value in facts["outcome"].items():
             setattr(self.outcome, name, value)
         self.folder.forget_after(self.outcome.steps)

@@ -7,10 +7,12 @@ memory-mapped files.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -126,6 +128,11 @@ class BlockNetwork(nn.Module):
         """Wrap a block."""
         super().__init__()
         self.block = block
+
+    @classmethod
+    def copy_of(cls, block: nn.Module) -> BlockNetwork:
+        """Wrap a copy in float32 that can be trained on any device: without what Accelerate ties to the block's own."""
+        return cls(remove_hook_from_module(copy.deepcopy(block), recurse=True).float().requires_grad_(True))
 
     def forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Run it on states (batch, positions, d)."""

@@ -163,9 +163,9 @@ class Job:
 
 def _prepared(job: Job, which: Trained) -> tuple[Prepared, float]:
     """Make what is trained ready; gives it with its highest rate times the hidden size."""
-    if which != "lora":
-        return prepare(job.decoder, which), _RATE
     settings = job.settings
+    if which != "lora":
+        return prepare(job.decoder, which, mixed=settings.evens_out(job.decoder.device)), _RATE
     updates = {"rank": settings.rank, "alpha": settings.alpha, "dropout": settings.dropout}
     return prepare(job.decoder, which, **updates, seed=job.seed), _LORA_RATE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 SMALLEST_RUN = 500
@@ -33,6 +34,14 @@ class TrainingSettings(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of matrix products; auto is bf16 on CUDA and fp32 elsewhere"
     )
+
+    def autocasts(self, device: torch.device) -> bool:
+        """Whether matrix products are in bfloat16 whatever the weights are in."""
+        return self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
+
+    def evens_out(self, device: torch.device) -> bool:
+        """Whether weights in bfloat16 and in float32 can stand in one model; CUDA's autocast knows all operations."""
+        return device.type == "cuda" and self.autocasts(device)
 
     def windows_per_step(self, available: int, processes: int = 1) -> int:
         """Give the windows of one optimiser step, a multiple of the number of processes."""

@@ -43,7 +43,14 @@ class Prepared:
 
 
 def prepare(
-    decoder: Decoder, which: Trained, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, seed: int = 0
+    decoder: Decoder,
+    which: Trained,
+    *,
+    mixed: bool = True,
+    rank: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> Prepared:
     """Make a model of which only some weights are trained; the given one stays as it is and shares the others.
 
@@ -51,6 +58,7 @@ def prepare(
         decoder: in memory.
         which: `full`: all; `last-layers`: the head, the final norm and the last three blocks; `lora`: low-rank
             updates of the linear layers of all blocks (Hu et al. 2021), merged back by `finish`.
+        mixed: weights that are not trained stay in their dtype; else they are copied to float32, as the others are.
         rank, alpha, dropout: of `lora`.
         seed: of what its updates begin with.
 
@@ -68,6 +76,8 @@ def prepare(
     module = _copy(decoder)
     chosen = [name for name, _ in module.named_parameters() if which == "full" or _is_last(decoder, name)]
     replace_parameters(module, chosen, lambda _, tensor: nn.Parameter(tensor.detach().clone().float()))
+    if not mixed:
+        in_float32(module)
 
     def finish(trained: Mapping[str, torch.Tensor]) -> Decoder:
         return _finished(decoder, _copy(decoder), trained)
@@ -95,6 +105,12 @@ def replace_parameters(
         assert found is not None
         holder._parameters[leaf] = make(name, found)
     module.tie_weights()
+
+
+def in_float32(module: PreTrainedModel) -> None:
+    """Give a module that shares its weights copies in float32 of those that are in less."""
+    less = [name for name, one in module.named_parameters() if one.dtype in (torch.bfloat16, torch.float16)]
+    replace_parameters(module, less, lambda _, one: nn.Parameter(one.detach().float(), requires_grad=one.requires_grad))
 
 
 def _is_last(decoder: Decoder, name: str) -> bool:

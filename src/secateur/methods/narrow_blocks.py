@@ -202,6 +202,7 @@ def apply(evidence: Evidence, step: NarrowBlocks) -> Decoder:
         stock=step.stock,
         repair=step.repair,
         bias=step.bias,
+        gram=step.repair or step.choose == "brain-surgeon",
         batch_size=evidence.batch_size,
         progress=evidence.progress,
     )

@@ -9,7 +9,6 @@ one cosine; with `network=none` the window of n blocks simply goes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from secateur.healing.loop import train
 from secateur.healing.outcome import warn_of
 from secateur.healing.pairs import BlockNetwork, PairData, PairRegression, store_pairs
 from secateur.healing.settings import TrainingSettings
+from secateur.healing.weights import in_float32
 from secateur.methods.budget import Budget, choose_blocks, choose_size, read_count
 from secateur.methods.drop_blocks import WindowSettings
 from secateur.methods.method import Evidence, Method
@@ -177,7 +177,7 @@ class _Training:
         if self.config is not None:
             return _MlpNetwork(new_network(self.config, self.low, self.decoder.device, self.evidence.seed))
         with self.decoder.block(self.low) as block:
-            return BlockNetwork(copy.deepcopy(block).float())
+            return BlockNetwork.copy_of(block)
 
     def _on_pairs(self, network: nn.Module) -> None:
         """Train the network by itself, on what enters and what leaves the window."""
@@ -200,6 +200,8 @@ class _Training:
         """Train the network in its place, everything else frozen, on the language-modelling loss."""
         model = self._put_in(tensors)
         block = model.block_list[self.low].float().requires_grad_(True)
+        if not self.settings.training().evens_out(self.decoder.device):
+            in_float32(model.module)
         if model.module.supports_gradient_checkpointing:
             model.module.gradient_checkpointing_enable({"use_reentrant": False})
         self._train("lm", LanguageModelling(model.module), self._items(self.numbers), self._items(self.held_back))

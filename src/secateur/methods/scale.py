@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from secateur.calibration.processes import process_count
+from secateur.errors import InputError
 from secateur.evaluation.timing import BlockTimes, Request, time_blocks
 from secateur.models.cache import cache_size
 from secateur.models.decoder import Decoder
@@ -69,7 +71,15 @@ def time_scale(decoder: Decoder, pace: Pace | None = None) -> Scale:
     Args:
         decoder: the model; a skeleton is read into memory for it.
         pace: how the method's models run that keep all blocks; None takes the time in blocks to follow their size.
+
+    Raises:
+        InputError: one of several processes measures: each would find another time, and decide by it.
     """
+    if process_count() > 1:
+        raise InputError(
+            "target-speedup is measured by one process: make the plan without a launcher "
+            "(secateur plan … -o plan.json), and give it to all of them with --plan."
+        )
     family, config = decoder.anatomy.family, decoder.config
     sizes = decoder.block_parameter_counts()
     kinds = [(block_kind(config, family, index), size) for index, size in enumerate(sizes)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def open_model(
         dtype: arithmetic: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU, float32 on
             a CPU without fast bfloat16. The dtype a model is saved in does not change with it.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the GPUs there are (all of them, if the model needs
-            more than one), else the CPU.
+            more than one), else the CPU. Of several processes (`accelerate launch`) each takes one GPU.
         revision: branch, tag or commit on the hub.
         skeleton: read each block's weights when its turn comes and let them go afterwards. None decides by the
             memory that is free.
@@ -99,7 +100,7 @@ def open_model(
         module = empty_model(config, arithmetic, place, trust_remote_code=trust_remote_code)
         shards = Shards.of(folder, family.blocks, place)
     else:
-        everywhere = device == "auto" and torch.cuda.device_count() > 1
+        everywhere = device == "auto" and torch.cuda.device_count() > 1 and not _one_of_several()
         module = _whole(
             folder,
             config,
@@ -201,9 +202,17 @@ def _saved_dtype(config: Any, folder: Path) -> torch.dtype:
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
 
 
+def _one_of_several() -> bool:
+    """Whether a launcher started several processes, each of which has a GPU of its own."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def _device(device: str) -> torch.device:
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        own = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", own) if _one_of_several() else torch.device("cuda")
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
@@ -228,7 +237,8 @@ def _too_large(folder: Path, saved: torch.dtype, arithmetic: torch.dtype, device
     on_disk = sum(file.stat().st_size for file in shard_files(folder))
     needed = on_disk * arithmetic.itemsize / saved.itemsize
     if device.type == "cuda":
-        free = sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+        devices = [device] if _one_of_several() else range(torch.cuda.device_count())
+        free = sum(torch.cuda.mem_get_info(one)[0] for one in devices)
     else:
         free = psutil.virtual_memory().available
     return needed > _SHARE_OF_MEMORY * free

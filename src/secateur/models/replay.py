@@ -124,7 +124,7 @@ def require_finite(hidden: torch.Tensor, where: str, mask: torch.Tensor | None =
     Raises:
         NumericsError: naming the place.
     """
-    looked_at = hidden if mask is None else hidden[mask]
+    looked_at = hidden if mask is None else hidden[mask.to(hidden.device)]
     if not bool(torch.isfinite(looked_at).all()):
         raise NumericsError(
             f"NaN or infinity in {where}. The weights may be damaged, or the dtype too small: try --dtype float32."

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from secateur.shapes.modeling_secateur import SecateurConfig, SecateurForCausalLM, SecateurModel, mlp_traits
+from secateur.shapes.modeling_secateur import (
+    SecateurConfig,
+    SecateurExperts,
+    SecateurForCausalLM,
+    SecateurModel,
+    mlp_traits,
+)
 
 MODELLING_FILE = Path(__file__).with_name("modeling_secateur.py")
 
@@ -24,4 +30,12 @@ AutoConfig.register(SecateurConfig.model_type, SecateurConfig, exist_ok=True)
 AutoModel.register(SecateurConfig, SecateurModel, exist_ok=True)
 AutoModelForCausalLM.register(SecateurConfig, SecateurForCausalLM, exist_ok=True)
 
-__all__ = ["AUTO_MAP", "MODELLING_FILE", "SecateurConfig", "SecateurForCausalLM", "SecateurModel", "mlp_traits"]
+__all__ = [
+    "AUTO_MAP",
+    "MODELLING_FILE",
+    "SecateurConfig",
+    "SecateurExperts",
+    "SecateurForCausalLM",
+    "SecateurModel",
+    "mlp_traits",
+]

@@ -86,7 +86,7 @@ class Assembly:
         if not self.dense.is_skeleton:
             for name, parameter in self.dense.module.named_parameters():
                 if not name.startswith(self._blocks):
-                    set_parameter(self.decoder.module, name, parameter)
+                    set_parameter(self.decoder.module, name, parameter.to(self.dense.device))
             self.decoder.module.tie_weights()
 
     def _below(self, where: str) -> dict[str, torch.nn.Parameter]:

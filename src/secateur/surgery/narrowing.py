@@ -86,6 +86,7 @@ def narrow_blocks(
     stock: bool,
     repair: bool = True,
     bias: bool = False,
+    gram: bool = True,
     batch_size: int | None = None,
     progress: Progress = SILENT,
 ) -> Decoder:
@@ -99,6 +100,7 @@ def narrow_blocks(
         stock: keep the architecture, or write the modelling file.
         repair: fit what writes by least squares.
         bias: put what a constant can make up for into biases, where the result has them.
+        gram: gather the products of inputs, which repair and some choices read.
         batch_size: windows per batch.
         progress: shows how far it is.
 
@@ -111,7 +113,7 @@ def narrow_blocks(
         batches = stored_start(decoder, windows, store, batch_size)
         for index in progress(range(decoder.block_count), "narrowing block by block", decoder.block_count):
             with decoder.block(index):
-                walk = _Block(decoder, index, widths[index], batches, store, target, repair, bias)
+                walk = _Block(decoder, index, widths[index], batches, store, target, repair, bias, gram)
                 walk.narrow(choose)
     return target.finish()
 
@@ -128,6 +130,7 @@ class _Block:
     target: Narrowing
     repair: bool
     bias: bool
+    gram: bool
 
     def narrow(self, choose: Choose) -> None:
         """Choose, refit, take the batches through, and hand the block over."""
@@ -142,7 +145,7 @@ class _Block:
         edits: dict[str, torch.Tensor] = {}
         for parts in stages:
             with _holding(self.block, edits):
-                measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, gram=True)
+                measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, gram=self.gram)
             for part, sums in measured.items():
                 edits |= self._edit(part, sums, choose, kept, dense)
         with _holding(self.block, edits):
