@@ -165,6 +165,15 @@ BAD = {
         ["prune", "MODEL", "--plan", "SCORES", "--target-params", "1M", "--set", "x=1"],
         "--target-params, --set: the plan says already how much goes",
     ),
+    "a plan and other windows": (
+        ["prune", "MODEL", "--plan", "SCORES", "--windows", "8", "--seed", "1"],
+        "--windows, --seed: the plan says already how texts are read",
+    ),
+    "unknown dtype to save in": (
+        ["prune", "MODEL", "--method", "last-n", "--blocks", "1", "--save-dtype", "bf16"],
+        "unknown dtype 'bf16'. Did you mean 'bfloat16'",
+    ),
+    "the folder one is in": (["score", "MODEL", "--texts", "NPY", "-o", "."], "is the folder you are in"),
     "unknown rung": (["heal", "MODEL", "--with", "loar"], "unknown way of healing 'loar'. Did you mean 'lora'"),
     "unknown setting of a rung": (
         ["heal", "MODEL", "--texts", "NPY", "--set", "rnak=4"],
@@ -214,6 +223,46 @@ def test_bad_input_is_one_clear_message_and_exit_code_2(case, run, model, window
     assert "Traceback" not in err
     assert out == ""
     assert not (tmp_path / "secateur-runs").exists()
+
+
+def test_what_one_process_does_is_refused_to_several(run, model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run("eval", model)
+    assert code == 2
+    assert "eval is done by one process" in err
+
+
+def test_full_memory_of_a_device_is_one_message(run, model, windows, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(secateur, "score", full)
+    code, _, err = run("score", model, "--texts", windows)
+    assert code == 2
+    assert "Take a smaller --batch-size" in err
+
+
+def test_scores_of_other_texts_are_told(run, model, windows):
+    assert run("score", model, "--texts", windows, "-o", "scores")[0] == 0
+    words = ["plan", model, "--method", "shortgpt", "--blocks", "1", "--scores", "scores/scores.json"]
+    code, _, err = run(*words, "--windows", "2", "--seq-len", "16", "-o", "plan.json")
+    assert code == 0
+    assert "scores of other texts; they are measured anew" in err
+    code, _, err = run(*words, "--texts", windows, "-o", "plan.json")
+    assert code == 0
+    assert "anew" not in err
+
+
+def test_a_teacher_that_is_another_model_by_now_is_refused(run, tmp_path):
+    dense = save_tiny("llama", tmp_path / "dense", tokenizer=True)
+    assert run("prune", dense, "--method", "last-n", "--blocks", "2", "--no-check", "-o", "cut")[0] == 0
+    save_tiny("llama", dense, seed=5, tokenizer=True)
+    code, _, err = run("heal", "cut", "--with", "distill", "-o", "healed")
+    assert code == 2
+    assert "is no longer the model that cut was pruned from" in err
+    code, _, err = run("eval", "cut", "--against", dense, "-o", dense)
+    assert code == 2
+    assert "was not written by secateur" in err
 
 
 def test_a_plan_for_another_model_is_refused(run, model, tmp_path):

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from secateur import __version__
-from secateur.errors import SecateurError
+from secateur.errors import InputError, SecateurError
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ COMMANDS = {
 }
 """The commands in the order in which they are listed."""
 
+SHARED = ("score", "plan", "prune", "heal")
+"""Those that several processes do together."""
+
 
 class Commands(TyperGroup):
     """Lists the commands without importing them, and imports the one that is called."""
@@ -70,6 +73,8 @@ class Commands(TyperGroup):
 def load(name: str) -> TyperCommand:
     """Import a command, saying so: it takes seconds."""
     entry = COMMANDS[name]
+    if name not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"{name} is done by one process: start it without the launcher.")
     quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
     with Console(stderr=True, quiet=quiet).status("loading torch and transformers"):
         from transformers.utils import logging
@@ -119,6 +124,16 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         hint = " Free some space, or choose another disk." if error.errno == errno.ENOSPC else ""
         _fail(f"{where}{error.strerror or error}.{hint}")
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail("the device's memory is full. Take a smaller --batch-size (--batch-sizes for bench), or --skeleton.")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    from torch import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError)
 
 
 def _fail(message: str) -> NoReturn:

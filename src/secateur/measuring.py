@@ -31,7 +31,8 @@ def evaluate(
     whole = asking.tasks is not None
     decoder = opened(opening, model, only_shapes=dry_run, whole=whole)
     dense = opened(opening, against, only_shapes=dry_run, whole=whole) if against else None
-    check_target(folder, reads=decoder.folder)
+    for one in (decoder, dense):
+        check_target(folder, reads=one.folder if one else None)
     windows = reading.held_out(decoder) if asking.tasks is None or reading.texts is not None else None
     if windows is not None:
         announce(decoder, windows, 1.0 + (dense.parameter_count / decoder.parameter_count if dense else 0.0))
@@ -81,8 +82,9 @@ def bench(
     lengths = None if prompts is None else whole_numbers(prompts, "--prompts")
     decoder = opened(opening, model, only_shapes=dry_run, whole=True)
     dense = opened(opening, against, only_shapes=dry_run, whole=True) if against else None
-    check_target(folder, reads=decoder.folder)
     both = [one for one in (decoder, dense) if one is not None]
+    for one in both:
+        check_target(folder, reads=one.folder)
     announce_whole(both, f"batch sizes {batch_sizes}, {warmup} + {repeats} rounds")
     if dry_run:
         return

@@ -70,6 +70,12 @@ class Reading:
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0
     batch_size: Annotated[int | None, typer.Option(help="Windows per batch. (default: by the device)")] = None
 
+    def beside_a_plan(self) -> list[str]:
+        """List those of these options that were given and that a plan says already."""
+        plain = Reading()
+        names = [name for name in ("windows", "seq_len", "seed") if getattr(self, name) != getattr(plain, name)]
+        return [f"--{name.replace('_', '-')}" for name in names]
+
     @property
     def window_count(self) -> int | None:
         """Number of windows, None for all.

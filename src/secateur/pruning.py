@@ -16,6 +16,7 @@ from rich.markup import escape
 import secateur
 from secateur.calibration.processes import leads, process_count
 from secateur.checkpoints.folders import check_target, replacing
+from secateur.checkpoints.save import dtype_named
 from secateur.console import healing_table, plan_summary, scores_table, showing_progress
 from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
 from secateur.files import replace_file
@@ -125,6 +126,10 @@ def prune(
         raise InputError(
             f"{', '.join(amount.given())}: the plan says already how much goes and how; edit it, or give --method."
         )
+    if plan_file is not None and (idle := reading.beside_a_plan()):
+        raise InputError(f"{', '.join(idle)}: the plan says already how texts are read; only --texts can be others.")
+    if save_dtype is not None:
+        dtype_named(save_dtype)
     made = Plan.read(plan_file) if plan_file else None
     folder = target(out, model, "prune")
     decoder = opened(opening, model, only_shapes=dry_run)
@@ -166,12 +171,16 @@ def heal(
     named = learning.teacher or _dense_of(decoder)
     thin = dry_run or "top" in learning.settings()  # what it says is written down first, block by block
     teacher = opened(opening, named, only_shapes=thin) if rung.teacher else None
+    if teacher is not None:
+        check_target(folder, reads=teacher.folder)
+        if learning.teacher is None:
+            _require_origin(decoder, teacher)
     data = learning.data(decoder)
-    announce(decoder, data, rung.passes)
+    announce(decoder, data, rung.passes, whole=rung.whole)
     if dry_run:
         return
     work = training_folder(folder)
-    err.print(f"{rung.name}: {rung.summary}. Killed and started again, it goes on from {work}.")
+    err.print(f"{rung.name}: {rung.summary}. Killed, and started again with -o {folder}, it goes on.")
     with _saying_warnings(), showing_progress(err) as progress:
         healed = secateur.heal(
             decoder,
@@ -208,6 +217,20 @@ def _dense_of(decoder: Decoder) -> str:
     return first.model.source if first else decoder.source
 
 
+def _require_origin(decoder: Decoder, teacher: Decoder) -> None:
+    """Refuse a teacher nobody named that is not the model the first plan was made for.
+
+    Raises:
+        InputError: with both names.
+    """
+    first = next(iter(plans_in(decoder.history)), None)
+    if first is not None and first.model.fingerprint != teacher.fingerprint:
+        raise InputError(
+            f"{teacher.source}: is no longer the model that {decoder.source} was pruned from; name the one to learn "
+            "from with --teacher."
+        )
+
+
 def _decide(
     decoder: Decoder, method: str, amount: Amount, reading: Reading, *, dry_run: bool, work: Path | None = None
 ) -> Plan | None:
@@ -217,6 +240,9 @@ def _decide(
     windows = None
     if any(part.method.needs_texts(part.settings) for part in parts):
         windows = reading.calibration(decoder)
+        if known is not None and known.fingerprint == decoder.fingerprint and not known.are_of(windows):
+            err.print(f"[yellow]warning:[/] {amount.scores}: scores of other texts; they are measured anew.")
+            known = None
         gone = amount.blocks if amount.blocks is not None else decoder.block_count // 4
         each = (part.method.forwards(decoder.block_count, gone, part.settings) for part in parts)
         announce(decoder, windows, 0.0 if known and len(parts) == 1 else sum(each))

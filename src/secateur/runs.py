@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoints.folders import MARKER
+from secateur.files import replace_file
 from secateur.versions import versions
 
 RUNS = Path("secateur-runs")
@@ -32,4 +33,4 @@ def training_folder(target: Path) -> Path:
 def mark(folder: Path, command: str, details: dict[str, Any]) -> None:
     """Leave the file by which a later run knows this folder as its own."""
     record = {"secateur": versions()["secateur"], "command": command, **details, "versions": versions()}
-    (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    replace_file(folder / MARKER, json.dumps(record, indent=2) + "\n")

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from secateur.calibration.estimate import estimate
 from secateur.calibration.processes import leads
-from secateur.checkpoints.folders import check_target, replacing
+from secateur.checkpoints.folders import check_target, refuse_working_folder, replacing
 from secateur.evaluation.results import Result, append_results
 from secateur.healing.rungs import Data
 from secateur.models.decoder import Decoder
@@ -38,14 +38,15 @@ def opened(opening: Opening, source: str, *, only_shapes: bool = False, whole: b
 def target(out: Path | None, model: str, command: str) -> Path:
     """Give the folder to write, the one named or a new one; one that must not be replaced is refused."""
     folder = out or run_folder(model, command)
+    refuse_working_folder(folder)
     check_target(folder)
     return folder
 
 
-def announce(decoder: Decoder, windows: Data, forwards: float) -> None:
-    """Say what is about to happen and what it needs."""
-    needs = estimate(decoder, windows.token_count, forwards)
-    how = "skeleton, block by block" if decoder.is_skeleton else "in memory"
+def announce(decoder: Decoder, windows: Data, forwards: float, *, whole: bool = False) -> None:
+    """Say what is about to happen and what it needs; `whole` if all weights will be in memory whatever is open now."""
+    needs = estimate(decoder, windows.token_count, forwards, whole=whole)
+    how = "skeleton, block by block" if decoder.is_skeleton and not whole else "in memory"
     err.print(
         f"{decoder.source}: {decoder.parameter_count:,} parameters, {decoder.block_count} blocks, {how}, "
         f"{decoder.module.dtype} on {decoder.device}".replace("torch.", "")
@@ -58,7 +59,7 @@ def announce(decoder: Decoder, windows: Data, forwards: float) -> None:
 def announce_whole(models: Sequence[Decoder], what: str) -> None:
     """Say what is about to be done with models that are in memory, and what they take there."""
     for one in models:
-        needs = estimate(one, 0, 0.0)
+        needs = estimate(one, 0, 0.0, whole=True)
         err.print(
             f"{one.source}: {one.parameter_count:,} parameters, {one.block_count} blocks, {one.module.dtype} on "
             f"{one.device}; about {needs.memory / 2**30:.1f} GiB".replace("torch.", "")

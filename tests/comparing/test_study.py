@@ -194,3 +194,4 @@ def test_workers_get_the_devices_that_were_given(monkeypatch):
     assert [local._environment(number, 2)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["2", "GPU-7"]
     assert (local.default_workers("auto"), local.default_workers("cuda:1"), local.default_workers("cpu")) == (2, 1, 1)
     assert local._environment(0, 1) == {}
+    assert "CUDA_VISIBLE_DEVICES" not in local._environment(1, 2, "cuda:1")

@@ -1,7 +1,9 @@
 """One run from a recipe: what is written, what is skipped the second time, what is done again and why."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import secateur
@@ -111,6 +113,40 @@ def test_results_never_outlive_the_cut_they_are_of(run, recipe, tmp_path):
     _, after = run(recipe(prune={"method": "shortgpt", "blocks": 3}, eval=None))
     assert after.perplexity is None
     assert after.failed is None, "what is not asked for any more has not failed"
+
+
+def test_a_cut_that_is_made_again_leaves_its_results(run, recipe, tmp_path):
+    _, before = run(recipe())
+    written = (tmp_path / "run" / "results.jsonl").stat().st_mtime_ns
+    (tmp_path / "run" / "cut").rename(tmp_path / "away")
+    done, after = run(recipe(bench={"repeats": 1, "prompts": [4]}))
+    assert done == ["prune", "bench"]
+    assert after.perplexity == before.perplexity
+    assert (tmp_path / "run" / "results.jsonl").stat().st_mtime_ns == written
+
+
+def test_without_healing_nothing_of_it_is_left(run, recipe, tmp_path):
+    heal = {"with": "full", "tokens": 64, "seq_len": 16, "settings": {"batch_size": 2}}
+    run(recipe(heal=heal, bench={"repeats": 1, "prompts": [4]}))
+    done, _ = run(recipe())
+    assert done == ["eval"]
+    assert set(State.of(tmp_path / "run").stages) == {"plan", "prune", "eval"}
+    assert not (tmp_path / "run" / "healed").exists()
+    assert not (tmp_path / "run" / "bench.jsonl").exists()
+
+
+def test_other_text_in_the_same_file_is_read_again(run, recipe, tmp_path, window_file):
+    own = tmp_path / "own.npy"
+    own.write_bytes(Path(window_file).read_bytes())
+    assert run(recipe(texts=str(own)))[0] == ["plan", "prune", "eval"]
+    assert run(recipe(texts=str(own)))[0] == []
+    np.save(own, np.load(window_file)[:6])
+    assert run(recipe(texts=str(own)))[0] == ["plan", "prune", "eval"]
+
+
+def test_options_of_studies_are_refused(recipe, tmp_path):
+    with pytest.raises(InputError, match="a single run has no cells"):
+        secateur.run(recipe(), tmp_path / "run", keep=False)
 
 
 def test_mistakes_are_found_before_anything_is_done(recipe, tmp_path):

@@ -27,6 +27,19 @@ def local_documents(path: Path) -> Iterator[str]:
     return (text for file in files for text in _file_documents(file))
 
 
+def stamp_of(source: str | None) -> list[tuple[str, int, int]]:
+    """Give name, size and time of every local file that a source of text names; nothing for what is not local."""
+    found: list[tuple[str, int, int]] = []
+    for part in (source or "").split(","):
+        path = next((one for one in map(Path, (part.strip(), part.rpartition(":")[0].strip())) if one.exists()), None)
+        if path is None or not part.strip():
+            continue
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        of_files = ((file, file.stat()) for file in files if file.is_file())
+        found += [(file.as_posix(), at.st_size, at.st_mtime_ns) for file, at in of_files]
+    return found
+
+
 def _file_documents(path: Path) -> Iterator[str]:
     kind = path.suffix.lower()
     if kind in (".txt", ".md"):

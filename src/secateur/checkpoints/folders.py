@@ -31,6 +31,16 @@ def check_target(target: Path, *, reads: Path | None = None) -> None:
         raise InputError(f"{target}: is the model being read; choose another folder for the result.")
 
 
+def refuse_working_folder(target: Path) -> None:
+    """Refuse to replace the folder one stands in, or one above it.
+
+    Raises:
+        InputError: naming it.
+    """
+    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InputError(f"{target}: is the folder you are in, or holds it; name one to be made, such as {target}/out.")
+
+
 def is_ours(folder: Path) -> bool:
     """Whether secateur wrote this folder."""
     try:
@@ -47,6 +57,7 @@ def replacing(target: str | Path, *, reads: Path | None = None) -> Iterator[Path
         InputError: the target must not be replaced.
     """
     target = Path(target)
+    refuse_working_folder(target)
     check_target(target, reads=reads)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

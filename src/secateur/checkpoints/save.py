@@ -16,7 +16,7 @@ from secateur.checkpoints.card import model_card
 from secateur.checkpoints.check import record_expected, reopen, require_passed
 from secateur.checkpoints.folders import MARKER, replacing
 from secateur.checkpoints.writer import SHARD_BYTES, write_weights
-from secateur.errors import InputError
+from secateur.errors import unknown
 from secateur.models.decoder import Decoder
 from secateur.plan import plans_in
 from secateur.shapes import AUTO_MAP, MODELLING_FILE, SecateurConfig
@@ -70,9 +70,7 @@ def save(
         NumericsError: a weight is NaN or infinite.
         CheckError: the reopened folder behaves differently; nothing is left at the target.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise InputError(f"unknown dtype '{dtype}'. Known: {', '.join(_DTYPES)}.")
-    stored = _DTYPES[dtype] if dtype else decoder.saved_dtype
+    stored = decoder.saved_dtype if dtype is None else dtype_named(dtype)
     with replacing(out, reads=decoder.folder) as folder:
         size = write_weights(decoder, folder, stored, shard_bytes)
         _write_config(decoder, folder, stored)
@@ -83,6 +81,17 @@ def save(
         model_card(decoder, record).save(folder / "README.md")
         (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Give the dtype that weights can be saved in by its name.
+
+    Raises:
+        InputError: an unknown one.
+    """
+    if name not in _DTYPES:
+        raise unknown("dtype", name, list(_DTYPES))
+    return _DTYPES[name]
 
 
 def _prove(decoder: Decoder, folder: Path) -> dict[str, Any]:

@@ -20,14 +20,14 @@ def default_workers(device: str) -> int:
     return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
 
 
-def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
+def run_jobs(jobs: Sequence[Job], workers: int, device: str = "auto") -> Iterator[Job]:
     """Run jobs; yields each when it is over. What still runs when this is left is stopped.
 
-    One worker sees all devices. Several share the GPUs out among them, or the cores where there is no GPU.
+    One worker sees all devices. Several share the GPUs out among them, where no one is named; or the cores.
     """
     slots: SimpleQueue[dict[str, str]] = SimpleQueue()
     for number in range(workers):
-        slots.put(_environment(number, workers))
+        slots.put(_environment(number, workers, device))
     running: set[subprocess.Popen[str]] = set()
     stop = threading.Event()
 
@@ -52,11 +52,11 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
                     os.killpg(process.pid, signal.SIGKILL)
 
 
-def _environment(number: int, workers: int) -> dict[str, str]:
+def _environment(number: int, workers: int, device: str = "auto") -> dict[str, str]:
     """Say to a worker's processes which device is theirs."""
     if workers == 1:
         return {}
-    if torch.cuda.device_count():
+    if device in ("auto", "cuda") and torch.cuda.device_count():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         devices = seen.split(",")
         return {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]}

@@ -10,6 +10,7 @@ from secateur.calibration.progress import SILENT, Progress
 from secateur.comparing.grid import check_healing, rows_of, study_of
 from secateur.comparing.outcome import CellOutcome, outcome_of
 from secateur.comparing.study import Engine, begin, run_study
+from secateur.errors import InputError
 from secateur.evaluation.catalogue import require_known
 from secateur.methods.sequence import read_sequence, whole_budget
 from secateur.pipeline.run import Run
@@ -56,6 +57,8 @@ def run(
         return run_study(
             asked, folder, on=on, address=address, workers=workers, keep=keep, finished=finished, progress=progress
         )
+    if on != "local" or address is not None or workers is not None or not keep:
+        raise InputError("a single run has no cells: --on, --address, --workers and --no-keep are for studies.")
     begin(folder, command, asked.to_yaml(), {"model": asked.model})
     for name in go(Run(asked, folder, progress=progress)):
         stage(name)

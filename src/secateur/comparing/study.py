@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from accelerate.utils.memory import clear_device_cache
 
+from secateur.calibration.local_files import stamp_of
 from secateur.calibration.progress import SILENT, Progress
 from secateur.checkpoints.folders import MARKER, check_target
 from secateur.comparing import local
@@ -83,7 +84,7 @@ def run_study(
         if number:  # one process for all: there is nothing to run beside it, and starting one takes seconds
             cells = tuple(name for job in jobs for name in job.cells)
             what, at_a_time, jobs = "speed of all cells", 1, [Job(folder, cells[0], cells, stages)] if cells else []
-        for job in progress(_queue(on, jobs, at_a_time, address), what, len(jobs)):
+        for job in progress(_queue(on, jobs, at_a_time, address, study.device), what, len(jobs)):
             for name in job.cells:
                 outcome = outcome_of(folder / CELLS / name)
                 if number == 0 or outcome.failed:
@@ -137,11 +138,13 @@ def _share(study: Study, folder: Path, fingerprint: str, kinds: tuple[Kind, ...]
     def stage(name: str, *depends_on: Any) -> Iterator[bool]:
         key, begun = digest(fingerprint, study.opening(), *depends_on), time.perf_counter()
         pending = not state.finished(name, key)
+        if pending:
+            state.begin(name)
         yield pending
         if pending:
             state.finish(name, key, time.perf_counter() - begun)
 
-    with stage("scores", study.reading(), kinds) as pending:
+    with stage("scores", study.reading(), stamp_of(study.texts), kinds) as pending:
         if pending:
             scores = score(dense(), **study.reading(), kinds=kinds, progress=progress)
             scores.write(folder / SCORES)
@@ -188,9 +191,9 @@ def _discard(row: Sequence[Cell], folder: Path, fingerprint: str) -> None:
             shutil.rmtree(folder / CELLS / cell.name / name, ignore_errors=True)
 
 
-def _queue(on: Engine, jobs: Sequence[Job], workers: int | None, address: str | None) -> Iterator[Job]:
+def _queue(on: Engine, jobs: Sequence[Job], workers: int | None, address: str | None, device: str) -> Iterator[Job]:
     if on == "local":
-        return local.run_jobs(jobs, workers or 1)
+        return local.run_jobs(jobs, workers or 1, device)
     try:
         from secateur.comparing import on_ray
     except ImportError as error:

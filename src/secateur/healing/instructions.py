@@ -73,6 +73,7 @@ class InstructionData(Dataset[dict[str, torch.Tensor]]):
         return {
             "source": self.source,
             "fingerprint": self.fingerprint,
+            "instructions": True,
             "windows": len(self),
             "seq_len": self.seq_len,
             "notes": list(self.notes),

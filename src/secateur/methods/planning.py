@@ -91,7 +91,12 @@ def make_plan(
     used: Windows | None = None
     if any(part.method.needs_texts(part.settings) for part in parts) and not budget.is_zero:
         used = windows_for(model, texts, windows=windows, seq_len=seq_len, seed=seed)
-        if scores is not None and (scores.texts or {}).get("fingerprint") != used.fingerprint:
+        if scores is not None and not scores.are_of(used):
+            warnings.warn(
+                f"the scores are of other texts ({(scores.texts or {}).get('source')}) and are measured anew",
+                TextsWarning,
+                stacklevel=2,
+            )
             scores = None
     evidence = Evidence(model, used, scores, batch_size, seed, progress, None if work is None else Path(work))
     steps, counted = _decide(parts, budget, evidence)

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 
+from secateur.calibration.local_files import stamp_of
 from secateur.calibration.progress import SILENT, Progress
 from secateur.errors import InputError
 from secateur.evaluation.reference import RESULTS, Reference
@@ -81,10 +82,19 @@ class Run:
 
     def begin(self, stage: str) -> None:
         """Note that a stage is being done, and remove what is outdated by it."""
-        self.state.begin(stage)
+        self.state.begin(stage, self.keys)
+        self._remove_unfinished(but=stage)
+
+    def forget_healing(self) -> None:
+        """Where healing is no longer asked for, remove its result and what was measured of it."""
+        if "heal" in self.state.stages and "heal" not in self.keys:
+            self.state.begin("heal", self.keys)
+            self._remove_unfinished()
+
+    def _remove_unfinished(self, but: str = "") -> None:
         made = {"prune": CUT, "heal": HEALED, "eval": RESULTS, "bench": SPEEDS, "generate": SAMPLES}
         for name, what in made.items():
-            if name not in self.state.stages and name != stage:
+            if name not in self.state.stages and name != but:
                 path = self.folder / what
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -166,11 +176,12 @@ def open_shapes(recipe: Common) -> Decoder:
 
 def _keys(recipe: Recipe, fingerprint: str) -> dict[str, str]:
     """Say for each stage that is asked for what it depends on: settings so far, and for measurements the software."""
-    plan = digest(fingerprint, recipe.opening(), recipe.reading(), recipe.prune.model_dump(mode="json"))
+    read = (recipe.reading(), stamp_of(recipe.texts))
+    plan = digest(fingerprint, recipe.opening(), read, recipe.prune.model_dump(mode="json"))
     keys = {"plan": plan, "prune": digest(plan, recipe.check)}
     final = keys["prune"]
     if recipe.heal is not None:
-        final = keys["heal"] = digest(final, recipe.heal.model_dump(mode="json"))
+        final = keys["heal"] = digest(final, recipe.heal.model_dump(mode="json"), stamp_of(recipe.heal.texts))
     if recipe.eval is not None:
         keys["eval"] = digest(final, measuring_key(recipe))
     if recipe.bench is not None:
@@ -182,4 +193,5 @@ def _keys(recipe: Recipe, fingerprint: str) -> dict[str, str]:
 
 def measuring_key(recipe: Common) -> str:
     """Say what a measurement depends on besides the model."""
-    return digest(recipe.measuring(), recipe.eval is not None and recipe.eval.stability, versions())
+    asked = recipe.measuring()
+    return digest(asked, stamp_of(asked["texts"]), recipe.eval is not None and recipe.eval.stability, versions())

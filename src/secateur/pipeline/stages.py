@@ -36,6 +36,7 @@ def go(run: Run, only: Collection[str] | None = None) -> Iterator[str]:
     Raises:
         SecateurError: a stage cannot be done; that is noted in the state.
     """
+    run.forget_healing()
     run.adopt(only)
     if not run.pending():
         run.state.settle()

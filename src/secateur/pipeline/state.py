@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,17 @@ class State:
         """Whether a stage was done with these settings."""
         return self.stages.get(stage, {}).get("key") == key
 
-    def begin(self, stage: str) -> None:
-        """Note that a stage is being done: it, and what was made of what it made before, is not finished."""
-        outdated = (*_LATER.get(stage, ()), stage)
-        self.stages = {name: done for name, done in self.stages.items() if name not in outdated}
+    def begin(self, stage: str, keys: Mapping[str, str] | None = None) -> None:
+        """Note that a stage is being done: it, and what was made of what it made before, is not finished.
+
+        What was done with these keys stays: the stage makes the same again.
+        """
+        outdated = {name for name in _LATER.get(stage, ()) if not self.finished(name, (keys or {}).get(name, ""))}
+        self.forget({stage} | outdated)
+
+    def forget(self, stages: Collection[str]) -> None:
+        """Note that these are not finished."""
+        self.stages = {name: done for name, done in self.stages.items() if name not in stages}
         self.write()
 
     def settle(self) -> None:

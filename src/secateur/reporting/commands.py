@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from secateur.healing.rungs import RUNGS
 from secateur.methods.registry import METHODS
-from secateur.plan import Plan
+from secateur.plan import Plan, Search
 from secateur.reporting.cells import Cell, Contents
 
 _OPTIONS = {
@@ -42,12 +42,12 @@ def commands_of(contents: Contents, cell: Cell) -> list[str]:
 
 
 def _plan_line(plan: Plan, model: str, file: str) -> str:
+    if plan.search is not None:
+        return _search_line(plan, plan.search, model, file)
     firsts = {step.method: step for step in reversed(plan.steps)}
     methods = list(reversed(firsts))
     named = plan.requested.get("methods") or ",".join(methods)
-    words: list[object] = ["secateur", "plan", model, "--method", named]
-    for name, value in plan.requested.items():
-        words += [_OPTIONS[name], value] if name in _OPTIONS and value is not None else []
+    words: list[object] = ["secateur", "plan", model, "--method", named, *_amount(plan)]
     for method in (one for one in methods if one in METHODS):
         owner = f"{method}." if len(methods) > 1 else ""
         words += _chosen(METHODS[method].settings, firsts[method].settings, owner)
@@ -55,11 +55,35 @@ def _plan_line(plan: Plan, model: str, file: str) -> str:
     return _words(*words, "--seed", plan.seed, "-o", file)
 
 
+def _search_line(plan: Plan, search: Search, model: str, file: str) -> str:
+    settings = METHODS["auto"].settings.model_validate(search.settings).model_dump()
+    of = settings.pop("of") or {}
+    words = [
+        "secateur",
+        "plan",
+        model,
+        "--method",
+        "auto",
+        *_amount(plan),
+        *_chosen(METHODS["auto"].settings, settings),
+    ]
+    for method, given in of.items():
+        words += [word for name, value in given.items() for word in ("--set", f"{method}.{name}={value}")]
+    words += _texts(plan.texts) if plan.texts else []
+    return _words(*words, "--seed", plan.seed, "-o", file)
+
+
+def _amount(plan: Plan) -> list[object]:
+    asked = {name: value for name, value in plan.requested.items() if name in _OPTIONS and value is not None}
+    return [word for name, value in asked.items() for word in (_OPTIONS[name], value)]
+
+
 def _heal_line(facts: dict[str, Any], model: str) -> str:
     texts = facts.get("texts") or {}
     rung = str(facts.get("with", "lora"))
     words: list[object] = ["secateur", "heal", model, "--with", rung]
     words += ["--texts", texts["source"]] if "source" in texts else []
+    words += ["--instructions"] if texts.get("instructions") else []
     tokens = texts.get("windows", 0) * texts.get("seq_len", 0)
     words += ["--tokens", tokens, "--seq-len", texts["seq_len"]] if tokens else []
     words += ["--teacher", facts["teacher"]["source"]] if "teacher" in facts else []
@@ -87,7 +111,9 @@ def _measuring_lines(contents: Contents, cell: Cell, model: str) -> list[str]:
         if tasks:
             one = next(one for one in cell.measured.results if one.task == tasks[0])
             limit = one.settings.get("limit")
+            shots = one.settings.get("shots")
             asked = ["--tasks", ",".join(tasks)] + (["--limit", limit] if limit else [])
+            asked += ["--shots", shots] if shots else []
             asked += ["--stability"] if cell.measured.stability() is not None else []
         texts = _texts(read.texts) if read is not None else []
         lines.append(_words("secateur", "eval", model, *against, *texts, *asked, "-o", "eval/"))
@@ -96,7 +122,8 @@ def _measuring_lines(contents: Contents, cell: Cell, model: str) -> list[str]:
         batches, prompts = (sorted({one[name] for one in timed if name in one}) for name in ("batch", "prompt"))
         asked = ["--batch-sizes", ",".join(map(str, batches)), "--prompts", ",".join(map(str, prompts))]
         asked += ["--new-tokens", timed[0]["new_tokens"]] if "new_tokens" in timed[0] else []
-        asked += ["--repeats", timed[0]["repeats"]] if "repeats" in timed[0] else []
+        for name in ("repeats", "warmup"):
+            asked += [f"--{name}", timed[0][name]] if name in timed[0] else []
         lines.append(_words("secateur", "bench", model, *against, *asked, "-o", "bench/"))
     return lines
 

@@ -72,7 +72,7 @@ def _cell(folder: Path) -> Cell:
     if not plans and (folder / PLAN).is_file():
         plans = (Plan.read(folder / PLAN),)
     healed = tuple(entry["healing"] for entry in history if "healing" in entry)
-    if not healed and "facts" in stages.get("heal", {}):  # the checkpoints were not kept
+    if not healed and "heal" in asked and "facts" in stages.get("heal", {}):  # the checkpoints were not kept
         healed = (stages["heal"]["facts"],)
     measured = _measured(folder, "model") or Measured()
     some = next(iter(measured.results), None)
@@ -88,8 +88,7 @@ def _cell(folder: Path) -> Cell:
     return Cell(
         name=state.name or folder.resolve().name,
         folder=folder,
-        method=(method_of(plans) if plans else str(prune.get("method") or (some.model if some else folder.name)))
-        + _settings(prune),
+        method=str(prune.get("method") or method_of(plans) or (some.model if some else folder.name)) + _settings(prune),
         amount=amount_of(requested),
         healing=" + ".join(str(facts.get("with")) for facts in healed) or heal.get("with"),
         plans=plans,

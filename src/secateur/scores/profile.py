@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
+from secateur.calibration.windows import Windows
 from secateur.errors import InputError, NumericsError
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -110,6 +111,10 @@ class Scores(BaseModel):
         """Whether all of these kinds were measured."""
         fields = {"cka": "cka_linear", "perplexity": "removal_perplexity"}
         return all(getattr(self, fields.get(kind, kind)) is not None for kind in kinds)
+
+    def are_of(self, windows: Windows) -> bool:
+        """Whether they were measured on these windows."""
+        return (self.texts or {}).get("fingerprint") == windows.fingerprint
 
     def write(self, path: Path) -> None:
         """Write `scores.json`."""
