@@ -68,19 +68,23 @@ def draw() -> None:
         points.setdefault((case["cut"], case["rung"]), {})[case["tokens"]] = result
     cuts = [name for name in CUTS if any(cut == name for cut, _ in points)]
     figure, axes = plt.subplots(1, len(cuts), figsize=(4.2 * len(cuts), 3.6), squeeze=False)
+    lines = {}
     for axis, cut in zip(axes[0], cuts, strict=True):
         for (name, rung), found in points.items():
             if name == cut:
                 first = next(iter(found.values()))
                 tokens = sorted(found)
                 measured = [first["before"], *(found[count]["perplexity"] for count in tokens)]
-                axis.plot([0, *tokens], measured, "o-", label=rung, color=f"C{list(RUNGS).index(rung)}")
+                (lines[rung],) = axis.plot([0, *tokens], measured, "o-", color=f"C{list(RUNGS).index(rung)}")
                 axis.axhline(first["dense"], color="grey", linewidth=0.8, linestyle="--")
+        counts = sorted({count for (name, _), found in points.items() if name == cut for count in found})
+        axis.set_xticks([0, *counts], ["0", *(f"{count // 1000}k" for count in counts)])
         axis.set_title(cut if cut == "dense" else f"25 % by {cut}")
         axis.set_xlabel("tokens seen")
         axis.set_ylabel("held-out perplexity")
-        axis.legend(fontsize=8)
-    figure.tight_layout()
+    shown = [rung for rung in RUNGS if rung in lines]
+    figure.tight_layout(rect=(0, 0, 0.91, 1))
+    figure.legend([lines[rung] for rung in shown], shown, loc="center right")
     figure.savefig(PICTURE, dpi=120)
 
 
