@@ -18,6 +18,7 @@ import torch
 
 from sample_texts import ids_of, prose, write_lines, written_folder
 from secateur.calibration import local_files, sources
+from secateur.calibration.local_files import stamp_of
 from secateur.calibration.sources import text_names
 from secateur.calibration.texts import open_texts
 from secateur.errors import InputError
@@ -234,6 +235,19 @@ def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         windows = open_texts(str(tmp_path / name), tokenizer, windows=1, seq_len=16)
         assert windows.tokens.tolist() == [ids_of(tokenizer, prose(0))[:16]]
+
+
+def test_the_stamp_of_a_source_is_of_its_local_files_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    assert stamp_of("wikitext2") == stamp_of("wikitext2:0.5,alpaca:0.5") == stamp_of(None) == []
+    before = stamp_of("notes:0.5,b.txt:0.5")
+    assert [(name, size) for name, size, _ in before] == [("notes/a.txt", 3), ("b.txt", 3)]
+    (tmp_path / "b.txt").write_text("three")
+    assert stamp_of("notes:0.5,b.txt:0.5") != before
+    assert stamp_of("notes") == before[:1]
 
 
 def test_unknown_names_list_the_known_ones(tokenizer):

@@ -31,8 +31,9 @@ def stamp_of(source: str | None) -> list[tuple[str, int, int]]:
     """Give name, size and time of every local file that a source of text names; nothing for what is not local."""
     found: list[tuple[str, int, int]] = []
     for part in (source or "").split(","):
-        path = next((one for one in map(Path, (part.strip(), part.rpartition(":")[0].strip())) if one.exists()), None)
-        if path is None or not part.strip():
+        names = (part.strip(), part.rpartition(":")[0].strip())  # the second where a weight follows the name
+        path = next((Path(name).expanduser() for name in names if name and Path(name).expanduser().exists()), None)
+        if path is None:
             continue
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         of_files = ((file, file.stat()) for file in files if file.is_file())
