@@ -30,7 +30,8 @@ def local_documents(path: Path) -> Iterator[str]:
 def stamp_of(source: str | None) -> list[tuple[str, int, int]]:
     """Give name, size and time of every local file that a source of text names; nothing for what is not local."""
     found: list[tuple[str, int, int]] = []
-    for part in (source or "").split(","):
+    whole = bool(source) and Path(source or "").expanduser().exists()
+    for part in [source or ""] if whole else (source or "").split(","):
         names = (part.strip(), part.rpartition(":")[0].strip())  # the second where a weight follows the name
         path = next((Path(name).expanduser() for name in names if name and Path(name).expanduser().exists()), None)
         if path is None:
