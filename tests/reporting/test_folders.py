@@ -63,6 +63,19 @@ def test_a_cell_is_read_with_the_study_around_it(study):
     assert cell.removed == pytest.approx(1 - cell.measured.perplexity().parameters / cell.plans[0].parameters_before)
 
 
+def test_who_is_named_what(copied, tmp_path):
+    """By the recipe where there is one, else by the plan, else by what was measured."""
+    (copied / "recipe.yaml").write_text("model: tiny\nprune: {method: auto, remove: 20%}\n")
+    assert read_folder(copied).cells[0].method == "auto"
+    (copied / "recipe.yaml").unlink()
+    assert read_folder(copied).cells[0].method == "shortgpt"
+    measured = tmp_path / "measured"
+    measured.mkdir()
+    (measured / "results.jsonl").write_text((copied / "results.jsonl").read_text())
+    (cell,) = read_folder(measured).cells
+    assert cell.method == cell.measured.results[0].model
+
+
 def test_nothing_is_left_where_it_cannot_be_written(study, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):

@@ -58,7 +58,7 @@ def accelerator_for(
 ) -> Accelerator:
     """Make the accelerator of a run; launched by `accelerate launch`, it knows the other processes."""
     AcceleratorState._reset_state()  # else the precision of an earlier run in this process would stay
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where Accelerate puts what it moves
     idle_experts = any(isinstance(module, SecateurExperts) for module in objective.modules())
     return Accelerator(

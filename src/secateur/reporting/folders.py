@@ -88,7 +88,8 @@ def _cell(folder: Path) -> Cell:
     return Cell(
         name=state.name or folder.resolve().name,
         folder=folder,
-        method=str(prune.get("method") or method_of(plans) or (some.model if some else folder.name)) + _settings(prune),
+        method=str(prune.get("method") or (method_of(plans) if plans else some.model if some else folder.name))
+        + _settings(prune),
         amount=amount_of(requested),
         healing=" + ".join(str(facts.get("with")) for facts in healed) or heal.get("with"),
         plans=plans,
