@@ -42,40 +42,32 @@ def commands_of(contents: Contents, cell: Cell) -> list[str]:
 
 
 def _plan_line(plan: Plan, model: str, file: str) -> str:
-    if plan.search is not None:
-        return _search_line(plan, plan.search, model, file)
+    named, chosen = _by_steps(plan) if plan.search is None else _by_search(plan.search)
+    asked = {name: value for name, value in plan.requested.items() if name in _OPTIONS and value is not None}
+    words: list[object] = ["secateur", "plan", model, "--method", named]
+    words += [word for name, value in asked.items() for word in (_OPTIONS[name], value)]
+    words += chosen + (_texts(plan.texts) if plan.texts else [])
+    return _words(*words, "--seed", plan.seed, "-o", file)
+
+
+def _by_steps(plan: Plan) -> tuple[str, list[object]]:
+    """Name the methods of a plan, and give the settings somebody chose for them."""
     firsts = {step.method: step for step in reversed(plan.steps)}
     methods = list(reversed(firsts))
-    named = plan.requested.get("methods") or ",".join(methods)
-    words: list[object] = ["secateur", "plan", model, "--method", named, *_amount(plan)]
+    words: list[object] = []
     for method in (one for one in methods if one in METHODS):
         owner = f"{method}." if len(methods) > 1 else ""
         words += _chosen(METHODS[method].settings, firsts[method].settings, owner)
-    words += _texts(plan.texts) if plan.texts else []
-    return _words(*words, "--seed", plan.seed, "-o", file)
+    return plan.requested.get("methods") or ",".join(methods), words
 
 
-def _search_line(plan: Plan, search: Search, model: str, file: str) -> str:
-    settings = METHODS["auto"].settings.model_validate(search.settings).model_dump()
+def _by_search(search: Search) -> tuple[str, list[object]]:
+    """Name the search, and give the settings somebody chose for it and for the methods that took part."""
+    known = METHODS["auto"].settings
+    settings = known.model_validate(search.settings).model_dump()
     of = settings.pop("of") or {}
-    words = [
-        "secateur",
-        "plan",
-        model,
-        "--method",
-        "auto",
-        *_amount(plan),
-        *_chosen(METHODS["auto"].settings, settings),
-    ]
-    for method, given in of.items():
-        words += [word for name, value in given.items() for word in ("--set", f"{method}.{name}={value}")]
-    words += _texts(plan.texts) if plan.texts else []
-    return _words(*words, "--seed", plan.seed, "-o", file)
-
-
-def _amount(plan: Plan) -> list[object]:
-    asked = {name: value for name, value in plan.requested.items() if name in _OPTIONS and value is not None}
-    return [word for name, value in asked.items() for word in (_OPTIONS[name], value)]
+    own = [(f"{method}.{name}", value) for method, given in of.items() for name, value in given.items()]
+    return "auto", _chosen(known, settings) + [word for name, value in own for word in ("--set", f"{name}={value}")]
 
 
 def _heal_line(facts: dict[str, Any], model: str) -> str:
