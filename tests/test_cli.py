@@ -10,6 +10,7 @@ import torch
 
 import secateur
 from secateur import cli, open_model, pruning, terminal
+from secateur.methods import trials
 from secateur.plan import Plan
 from tiny_models import save_tiny
 
@@ -130,6 +131,12 @@ def test_a_dry_run_writes_nothing(run, model, windows, tmp_path):
         assert run(*words, "--dry-run")[0] == 0
     assert run("prune", model, "--method", "last-n", "--blocks", "2", "--dry-run")[0] == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_tells_of_the_model_as_the_job_will_hold_it(run, model, windows):
+    for words in (["score", model], ["plan", model, "--method", "sleb", "--blocks", "2"], ["eval", model]):
+        assert "blocks, in memory, float32 on cpu" in run(*words, "--texts", windows, "--dry-run")[2]
+        assert "skeleton, block by block" in run(*words, "--texts", windows, "--dry-run", "--skeleton")[2]
 
 
 @pytest.mark.parametrize("command", ["methods", "families", "texts"])
@@ -322,6 +329,27 @@ def test_ctrl_c_is_130_and_keeps_what_was_there(run, model, windows, tmp_path, m
     assert run("score", model, "--texts", windows, "-o", "scores")[0] == 130
     assert (tmp_path / "scores" / "scores.json").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
+
+
+def test_a_search_goes_on_after_ctrl_c(run, model, windows, tmp_path, monkeypatch):
+    measure, done = trials.mean_loss, []
+
+    def interrupted(*given, **named):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(measure(*given, **named))
+        return done[-1]
+
+    words = ["plan", model, "--method", "auto", "--remove", "30%", "--set", "width=none", "--texts", windows]
+    monkeypatch.setattr(trials, "mean_loss", interrupted)
+    code, _, err = run(*words, "-o", "plan.json")
+    assert code == 130
+    assert "started again with -o plan.json, it goes on" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json.training"]
+    monkeypatch.setattr(trials, "mean_loss", lambda *a, **n: (done.append(1), measure(*a, **n))[1])
+    assert run(*words, "-o", "plan.json")[0] == 0
+    assert not (tmp_path / "plan.json.training").exists()
+    assert len(done) == len(Plan.read(tmp_path / "plan.json").search.candidates), "each was measured once"
 
 
 def test_a_full_disk_is_one_clear_message(run, model, windows, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import secateur
 
 ORDER = [
-    {"errors", "files", "recipe", "settings", "steps", "plan", "versions", "__init__"},
+    {"errors", "files", "launcher", "recipe", "settings", "steps", "plan", "versions", "__init__"},
     {"shapes"},
     {"models"},
     {"calibration"},

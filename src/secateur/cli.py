@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from secateur import __version__
 from secateur.errors import InputError, SecateurError
+from secateur.launcher import launched, leads
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,9 @@ class Commands(TyperGroup):
 def load(name: str) -> TyperCommand:
     """Import a command, saying so: it takes seconds."""
     entry = COMMANDS[name]
-    if name not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if name not in SHARED and launched() > 1:
         raise InputError(f"{name} is done by one process: start it without the launcher.")
-    quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
-    with Console(stderr=True, quiet=quiet).status("loading torch and transformers"):
+    with Console(stderr=True, quiet=not leads()).status("loading torch and transformers"):
         from transformers.utils import logging
 
         logging.set_verbosity_error()

@@ -51,9 +51,7 @@ class Opening:
     def open(self, source: str, *, only_shapes: bool = False, whole: bool = False) -> Decoder:
         """Open a model; `only_shapes` reads no weights where it can be helped, `whole` holds them in memory."""
         asked = False if whole and self.skeleton is None else self.skeleton
-        return open_model(
-            source, **asdict(self) | {"skeleton": True if only_shapes and not self.allow_pickle else asked}
-        )
+        return open_model(source, **asdict(self) | {"skeleton": asked}, shapes_only=only_shapes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,16 +14,17 @@ import typer
 from rich.markup import escape
 
 import secateur
-from secateur.calibration.processes import leads, process_count
+from secateur.calibration.processes import process_count
 from secateur.checkpoints.folders import check_target, replacing
-from secateur.checkpoints.save import dtype_named
 from secateur.console import healing_table, plan_summary, scores_table, showing_progress
 from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
 from secateur.files import replace_file
 from secateur.healing.heal import find_rung
+from secateur.launcher import leads
 from secateur.methods.planning import windows_of_plan
 from secateur.methods.sequence import read_sequence
 from secateur.models.decoder import Decoder
+from secateur.models.dtypes import dtype_named
 from secateur.options import Amount, Learning, Opening, Reading, grouped
 from secateur.plan import Plan, plans_in
 from secateur.runs import mark, run_folder, training_folder
@@ -94,12 +95,15 @@ def plan(
     if file.exists():
         _require_plan(file)
     decoder = opened(opening, model, only_shapes=dry_run)
-    made = _decide(decoder, method, amount, reading, dry_run=dry_run)
+    work = training_folder(file)
+    with _keeping(work, file):
+        made = _decide(decoder, method, amount, reading, dry_run=dry_run, work=work)
     if made is None:
         return
     if not leads():
         return
     replace_file(file, made.to_json())
+    shutil.rmtree(work, ignore_errors=True)
     _draw_merged(decoder, made, amount, reading, file.with_name("windows.png"))
     answer(made.model_dump(mode="json"), plan_summary(made), as_json=as_json)
     err.print(f"Written: [bold]{escape(str(file))}[/]\nTo apply it: secateur prune {model} --plan {file} -o FOLDER")
@@ -135,12 +139,13 @@ def prune(
     decoder = opened(opening, model, only_shapes=dry_run)
     check_target(folder, reads=decoder.folder)
     work = training_folder(folder)
-    if method is not None:
-        made = _decide(decoder, method, amount, reading, dry_run=dry_run, work=work)
-    if made is None:
-        return
-    err.print(plan_summary(made))
-    pruned = _apply(decoder, made, reading, dry_run=dry_run, work=work)
+    with _keeping(work, folder):
+        if method is not None:
+            made = _decide(decoder, method, amount, reading, dry_run=dry_run, work=work)
+        if made is None:
+            return
+        err.print(plan_summary(made))
+        pruned = _apply(decoder, made, reading, dry_run=dry_run, work=work)
     if pruned is None:
         return
     if not leads():
@@ -176,7 +181,7 @@ def heal(
         if learning.teacher is None:
             _require_origin(decoder, teacher)
     data = learning.data(decoder)
-    announce(decoder, data, rung.passes, whole=rung.whole)
+    announce(decoder, data, rung.passes)
     if dry_run:
         return
     work = training_folder(folder)
@@ -232,7 +237,7 @@ def _require_origin(decoder: Decoder, teacher: Decoder) -> None:
 
 
 def _decide(
-    decoder: Decoder, method: str, amount: Amount, reading: Reading, *, dry_run: bool, work: Path | None = None
+    decoder: Decoder, method: str, amount: Amount, reading: Reading, *, dry_run: bool, work: Path
 ) -> Plan | None:
     """Make a plan, the estimate printed first; None where only the estimate was asked for."""
     parts = read_sequence(method, amount.settings())
@@ -270,7 +275,7 @@ def _apply(decoder: Decoder, made: Plan, reading: Reading, *, dry_run: bool, wor
         with _saying_warnings():
             windows = windows_of_plan(decoder, made, reading.texts)
         for step in made.steps:
-            kept = step.disk_bytes(decoder.hidden_size, skeleton=decoder.is_skeleton)
+            kept = step.disk_bytes(decoder.hidden_size, skeleton=decoder.by_blocks)
             if kept:
                 err.print(f"{step.method}: {kept / 2**30:,.2f} GiB of hidden states go to {tempfile.gettempdir()}")
         announce(decoder, windows, sum(step.forwards(windows.token_count) for step in made.steps))
@@ -278,6 +283,17 @@ def _apply(decoder: Decoder, made: Plan, reading: Reading, *, dry_run: bool, wor
         return None
     with _saying_warnings(without=TextsWarning), showing_progress(err) as progress:
         return secateur.prune(decoder, made, texts=windows, batch_size=reading.batch_size, work=work, progress=progress)
+
+
+@contextmanager
+def _keeping(work: Path, out: Path) -> Iterator[None]:
+    """Say how to go on where the block is interrupted and something is kept to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if work.is_dir():
+            err.print(f"Stopped. What was done is kept: started again with -o {escape(str(out))}, it goes on.")
+        raise
 
 
 @contextmanager

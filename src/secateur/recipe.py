@@ -6,8 +6,6 @@ is the same with a grid (`compare`) in the place of `prune` and `heal`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,8 +245,3 @@ def _keys_at(kind: type[Section], place: tuple[Any, ...]) -> list[str]:
 def count_of(windows: int | Literal["all"]) -> int | None:
     """Number of windows, None for all."""
     return None if windows == "all" else windows
-
-
-def digest(*parts: Any) -> str:
-    """Give a short fingerprint of plain data: what a stage depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -12,10 +12,10 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from secateur.calibration.estimate import estimate
-from secateur.calibration.processes import leads
-from secateur.checkpoints.folders import check_target, refuse_working_folder, replacing
+from secateur.checkpoints.folders import check_target, replacing
 from secateur.evaluation.results import Result, append_results
 from secateur.healing.rungs import Data
+from secateur.launcher import leads
 from secateur.models.decoder import Decoder
 from secateur.options import Opening
 from secateur.runs import mark, run_folder
@@ -38,15 +38,14 @@ def opened(opening: Opening, source: str, *, only_shapes: bool = False, whole: b
 def target(out: Path | None, model: str, command: str) -> Path:
     """Give the folder to write, the one named or a new one; one that must not be replaced is refused."""
     folder = out or run_folder(model, command)
-    refuse_working_folder(folder)
     check_target(folder)
     return folder
 
 
-def announce(decoder: Decoder, windows: Data, forwards: float, *, whole: bool = False) -> None:
-    """Say what is about to happen and what it needs; `whole` if all weights will be in memory whatever is open now."""
-    needs = estimate(decoder, windows.token_count, forwards, whole=whole)
-    how = "skeleton, block by block" if decoder.is_skeleton and not whole else "in memory"
+def announce(decoder: Decoder, windows: Data, forwards: float) -> None:
+    """Say what is about to happen and what it needs."""
+    needs = estimate(decoder, windows.token_count, forwards)
+    how = "skeleton, block by block" if decoder.by_blocks else "in memory"
     err.print(
         f"{decoder.source}: {decoder.parameter_count:,} parameters, {decoder.block_count} blocks, {how}, "
         f"{decoder.module.dtype} on {decoder.device}".replace("torch.", "")

@@ -1,10 +1,13 @@
-"""Which software made a result."""
+"""What a result depends on: which software made it, and from what."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 from secateur import __version__
 
@@ -20,3 +23,8 @@ def versions() -> dict[str, str]:
 def _installed() -> dict[str, str]:
     """Look the packages up once: it takes tens of milliseconds."""
     return {name: version(name) for name in _PACKAGES}
+
+
+def digest(*parts: Any) -> str:
+    """Give a short fingerprint of plain data, such as settings and versions."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

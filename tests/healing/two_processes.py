@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from secateur import heal, make_plan, open_model, prune, score
-from secateur.calibration.processes import leads, process_count
+from secateur.calibration.processes import process_count
 from secateur.calibration.windows import Windows
 from secateur.healing import loop, sharding
+from secateur.launcher import leads
 
 
 def windows_of(count, padded):

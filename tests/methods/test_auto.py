@@ -133,6 +133,68 @@ def test_same_seed_same_plan(tiny):
     assert sum(one.enough for one in once.search.candidates) == 6
 
 
+def counting_losses(monkeypatch, stop_at=None):
+    """Count the losses of candidates; the one with this number is interrupted."""
+    measured, true_loss = [], trials.mean_loss
+
+    def counted(decoder, *given, **named):
+        measured.append(decoder.fingerprint)
+        if len(measured) == stop_at:
+            raise KeyboardInterrupt
+        return true_loss(decoder, *given, **named)
+
+    monkeypatch.setattr(trials, "mean_loss", counted)
+    return measured
+
+
+def test_a_search_that_was_stopped_goes_on_and_gives_the_same_plan(tiny, monkeypatch, tmp_path):
+    def plan(**more):
+        settings = BRIEF | {"trials": 50}
+        return make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=settings, **more)
+
+    whole, undisturbed = counting_losses(monkeypatch), plan()
+    monkeypatch.undo()
+    first = counting_losses(monkeypatch, stop_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        plan(work=tmp_path)
+    monkeypatch.undo()
+    second = counting_losses(monkeypatch)
+    assert plan(work=tmp_path) == undisturbed
+    assert first[:3] + second == whole, "what was measured before is not measured again"
+    monkeypatch.undo()
+    third = counting_losses(monkeypatch)
+    assert plan(work=tmp_path) == undisturbed
+    assert third == []
+    assert plan(work=tmp_path, seed=1).search.candidates == undisturbed.search.candidates
+    assert len(third) == len(whole), "another search has nothing of this one"
+
+
+def test_what_could_not_be_made_is_not_tried_again(tiny, monkeypatch, tmp_path):
+    def plan():
+        settings = {"depth": "none,replaceme,shortgpt", "width": "none", "trials": 50}
+        return make_plan(tiny("gemma2"), method="auto", remove=0.3, texts=WINDOWS, settings=settings, work=tmp_path)
+
+    once = plan()
+    assert [one.depth for one in once.search.candidates if one.refused] == ["replaceme"]
+    monkeypatch.setattr(trials.Trials, "make", None)
+    assert plan() == once
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"steps": [], "parameters": 3}', '{"steps": [{"kind": "x"}]}'])
+def test_what_cannot_be_read_of_a_search_is_measured_again(tiny, monkeypatch, tmp_path, text):
+    def plan():
+        return make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF, work=tmp_path)
+
+    once = plan()
+    (damaged,) = tmp_path.glob("search-*/none-0-obs-width.json")
+    whole = damaged.read_text()
+    damaged.write_text(text)
+    measured = counting_losses(monkeypatch)
+    assert plan() == once
+    assert len(measured) == 1
+    assert damaged.read_text() == whole
+
+
 def test_a_method_that_cannot_cut_the_model_falls_out(tiny):
     settings = {"depth": "none,replaceme,shortgpt", "width": "none,stock-slicing,obs-width", "skip_hopeless": False}
     plan = make_plan(tiny("gemma2"), method="auto", remove=0.3, texts=WINDOWS, settings=settings)

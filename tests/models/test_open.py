@@ -208,6 +208,17 @@ def test_the_saved_dtype_is_looked_up_where_the_configuration_does_not_say(tmp_p
     assert open_model(tmp_path).saved_dtype == dtype
 
 
+def test_opened_for_its_shapes_it_says_how_the_job_will_hold_it(folder, monkeypatch):
+    whole = open_model(folder, shapes_only=True)
+    assert whole.is_skeleton
+    assert not whole.by_blocks
+    assert open_model(folder, shapes_only=True, skeleton=True).by_blocks
+    monkeypatch.setattr("secateur.models.open._too_large", lambda *_: True)
+    assert open_model(folder, shapes_only=True).by_blocks
+    assert open_model(folder).by_blocks
+    assert not open_model(folder, skeleton=False).by_blocks
+
+
 @pytest.mark.parametrize("dtype", ["float8", "int8", ""])
 def test_unknown_dtype(folder, dtype):
     with pytest.raises(InputError, match=r"unknown dtype .* float32, bfloat16, float16"):

@@ -36,13 +36,13 @@ class Estimate:
 def estimate(model: Decoder, tokens: int, forwards: float, *, whole: bool = False) -> Estimate:
     """Estimate a command that amounts to `forwards` forward passes over `tokens` tokens.
 
-    With `whole` all weights count, of a skeleton too: it was opened for its shapes only.
+    With `whole` all weights count, of a skeleton too: they will be held together.
     """
     itemsize = model.module.dtype.itemsize
     blocks = model.block_parameter_counts()
     outer = model.parameter_count - sum(blocks)
-    held = outer + (2 * max(blocks) if model.is_skeleton and not whole else sum(blocks))
-    states = min(tokens, 16384 if model.is_skeleton else 2048) * model.hidden_size * (model.block_count + 1) * 4
+    held = outer + (2 * max(blocks) if model.by_blocks and not whole else sum(blocks))
+    states = min(tokens, 16384 if model.by_blocks else 2048) * model.hidden_size * (model.block_count + 1) * 4
     operations = 2.0 * tokens * forwards * _active_parameters(model)
     seconds = operations / (_EFFICIENCY * _operations_per_second(model)) if forwards else 0.0
     return Estimate(held * itemsize + states + _OVERHEAD_BYTES, seconds, forwards)

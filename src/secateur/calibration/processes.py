@@ -6,29 +6,23 @@ with the same numbers. Everything else every process does by itself.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import distributed
 
 from secateur.calibration.windows import Windows
 from secateur.errors import InputError
+from secateur.launcher import launched
 
 
 def process_count() -> int:
     """How many processes there are, 1 without a launcher; the first call with several of them joins the group."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched() == 1:
         return 1
     if not distributed.is_initialized():
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
     return distributed.get_world_size()
-
-
-def leads() -> bool:
-    """Whether this is the only process or the first of several: the one that speaks and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def share_numbers(windows: Windows) -> range:

@@ -17,28 +17,26 @@ MARKER = "secateur.json"
 """Every folder written by secateur holds this file; a folder without it is never replaced."""
 
 
-def check_target(target: Path, *, reads: Path | None = None) -> None:
+def check_target(target: Path, *, reads: Path | None = None, replaces: bool = True) -> None:
     """Refuse a target that would destroy something that is not ours.
 
+    Args:
+        target: the folder to be written.
+        reads: one that is being read meanwhile.
+        replaces: whether the target is replaced as a whole, or written into.
+
     Raises:
-        InputError: a file, a folder not written by secateur, or the folder that is being read.
+        InputError: a file, a folder not written by secateur, the folder that is being read, or, where it would be
+            replaced, the one we stand in or one above it.
     """
+    if replaces and target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InputError(f"{target}: is the folder you are in, or holds it; name one to be made, such as {target}/out.")
     if target.is_file():
         raise InputError(f"{target}: is a file; name a folder.")
     if target.is_dir() and any(target.iterdir()) and not is_ours(target):
         raise InputError(f"{target}: exists and was not written by secateur; choose another folder, or remove it.")
     if reads is not None and target.exists() and target.resolve() == reads.resolve():
         raise InputError(f"{target}: is the model being read; choose another folder for the result.")
-
-
-def refuse_working_folder(target: Path) -> None:
-    """Refuse to replace the folder one stands in, or one above it.
-
-    Raises:
-        InputError: naming it.
-    """
-    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise InputError(f"{target}: is the folder you are in, or holds it; name one to be made, such as {target}/out.")
 
 
 def is_ours(folder: Path) -> bool:
@@ -57,7 +55,6 @@ def replacing(target: str | Path, *, reads: Path | None = None) -> Iterator[Path
         InputError: the target must not be replaced.
     """
     target = Path(target)
-    refuse_working_folder(target)
     check_target(target, reads=reads)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

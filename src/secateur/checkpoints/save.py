@@ -16,8 +16,8 @@ from secateur.checkpoints.card import model_card
 from secateur.checkpoints.check import record_expected, reopen, require_passed
 from secateur.checkpoints.folders import MARKER, replacing
 from secateur.checkpoints.writer import SHARD_BYTES, write_weights
-from secateur.errors import unknown
 from secateur.models.decoder import Decoder
+from secateur.models.dtypes import dtype_named
 from secateur.plan import plans_in
 from secateur.shapes import AUTO_MAP, MODELLING_FILE, SecateurConfig
 from secateur.versions import versions
@@ -36,7 +36,6 @@ _CARRIED = (
     "NOTICE*",
     "USE_POLICY*",
 )
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def save(
@@ -81,17 +80,6 @@ def save(
         model_card(decoder, record).save(folder / "README.md")
         (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """Give the dtype that weights can be saved in by its name.
-
-    Raises:
-        InputError: an unknown one.
-    """
-    if name not in _DTYPES:
-        raise unknown("dtype", name, list(_DTYPES))
-    return _DTYPES[name]
 
 
 def _prove(decoder: Decoder, folder: Path) -> dict[str, Any]:

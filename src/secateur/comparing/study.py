@@ -28,11 +28,12 @@ from secateur.pipeline.layout import CELLS, CUT, DENSE, HEALED, RECIPE, SAMPLES,
 from secateur.pipeline.run import Run, fingerprint_of, measuring_key
 from secateur.pipeline.stages import keep_samples
 from secateur.pipeline.state import State
-from secateur.recipe import Study, digest
+from secateur.recipe import Study
 from secateur.runs import mark
 from secateur.scores.measure import score
 from secateur.scores.pictures import draw_scores
 from secateur.scores.profile import ONE_PASS, Kind
+from secateur.versions import digest
 
 Engine = Literal["local", "ray"]
 ENGINES = get_args(Engine)
@@ -103,7 +104,7 @@ def begin(folder: Path, command: str, recipe: str, details: dict[str, Any]) -> N
     Raises:
         InputError: the folder is none of ours, or holds something else.
     """
-    check_target(folder)
+    check_target(folder, replaces=False)
     marker = folder / MARKER
     if marker.exists() and (found := json.loads(marker.read_text(encoding="utf-8")).get("command")) != command:
         raise InputError(f"{folder}: holds what `secateur {found or 'prune'}` wrote; choose another folder.")

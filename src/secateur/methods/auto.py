@@ -27,6 +27,7 @@ from secateur.errors import InputError, ModelError, NumericsError, SecateurError
 from secateur.methods.budget import Budget, already
 from secateur.methods.method import Evidence, Method, MethodSettings
 from secateur.methods.split_search import Split, all_splits, search
+from secateur.methods.trial_log import TrialLog
 from secateur.methods.trials import Apply, Made, Member, Steps, Trials
 from secateur.plan import Candidate, Search
 from secateur.steps import AnyStep
@@ -127,7 +128,8 @@ def decide(
     fitted, held_back = evidence.need_windows().split_off(settings.held_back)
     dense_loss = mean_loss(evidence.decoder, held_back, batch_size=evidence.batch_size)
     trials = Trials(dataclasses.replace(evidence, windows=fitted, measured={}), held_back, budget, members, apply)
-    tried = _Tried(trials, skip_hopeless=settings.skip_hopeless)
+    log = TrialLog(evidence, settings.model_dump(mode="json"), repr(budget))
+    tried = _Tried(trials, log, skip_hopeless=settings.skip_hopeless)
     splits = all_splits(settings.side("depth"), settings.side("width"), trials.most_blocks())
     search(splits, tried.measure, trials=settings.trials, seed=evidence.seed, progress=evidence.progress)
     best, steps = tried.best()
@@ -150,9 +152,9 @@ class _Tried:
         candidates: all of them.
     """
 
-    def __init__(self, trials: Trials, *, skip_hopeless: bool) -> None:
+    def __init__(self, trials: Trials, log: TrialLog, *, skip_hopeless: bool) -> None:
         self.candidates: list[Candidate] = []
-        self._trials, self._skips = trials, skip_hopeless
+        self._trials, self._log, self._skips = trials, log, skip_hopeless
         self._steps: dict[int, Steps] = {}
         self._failures: list[SecateurError] = []
         self._impossible: set[str | None] = set()
@@ -190,7 +192,7 @@ class _Tried:
 
     def _note(self, split: Split) -> Made | None:
         try:
-            made = self._trials.make(split)
+            made = self._made(split)
         except (InputError, ModelError, NumericsError) as error:
             self._failures.append(error)
             self.candidates.append(_named(split).model_copy(update={"refused": str(error)}))
@@ -202,6 +204,19 @@ class _Tried:
             self._least = min(self._least, made.loss)
         found = {"blocks": made.gone, "parameters": made.parameters, "loss": round(made.loss, 6), "enough": made.enough}
         self.candidates.append(_named(split).model_copy(update=found))
+        return made
+
+    def _made(self, split: Split) -> Made:
+        """Take what came of a candidate from the log, or make and measure it now."""
+        made = self._log.known(split)
+        if made is not None:
+            return made
+        try:
+            made = self._trials.make(split)
+        except (InputError, ModelError, NumericsError) as error:
+            self._log.add_failure(split, error)
+            raise
+        self._log.add(split, made)
         return made
 
     def best(self) -> tuple[int, Steps]:

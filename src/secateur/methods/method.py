@@ -55,7 +55,7 @@ class Evidence:
         decoder: the model.
         windows: calibration windows, None where the method needs none.
         known: scores measured earlier for this model and these windows.
-        work: folder in which training keeps states to go on from after a kill; None keeps none.
+        work: folder in which training and searches keep what they go on from after a kill; None keeps none.
         facts: what deciding or applying found out, by name: `search` goes into the plan, what applying a step
             measured into the record of the result.
         measured: what was measured on this model and these windows and may be asked for again, by what it is.

@@ -67,7 +67,8 @@ def make_plan(
         batch_size: windows per batch; None chooses by the device.
         settings: the method's own settings by name; of several methods as `swm.rule`.
         scores: scores of this model measured earlier, so that they are not measured again.
-        work: folder in which training keeps its states; only a sequence of methods trains before the last.
+        work: folder in which a search keeps what it measured, and training its states (of methods that are not the
+            last); after a kill the same call goes on there. None keeps none. The caller removes it.
         progress: shows how far it is.
 
     Raises:

@@ -30,6 +30,7 @@ class Decoder:
         fingerprint: sha256 that tells this model from any other.
         saved_dtype: the checkpoint's dtype, kept when the model is saved.
         shards: where a skeleton reads its weights; None for a model in memory.
+        shapes_only: whether it is a skeleton only to say what a job needs that will hold all weights in memory.
         history: one entry per plan already applied, oldest first (goes into `secateur.json`).
     """
 
@@ -41,6 +42,7 @@ class Decoder:
     fingerprint: str
     saved_dtype: torch.dtype
     shards: Shards | None = None
+    shapes_only: bool = False
     history: tuple[dict[str, Any], ...] = field(default=())
     _held: dict[int, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False)
 
@@ -65,6 +67,11 @@ class Decoder:
     def is_skeleton(self) -> bool:
         """Whether block weights are read when asked for instead of being held in memory."""
         return self.shards is not None
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether a job on this model holds a few blocks at a time, not all."""
+        return self.is_skeleton and not self.shapes_only
 
     @property
     def device(self) -> torch.device:

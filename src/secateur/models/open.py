@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,12 @@ from transformers import (
 )
 
 from secateur.errors import InputError, ModelError, first_line
+from secateur.launcher import launched, number_here
 from secateur.models import fingerprint
 from secateur.models.anatomy import Family, resolve
 from secateur.models.decoder import Decoder
 from secateur.models.detect import detect
+from secateur.models.dtypes import DTYPES, dtype_named
 from secateur.models.families import FAMILIES
 from secateur.models.refuse import has_safetensors, refuse_config, refuse_files
 from secateur.models.shards import Shards, open_shard, shard_files
@@ -33,7 +34,6 @@ from secateur.models.shards import Shards, open_shard, shard_files
 BUNDLED = "bundled"
 """The name under which the small model that ships with the package is opened."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILES = [
     "*.json",
     "*.safetensors",
@@ -57,6 +57,7 @@ def open_model(
     device: str = "auto",
     revision: str | None = None,
     skeleton: bool | None = None,
+    shapes_only: bool = False,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -73,6 +74,8 @@ def open_model(
         revision: branch, tag or commit on the hub.
         skeleton: read each block's weights when its turn comes and let them go afterwards. None decides by the
             memory that is free.
+        shapes_only: read no weights yet (unless they are pickled), to say what a job would need; `by_blocks` of the
+            decoder tells whether the job will read them block by block.
         tokenizer: another tokenizer than the checkpoint's: a folder, a hub name, or the object.
         trust_remote_code: allow code that comes with the checkpoint to run.
         allow_pickle: accept pickled weights, which can run code when loaded.
@@ -96,11 +99,12 @@ def open_model(
         skeleton = not pickled and _too_large(folder, saved, arithmetic, place)
     if skeleton and pickled:
         raise InputError(f"{source}: a skeleton reads safetensors only; open this model without it.")
-    if skeleton:
+    thin = skeleton or (shapes_only and not pickled)
+    if thin:
         module = empty_model(config, arithmetic, place, trust_remote_code=trust_remote_code)
         shards = Shards.of(folder, family.blocks, place)
     else:
-        everywhere = device == "auto" and torch.cuda.device_count() > 1 and not _one_of_several()
+        everywhere = device == "auto" and torch.cuda.device_count() > 1 and launched() == 1
         module = _whole(
             folder,
             config,
@@ -119,6 +123,7 @@ def open_model(
         fingerprint=fingerprint.of_module(module) if pickled else fingerprint.of_folder(folder),
         saved_dtype=saved,
         shards=shards,
+        shapes_only=thin and not skeleton,
         history=_history(folder),
     )
 
@@ -192,8 +197,8 @@ def _saved_dtype(config: Any, folder: Path) -> torch.dtype:
     """Find the checkpoint's dtype: as the configuration says, else that of the largest tensor."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    if isinstance(config.dtype, str) and config.dtype in _DTYPES:
-        return _DTYPES[config.dtype]
+    if isinstance(config.dtype, str) and config.dtype in DTYPES:
+        return DTYPES[config.dtype]
     if not has_safetensors(folder):
         return torch.float32
     with open_shard(shard_files(folder)[0]) as handle:
@@ -202,15 +207,9 @@ def _saved_dtype(config: Any, folder: Path) -> torch.dtype:
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
 
 
-def _one_of_several() -> bool:
-    """Whether a launcher started several processes, each of which has a GPU of its own."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def _device(device: str) -> torch.device:
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        own = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", own) if _one_of_several() else torch.device("cuda")
+        return torch.device("cuda", number_here()) if launched() > 1 else torch.device("cuda")
     if device == "auto":
         return torch.device("cpu")
     try:
@@ -224,9 +223,7 @@ def _device(device: str) -> torch.device:
 def _arithmetic(dtype: str, saved: torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" and not _cpu_has_fast_bfloat16(saved) else saved
-    if dtype not in _DTYPES:
-        raise InputError(f"unknown dtype '{dtype}'. Known: auto, {', '.join(_DTYPES)}.")
-    return _DTYPES[dtype]
+    return dtype_named(dtype, "auto")
 
 
 def _cpu_has_fast_bfloat16(saved: torch.dtype) -> bool:
@@ -237,7 +234,7 @@ def _too_large(folder: Path, saved: torch.dtype, arithmetic: torch.dtype, device
     on_disk = sum(file.stat().st_size for file in shard_files(folder))
     needed = on_disk * arithmetic.itemsize / saved.itemsize
     if device.type == "cuda":
-        devices = [device] if _one_of_several() else range(torch.cuda.device_count())
+        devices = [device] if launched() > 1 else range(torch.cuda.device_count())
         free = sum(torch.cuda.mem_get_info(one)[0] for one in devices)
     else:
         free = psutil.virtual_memory().available

@@ -12,15 +12,14 @@ from accelerate.utils.memory import clear_device_cache
 
 from secateur.calibration.local_files import stamp_of
 from secateur.calibration.progress import SILENT, Progress
-from secateur.errors import InputError
 from secateur.evaluation.reference import RESULTS, Reference
 from secateur.models.decoder import Decoder
 from secateur.models.open import open_model
 from secateur.pipeline.layout import CUT, HEALED, PLAN, SAMPLES, SPEEDS
 from secateur.pipeline.state import State
-from secateur.recipe import Common, Recipe, digest
+from secateur.recipe import Common, Recipe
 from secateur.scores.profile import Scores
-from secateur.versions import versions
+from secateur.versions import digest, versions
 
 
 @dataclass(frozen=True)
@@ -166,12 +165,7 @@ def fingerprint_of(recipe: Common) -> str:
 
 def open_shapes(recipe: Common) -> Decoder:
     """Open a recipe's model without reading its weights, where they are not pickled."""
-    try:
-        return open_model(recipe.model, **recipe.opening() | {"skeleton": True})
-    except InputError:
-        if not recipe.allow_pickle:
-            raise
-        return open_model(recipe.model, **recipe.opening())
+    return open_model(recipe.model, **recipe.opening(), shapes_only=True)
 
 
 def _keys(recipe: Recipe, fingerprint: str) -> dict[str, str]:
