@@ -1,13 +1,18 @@
 """Tasks through the harness: the same numbers as plain forwards give, and what is refused."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from secateur import eval, make_plan, prune
-from secateur.errors import InputError
+from secateur import eval, make_plan, open_model, prune
+from secateur.errors import InputError, NumericsError
 from secateur.evaluation import catalogue, cloze
+from secateur.evaluation.evaluate import measure_reference
+from secateur.evaluation.tasks import batch_for
+from tiny_models import save_tiny
 
 QUESTIONS = [
     {"question": "two and two", "options": [" four", " a fish", " ten"], "answer": 0},
@@ -38,6 +43,26 @@ validation_split: validation
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{question}}"
+"""
+WRITING = """
+task: writing
+dataset_path: json
+dataset_kwargs:
+  data_files: {validation: questions.jsonl}
+validation_split: validation
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "the truth"
+generation_kwargs: {until: ["."], max_gen_toks: 4}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+FILTERS = """
+filter_list:
+  - name: none-matches
+    filter: [{function: regex, regex_pattern: "(nothing like it)", fallback: "no"}, {function: take_first}]
+  - name: all-match
+    filter: [{function: regex, regex_pattern: "(nothing like it)", fallback: "the truth"}, {function: take_first}]
 """
 
 
@@ -115,6 +140,47 @@ def test_tasks_alone_read_no_text_and_both_can_be_had(folder, pair, tmp_path):
     (tmp_path / "some.txt").write_text("some text " * 40)
     both = eval(pair[0], texts=str(tmp_path / "some.txt"), seq_len=16, tasks=str(folder / "rolling.yaml"), limit=2)
     assert [one.measure for one in both] == ["perplexity", *(one.measure for one in only)]
+
+
+def test_a_batch_on_a_gpu_leaves_room_for_its_logits(monkeypatch):
+    table = SimpleNamespace(num_embeddings=128_256)
+    module = SimpleNamespace(dtype=torch.bfloat16, get_input_embeddings=lambda: table)
+    model = SimpleNamespace(device=torch.device("cuda"), max_positions=8192, module=module)
+    for gigabytes, expected in ((0.1, 1), (8, 4), (140, 64)):
+        monkeypatch.setattr("secateur.evaluation.tasks.free_memory", lambda _, free=gigabytes: free * 1e9)
+        assert batch_for(model) == expected
+    model.device = torch.device("cpu")
+    assert batch_for(model) == 8
+
+
+def test_nan_is_never_an_answer(folder, tmp_path):
+    damaged = open_model(save_tiny("llama", tmp_path / "model", tokenizer=True))
+    with torch.no_grad():
+        damaged.block_list[3].mlp.down_proj.weight[0, 0] = math.nan
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    (tmp_path / "writing.yaml").write_text(WRITING)
+    for task, what in ((folder / "choice.yaml", "answers"), (tmp_path / "writing.yaml", "logits")):
+        with pytest.raises(NumericsError, match=f"NaN or infinity in the {what}"):
+            eval(damaged, tasks=str(task))
+
+
+def test_several_filters_of_one_metric_are_told_apart(pair, tmp_path):
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    (tmp_path / "writing.yaml").write_text(WRITING + FILTERS)
+    results = eval(pair[0], tasks=str(tmp_path / "writing.yaml"))
+    assert {one.measure: (one.value, one.spread) for one in results} == {
+        "exact_match,none-matches": (0.0, {"stderr": 0.0}),
+        "exact_match,all-match": (1.0, {"stderr": 0.0}),
+    }
+
+
+def test_a_reference_of_other_questions_is_refused(folder, pair):
+    cut, dense = pair
+    reference = measure_reference(dense, windows=1, tasks=str(folder / "choice.yaml"), limit=2)
+    found = eval(cut, against=reference, tasks=str(folder / "choice.yaml"), limit=2)
+    assert {one.role for one in found} == {"model", "against"}
+    with pytest.raises(InputError, match="was not asked the same questions of choice"):
+        eval(cut, against=reference, tasks=str(folder / "choice.yaml"), limit=3)
 
 
 def test_what_cannot_be_asked(folder, pair, tmp_path):

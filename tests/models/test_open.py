@@ -208,6 +208,30 @@ def test_the_saved_dtype_is_looked_up_where_the_configuration_does_not_say(tmp_p
     assert open_model(tmp_path).saved_dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("device", "each", "expected"),
+    [("auto", 10.0, torch.device("cuda")), ("auto", 1.0, "auto"), ("auto", 0.5, None), ("cuda:1", 1.0, None)],
+)
+def test_a_model_is_spread_only_where_one_gpu_is_too_small(folder, monkeypatch, device, each, expected):
+    """None: opened as a skeleton. Two GPUs, in each of which so many of these models would find room."""
+    size = (folder / "model.safetensors").stat().st_size
+    place = torch.device("cuda") if device == "auto" else torch.device(device)
+    opened = []
+
+    def note(*given, **_):
+        opened.append(given[3] if len(given) > 3 else None)
+        raise InputError("opened")
+
+    monkeypatch.setattr("secateur.models.open._device", lambda _: place)
+    monkeypatch.setattr("secateur.models.open._all_gpus", lambda: [torch.device("cuda", 0), torch.device("cuda", 1)])
+    monkeypatch.setattr("secateur.models.open.free_memory", lambda _: each * size)
+    monkeypatch.setattr("secateur.models.open._whole", note)
+    monkeypatch.setattr("secateur.models.open.empty_model", lambda *_, **__: note())
+    with pytest.raises(InputError, match="opened"):
+        open_model(folder, device=device)
+    assert opened == [expected]
+
+
 def test_opened_for_its_shapes_it_says_how_the_job_will_hold_it(folder, monkeypatch):
     whole = open_model(folder, shapes_only=True)
     assert whole.is_skeleton

@@ -80,7 +80,7 @@ def eval(
         )
         before = (outcomes.get("against") or known.answers_to(outcomes["model"])) if stability else None
         asked = task_results(models, outcomes, limit=limit, stable_to=before)
-        asked += [one for one in known.results if one.task is not None]
+        asked += known.results_on(outcomes["model"])
         if texts is None:
             return asked
     used = windows_for(model, texts, windows=windows, seq_len=seq_len, split="held-out")

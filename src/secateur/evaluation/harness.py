@@ -13,13 +13,14 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import lm_eval.api.task as lm_task
+import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError
@@ -28,7 +29,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.calibration.progress import Progress
-from secateur.errors import InputError, first_line
+from secateur.errors import InputError, NumericsError, first_line
 from secateur.evaluation import cloze
 from secateur.evaluation.answers import Answer, Outcome
 from secateur.evaluation.catalogue import find_task
@@ -155,6 +156,7 @@ def run_tasks(
 
     Raises:
         InputError: a task cannot be run like this, for example because it would execute code.
+        NumericsError: NaN or infinity among the answers.
     """
     with _quiet():
         model = _Model(module, copy.deepcopy(tokenizer), batch_size, progress)
@@ -183,7 +185,13 @@ class _Model(HFLM):
     def __init__(
         self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Progress
     ) -> None:
-        super().__init__(pretrained=module, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        super().__init__(
+            pretrained=module,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=batch_size,
+            softmax_dtype="float32",  # sums over the tokens of an option, in bfloat16, would be rounded to quarters
+        )
         self._progress = progress
         self.token_counts: dict[tuple[str, str], int] = {}
         """Tokens of a continuation behind its context, as they were scored."""
@@ -198,22 +206,30 @@ class _Model(HFLM):
         found: list[tuple[float, bool]] = []
         for chunk in self._progress(chunks, "asking", len(chunks)):
             found += super()._loglikelihood_tokens(chunk, disable_tqdm=True, override_bs=override_bs)
+        _require_finite([value for value, _ in found], "the answers to the tasks")
         return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        first = self.tok_encode(requests[0].args[0])[-8:]
+        logits = self._model_call(torch.tensor([first], device=self.device))
+        _require_finite(logits.float().flatten().tolist(), "the logits")
         return list(super().generate_until(requests, disable_tqdm=True))
+
+
+def _require_finite(numbers: Iterable[float], what: str) -> None:
+    """Stop at NaN or infinity, among which an answer would still be chosen.
+
+    Raises:
+        NumericsError: there is one.
+    """
+    if not all(map(math.isfinite, numbers)):
+        raise NumericsError(f"NaN or infinity in {what}; try --dtype float32. If it stays, the weights are damaged.")
 
 
 def _outcome(task: Any, model: _Model, found: dict[str, Any]) -> Outcome:
     name = _leaf_name(task)
     samples = sorted(found["samples"][name], key=lambda one: (one["filter"], one["doc_id"]))
-    metrics: dict[str, float] = {}
-    errors: dict[str, float] = {}
-    for key, value in found["results"][name].items():
-        metric, comma, _ = key.partition(",")
-        if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
-            metrics[metric] = float(value)
-            errors |= _standard_error(metric, float(value), samples)
+    metrics, errors = _metrics(found["results"][name], samples)
     put = json.dumps([[list(map(str, pair)) for pair in one["arguments"]] for one in samples])
     return Outcome(
         task=name,
@@ -229,14 +245,38 @@ def _outcome(task: Any, model: _Model, found: dict[str, Any]) -> Outcome:
     )
 
 
-def _standard_error(metric: str, value: float, samples: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Standard error of a metric that is the mean over the questions; nothing for any other."""
+def _metrics(
+    reported: Mapping[str, Any], samples: Sequence[dict[str, Any]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Give a task's metrics and their standard errors; those that several filters of answers report name the filter.
+
+    Raises:
+        NumericsError: one is NaN or infinite.
+    """
+    keys = [key.partition(",") for key, value in reported.items() if "," in key and isinstance(value, int | float)]
+    told = [(metric, kind) for metric, _, kind in keys if not metric.endswith("_stderr")]
+    kinds = {metric: [kind for other, kind in told if other == metric] for metric, _ in told}
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for metric, kind in told:
+        name = metric if len(kinds[metric]) == 1 else f"{metric},{kind}"
+        metrics[name] = float(reported[f"{metric},{kind}"])
+        error = _standard_error(metric, metrics[name], [one for one in samples if one["filter"] == kind])
+        if error is not None:
+            errors[name] = error
+    for name, value in metrics.items():
+        _require_finite([value], f"what the harness reports as {name}")
+    return metrics, errors
+
+
+def _standard_error(metric: str, value: float, samples: Sequence[dict[str, Any]]) -> float | None:
+    """Standard error of a metric that is the mean over the questions; None for any other."""
     each = [one[metric] for one in samples if isinstance(one.get(metric), int | float)]
     if len(each) < max(2, len(samples)):
-        return {}
+        return None
     if not math.isclose(statistics.fmean(each), value, rel_tol=1e-9, abs_tol=1e-12):
-        return {}
-    return {metric: statistics.stdev(each) / math.sqrt(len(each))}
+        return None
+    return statistics.stdev(each) / math.sqrt(len(each))
 
 
 def _answer(task: Any, sample: dict[str, Any], model: _Model) -> Answer:

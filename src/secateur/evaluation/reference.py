@@ -44,6 +44,17 @@ class Reference:
                 )
         return found
 
+    def results_on(self, asked: Sequence[Outcome]) -> list[Result]:
+        """Give the results on tasks, if there are any.
+
+        Raises:
+            InputError: they are of other tasks or questions than were put to another model.
+        """
+        found = [one for one in self.results if one.task is not None]
+        if found:
+            self.answers_to(asked)
+        return found
+
     def answers_to(self, asked: Sequence[Outcome]) -> list[Outcome]:
         """Give the answers to the questions that were put to another model, task by task.
 

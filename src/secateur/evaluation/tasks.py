@@ -13,11 +13,15 @@ from secateur.evaluation.catalogue import task_names
 from secateur.evaluation.results import Result, result_of
 from secateur.evaluation.stability import accuracy, flips, stability
 from secateur.models.decoder import Decoder
+from secateur.models.open import free_memory
 
 AVERAGE = "average"
 PER_TOKEN = "acc_per_token"
 """Accuracy by the lowest mean loss per token, which is what stability calls right."""
 _BATCH = {"cpu": 8, "cuda": 64}
+_LENGTH = 1024
+"""Tokens of a long question, for a batch that fits."""
+_SHARE_OF_MEMORY = 0.4
 
 
 def ask_tasks(
@@ -64,10 +68,22 @@ def ask_tasks(
                 limit=limit,
                 shots=shots,
                 seed=seed,
-                batch_size=batch_size or _BATCH.get(model.device.type, 8),
+                batch_size=batch_size or batch_for(model),
                 progress=progress,
             )
     return outcomes
+
+
+def batch_for(model: Decoder) -> int:
+    """Choose how many questions are put at a time: the harness holds the logits of all their tokens, twice.
+
+    On a GPU as many long questions as find room, 64 at most; the model's weights are in memory already.
+    """
+    if model.device.type != "cuda":
+        return _BATCH["cpu"]
+    tokens = min(model.max_positions or _LENGTH, _LENGTH)
+    each = tokens * model.module.get_input_embeddings().num_embeddings * (model.module.dtype.itemsize + 4)
+    return max(1, min(_BATCH["cuda"], int(_SHARE_OF_MEMORY * free_memory(model.device) / each)))
 
 
 def task_results(

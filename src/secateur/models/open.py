@@ -95,8 +95,9 @@ def open_model(
     place = _device(device)
     arithmetic = _arithmetic(dtype, saved, place)
     pickled = not has_safetensors(folder)
+    everywhere = _all_gpus() if device == "auto" and place.type == "cuda" and launched() == 1 else [place]
     if skeleton is None:
-        skeleton = not pickled and _too_large(folder, saved, arithmetic, place)
+        skeleton = not pickled and _too_large(folder, saved, arithmetic, everywhere)
     if skeleton and pickled:
         raise InputError(f"{source}: a skeleton reads safetensors only; open this model without it.")
     thin = skeleton or (shapes_only and not pickled)
@@ -104,12 +105,12 @@ def open_model(
         module = empty_model(config, arithmetic, place, trust_remote_code=trust_remote_code)
         shards = Shards.of(folder, family.blocks, place)
     else:
-        everywhere = device == "auto" and torch.cuda.device_count() > 1 and launched() == 1
+        spread = len(everywhere) > 1 and (pickled or _too_large(folder, saved, arithmetic, [place]))
         module = _whole(
             folder,
             config,
             arithmetic,
-            "auto" if everywhere else place,
+            "auto" if spread else place,
             trust_remote_code=trust_remote_code,
             pickled=pickled,
         )
@@ -230,15 +231,19 @@ def _cpu_has_fast_bfloat16(saved: torch.dtype) -> bool:
     return saved == torch.bfloat16 and bool(torch.cpu._is_amx_tile_supported())
 
 
-def _too_large(folder: Path, saved: torch.dtype, arithmetic: torch.dtype, device: torch.device) -> bool:
+def _all_gpus() -> list[torch.device]:
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
+def _too_large(folder: Path, saved: torch.dtype, arithmetic: torch.dtype, devices: list[torch.device]) -> bool:
     on_disk = sum(file.stat().st_size for file in shard_files(folder))
     needed = on_disk * arithmetic.itemsize / saved.itemsize
-    if device.type == "cuda":
-        devices = [device] if launched() > 1 else range(torch.cuda.device_count())
-        free = sum(torch.cuda.mem_get_info(one)[0] for one in devices)
-    else:
-        free = psutil.virtual_memory().available
-    return needed > _SHARE_OF_MEMORY * free
+    return needed > _SHARE_OF_MEMORY * sum(map(free_memory, devices))
+
+
+def free_memory(device: torch.device) -> int:
+    """Give the bytes that are free on a GPU, or in the memory of this machine."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def empty_model(config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:

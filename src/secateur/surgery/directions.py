@@ -51,6 +51,7 @@ class Covariance:
             exact = unit_scale(exact)
         if self._sum is None:
             self._sum = torch.zeros(self._width, self._width, dtype=torch.float64, device=exact.device)
+        exact = exact.to(self._sum.device)  # of a model spread over devices, states come from several
         self._sum.addmm_(exact.T, exact)
 
     def combine(self) -> None:
@@ -84,6 +85,7 @@ def sensitive_directions(covariance: torch.Tensor, gradients: torch.Tensor, widt
     directions of S·C·S are mapped back by S⁻¹ and made orthonormal again (METHODS §7b).
     """
     size = len(covariance)
+    gradients = gradients.to(covariance.device)
     weight = gradients * (size / gradients.trace().clamp_min(1e-300))
     weight.diagonal().add_(_SENSITIVITY_FLOOR)
     values, vectors = torch.linalg.eigh(weight)
@@ -109,7 +111,7 @@ class Reconstruction:
 
     def update(self, states: torch.Tensor) -> None:
         """Add states H (tokens, D)."""
-        exact = _exact(states)
+        exact = _exact(states).to(self._directions.device)
         self._tokens += len(exact)
         kept = exact @ self._directions
         kept = kept / (kept.pow(2).sum(-1, keepdim=True) / exact.shape[1] + self._eps).sqrt()

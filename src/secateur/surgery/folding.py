@@ -258,7 +258,7 @@ def _reading(weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.Module, k
 def scaled_by_norm(weight: torch.Tensor, norm: nn.Module, kind: str) -> torch.Tensor:
     """Take a norm's scale into a float32 weight (out, D) that reads from it."""
     scale: torch.Tensor | None = getattr(norm, "weight", None)
-    return weight if scale is None else weight * (scale.float() + (kind == "rms-plus-one"))
+    return weight if scale is None else weight * (scale.to(weight.device, torch.float32) + (kind == "rms-plus-one"))
 
 
 def shifted_by_norm(weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.Module) -> torch.Tensor | None:
@@ -266,7 +266,7 @@ def shifted_by_norm(weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.Mo
     shift: torch.Tensor | None = getattr(norm, "bias", None)
     if shift is None:
         return bias
-    moved = weight.float() @ shift.float()
+    moved = weight.float() @ shift.to(weight.device, torch.float32)
     return moved if bias is None else bias + moved
 
 

@@ -17,6 +17,7 @@ import torch
 
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.reading_points import Visit, points_per_block, visit_gradients, visit_reading_points
+from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.windows import Windows
 from secateur.models.anatomy import find, present
 from secateur.models.decoder import Decoder
@@ -213,12 +214,13 @@ def find_coordinates(
         if point >= points * decoder.block_count:
             return
         norms = [norm for _, norm in present(decoder.block_list[point // points], family.norms)]
-        scale = norms[point % points].weight.float() + (family.norm == "rms-plus-one")
+        scale = norms[point % points].weight.to(states.device, torch.float32) + (family.norm == "rms-plus-one")
         sizes.add_((unit_scale(states.float()) * scale).abs().sum(dim=0).cpu().double())
 
     visit_reading_points(decoder, windows, visit, batch_size=batch_size, progress=progress)
     largest = sizes.argsort(descending=True, stable=True)[:width].sort().values
-    return SharedBases((0,), (torch.eye(len(sizes), dtype=torch.float64, device=decoder.device)[:, largest],))
+    directions = torch.eye(len(sizes), dtype=torch.float64)[:, largest]
+    return SharedBases((0,), (directions.to(device_with_float64(decoder.device)),))
 
 
 def find_borders(
@@ -247,7 +249,7 @@ def find_borders(
 
     def after_block(index: int) -> None:
         nonlocal current
-        shape = current.matrix() / current.matrix().trace()
+        shape = (current.matrix() / current.matrix().trace()).cpu()
         if last:
             distances[index] = float(torch.linalg.norm(shape - last.pop()))
         last.append(shape)
