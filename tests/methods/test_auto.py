@@ -7,13 +7,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from secateur import Plan, make_plan, prune
+from secateur import Plan, make_plan, prune, score
 from secateur.calibration.progress import SILENT
 from secateur.calibration.stream import mean_loss
 from secateur.calibration.windows import Windows
 from secateur.console import plan_summary
 from secateur.errors import InputError, ModelError, NumericsError
-from secateur.methods import auto, linearize_blocks, trials
+from secateur.methods import auto, linearize_blocks, method, trials
 from secateur.methods.auto import front
 from secateur.methods.budget import Budget
 from secateur.methods.method import Evidence
@@ -167,6 +167,35 @@ def test_a_search_that_was_stopped_goes_on_and_gives_the_same_plan(tiny, monkeyp
     assert third == []
     assert plan(work=tmp_path, seed=1).search.candidates == undisturbed.search.candidates
     assert len(third) == len(whole), "another search has nothing of this one"
+
+
+def test_a_search_for_a_target_goes_on_too(tiny, monkeypatch, tmp_path):
+    decoder = tiny("llama")
+
+    def plan():
+        bytes_left = 0.7 * memory_scale(decoder, 64).total
+        return make_plan(
+            decoder, method="auto", target_memory=bytes_left, context=64, texts=WINDOWS, settings=BRIEF, work=tmp_path
+        )
+
+    once, measured = plan(), counting_losses(monkeypatch)
+    assert plan() == once
+    assert measured == []
+
+
+def test_scores_that_are_given_are_not_those_of_windows_held_back(tiny, monkeypatch):
+    decoder, seen = tiny("llama"), []
+    known, measure = score(decoder, texts=WINDOWS), method.score_model
+    monkeypatch.setattr(method, "score_model", lambda d, w, *a, **k: (seen.append(len(w)), measure(d, w, *a, **k))[1])
+    make_plan(decoder, method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF | {"width": "none"}, scores=known)
+    assert seen == [6]
+
+
+def test_a_log_that_cannot_be_written_stops_the_search(tiny, tmp_path):
+    work = tmp_path / "file"
+    work.write_text("")
+    with pytest.raises(InputError, match=r"streamline-0-none.json: cannot be written"):
+        make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF, work=work)
 
 
 def test_what_could_not_be_made_is_not_tried_again(tiny, monkeypatch, tmp_path):

@@ -6,12 +6,16 @@ with the same numbers. Everything else every process does by itself.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import distributed
 
 from secateur.calibration.windows import Windows
 from secateur.errors import InputError
 from secateur.launcher import launched
+
+Value = TypeVar("Value")
 
 
 def process_count() -> int:
@@ -66,3 +70,12 @@ def add_up(*sums: torch.Tensor) -> None:
         moved = one.to(home)
         distributed.all_reduce(moved)
         one.copy_(moved)
+
+
+def as_the_first(value: Value) -> Value:
+    """Give what the first process has for this, so that all decide alike where their numbers differ in the last bit."""
+    if process_count() == 1:
+        return value
+    shared = [value]
+    distributed.broadcast_object_list(shared, src=0)
+    return shared[0]

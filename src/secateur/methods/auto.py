@@ -23,11 +23,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from secateur.calibration.stream import mean_loss
-from secateur.errors import InputError, ModelError, NumericsError, SecateurError, unknown
+from secateur.errors import InputError, ModelError, SecateurError, unknown
 from secateur.methods.budget import Budget, already
 from secateur.methods.method import Evidence, Method, MethodSettings
 from secateur.methods.split_search import Split, all_splits, search
-from secateur.methods.trial_log import TrialLog
+from secateur.methods.trial_log import FAILURES, TrialLog
 from secateur.methods.trials import Apply, Made, Member, Steps, Trials
 from secateur.plan import Candidate, Search
 from secateur.steps import AnyStep
@@ -127,7 +127,8 @@ def decide(
         raise InputError(already(budget, whole))
     fitted, held_back = evidence.need_windows().split_off(settings.held_back)
     dense_loss = mean_loss(evidence.decoder, held_back, batch_size=evidence.batch_size)
-    trials = Trials(dataclasses.replace(evidence, windows=fitted, measured={}), held_back, budget, members, apply)
+    to_fit = dataclasses.replace(evidence, windows=fitted, known=None, measured={})  # scores are of all windows
+    trials = Trials(to_fit, held_back, budget, members, apply)
     log = TrialLog(evidence, settings.model_dump(mode="json"), repr(budget))
     tried = _Tried(trials, log, skip_hopeless=settings.skip_hopeless)
     splits = all_splits(settings.side("depth"), settings.side("width"), trials.most_blocks())
@@ -191,12 +192,14 @@ class _Tried:
         return False
 
     def _note(self, split: Split) -> Made | None:
-        try:
-            made = self._made(split)
-        except (InputError, ModelError, NumericsError) as error:
-            self._failures.append(error)
-            self.candidates.append(_named(split).model_copy(update={"refused": str(error)}))
-            if isinstance(error, ModelError) and not split.blocks:
+        made = self._log.known(split)
+        if made is None:
+            made = self._tried(split)
+            self._log.add(split, made)
+        if not isinstance(made, Made):
+            self._failures.append(made)
+            self.candidates.append(_named(split).model_copy(update={"refused": str(made)}))
+            if isinstance(made, ModelError) and not split.blocks:
                 self._impossible |= {split.depth, split.width} - {None}
             return None
         if made.enough:
@@ -206,18 +209,12 @@ class _Tried:
         self.candidates.append(_named(split).model_copy(update=found))
         return made
 
-    def _made(self, split: Split) -> Made:
-        """Take what came of a candidate from the log, or make and measure it now."""
-        made = self._log.known(split)
-        if made is not None:
-            return made
+    def _tried(self, split: Split) -> Made | SecateurError:
+        """Make and measure a candidate, or say why it cannot be made."""
         try:
-            made = self._trials.make(split)
-        except (InputError, ModelError, NumericsError) as error:
-            self._log.add_failure(split, error)
-            raise
-        self._log.add(split, made)
-        return made
+            return self._trials.make(split)
+        except FAILURES as error:
+            return error
 
     def best(self) -> tuple[int, Steps]:
         """Give the place of the candidate of least loss that removes enough, and its steps.

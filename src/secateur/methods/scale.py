@@ -37,7 +37,7 @@ class Scale:
     blocks: tuple[float, ...]
     total: float
     dense: float
-    of: Callable[[Sequence[int], int], float] = field(compare=False)
+    of: Callable[[Sequence[int], int], float] = field(compare=False, repr=False)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def after(self, kept: Sequence[int], parameters: int) -> Scale:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from secateur.calibration.processes import as_the_first
 from secateur.errors import InputError, ModelError, NumericsError, SecateurError
 from secateur.files import replace_file
 from secateur.launcher import leads
@@ -16,12 +17,14 @@ from secateur.methods.split_search import Split
 from secateur.methods.trials import Made, Steps
 from secateur.versions import digest, versions
 
+FAILURES = (InputError, ModelError, NumericsError)
+"""What can come of a candidate instead of a model."""
+
 _STEPS: TypeAdapter[Steps] = TypeAdapter(Steps)
-_FAILURES: tuple[type[SecateurError], ...] = (InputError, ModelError, NumericsError)
 
 
 class TrialLog:
-    """Candidates and what came of them, one small file each."""
+    """Candidates and what came of them, one small file each; of several processes the first reads and writes."""
 
     def __init__(self, evidence: Evidence, *asked: Any) -> None:
         """Open the log of one search; without a folder to work in nothing is kept.
@@ -37,39 +40,38 @@ class TrialLog:
             key = digest(decoder.fingerprint, place, windows.fingerprint, evidence.seed, versions(), *asked)
             self._folder = evidence.work / f"search-{key}"
 
-    def known(self, split: Split) -> Made | None:
-        """Give what came of a candidate when it was tried before; None if it was not, or its file is damaged.
+    def known(self, split: Split) -> Made | SecateurError | None:
+        """Give what came of a candidate when it was tried before; None if it was not, or its file is damaged."""
+        path = self._path(split)
+        if path is None:
+            return None
+        found: Made | SecateurError | None = as_the_first(_read(path) if leads() else None)
+        return found
+
+    def add(self, split: Split, found: Made | SecateurError) -> None:
+        """Keep what came of a candidate.
 
         Raises:
-            InputError: as it did then; likewise ModelError and NumericsError.
+            InputError: the folder cannot be written.
         """
         path = self._path(split)
-        if path is None or not path.is_file():
-            return None
-        try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            failure = next((kind for kind in _FAILURES if kind.__name__ == entry.get("failed")), None)
-            made = None if failure else Made(**entry | {"steps": _STEPS.validate_python(entry["steps"])})
-        except (ValueError, KeyError, TypeError, AttributeError, ValidationError):
-            return None
-        if failure is not None:
-            raise failure(entry["why"])
-        return made
-
-    def add(self, split: Split, made: Made) -> None:
-        """Keep what came of a candidate."""
-        steps = [step.model_dump(mode="json") for step in made.steps]
-        self._write(split, made._asdict() | {"steps": steps})
-
-    def add_failure(self, split: Split, error: SecateurError) -> None:
-        """Keep why a candidate could not be made."""
-        self._write(split, {"failed": type(error).__name__, "why": str(error)})
-
-    def _write(self, split: Split, entry: dict[str, Any]) -> None:
-        path = self._path(split)
-        if path is not None and leads():
-            replace_file(path, json.dumps(entry) + "\n")
+        if path is None or not leads():
+            return
+        if isinstance(found, Made):
+            entry = found._asdict() | {"steps": [step.model_dump(mode="json") for step in found.steps]}
+        else:
+            entry = {"failed": type(found).__name__, "why": str(found)}
+        replace_file(path, json.dumps(entry) + "\n")
 
     def _path(self, split: Split) -> Path | None:
         name = f"{split.depth or 'none'}-{split.blocks}-{split.width or 'none'}.json"
         return None if self._folder is None else self._folder / name
+
+
+def _read(path: Path) -> Made | SecateurError | None:
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        failure = next((kind for kind in FAILURES if kind.__name__ == entry.get("failed")), None)
+        return failure(entry["why"]) if failure else Made(**entry | {"steps": _STEPS.validate_python(entry["steps"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
+        return None

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from secateur.calibration.processes import as_the_first
 from secateur.calibration.stream import mean_loss
 from secateur.calibration.windows import Windows
 from secateur.errors import InputError
@@ -137,7 +138,7 @@ class Trials:
             for step in steps:
                 decoder = self._apply[step.kind](evidence, step)
                 evidence = evidence.of(decoder)
-        loss = mean_loss(decoder, self._held_back, batch_size=evidence.batch_size)
+        loss = as_the_first(mean_loss(decoder, self._held_back, batch_size=evidence.batch_size))
         gone = len(self._dense.kept) - decoder.block_count
         enough = width is not None or self._is_enough(cut)
         return Made(steps, decoder.parameter_count, gone, loss, enough)
