@@ -6,7 +6,7 @@ import torch
 from oracles import draw_windows
 from secateur import Plan, make_plan, prune
 from secateur.calibration.windows import Windows
-from secateur.errors import InputError
+from secateur.errors import InputError, SecateurWarning
 from secateur.methods.budget import Budget
 from secateur.methods.sequence import part_of, read_sequence
 from secateur.steps import DropBlocks, SliceHidden
@@ -86,8 +86,17 @@ def test_what_one_part_misses_the_next_makes_up_for():
     parts = read_sequence("shortgpt:0.5,slicegpt:0.5", {})
     budget = Budget("remove", 0.2)
     assert part_of(budget, parts, 0, 1000, 1000) == Budget("remove", pytest.approx(0.1))
-    assert part_of(budget, parts, 1, 1000, 950) == Budget("remove", pytest.approx(1 - 800 / 950))
+    assert part_of(budget, parts, 1, 1000, 950) == Budget("remove", pytest.approx(1 - 800 / 950), is_rest=True)
     assert part_of(budget, parts, 1, 1000, 790) is None
+
+
+def test_a_rest_too_small_for_the_last_method_is_left(bundled):
+    with pytest.warns(SecateurWarning, match="nothing goes by obs-width"):
+        plan = make_plan(bundled, method="shortgpt:0.9,obs-width:0.1", remove=0.15, texts=WINDOWS)
+    assert [step.kind for step in plan.steps] == ["drop-blocks"]
+    assert plan.removed_fraction == pytest.approx(0.15, abs=0.01)
+    with pytest.raises(InputError, match="smallest cut"):
+        make_plan(bundled, method="shortgpt:0.1,obs-width:0.9", remove=0.15, texts=WINDOWS)
 
 
 def test_blocks_cannot_go_after_slicing(tiny):

@@ -16,6 +16,10 @@ Native = Literal["blocks", "slice", "ratio"]
 Aim = Literal["blocks", "slice", "ratio", "remove", "target_params", "target_memory", "target_speedup", "own"]
 
 
+class TooSmall(InputError):
+    """Less is to go than the smallest cut of a method takes."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much has to go.
@@ -31,6 +35,7 @@ class Budget:
         knob: name of the method's setting that asks for it, if one does.
         context: tokens in the cache that `target_memory` counts.
         scale: what the model at hand weighs in bytes or seconds, where the aim is counted in those.
+        is_rest: whether it is what others left to do: half of the smallest cut is enough to make that one.
     """
 
     aim: Aim
@@ -38,6 +43,7 @@ class Budget:
     knob: str | None = None
     context: int | None = None
     scale: Scale | None = None
+    is_rest: bool = False
 
     @property
     def is_zero(self) -> bool:
@@ -147,7 +153,7 @@ def choose_blocks(
         most: how many blocks may go at most.
 
     Raises:
-        InputError: the budget lies outside what these candidates can reach.
+        InputError: the budget lies outside what these candidates can reach; `TooSmall` where it lies below.
     """
     if budget.aim == "blocks":
         return _exactly(int(budget.value), candidates, most)
@@ -169,8 +175,8 @@ def choose_blocks(
     if budget.is_target:
         return next(found for gone, found in tried if gone == min(reached))
     least = min(gone for gone, _ in tried)
-    if wanted < least * (1 - _ROUNDING):
-        raise InputError(
+    if wanted < least * (0.5 if budget.is_rest else 1 - _ROUNDING):
+        raise TooSmall(
             f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {least / whole:.1%} (one block)."
         )
     return min(tried, key=lambda one: abs(one[0] - wanted))[1]
@@ -191,7 +197,8 @@ def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[
         kept: blocks that each candidate keeps; None where all keep all.
 
     Raises:
-        InputError: no candidate is smaller than the dense model, or the budget lies outside what they reach.
+        InputError: no candidate is smaller than the dense model, or the budget lies outside what they reach; `TooSmall`
+            where it lies below.
     """
     weights: Sequence[float] = left
     whole: float = total
@@ -210,7 +217,7 @@ def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[
             return max(below, key=lambda place: left[place])
     elif smaller and whole - wanted <= (whole - least) * (1 + _ROUNDING):
         if whole - wanted < (whole - most) * (1 - _ROUNDING) / 2:
-            raise InputError(
+            raise TooSmall(
                 f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {1 - most / whole:.1%}."
             )
         return min(smaller, key=lambda place: abs(weights[place] - wanted))

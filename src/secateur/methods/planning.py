@@ -12,8 +12,8 @@ from secateur import __version__
 from secateur.calibration.choose import Texts, windows_for
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.windows import Windows
-from secateur.errors import InputError, ModelError, TextsWarning
-from secateur.methods.budget import Budget
+from secateur.errors import InputError, ModelError, SecateurWarning, TextsWarning
+from secateur.methods.budget import Budget, TooSmall
 from secateur.methods.method import Evidence
 from secateur.methods.registry import APPLY
 from secateur.methods.sequence import Part, part_of, read_sequence, whole_budget
@@ -121,7 +121,7 @@ def _decide(parts: tuple[Part, ...], budget: Budget, evidence: Evidence) -> tupl
     for number, part in enumerate(parts):
         budget = weighed(budget, evidence.decoder, part.method.pace_of(part.settings))
         own = part_of(budget, parts, number, dense, evidence.decoder.parameter_count)
-        found = () if own is None else tuple(part.method.decide(evidence, part.settings, own))
+        found = () if own is None else _decide_part(part, evidence, own)
         steps += found
         counted = expected(budget, evidence.decoder, found)
         if number + 1 < len(parts):
@@ -129,6 +129,21 @@ def _decide(parts: tuple[Part, ...], budget: Budget, evidence: Evidence) -> tupl
                 left = APPLY[step.kind](evidence, step)
                 evidence = evidence.of(left)
     return tuple(steps), counted
+
+
+def _decide_part(part: Part, evidence: Evidence, budget: Budget) -> tuple[AnyStep, ...]:
+    try:
+        return tuple(part.method.decide(evidence, part.settings, budget))
+    except TooSmall:
+        if not budget.is_rest:
+            raise
+        warnings.warn(
+            f"nothing goes by {part.method.name}: what the methods before it left to do is less than half of its "
+            "smallest cut",
+            SecateurWarning,
+            stacklevel=4,
+        )
+        return ()
 
 
 def model_ref(model: Decoder) -> ModelRef:

@@ -115,4 +115,4 @@ def part_of(budget: Budget, parts: tuple[Part, ...], number: int, dense: int, cu
         return budget if now > limit else None
     gone = (1 - limit / whole) * dense
     after = dense - gone * sum(part.share for part in parts[: number + 1])
-    return Budget("remove", 1 - after / current) if after < current else None
+    return Budget("remove", 1 - after / current, is_rest=number > 0) if after < current else None
