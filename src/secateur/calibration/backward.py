@@ -16,8 +16,12 @@ from secateur.models.decoder import Decoder
 from secateur.models.replay import inputs_of, run_block
 
 
-def loss_gradients(decoder: Decoder, batches: list[Batch], kept: StateStore) -> None:
-    """Put ∂L/∂X^L of every batch in the store under ("gradient", batch); L is the mean loss over all predictions."""
+def loss_gradients(decoder: Decoder, batches: list[Batch], kept: StateStore) -> int:
+    """Put ∂L/∂X^L of every batch in the store under ("gradient", batch), and give the number of predictions.
+
+    L is the sum of the losses of all predictions: gradients of the mean are too small for float16, so that whoever uses
+    them divides by the number in float32.
+    """
     predictions = 0
     with decoder.outer(), torch.enable_grad():
         for batch in batches:
@@ -31,8 +35,8 @@ def loss_gradients(decoder: Decoder, batches: list[Batch], kept: StateStore) -> 
             kept.put(("gradient", batch.index), gradient)
     require_predictions(predictions)
     for batch in batches:
-        kept.put(("gradient", batch.index), kept.get(("gradient", batch.index)) / predictions)
         kept.drop((batch.index, decoder.block_count))
+    return predictions
 
 
 def back_through(

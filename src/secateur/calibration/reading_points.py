@@ -84,11 +84,11 @@ def visit_gradients(
 
     def shown(point: int, gradient: torch.Tensor | None, batch: Batch) -> None:
         assert gradient is not None, "every point of a decoder reaches its loss"
-        visit(point, centred(decoder, _of_real_tokens(gradient, batch)))
+        visit(point, centred(decoder, _of_real_tokens(gradient, batch).float() / predictions))
 
     with open_store(decoder) as kept:
         batches = walk_blocks(decoder, windows, kept, batch_size=batch_size, progress=progress)
-        loss_gradients(decoder, batches, kept)
+        predictions = loss_gradients(decoder, batches, kept)
         for batch in batches:
             shown(points * decoder.block_count, kept.get(("gradient", batch.index)), batch)
         order = list(reversed(range(decoder.block_count)))

@@ -92,17 +92,17 @@ def visit_saliencies(
     size = 1 if per_window else batch_size
     with open_store(decoder) as kept:
         batches = walk_blocks(decoder, windows, kept, batch_size=size, progress=progress)
-        loss_gradients(decoder, batches, kept)
+        predictions = loss_gradients(decoder, batches, kept)
         order = list(reversed(range(decoder.block_count)))
         for index in progress(order, "walking back through the blocks", len(order)):
-            for found in _saliencies(decoder, index, batches, kept, per_window=per_window):
+            for found in _saliencies(decoder, index, batches, kept, predictions, per_window=per_window):
                 if not all(bool(torch.isfinite(one).all()) for one in found.values()):
                     raise NumericsError(f"NaN or infinity in the Taylor scores of block {index}; try --dtype float32.")
                 visit(index, found)
 
 
 def _saliencies(
-    decoder: Decoder, index: int, batches: list[Batch], kept: StateStore, *, per_window: bool
+    decoder: Decoder, index: int, batches: list[Batch], kept: StateStore, predictions: int, *, per_window: bool
 ) -> Iterator[Saliencies]:
     with decoder.block(index) as block, torch.enable_grad():
         weights = scored_weights(block)
@@ -114,7 +114,7 @@ def _saliencies(
                 gradients = back_through(decoder, index, batch, kept, list(weights.values()))
                 for running, gradient in zip(sums.values(), gradients, strict=True):
                     if gradient is not None:
-                        running += gradient.float()
+                        running += gradient.float() / predictions
                 if per_window:
                     yield {name: weights[name].detach().float() * running for name, running in sums.items()}
                     for running in sums.values():
