@@ -95,6 +95,8 @@ def test_round_trip(written):
     assert data["removed_fraction"] == plan.removed_fraction
     assert data["requested"] == {"blocks": 2}
     assert data["texts"]["windows"] == 4
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert Plan.read(path) == plan, "as some editors save it"
 
 
 def test_no_tensors_in_a_plan(written):

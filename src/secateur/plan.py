@@ -171,7 +171,7 @@ class Plan(BaseModel):
             InputError: no such file, not JSON, an unknown key, or steps that cannot be applied.
         """
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise InputError(f"{path}: the plan cannot be read ({error.strerror}).") from error
         except UnicodeDecodeError as error:

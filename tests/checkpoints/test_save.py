@@ -9,12 +9,14 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from secateur import make_plan, open_model, prune, save
 from secateur.checkpoints import check, fresh_process, writer
 from secateur.checkpoints.folders import replacing
-from secateur.errors import CheckError, InputError, NumericsError
+from secateur.errors import CheckError, InputError, NumericsError, SecateurWarning
+from secateur.surgery.blocks import keep_blocks
+from secateur.surgery.merging import merge_windows
 from tiny_models import save_tiny
 
 
@@ -83,6 +85,90 @@ def test_another_dtype_can_be_asked_for(pruned, tmp_path):
         save(pruned, tmp_path / "cut", dtype="int3")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_rounded_to_another_dtype_pass_the_check(tiny, tmp_path, dtype):
+    decoder = tiny("llama")
+    record = save(prune(decoder, make_plan(decoder, method="last-n", blocks=1)), tmp_path / "cut", dtype=dtype)
+    assert record["check"]["passed"]
+    assert record["check"]["logit_difference"] > 1e-5, "rounding is seen"
+
+
+def test_weights_that_stay_float32_are_not_rounded(tmp_path):
+    """Routing by biases that differ by hundredths of a number near 6 (DeepSeek-V3, GLM-4-MoE)."""
+    config = AutoConfig.for_model(
+        "glm4_moe",
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    for name, buffer in made.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = 6 + 0.02 * torch.randn(buffer.shape)
+    made.save_pretrained(tmp_path / "made")
+    kept = "model.layers.1.mlp.gate.e_score_correction_bias"
+    expected = load_file(tmp_path / "made" / "model.safetensors")[kept]
+    for skeleton in (False, True):
+        decoder = open_model(tmp_path / "made", skeleton=skeleton)
+        for edit, cut in (
+            ("dropped", keep_blocks(decoder, [0, 1])),
+            ("merged", merge_windows(decoder, [(1, 2)], "mean")),
+        ):
+            record = save(cut, tmp_path / f"{edit}-{skeleton}")
+            assert record["check"]["passed"]
+            assert torch.equal(load_file(tmp_path / f"{edit}-{skeleton}" / "model.safetensors")[kept], expected)
+
+
+def test_a_tokenizer_that_was_given_is_the_one_that_is_saved(source, tmp_path):
+    other = AutoTokenizer.from_pretrained(source)
+    other.add_tokens(["<a token of mine>"])
+    decoder = open_model(source, tokenizer=other)
+    save(decoder, tmp_path / "with", check=False)
+    assert "<a token of mine>" in AutoTokenizer.from_pretrained(tmp_path / "with").get_vocab()
+    save(open_model(source), tmp_path / "without", check=False)
+    assert "<a token of mine>" not in AutoTokenizer.from_pretrained(tmp_path / "without").get_vocab()
+
+
+@pytest.mark.parametrize("card", [b"---\nbad: [\n---\n", "caf\xe9".encode("latin-1"), b"---\n- a\n- list\n---\n"])
+def test_an_unreadable_card_costs_a_warning_and_no_result(source, tmp_path, card):
+    (source / "README.md").write_bytes(card)
+    (source / "tokenizer").mkdir()
+    with pytest.warns(SecateurWarning, match=r"README.md: not readable .*licence and languages are not taken over"):
+        save(open_model(source), tmp_path / "cut", check=False)
+    assert (tmp_path / "cut" / "model.safetensors").is_file()
+
+
+def test_code_that_a_configuration_names_and_nobody_used_is_not_named_again(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "configuration_x.XConfig"}}))
+    save(open_model(source), tmp_path / "cut", check=False)
+    assert "auto_map" not in json.loads((tmp_path / "cut" / "config.json").read_text())
+
+
+def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(pruned, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "cut")
+    for _ in range(2):
+        save(pruned, tmp_path / "link", check=False)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "cut" / "model.safetensors").is_file()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "source"]
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["cut"]
+
+
 def test_what_is_not_ours_is_refused(pruned, source, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("ten years of work")
@@ -107,9 +193,7 @@ def test_a_failed_check_keeps_what_was_there(pruned, tmp_path, monkeypatch):
     save(pruned, tmp_path / "cut", check=False)
     before = (tmp_path / "cut" / "secateur.json").read_text()
     honest = writer._converted
-    monkeypatch.setattr(
-        writer, "_converted", lambda state, dtype: {k: v * 1.5 for k, v in honest(state, dtype).items()}
-    )
+    monkeypatch.setattr(writer, "_converted", lambda *given: {k: v * 1.5 for k, v in honest(*given).items()})
     with pytest.raises(CheckError, match="logits differ"):
         save(pruned, tmp_path / "cut")
     assert (tmp_path / "cut" / "secateur.json").read_text() == before

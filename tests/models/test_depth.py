@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from oracles import draw_tokens, forward, no_real_parameters, pad, walk, walks
 from secateur.errors import ModelError
-from secateur.models.depth import config_with_blocks
+from secateur.models.depth import _place_of, config_with_blocks
 from secateur.models.families import FAMILIES
 from secateur.models.open import open_model
 from secateur.surgery.blocks import keep_blocks
@@ -33,6 +33,19 @@ SKELETONS = (  # one of each way to name, fuse and list things
     "olmo3",
 )
 RESCALED = "gpt2-scaled"  # stock code derives the scale of attention from the number of the block
+
+
+@pytest.mark.parametrize(
+    ("placed", "expected"),
+    [
+        ({"model.layers.3": 1, "model.layers.30": 0}, 1),
+        ({"model.layers": 1, "lm_head": 0}, 1),
+        ({"model": 1, "lm_head": 0}, 1),
+        ({"": 1}, 1),
+    ],
+)
+def test_a_device_map_names_the_largest_modules_in_one_place(placed, expected):
+    assert _place_of("model.layers.3", placed) == expected
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,14 @@ def test_a_list_of_block_numbers_as_long_as_the_model(tmp_path):
     torch.testing.assert_close(forward(cut, tokens), walk(decoder, tokens, without=(2, 5)), rtol=1e-5, atol=1e-5)
 
 
+def test_token_ids_are_not_taken_for_block_numbers():
+    module = of_type("granite", eos_token_id=[1, 2])
+    for ids in ([1, 2], [7, 3, 3, 1, 1, 1, 1, 0]):
+        module.config.eos_token_id = ids
+        found = detection._guess(module, module.config)
+        assert "eos_token_id" not in (*found.block_numbers, *found.per_layer_lists)
+
+
 def test_routing_is_not_taken_for_looking_ahead():
     """Experts are computed together, so another last token changes how sums are rounded, but nothing more."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}

@@ -304,10 +304,12 @@ def test_a_hub_name(hub, folder):
     decoder = open_model("owner/model", revision="v1.2")
     assert decoder.source == "owner/model"
     assert decoder.folder == folder
-    (call,) = calls
-    assert call["repo_id"] == "owner/model"
-    assert call["revision"] == "v1.2"
-    patterns = call["allow_patterns"]
+    for call in calls:
+        assert call["repo_id"] == "owner/model"
+        assert call["revision"] == "v1.2"
+    before, weights = (call["allow_patterns"] for call in calls)
+    assert not any(fnmatch("model.safetensors", pattern) for pattern in before), "weights come last"
+    patterns = [*before, *weights]
     for wanted in (
         "config.json",
         "generation_config.json",
@@ -339,7 +341,25 @@ def test_pickled_weights_come_from_the_hub_when_they_are_allowed(hub, folder):
     calls, answer = hub
     answer["is"] = folder
     open_model("owner/model", allow_pickle=True)
-    assert any(fnmatch("pytorch_model.bin", pattern) for pattern in calls[0]["allow_patterns"])
+    assert any(fnmatch("pytorch_model.bin", pattern) for pattern in calls[1]["allow_patterns"])
+
+
+def test_only_the_weights_that_an_index_names_come_from_the_hub(hub, tmp_path):
+    calls, answer = hub
+    answer["is"] = save_tiny("llama", tmp_path / "sharded", max_shard_size="40KB")
+    open_model("owner/model")
+    names = sorted(path.name for path in answer["is"].glob("model-*.safetensors"))
+    assert len(names) > 1
+    assert calls[1]["allow_patterns"] == names
+
+
+def test_no_weights_come_from_the_hub_for_what_is_refused(hub, folder):
+    calls, answer = hub
+    answer["is"] = folder
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ModelError, match="quantised"):
+        open_model("owner/model")
+    assert len(calls) == 1
 
 
 def test_code_comes_from_the_hub_when_it_is_trusted(hub, folder):
@@ -361,8 +381,15 @@ def test_a_local_folder_comes_before_the_hub(hub, folder, monkeypatch):
     calls, _ = hub
     monkeypatch.chdir(folder.parent.parent)
     source = f"{folder.parent.name}/{folder.name}"
-    assert open_model(source).source == source
+    assert open_model(source).source == f"./{source}", "so that it is not taken for a name on the hub"
     assert not calls
+
+
+def test_offloaded_weights_are_refused(folder):
+    module = AutoModelForCausalLM.from_pretrained(folder)
+    module.model.layers[1].to("meta")
+    with pytest.raises(InputError, match="offloaded; give the folder instead"):
+        open_model(module)
 
 
 # What is refused

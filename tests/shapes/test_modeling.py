@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from oracles import draw_tokens, draw_windows, forward, pad
 from secateur import open_model, save
+from secateur.checkpoints.check import record_expected, reopen
 from secateur.shapes import SecateurConfig, SecateurForCausalLM, SecateurModel
 from secateur.surgery.hidden import slice_by_principal_directions
 from tiny_models import build, build_tokenizer
@@ -249,6 +250,14 @@ def test_a_saved_folder_opens_where_secateur_is_not(sliced, tmp_path):
     config = json.loads((tmp_path / "cut" / "config.json").read_text())
     assert set(config["auto_map"]) >= {"AutoModel", "AutoConfig"}
     assert config["embedding_size"] == body.get_input_embeddings().embedding_dim
+
+
+def test_what_others_save_again_opens_too(sliced, tmp_path):
+    """As after a merge of adapters by peft: the modelling file must go with it."""
+    save(sliced, tmp_path / "cut", check=False)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "cut").save_pretrained(tmp_path / "again")
+    (result,) = reopen([record_expected(sliced, tmp_path / "expected.npz").job(tmp_path / "again")])
+    assert result["passed"]
 
 
 def test_lora_learns_saves_and_merges(sliced, tmp_path):

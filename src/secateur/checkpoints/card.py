@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from secateur.checkpoints.folders import is_ours
+from secateur.errors import SecateurWarning, first_line
 from secateur.models.decoder import Decoder
+from secateur.models.open import HUB_NAME
 from secateur.plan import plans_in
-
-HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
-"""What a name on the hub looks like: owner/name."""
 
 _OPENING = 'model = AutoModelForCausalLM.from_pretrained("'
 
@@ -112,4 +113,12 @@ def _original_card(folder: Path | None) -> dict[str, Any]:
     readme = folder / "README.md" if folder else None
     if readme is None or not readme.is_file():
         return {}
-    return ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    try:
+        return ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, TypeError, YAMLError) as error:
+        warnings.warn(
+            f"{readme}: not readable ({first_line(error)}); licence and languages are not taken over",
+            SecateurWarning,
+            stacklevel=4,
+        )
+        return {}

@@ -28,10 +28,11 @@ _WINDOWS, _POSITIONS = 2, 16
 
 @dataclass(frozen=True)
 class Expected:
-    """What a folder should answer: a file with tokens and logits, and the arithmetic it holds for."""
+    """What a folder should answer: a file with tokens and logits, the arithmetic it holds for, and how closely."""
 
     file: Path
     dtype: torch.dtype
+    tolerance: float
     trust_remote_code: bool = False
 
     def job(self, folder: Path) -> dict[str, Any]:
@@ -40,14 +41,17 @@ class Expected:
             "folder": str(folder),
             "expected": str(self.file),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "tolerance": TOLERANCE[self.dtype],
+            "tolerance": self.tolerance,
             "trust_remote_code": self.trust_remote_code,
         }
 
 
 @torch.no_grad()
-def record_expected(decoder: Decoder, file: Path) -> Expected:
-    """Write seeded random tokens and the decoder's logits for them, block by block for a skeleton."""
+def record_expected(decoder: Decoder, file: Path, stored: torch.dtype | None = None) -> Expected:
+    """Write seeded random tokens and the decoder's logits for them, block by block for a skeleton.
+
+    Where the weights are stored in another dtype than before, they are rounded, and so much may the logits differ.
+    """
     positions = min(_POSITIONS, decoder.max_positions or _POSITIONS)
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(decoder.module.get_input_embeddings().num_embeddings, int(decoder.config.vocab_size))
@@ -60,7 +64,11 @@ def record_expected(decoder: Decoder, file: Path) -> Expected:
     with decoder.outer():
         found = logits(decoder, hidden, placed)
     np.savez(file, tokens=tokens.numpy(), logits=found.float().cpu().numpy())
-    return Expected(file, _dtype_for_reopening(decoder), trust_remote_code=decoder.has_own_code)
+    arithmetic = _dtype_for_reopening(decoder)
+    tolerance = TOLERANCE[arithmetic]
+    if stored is not None and stored != decoder.saved_dtype:
+        tolerance = max(tolerance, TOLERANCE[stored])
+    return Expected(file, arithmetic, tolerance, trust_remote_code=decoder.has_own_code)
 
 
 def _dtype_for_reopening(decoder: Decoder) -> torch.dtype:

@@ -56,6 +56,7 @@ def replacing(target: str | Path, *, reads: Path | None = None) -> Iterator[Path
     """
     target = Path(target)
     check_target(target, reads=reads)
+    target = target.resolve()  # of a link to a folder, the folder is replaced
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))

@@ -12,12 +12,13 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from secateur.checkpoints.card import HUB_NAME, RELATION, methods_in, opened_from
+from secateur.checkpoints.card import RELATION, methods_in, opened_from
 from secateur.checkpoints.card_results import with_results
 from secateur.checkpoints.folders import MARKER, is_ours
 from secateur.errors import InputError, ModelError, SecateurWarning, first_line
 from secateur.evaluation.results import read_results
 from secateur.models import fingerprint
+from secateur.models.open import HUB_NAME
 from secateur.models.shards import open_shard, shard_files
 
 _CARD = "README.md"

@@ -22,8 +22,8 @@ from secateur.plan import plans_in
 from secateur.shapes import AUTO_MAP, MODELLING_FILE, SecateurConfig
 from secateur.versions import versions
 
-_CARRIED = (
-    "generation_config.json",
+_CARRIED = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_TOKENIZER = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -31,10 +31,7 @@ _CARRIED = (
     "added_tokens.json",
     "chat_template*",
     "*.tiktoken",
-    "spiece.model",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    "*.model",
 )
 
 
@@ -76,15 +73,15 @@ def save(
         _carry_over(decoder, folder)
         record = _record(decoder, stored, size)
         if check:
-            record["check"] = _prove(decoder, folder)
+            record["check"] = _prove(decoder, folder, stored)
         model_card(decoder, record).save(folder / "README.md")
         (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 
-def _prove(decoder: Decoder, folder: Path) -> dict[str, Any]:
+def _prove(decoder: Decoder, folder: Path, stored: torch.dtype) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
-        expected = record_expected(decoder, Path(scratch, "expected.npz"))
+        expected = record_expected(decoder, Path(scratch, "expected.npz"), stored)
         (result,) = reopen([expected.job(folder)])
     require_passed(result)
     del result["folder"]
@@ -102,8 +99,10 @@ def _write_config(decoder: Decoder, folder: Path, stored: torch.dtype) -> None:
         config.save_pretrained(folder)
         shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
         return
+    if not decoder.has_own_code and hasattr(config, "auto_map"):
+        del config.auto_map  # it names code that was not used, and is not there
     config.save_pretrained(folder)
-    if getattr(config, "auto_map", None) and decoder.folder:
+    if decoder.has_own_code and decoder.folder:
         for file in decoder.folder.glob("*.py"):
             shutil.copy(file, folder)
 
@@ -111,8 +110,8 @@ def _write_config(decoder: Decoder, folder: Path, stored: torch.dtype) -> None:
 def _carry_over(decoder: Decoder, folder: Path) -> None:
     """Take over tokenizer, chat template, generation configuration and licence as they are."""
     if decoder.folder is not None:
-        for pattern in _CARRIED:
-            for file in decoder.folder.glob(pattern):
+        for pattern in (*_CARRIED, *(_TOKENIZER if not decoder.other_tokenizer else ())):
+            for file in filter(Path.is_file, decoder.folder.glob(pattern)):
                 shutil.copyfile(file, folder / file.name)
     has_tokenizer = any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
     if decoder.tokenizer is not None and not has_tokenizer:

@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from secateur.errors import InputError, NumericsError
 from secateur.models.decoder import Decoder
-from secateur.models.shards import to_checkpoint
+from secateur.models.shards import stays_float32, to_checkpoint
 
 SHARD_BYTES = 2 << 30
 
@@ -57,11 +58,11 @@ def _parts(decoder: Decoder, dtype: torch.dtype) -> Iterator[dict[str, torch.Ten
     blocks = f"{decoder.anatomy.family.blocks}."
     with decoder.outer():
         state = {name: p for name, p in _named_tensors(module, "") if not name.startswith(blocks)}
-        yield to_checkpoint(module, _converted(state, dtype))
+        yield to_checkpoint(module, _converted(module, state, dtype))
     for index in range(decoder.block_count):
         with decoder.block(index) as block:
             state = dict(_named_tensors(block, f"{decoder.anatomy.block_path(index)}."))
-            yield to_checkpoint(module, _converted(state, dtype))
+            yield to_checkpoint(module, _converted(module, state, dtype))
 
 
 def _named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -74,10 +75,12 @@ def _named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.
                 yield f"{prefix}{path}.{leaf}" if path else prefix + leaf, buffer
 
 
-def _converted(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _converted(module: PreTrainedModel, state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Round to a dtype, except what is no floating point or stays float32."""
     converted = {}
     for name, tensor in state.items():
-        result = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        kept = tensor.dtype if not tensor.is_floating_point() else dtype
+        result = tensor.detach().to("cpu", torch.float32 if stays_float32(module, name, kept) else kept).contiguous()
         if result.is_floating_point() and not bool(torch.isfinite(result).all()):
             raise NumericsError(
                 f"{name}: NaN or infinity in the weights; the checkpoint is damaged or {dtype} too small."

@@ -31,6 +31,7 @@ class Decoder:
         saved_dtype: the checkpoint's dtype, kept when the model is saved.
         shards: where a skeleton reads its weights; None for a model in memory.
         shapes_only: whether it is a skeleton only to say what a job needs that will hold all weights in memory.
+        other_tokenizer: whether the tokenizer is another than the checkpoint's.
         history: one entry per plan already applied, oldest first (goes into `secateur.json`).
     """
 
@@ -43,6 +44,7 @@ class Decoder:
     saved_dtype: torch.dtype
     shards: Shards | None = None
     shapes_only: bool = False
+    other_tokenizer: bool = False
     history: tuple[dict[str, Any], ...] = field(default=())
     _held: dict[int, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False)
 

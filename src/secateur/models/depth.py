@@ -7,7 +7,7 @@ given the old module's own tensors. So what is measured in memory is what will b
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,5 +91,11 @@ def _dispatch_like(module: nn.Module, new: nn.Module, family: Family, kept: Sequ
     prefix = f"{family.blocks}."
     new_map = {name: device for name, device in placed.items() if not name.startswith(prefix)}
     for index, old in enumerate(kept):
-        new_map[f"{prefix}{index}"] = placed[f"{prefix}{old}"]
-    dispatch_model(new, device_map=new_map)
+        new_map[f"{prefix}{index}"] = _place_of(f"{prefix}{old}", placed)
+    dispatch_model(new, device_map=new_map, skip_keys=getattr(module, "_skip_keys_device_placement", None))
+
+
+def _place_of(path: str, placed: Mapping[str, Any]) -> Any:
+    """Look a module up in a device map, which names the largest modules that are in one place."""
+    above = [path.rsplit(".", count)[0] for count in range(path.count(".") + 1)]
+    return next(placed[name] for name in (*above, "") if name in placed)

@@ -119,7 +119,8 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
 def _lists_per_layer(config: Any) -> Iterator[str]:
     numbers = set(_lists_of_block_numbers(config))
     for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers and name not in numbers:
+        tokens = name.endswith(("token_id", "token_ids"))
+        if isinstance(value, list) and len(value) == config.num_hidden_layers and name not in numbers and not tokens:
             yield name
 
 
@@ -127,6 +128,7 @@ def _lists_of_block_numbers(config: Any) -> Iterator[str]:
     """Lists of rising integers below the number of blocks, such as `moe_layers`."""
     for name, value in config.to_dict().items():
         whole = isinstance(value, list) and len(value) > 1 and all(type(one) is int for one in value)
+        whole = whole and not name.endswith(("token_id", "token_ids"))
         if (
             whole
             and name not in _INDEX_SETTINGS

@@ -29,22 +29,17 @@ from secateur.models.detect import detect
 from secateur.models.dtypes import DTYPES, dtype_named
 from secateur.models.families import FAMILIES
 from secateur.models.refuse import has_safetensors, refuse_config, refuse_files
-from secateur.models.shards import Shards, open_shard, shard_files
+from secateur.models.shards import INDEX, Shards, files_in_index, open_shard, shard_files
+
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+"""What a name on the hub looks like: owner/name."""
 
 BUNDLED = "bundled"
 """The name under which the small model that ships with the package is opened."""
 
-_FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "README.md",
-]
+_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+_COPIES = ["*/*.safetensors", "*/*.bin", "*/*.pt", "*/*.pth", "consolidated*"]
+"""Weights that a repository holds once more in another form."""
 _CODE = ["*.py"]
 _PICKLES = ["*.bin", "*.pt", "*.pth"]
 _SHARE_OF_MEMORY = 0.7
@@ -86,8 +81,11 @@ def open_model(
     """
     if isinstance(source, PreTrainedModel):
         return _wrap(source, tokenizer, trust_remote_code=trust_remote_code)
-    patterns = [*_FILES, *_CODE * trust_remote_code, *_PICKLES * allow_pickle]
-    folder = _local_folder(str(source), revision, patterns)
+    folder = _local_folder(str(source))
+    if folder is None:
+        folder = _from_hub(str(source), revision, [*_FILES, *_CODE * trust_remote_code])
+        _config(folder, str(source), trust_remote_code=trust_remote_code)  # refused before any weights are fetched
+        _from_hub(str(source), revision, [*_weight_files(folder), *_PICKLES * allow_pickle])
     refuse_files(folder, allow_pickle=allow_pickle)
     config = _config(folder, str(source), trust_remote_code=trust_remote_code)
     family = _family(config, str(source), trust_remote_code=trust_remote_code)
@@ -119,14 +117,20 @@ def open_model(
         module=module.eval().requires_grad_(False),
         tokenizer=_tokenizer(tokenizer or folder, trust_remote_code=trust_remote_code),
         anatomy=resolve(module, family),
-        source=str(source),
+        source=_shown(str(source)),
         folder=folder,
         fingerprint=fingerprint.of_module(module) if pickled else fingerprint.of_folder(folder),
         saved_dtype=saved,
         shards=shards,
         shapes_only=thin and not skeleton,
+        other_tokenizer=tokenizer is not None,
         history=_history(folder),
     )
+
+
+def _shown(source: str) -> str:
+    """Write a folder that looks like a name on the hub, `models/mine`, so that it is never taken for one."""
+    return f"./{source}" if HUB_NAME.fullmatch(source) and Path(source).is_dir() else source
 
 
 def _history(folder: Path) -> tuple[dict[str, Any], ...]:
@@ -145,6 +149,8 @@ def _history(folder: Path) -> tuple[dict[str, Any], ...]:
 
 def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -> Decoder:
     name = module.config.name_or_path or type(module).__name__
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise InputError(f"{name}: some of its weights are offloaded; give the folder instead, opened as a skeleton.")
     refuse_config(module.config, name)
     family = _family(module.config, name, trust_remote_code=trust_remote_code)
     return Decoder(
@@ -163,15 +169,23 @@ def bundled_folder() -> Path:
     return Path(__file__).resolve().parent.parent / "bundled"
 
 
-def _local_folder(source: str, revision: str | None, patterns: list[str]) -> Path:
+def _local_folder(source: str) -> Path | None:
+    """Give the folder of a model on this machine; None for one on the hub."""
     if source == BUNDLED:
         return bundled_folder()
-    if Path(source).is_dir():
-        return Path(source)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+    return Path(source) if Path(source).is_dir() else None
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """List which weights to fetch: the shards that the index names, or else all."""
+    return files_in_index(folder) if (folder / INDEX).is_file() else ["*.safetensors"]
+
+
+def _from_hub(source: str, revision: str | None, patterns: list[str]) -> Path:
+    if not HUB_NAME.fullmatch(source):
         raise InputError(f"{source}: no such folder, and not a hub name of the form owner/name.")
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_COPIES))
     except LocalEntryNotFoundError as error:
         raise InputError(
             f"{source}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set). Give a local folder."

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import ModelError
+from secateur.models.shards import INDEX
 
 _WRAPPED = ("text_config", "vision_config", "audio_config", "thinker_config")
 
@@ -44,7 +45,7 @@ def refuse_config(config: Any, source: str) -> None:
 
 def has_safetensors(folder: Path) -> bool:
     """Whether a folder holds safetensors weights, or an index that promises them."""
-    return any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file()
+    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
 
 
 def refuse_files(folder: Path, *, allow_pickle: bool) -> None:
@@ -64,4 +65,7 @@ def refuse_files(folder: Path, *, allow_pickle: bool) -> None:
             "safetensors, or pass allow_pickle=True (--allow-pickle) if you trust the source."
         )
     if not pickled:
-        raise ModelError(f"{folder}: no weights here.")
+        raise ModelError(
+            f"{folder}: no weights here. Pickled ones of a model on the hub are fetched only if they are allowed "
+            "(allow_pickle=True, --allow-pickle)."
+        )

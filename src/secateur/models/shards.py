@@ -24,13 +24,20 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.core_model_loading import (
+    build_glob_alternation,
+    convert_and_load_state_dict_in_model,
+    revert_weight_conversion,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from secateur.errors import ModelError
 from secateur.models.anatomy import set_parameter
 from secateur.models.overlay import EditedPart
+
+INDEX = "model.safetensors.index.json"
+"""Says which file of a checkpoint folder holds which tensor."""
 
 OUTER = -1
 """Group of every tensor that belongs to no block: embeddings, final norm, head."""
@@ -42,21 +49,29 @@ def shard_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: there are none, or one that the index names is missing.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    if not (folder / INDEX).is_file():
         whole = folder / "model.safetensors"
         files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
         if not files:
             raise ModelError(f"{folder}: no safetensors weights here.")
         return files
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: not a readable shard index ({error}).") from error
+    names = files_in_index(folder)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ModelError(f"{folder}: missing shard {', '.join(missing)} (named in {index.name}); copy it again.")
+        raise ModelError(f"{folder}: missing shard {', '.join(missing)} (named in {INDEX}); copy it again.")
     return [folder / name for name in names]
+
+
+def files_in_index(folder: Path) -> list[str]:
+    """List the files that a checkpoint's index names.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder / INDEX}: not a readable shard index ({error}).") from error
 
 
 @dataclass(frozen=True)
@@ -125,6 +140,8 @@ class Shards:
         stored = self._stored(index)
         left_out = tuple(f"{path}." for path in without)
         slices = {name: piece for name, piece in self._slices(stored, index) if not name.startswith(left_out)}
+        if stored in self.edited and index != OUTER:
+            slices |= self._buffers(module, stored, index)
         try:
             if set(slices) <= {name for name, _ in _part(module, self.blocks, index)}:
                 found = _fill(module, slices, self.device)
@@ -154,6 +171,13 @@ class Shards:
         found = self.keys[stored]
         handles = {file: open_shard(file) for file in sorted(set(found.values()))}
         yield from ((self._renumber(key, stored, index), handles[file].get_slice(key)) for key, file in found.items())
+
+    def _buffers(self, module: PreTrainedModel, stored: int, index: int) -> dict[str, Any]:
+        """Open those buffers of an edited block that the checkpoint holds: edits change parameters only."""
+        prefix = f"{self.blocks}.{index}."
+        wanted = {f"{prefix}{name}" for name, _ in module.get_submodule(prefix[:-1]).named_buffers()}
+        found = {self._renumber(key, stored, index): (key, file) for key, file in self.keys.get(stored, {}).items()}
+        return {name: open_shard(found[name][1]).get_slice(found[name][0]) for name in wanted & found.keys()}
 
     def release(self, module: PreTrainedModel, index: int) -> None:
         """Let the weights of block `index` (or `OUTER`) go; only their shapes stay."""
@@ -187,6 +211,7 @@ def _convert(module: PreTrainedModel, slices: dict[str, Any], device: torch.devi
     """Rename, fuse and split tensors as transformers does on loading; returns the first whose shape differs."""
     settings = LoadStateDictConfig(
         dtype=module.dtype,
+        dtype_plan=module._get_dtype_plan(module.dtype),
         weight_mapping=deepcopy(get_model_conversion_mapping(module)),
         device_map={"": str(device)},
     )
@@ -198,6 +223,12 @@ def _convert(module: PreTrainedModel, slices: dict[str, Any], device: torch.devi
 def to_checkpoint(module: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Turn tensors named as in the module into tensors named and split as in a checkpoint folder."""
     return dict(revert_weight_conversion(module, state))
+
+
+def stays_float32(module: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor of this name is float32 in a model of this dtype, as its class in transformers asks for."""
+    names = list(module._get_dtype_plan(dtype))
+    return bool(names) and build_glob_alternation(names)[0].search(name) is not None
 
 
 def _part(module: PreTrainedModel, blocks: str, index: int) -> list[tuple[str, nn.Parameter]]:

@@ -26,6 +26,9 @@ AUTO_MAP = {
 }
 """What `config.json` says, so that `trust_remote_code=True` finds the classes without secateur."""
 
+SecateurConfig.register_for_auto_class()
+SecateurModel.register_for_auto_class("AutoModel")
+SecateurForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # whoever saves one saves this file beside it
 AutoConfig.register(SecateurConfig.model_type, SecateurConfig, exist_ok=True)
 AutoModel.register(SecateurConfig, SecateurModel, exist_ok=True)
 AutoModelForCausalLM.register(SecateurConfig, SecateurForCausalLM, exist_ok=True)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from secateur.calibration.statistics import device_with_float64
 from secateur.models.anatomy import Family, present
 from secateur.models.widths import BlockWidths
 
@@ -196,8 +197,7 @@ def sums_by_unit(
 
 
 def _along(tensor: torch.Tensor, axis: int) -> torch.Tensor:
-    return (
-        tensor.movedim(axis, 0).flatten(1).sum(dim=1, dtype=torch.float64).cpu()
-        if tensor.dim() > 1
-        else (tensor.double().cpu())
-    )
+    exact = tensor.to(device_with_float64(tensor.device))
+    if tensor.dim() == 1:
+        return exact.double().cpu()
+    return exact.movedim(axis, 0).flatten(1).sum(dim=1, dtype=torch.float64).cpu()

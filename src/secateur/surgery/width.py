@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from secateur.calibration.statistics import device_with_float64
 from secateur.errors import ModelError
 from secateur.models.anatomy import Family, count_parameters, present
 from secateur.models.decoder import Decoder
@@ -232,7 +233,7 @@ class Narrowing:
                 if name.endswith("bias") and name not in tensors:
                     tensors[name] = torch.zeros(parameter.shape)
         found = narrowed(tensors, couplings, kept)
-        self._seen.append([[round(float(tensor.double().sum()), 4), len(tensor)] for tensor in found.values()])
+        self._seen.append([[round(_sum(tensor), 4), len(tensor)] for tensor in found.values()])
         assembly.put(where, found)
         assembly.finish(index)
 
@@ -244,3 +245,7 @@ class Narrowing:
         else:
             put_outer(self._assembly, None, None)
         return self._assembly.result({"narrowed": self._seen})
+
+
+def _sum(tensor: torch.Tensor) -> float:
+    return float(tensor.to(device_with_float64(tensor.device)).sum(dtype=torch.float64))
