@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import secateur
 from secateur import cli, open_model, pruning, terminal
 from secateur.methods import trials
+from secateur.models import scratch
 from secateur.plan import Plan
 from tiny_models import save_tiny
 
@@ -131,6 +133,17 @@ def test_a_dry_run_writes_nothing(run, model, windows, tmp_path):
         assert run(*words, "--dry-run")[0] == 0
     assert run("prune", model, "--method", "last-n", "--blocks", "2", "--dry-run")[0] == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_new_weights_are_counted_before_they_are_made(run, model, windows, monkeypatch):
+    words = ("prune", model, "--method", "slicegpt", "--slice", "25%", "--texts", windows)
+    code, _, err = run(*words, "--skeleton", "-o", "cut")
+    assert code == 0
+    assert "GiB of new weights go to" in err
+    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    code, _, err = run(*words, "--skeleton", "-o", "cut2")
+    assert code == 2
+    assert "no space left for the new weights" in err
 
 
 def test_a_dry_run_tells_of_the_model_as_the_job_will_hold_it(run, model, windows):

@@ -25,6 +25,7 @@ from secateur.methods.planning import windows_of_plan
 from secateur.methods.sequence import read_sequence
 from secateur.models.decoder import Decoder
 from secateur.models.dtypes import dtype_named
+from secateur.models.scratch import require_room
 from secateur.options import Amount, Learning, Opening, Reading, grouped
 from secateur.plan import Plan, plans_in
 from secateur.runs import mark, run_folder, training_folder
@@ -278,11 +279,28 @@ def _apply(decoder: Decoder, made: Plan, reading: Reading, *, dry_run: bool, wor
             kept = step.disk_bytes(decoder.hidden_size, skeleton=decoder.by_blocks)
             if kept:
                 err.print(f"{step.method}: {kept / 2**30:,.2f} GiB of hidden states go to {tempfile.gettempdir()}")
-        announce(decoder, windows, sum(step.forwards(windows.token_count) for step in made.steps))
+        forwards = sum(step.forwards(windows.token_count) for step in made.steps)
+        announce(decoder, windows, forwards, beside=_new_bytes(decoder, made))
     if dry_run:
         return None
     with _saying_warnings(without=TextsWarning), showing_progress(err) as progress:
         return secateur.prune(decoder, made, texts=windows, batch_size=reading.batch_size, work=work, progress=progress)
+
+
+def _new_bytes(decoder: Decoder, made: Plan) -> int:
+    """Count what new weights take in memory beside the old ones; those of a skeleton go to disk, where room must be.
+
+    Raises:
+        OSError: there is no room for them.
+    """
+    if not any(step.rebuilds for step in made.steps):
+        return 0
+    if not decoder.by_blocks:
+        return made.parameters_after * decoder.module.dtype.itemsize
+    needed = made.parameters_after * decoder.saved_dtype.itemsize
+    err.print(f"{needed / 2**30:,.2f} GiB of new weights go to {tempfile.gettempdir()}, until the result is saved")
+    require_room(Path(tempfile.gettempdir()), needed, "the new weights")
+    return 0
 
 
 @contextmanager

@@ -42,9 +42,9 @@ def target(out: Path | None, model: str, command: str) -> Path:
     return folder
 
 
-def announce(decoder: Decoder, windows: Data, forwards: float) -> None:
-    """Say what is about to happen and what it needs."""
-    needs = estimate(decoder, windows.token_count, forwards)
+def announce(decoder: Decoder, windows: Data, forwards: float, *, beside: int = 0) -> None:
+    """Say what is about to happen and what it needs, so many bytes beside the model counted."""
+    needs = estimate(decoder, windows.token_count, forwards, beside=beside)
     how = "skeleton, block by block" if decoder.by_blocks else "in memory"
     err.print(
         f"{decoder.source}: {decoder.parameter_count:,} parameters, {decoder.block_count} blocks, {how}, "

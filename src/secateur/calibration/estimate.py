@@ -33,10 +33,10 @@ class Estimate:
         return f"needs about {_size(self.memory)} of memory and {_duration(self.seconds)}"
 
 
-def estimate(model: Decoder, tokens: int, forwards: float, *, whole: bool = False) -> Estimate:
+def estimate(model: Decoder, tokens: int, forwards: float, *, whole: bool = False, beside: int = 0) -> Estimate:
     """Estimate a command that amounts to `forwards` forward passes over `tokens` tokens.
 
-    With `whole` all weights count, of a skeleton too: they will be held together.
+    With `whole` all weights count, of a skeleton too: they will be held together; and `beside` them so many bytes.
     """
     itemsize = model.module.dtype.itemsize
     blocks = model.block_parameter_counts()
@@ -45,7 +45,7 @@ def estimate(model: Decoder, tokens: int, forwards: float, *, whole: bool = Fals
     states = min(tokens, 16384 if model.by_blocks else 2048) * model.hidden_size * (model.block_count + 1) * 4
     operations = 2.0 * tokens * forwards * _active_parameters(model)
     seconds = operations / (_EFFICIENCY * _operations_per_second(model)) if forwards else 0.0
-    return Estimate(held * itemsize + states + _OVERHEAD_BYTES, seconds, forwards)
+    return Estimate(held * itemsize + beside + states + _OVERHEAD_BYTES, seconds, forwards)
 
 
 def _active_parameters(model: Decoder) -> float:

@@ -127,6 +127,11 @@ class NarrowBlocks(Step):
         """Each block is run to measure attention, to measure its MLP and once edited; Taylor scores walk back first."""
         return 4.0 + 4.0 * (self.choose == "taylor")
 
+    @property
+    def rebuilds(self) -> bool:
+        """It makes every block anew."""
+        return True
+
     def says(self) -> tuple[str, str]:
         """Say what stays."""
         dense = [one.dense for one in self.sizes.blocks]

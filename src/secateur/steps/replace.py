@@ -69,6 +69,11 @@ class ReplaceBlocks(Step):
         stored = self.settings.get("pairs") == "disk" or (skeleton and self.settings.get("pairs") is None)
         return 2 * self.train_tokens * width * 2 if stored else 0
 
+    @property
+    def rebuilds(self) -> bool:
+        """An MLP in the window's place puts the whole model in its folded form."""
+        return self.sizes is not None
+
     def says(self) -> tuple[str, str]:
         """Name the window and what it becomes."""
         low, high = self.window

@@ -62,6 +62,11 @@ class Step(BaseModel, ABC):
         """Bytes kept on disk while it is applied, to a model of this hidden size."""
         return 0
 
+    @property
+    def rebuilds(self) -> bool:
+        """Whether applying it makes all weights anew, beside those there are."""
+        return False
+
     @abstractmethod
     def says(self) -> tuple[str, str]:
         """Say in a few words what is done, and to what: `("takes out", "4, 5")`."""

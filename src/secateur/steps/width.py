@@ -129,6 +129,11 @@ class SliceHidden(Step):
         sensitivity = not self.coordinates and self.settings.get("sensitivity", True)
         return 1.5 + 4.0 * sensitivity + 1.5 * self.settings.get("reconstruct", True)
 
+    @property
+    def rebuilds(self) -> bool:
+        """It makes every block anew."""
+        return True
+
     def says(self) -> tuple[str, str]:
         """Say how many directions stay."""
         low, high, width = min(self.widths), max(self.widths), self.sizes.width
