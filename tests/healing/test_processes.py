@@ -39,7 +39,7 @@ def test_statistics_are_those_of_one_process(found):
     one, two = found["one"]["statistics"], found["two"]["statistics"]
     for name in ("cosine", "angular", "cka_linear", "cka_rbf", "relative_magnitude"):
         torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)
-    for name in ("replaceme", "slicegpt"):
+    for name in ("replaceme", "slicegpt", "auto"):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4)
 
 

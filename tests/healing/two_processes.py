@@ -19,7 +19,7 @@ def windows_of(count, padded):
     return Windows.of(tokens, mask if padded else None)
 
 
-def statistics(folder):
+def statistics(folder, work):
     decoder, windows = open_model(folder), windows_of(7, padded=True)
     scores = score(decoder, texts=windows)
     found = {name: torch.tensor(getattr(scores, name)) for name in ("cosine", "angular", "cka_linear", "cka_rbf")}
@@ -29,6 +29,10 @@ def statistics(folder):
         # eigenvectors are unique but for nearly equal eigenvalues; what the model answers is
         with torch.no_grad():
             found[method] = pruned.module(windows.tokens).logits
+    settings = {"depth": "none,shortgpt", "width": "none,obs-width", "trials": 5}
+    for _ in range(2):  # the second time nothing is measured
+        plan = make_plan(decoder, method="auto", remove=0.3, texts=windows, settings=settings, work=work)
+    found["auto"] = torch.tensor([one.loss for one in plan.search.candidates if one.loss is not None])
     return found
 
 
@@ -52,7 +56,7 @@ def main(folder, out, kind):
         loop.shard = watched
     found = {"processes": process_count(), "full": training(folder, "full", Path(out).parent / f"{kind}-full")}
     if kind != "sharded":
-        found["statistics"] = statistics(folder)
+        found["statistics"] = statistics(folder, Path(out).parent / f"{kind}-search")
         found["lora"] = training(folder, "lora", Path(out).parent / f"{kind}-lora")
     found["shards"] = shards
     if leads():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from secateur.surgery.folding import (
     refuse_unsliceable,
     stream_sizes,
 )
-from secateur.surgery.invariance import require_invariance, rotation_error
+from secateur.surgery.invariance import _difference, require_invariance, rotation_error
 from secateur.surgery.outer import folded_head, folded_tables
 from tiny_models import OTHER_FAMILIES, VARIANTS, build
 
@@ -240,3 +241,14 @@ def test_a_saved_configuration_of_a_folded_model_opens_again(small, tmp_path):
     again = SecateurConfig.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()
     assert isinstance(AutoModelForCausalLM.from_config(again), SecateurForCausalLM)
+
+
+def test_one_position_says_less_in_half_precision():
+    dense = torch.ones(2, 3, 5)
+    found = dense.clone()
+    found[0, 0] = 1.5
+    assert _difference(found, dense, exact=True) == pytest.approx(0.5)
+    assert _difference(found, dense, exact=False) == 0
+    assert _difference(1.5 * dense, dense, exact=False) == pytest.approx(0.5)
+    found[1, 2, 0] = math.nan
+    assert math.isnan(_difference(found, dense, exact=False))

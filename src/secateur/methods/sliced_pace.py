@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from secateur.evaluation.timing import BlockTimes, time_blocks
 from secateur.methods.scale import Pace
-from secateur.models.anatomy import Family, resolve
+from secateur.models.anatomy import Family, resolve, set_parameter
 from secateur.models.decoder import Decoder
 from secateur.models.depth import config_with_blocks
 from secateur.models.families import FAMILIES
+from secateur.models.open import empty_model
 from secateur.shapes import SecateurConfig
 from secateur.surgery.folding import folded_config, stream_sizes
 from secateur.surgery.stock import config_of_width, stock_stream_sizes, width_step
@@ -97,12 +97,14 @@ def _dense(decoder: Decoder) -> _Sample:
 
 def _curve(decoder: Decoder, times: BlockTimes, samples: Sequence[_Sample]) -> Callable[[int], float]:
     """Time the samples and the dense shape in turn; gives seconds by the number of parameters."""
-    small = [_random(decoder, sample) for sample in (_dense(decoder), *samples)]
-    rounds = [[time_blocks(one, times.request, repeats=1) for one in small] for _ in range(_ROUNDS)]
+    shapes = (_dense(decoder), *samples)
+    rounds = [
+        [time_blocks(_random(decoder, one), times.request, repeats=1) for one in shapes] for _ in range(_ROUNDS)
+    ]  # each is built anew, because tables of several would not find room beside the model
     seconds = [
         times.other * _ratio([(row[place].other, row[0].other) for row in rounds])
         + sum(times.blocks) * _ratio([(sum(row[place].blocks), sum(row[0].blocks)) for row in rounds])
-        for place in range(1, len(small))
+        for place in range(1, len(shapes))
     ]
     order = np.argsort([sample.parameters for sample in samples])
     parameters = np.array([sample.parameters for sample in samples], dtype=np.float64)[order]
@@ -115,8 +117,14 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def _random(decoder: Decoder, sample: _Sample) -> Decoder:
-    """Build a model of a shape with random weights where the decoder is."""
-    with torch.random.fork_rng(devices=[]), torch.device(decoder.device):
-        module = AutoModelForCausalLM.from_config(sample.config, dtype=decoder.module.dtype)
-    module = module.eval().requires_grad_(False)
+    """Build a model of a shape where the decoder is: random blocks, since routers should not choose all alike."""
+    dtype, device = decoder.module.dtype, decoder.device
+    module = empty_model(sample.config, dtype, device, trust_remote_code=False).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, empty in list(module.named_parameters()):
+        value = torch.full(empty.shape, 0.01, dtype=dtype, device=device)
+        if name.startswith(f"{sample.family.blocks}."):
+            value.normal_(std=0.02, generator=generator)
+        set_parameter(module, name, value)
+    module.tie_weights()
     return dataclasses.replace(decoder, module=module, anatomy=resolve(module, sample.family), shards=None)

@@ -19,13 +19,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.errors import ModelError, first_line
-from secateur.models.anatomy import Family, resolve
+from secateur.models.anatomy import Family, count_parameters, resolve
 from secateur.models.decoder import Decoder
 from secateur.models.depth import with_blocks
 from secateur.models.replay import capture, logits, run_block
 
 _BLOCKS = 4
 _VOCABULARY = 128
+_LARGEST_TRIAL = 500_000_000
+"""Parameters of a copy that is still built, where sizes cannot be made small."""
 _SMALL: dict[str, int] = {
     "n_embd": 64,
     "n_head": 4,
@@ -143,6 +145,7 @@ def _tiny_copy(config: Any, family: Family, *, trust_remote_code: bool) -> PreTr
     for sizes in (_SMALL, {}):
         tiny = _shrink(config, family, sizes)
         try:
+            _require_small(tiny, trust_remote_code=trust_remote_code)
             torch.manual_seed(0)
             module = AutoModelForCausalLM.from_config(tiny, trust_remote_code=trust_remote_code).float().eval()
             with torch.no_grad():
@@ -151,6 +154,13 @@ def _tiny_copy(config: Any, family: Family, *, trust_remote_code: bool) -> PreTr
         except _FAILURES as error:
             failures.append(first_line(error))
     raise ModelError(f"none could be built ({failures[-1]})")
+
+
+def _require_small(config: Any, *, trust_remote_code: bool) -> None:
+    with torch.device("meta"):
+        numbers = count_parameters(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    if numbers > _LARGEST_TRIAL:
+        raise ValueError(f"with {config.num_hidden_layers} blocks it has {numbers:,} parameters, too many for a trial")
 
 
 def _shrink(config: Any, family: Family, sizes: dict[str, int]) -> Any:
