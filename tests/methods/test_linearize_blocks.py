@@ -65,7 +65,7 @@ def windows_of_text(side=None):
 def test_matrices_are_numpys(name, side, tiny):
     decoder, windows = tiny(name), windows_of_text(side)
     spans = [(1, 1), (3, 5), (2, 6), (7, 7)]
-    found = linear_sums(decoder, windows, spans, batch_size=4)
+    found = dict(linear_sums(decoder, windows, spans, batch_size=4))
     assert set(found) == set(spans)
     for span, ridge in itertools.product(spans, (1e-3, 0.1)):
         turn, error = plain_fit(decoder, windows, *span, ridge)
@@ -78,7 +78,7 @@ def test_matrices_are_numpys(name, side, tiny):
 def test_a_skeleton_finds_the_same(name, tiny):
     windows, spans = windows_of_text("left"), [(1, 2), (2, 2), (4, 6)]
     memory, skeleton = (
-        linear_sums(tiny(name, skeleton=light), windows, spans, batch_size=2) for light in (False, True)
+        dict(linear_sums(tiny(name, skeleton=light), windows, spans, batch_size=2)) for light in (False, True)
     )
     assert all(torch.equal(memory[span].result(0.01), skeleton[span].result(0.01)) for span in spans)
     assert no_real_parameters(tiny(name, skeleton=True).module)
@@ -97,7 +97,7 @@ def test_the_folded_model_gives_what_the_matrix_says(name, tiny):
     low, high = 3, 4
     step = LinearizeBlocks(method="by hand", windows=((low, high),), ridge=0.05)
     cut = prune(decoder, plan_of(decoder, step), texts=windows)
-    matrix = linear_sums(decoder, windows, [(low, high)])[low, high].result(0.05)
+    matrix = dict(linear_sums(decoder, windows, [(low, high)]))[low, high].result(0.05)
     before = plain_states(decoder, windows.tokens)
     rest = rest_of(name, low - 1, windows)
     expected = rest.double() + (before[low] - rest).double() @ matrix
@@ -127,7 +127,7 @@ def plan_of(decoder, *steps):
 def test_identity_and_ridge(tiny):
     """A strong ridge only drops the blocks; none reproduces best what was measured."""
     decoder, windows = tiny("llama"), windows_of_text()
-    sums = linear_sums(decoder, windows, [(3, 4)])[3, 4]
+    sums = dict(linear_sums(decoder, windows, [(3, 4)]))[3, 4]
     assert torch.allclose(sums.result(1e9), torch.eye(32, dtype=torch.float64), atol=1e-6)
     errors = [sums.error(sums.result(ridge)) for ridge in (0, 1e-3, 1e-1, 10, 1e9)]
     assert errors == sorted(errors)
@@ -216,7 +216,7 @@ def test_several_windows(tiny):
     step = found_by(decoder, windows, 3, max_window=2)
     assert sorted(high - low + 1 for low, high in step.windows) == [1, 2]
     assert len(step.kept(BLOCKS)) == 5
-    errors = linear_sums(decoder, windows, step.windows)
+    errors = dict(linear_sums(decoder, windows, step.windows))
     assert step.error == pytest.approx([errors[span].error(errors[span].result(0.1)) for span in step.windows])
 
 

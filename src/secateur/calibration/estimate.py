@@ -42,7 +42,8 @@ def estimate(model: Decoder, tokens: int, forwards: float, *, whole: bool = Fals
     blocks = model.block_parameter_counts()
     outer = model.parameter_count - sum(blocks)
     held = outer + (2 * max(blocks) if model.by_blocks and not whole else sum(blocks))
-    states = min(tokens, 16384 if model.by_blocks else 2048) * model.hidden_size * (model.block_count + 1) * 4
+    in_flight = 16384 if model.by_blocks or model.device.type == "cuda" else 2048
+    states = min(tokens, in_flight) * model.hidden_size * (model.block_count + 1) * 4
     operations = 2.0 * tokens * forwards * _active_parameters(model)
     seconds = operations / (_EFFICIENCY * _operations_per_second(model)) if forwards else 0.0
     return Estimate(held * itemsize + beside + states + _OVERHEAD_BYTES, seconds, forwards)

@@ -116,20 +116,24 @@ class LinearSums:
 
     def update(self, part: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
         """Add tokens: P, X and Y, each (M, d)."""
-        home = device_with_float64(part.device)
+        self._move_to(device_with_float64(part.device))
         rows = max(1, _CHUNK_BYTES // (8 * part.shape[1]))
         for first in range(0, len(part), rows):
             part_Md, before_Md, after_Md = (
-                one[first : first + rows].to(home).double() for one in (part, before, after)
+                one[first : first + rows].to(self._gram.device).double() for one in (part, before, after)
             )
             change_Md = after_Md - before_Md
-            self._gram += (part_Md.T @ part_Md).cpu()
-            self._cross += (part_Md.T @ change_Md).cpu()
-            self._squares += torch.stack((change_Md.square().sum(), after_Md.square().sum())).cpu()
+            self._gram.addmm_(part_Md.T, part_Md)
+            self._cross.addmm_(part_Md.T, change_Md)
+            self._squares += torch.stack((change_Md.square().sum(), after_Md.square().sum()))
 
     def combine(self) -> None:
-        """Add what the other processes have summed."""
+        """Add what the other processes have summed; the end of adding."""
         add_up(self._gram, self._cross, self._squares)
+        self._move_to(torch.device("cpu"))
+
+    def _move_to(self, home: torch.device) -> None:
+        self._gram, self._cross, self._squares = (one.to(home) for one in (self._gram, self._cross, self._squares))
 
     def result(self, ridge: float) -> torch.Tensor:
         """Give T, (d, d), for rows: P T.

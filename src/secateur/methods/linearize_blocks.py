@@ -171,7 +171,7 @@ def _costs(evidence: Evidence, settings: LinearizeSettings, free: range, sizes: 
                 batch_size=evidence.batch_size,
                 progress=evidence.progress,
             )
-            known.update({span: one.error(one.result(settings.ridge)) for span, one in sums.items()})
+            known.update({span: one.error(one.result(settings.ridge)) for span, one in sums})
         return {span: known[span] for span in spans}
     scores = evidence.scores(settings.choose)
     if settings.choose == "cosine":
@@ -203,7 +203,7 @@ def apply(evidence: Evidence, step: LinearizeBlocks) -> Decoder:
     sums = linear_sums(
         decoder, evidence.need_windows(), step.windows, batch_size=evidence.batch_size, progress=evidence.progress
     )
-    return linearize_windows(decoder, {span: one.result(step.ridge) for span, one in sums.items()})
+    return linearize_windows(decoder, {span: one.result(step.ridge) for span, one in sums})
 
 
 APPLY = {"linearize-blocks": apply}

@@ -9,7 +9,7 @@ Source: Shopkhoev et al. 2025, "ReplaceMe", §3.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -32,8 +32,11 @@ def linear_sums(
     *,
     batch_size: int | None = None,
     progress: Progress = SILENT,
-) -> dict[Span, LinearSums]:
+) -> Iterator[tuple[Span, LinearSums]]:
     """Gather, for each window of blocks, the normal equations of the matrix that is to stand in for it.
+
+    They come one by one, in the order in which the windows end: two (D, D) matrices in float64 for each of a large
+    model's windows would not find room together.
 
     Args:
         decoder: the model.
@@ -45,7 +48,6 @@ def linear_sums(
     Raises:
         NumericsError: NaN or infinity on the way.
     """
-    sums = {span: LinearSums(decoder.hidden_size) for span in spans}
     before = {low - 1 for low, _ in spans}
     with open_store(decoder) as store:
         batches = stored_start(decoder, share_of(windows), store, batch_size, key=lambda batch: (batch.index, 0))
@@ -54,17 +56,17 @@ def linear_sums(
             with decoder.block(index):
                 for batch in batches:
                     _advance(decoder, index, batch, store, keep_part=index in before)
-            ending = [span for span in spans if span[1] == index]
-            for batch in batches:
-                for low, high in ending:
+            for low, high in [span for span in spans if span[1] == index]:
+                sums = LinearSums(decoder.hidden_size)
+                for batch in batches:
                     keys = ((batch.index, low, "part"), (batch.index, low), (batch.index, high + 1))
-                    sums[low, high].update(*real_tokens([store.get(key) for key in keys], batch.mask))
+                    sums.update(*real_tokens([store.get(key) for key in keys], batch.mask))
+                sums.combine()
+                yield (low, high), sums
+            for batch in batches:
                 for depth in set(range(index + 1)) - {low for low, high in spans if high > index}:
                     store.drop((batch.index, depth))
                     store.drop((batch.index, depth, "part"))
-    for one in sums.values():
-        one.combine()
-    return sums
 
 
 def _advance(decoder: Decoder, index: int, batch: Batch, store: StateStore, *, keep_part: bool) -> None:
