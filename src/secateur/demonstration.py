@@ -18,7 +18,8 @@ from secateur.evaluation.evaluate import eval as evaluate
 from secateur.evaluation.results import append_results
 from secateur.methods.planning import make_plan, prune
 from secateur.models.decoder import Decoder
-from secateur.models.open import BUNDLED, open_model
+from secateur.models.fetch import BUNDLED
+from secateur.models.open import open_model
 from secateur.result_tables import results_table
 from secateur.runs import mark, run_folder
 from secateur.scores.measure import score

@@ -48,9 +48,9 @@ class Opening:
         False
     )
 
-    def open(self, source: str, *, only_shapes: bool = False, whole: bool = False) -> Decoder:
-        """Open a model; `only_shapes` reads no weights where it can be helped, `whole` holds them in memory."""
-        asked = False if whole and self.skeleton is None else self.skeleton
+    def open(self, source: str, *, only_shapes: bool = False, whole: bool = False, thin: bool = False) -> Decoder:
+        """Open a model; `only_shapes` reads no weights where it can be helped, `whole` all, `thin` block by block."""
+        asked = False if whole and self.skeleton is None else (thin and not self.allow_pickle) or self.skeleton
         return open_model(source, **asdict(self) | {"skeleton": asked}, shapes_only=only_shapes)
 
 

@@ -175,8 +175,8 @@ def heal(
     decoder = opened(opening, model, only_shapes=dry_run, whole=rung.whole)
     check_target(folder, reads=decoder.folder)
     named = learning.teacher or _dense_of(decoder)
-    thin = dry_run or "top" in learning.settings()  # what it says is written down first, block by block
-    teacher = opened(opening, named, only_shapes=thin) if rung.teacher else None
+    thin = "top" in learning.settings()  # what it says is written down first, block by block
+    teacher = opened(opening, named, only_shapes=dry_run, thin=thin) if rung.teacher else None
     if teacher is not None:
         check_target(folder, reads=teacher.folder)
         if learning.teacher is None:

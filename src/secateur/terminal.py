@@ -29,10 +29,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need, and stop.")]
 
 
-def opened(opening: Opening, source: str, *, only_shapes: bool = False, whole: bool = False) -> Decoder:
-    """Open a model as its options say; `only_shapes` reads no weights where it can be helped, `whole` all."""
+def opened(opening: Opening, source: str, **more: bool) -> Decoder:
+    """Open a model as its options say, and `more` as `Opening.open` takes it."""
     with err.status(f"opening {source}"):
-        return opening.open(source, only_shapes=only_shapes, whole=whole)
+        return opening.open(source, **more)
 
 
 def target(out: Path | None, model: str, command: str) -> Path:

@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from oracles import draw_tokens, forward, walk
+from secateur import inspect as inspect_model
+from secateur.calibration.estimate import estimate
 from secateur.checkpoints.save import save
 from secateur.errors import InputError, ModelError
 from secateur.models.open import open_model
@@ -294,7 +296,7 @@ def hub(monkeypatch):
             raise answer["is"]
         return str(answer["is"])
 
-    monkeypatch.setattr("secateur.models.open.snapshot_download", snapshot_download)
+    monkeypatch.setattr("secateur.models.fetch.snapshot_download", snapshot_download)
     return calls, answer
 
 
@@ -351,6 +353,23 @@ def test_only_the_weights_that_an_index_names_come_from_the_hub(hub, tmp_path):
     names = sorted(path.name for path in answer["is"].glob("model-*.safetensors"))
     assert len(names) > 1
     assert calls[1]["allow_patterns"] == names
+
+
+def test_no_weights_come_from_the_hub_to_say_what_a_job_needs(hub, folder):
+    calls, answer = hub
+    answer["is"] = folder
+    whole = open_model("owner/model")
+    (folder / "model.safetensors").unlink()
+    calls.clear()
+    shapes = open_model("owner/model", shapes_only=True)
+    assert len(calls) == 1
+    assert not any(fnmatch("model.safetensors", pattern) for pattern in calls[0]["allow_patterns"])
+    assert shapes.fingerprint == ""
+    assert not shapes.by_blocks
+    assert shapes.parameter_count == whole.parameter_count
+    assert estimate(shapes, 1000, 1.0).memory == estimate(whole, 1000, 1.0).memory
+    assert inspect_model(shapes)["parameters"] == inspect_model(whole)["parameters"]
+    assert open_model("owner/model", shapes_only=True, skeleton=True).by_blocks
 
 
 def test_no_weights_come_from_the_hub_for_what_is_refused(hub, folder):

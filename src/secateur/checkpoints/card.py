@@ -14,7 +14,7 @@ from yaml import YAMLError
 from secateur.checkpoints.folders import is_ours
 from secateur.errors import SecateurWarning, first_line
 from secateur.models.decoder import Decoder
-from secateur.models.open import HUB_NAME
+from secateur.models.fetch import HUB_NAME
 from secateur.plan import plans_in
 
 _OPENING = 'model = AutoModelForCausalLM.from_pretrained("'

@@ -23,7 +23,8 @@ from secateur.errors import InputError
 from secateur.evaluation.evaluate import measure_reference
 from secateur.files import replace_file
 from secateur.models.decoder import Decoder
-from secateur.models.open import BUNDLED, open_model
+from secateur.models.fetch import BUNDLED
+from secateur.models.open import open_model
 from secateur.pipeline.layout import CELLS, CUT, DENSE, HEALED, RECIPE, SAMPLES, SCORES
 from secateur.pipeline.run import Run, fingerprint_of, measuring_key
 from secateur.pipeline.stages import keep_samples

@@ -25,5 +25,5 @@ def inspect(model: Decoder) -> dict[str, Any]:
         "outside the blocks": f"{model.parameter_count - sum(sizes):,}",
         "stored as": str(model.saved_dtype).removeprefix("torch."),
         "tokenizer": "none" if model.tokenizer is None else f"{len(model.tokenizer):,} entries",
-        "fingerprint": model.fingerprint[:16],
+        "fingerprint": model.fingerprint[:16] or "not known: the weights are not here",
     }

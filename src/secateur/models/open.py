@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -28,20 +24,10 @@ from secateur.models.decoder import Decoder
 from secateur.models.detect import detect
 from secateur.models.dtypes import DTYPES, dtype_named
 from secateur.models.families import FAMILIES
+from secateur.models.fetch import HUB_NAME, fetch, has_all_weights, local_folder, read_config
 from secateur.models.refuse import has_safetensors, refuse_config, refuse_files
-from secateur.models.shards import INDEX, Shards, files_in_index, open_shard, shard_files
+from secateur.models.shards import Shards, open_shard, shard_files
 
-HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
-"""What a name on the hub looks like: owner/name."""
-
-BUNDLED = "bundled"
-"""The name under which the small model that ships with the package is opened."""
-
-_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
-_COPIES = ["*/*.safetensors", "*/*.bin", "*/*.pt", "*/*.pth", "consolidated*"]
-"""Weights that a repository holds once more in another form."""
-_CODE = ["*.py"]
-_PICKLES = ["*.bin", "*.pt", "*.pth"]
 _SHARE_OF_MEMORY = 0.7
 
 
@@ -69,8 +55,9 @@ def open_model(
         revision: branch, tag or commit on the hub.
         skeleton: read each block's weights when its turn comes and let them go afterwards. None decides by the
             memory that is free.
-        shapes_only: read no weights yet (unless they are pickled), to say what a job would need; `by_blocks` of the
-            decoder tells whether the job will read them block by block.
+        shapes_only: read no weights (unless they are pickled and here), to say what a job would need; of a model on the
+            hub they are not fetched, and without them its fingerprint is empty. `by_blocks` of the decoder tells
+            whether the job will read them block by block.
         tokenizer: another tokenizer than the checkpoint's: a folder, a hub name, or the object.
         trust_remote_code: allow code that comes with the checkpoint to run.
         allow_pickle: accept pickled weights, which can run code when loaded.
@@ -81,29 +68,35 @@ def open_model(
     """
     if isinstance(source, PreTrainedModel):
         return _wrap(source, tokenizer, trust_remote_code=trust_remote_code)
-    folder = _local_folder(str(source))
-    if folder is None:
-        folder = _from_hub(str(source), revision, [*_FILES, *_CODE * trust_remote_code])
-        _config(folder, str(source), trust_remote_code=trust_remote_code)  # refused before any weights are fetched
-        _from_hub(str(source), revision, [*_weight_files(folder), *_PICKLES * allow_pickle])
-    refuse_files(folder, allow_pickle=allow_pickle)
-    config = _config(folder, str(source), trust_remote_code=trust_remote_code)
+    folder = fetch(
+        str(source),
+        revision=revision,
+        weights=not shapes_only,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    here = not shapes_only or local_folder(str(source)) is not None or has_all_weights(folder)
+    if here:
+        refuse_files(folder, allow_pickle=allow_pickle)
+    config = read_config(folder, str(source), trust_remote_code=trust_remote_code)
     family = _family(config, str(source), trust_remote_code=trust_remote_code)
     saved = _saved_dtype(config, folder)
     place = _device(device)
     arithmetic = _arithmetic(dtype, saved, place)
-    pickled = not has_safetensors(folder)
+    pickled = here and not has_safetensors(folder)
     everywhere = _all_gpus() if device == "auto" and place.type == "cuda" and launched() == 1 else [place]
-    if skeleton is None:
-        skeleton = not pickled and _too_large(folder, saved, arithmetic, everywhere)
+    if skeleton is None and here:
+        skeleton = not pickled and _too_large(_bytes_in(folder, saved, arithmetic), everywhere)
     if skeleton and pickled:
         raise InputError(f"{source}: a skeleton reads safetensors only; open this model without it.")
     thin = skeleton or (shapes_only and not pickled)
     if thin:
         module = empty_model(config, arithmetic, place, trust_remote_code=trust_remote_code)
-        shards = Shards.of(folder, family.blocks, place)
+        shards = Shards.of(folder, family.blocks, place) if here else Shards(folder, family.blocks, device=place)
+        if skeleton is None:
+            skeleton = _too_large(module.num_parameters() * arithmetic.itemsize, everywhere)
     else:
-        spread = len(everywhere) > 1 and (pickled or _too_large(folder, saved, arithmetic, [place]))
+        spread = len(everywhere) > 1 and (pickled or _too_large(_bytes_in(folder, saved, arithmetic), [place]))
         module = _whole(
             folder,
             config,
@@ -119,13 +112,17 @@ def open_model(
         anatomy=resolve(module, family),
         source=_shown(str(source)),
         folder=folder,
-        fingerprint=fingerprint.of_module(module) if pickled else fingerprint.of_folder(folder),
+        fingerprint=_fingerprint(folder, module, pickled=pickled) if here else "",
         saved_dtype=saved,
         shards=shards,
         shapes_only=thin and not skeleton,
         other_tokenizer=tokenizer is not None,
         history=_history(folder),
     )
+
+
+def _fingerprint(folder: Path, module: PreTrainedModel, *, pickled: bool) -> str:
+    return fingerprint.of_module(module) if pickled else fingerprint.of_folder(folder)
 
 
 def _shown(source: str) -> str:
@@ -162,45 +159,6 @@ def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -
         fingerprint=fingerprint.of_module(module),
         saved_dtype=module.dtype,
     )
-
-
-def bundled_folder() -> Path:
-    """Folder of the small trained model that ships with the package."""
-    return Path(__file__).resolve().parent.parent / "bundled"
-
-
-def _local_folder(source: str) -> Path | None:
-    """Give the folder of a model on this machine; None for one on the hub."""
-    if source == BUNDLED:
-        return bundled_folder()
-    return Path(source) if Path(source).is_dir() else None
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """List which weights to fetch: the shards that the index names, or else all."""
-    return files_in_index(folder) if (folder / INDEX).is_file() else ["*.safetensors"]
-
-
-def _from_hub(source: str, revision: str | None, patterns: list[str]) -> Path:
-    if not HUB_NAME.fullmatch(source):
-        raise InputError(f"{source}: no such folder, and not a hub name of the form owner/name.")
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_COPIES))
-    except LocalEntryNotFoundError as error:
-        raise InputError(
-            f"{source}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set). Give a local folder."
-        ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(f"{source}: not available on the hub ({first_line(error)}).") from error
-
-
-def _config(folder: Path, source: str, *, trust_remote_code: bool) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
-        raise ModelError(f"{source}: cannot read its configuration: {error}") from error
-    refuse_config(config, source)
-    return config
 
 
 def _family(config: Any, source: str, *, trust_remote_code: bool) -> Family:
@@ -249,9 +207,12 @@ def _all_gpus() -> list[torch.device]:
     return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
-def _too_large(folder: Path, saved: torch.dtype, arithmetic: torch.dtype, devices: list[torch.device]) -> bool:
-    on_disk = sum(file.stat().st_size for file in shard_files(folder))
-    needed = on_disk * arithmetic.itemsize / saved.itemsize
+def _bytes_in(folder: Path, saved: torch.dtype, arithmetic: torch.dtype) -> float:
+    """Bytes that the weights of a folder take in this arithmetic."""
+    return sum(file.stat().st_size for file in shard_files(folder)) * arithmetic.itemsize / saved.itemsize
+
+
+def _too_large(needed: float, devices: list[torch.device]) -> bool:
     return needed > _SHARE_OF_MEMORY * sum(map(free_memory, devices))
 
 

@@ -14,6 +14,7 @@ from secateur.calibration.local_files import stamp_of
 from secateur.calibration.progress import SILENT, Progress
 from secateur.evaluation.reference import RESULTS, Reference
 from secateur.models.decoder import Decoder
+from secateur.models.fetch import fetch
 from secateur.models.open import open_model
 from secateur.pipeline.layout import CUT, HEALED, PLAN, SAMPLES, SPEEDS
 from secateur.pipeline.state import State
@@ -160,6 +161,8 @@ class Run:
 
 def fingerprint_of(recipe: Common) -> str:
     """Give the fingerprint of a recipe's model, without reading its weights where it can be helped."""
+    asked = recipe.opening()
+    fetch(recipe.model, **{name: asked[name] for name in ("revision", "trust_remote_code", "allow_pickle")})
     return open_shapes(recipe).fingerprint
 
 
