@@ -135,6 +135,13 @@ def test_a_dry_run_writes_nothing(run, model, windows, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_refuses_what_the_job_refuses(run, model):
+    for more in ([], ["--dry-run"]):
+        code, _, err = run("heal", model, "--with", "lora", "--skeleton", *more)
+        assert code == 2
+        assert "lora needs the whole model in memory" in err
+
+
 def test_new_weights_are_counted_before_they_are_made(run, model, windows, monkeypatch):
     words = ("prune", model, "--method", "slicegpt", "--slice", "25%", "--texts", windows)
     code, _, err = run(*words, "--skeleton", "-o", "cut")

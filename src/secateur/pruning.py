@@ -19,7 +19,7 @@ from secateur.checkpoints.folders import check_target, replacing
 from secateur.console import healing_table, plan_summary, scores_table, showing_progress
 from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
 from secateur.files import replace_file
-from secateur.healing.heal import find_rung
+from secateur.healing.heal import find_rung, require_in_memory
 from secateur.launcher import leads
 from secateur.methods.planning import windows_of_plan
 from secateur.methods.sequence import read_sequence
@@ -174,6 +174,7 @@ def heal(
     folder = target(out, model, "heal")
     decoder = opened(opening, model, only_shapes=dry_run, whole=rung.whole)
     check_target(folder, reads=decoder.folder)
+    require_in_memory(rung, decoder)
     named = learning.teacher or _dense_of(decoder)
     thin = "top" in learning.settings()  # what it says is written down first, block by block
     teacher = opened(opening, named, only_shapes=dry_run, thin=thin) if rung.teacher else None

@@ -134,6 +134,12 @@ def test_the_bundled_task_is_far_above_chance_and_a_model_is_itself(bundled):
     assert found["model", "flips"] == 0
 
 
+def test_nothing_but_ours_is_printed(folder, pair, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)  # where there is no git
+    eval(pair[0], tasks=str(folder / "choice.yaml"), limit=2)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_tasks_alone_read_no_text_and_both_can_be_had(folder, pair, tmp_path):
     only = eval(pair[0], tasks=str(folder / "rolling.yaml"), limit=2)
     assert {one.task for one in only} == {"plain_text"}

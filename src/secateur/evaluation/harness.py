@@ -1,7 +1,8 @@
 """Tasks run by EleutherAI's lm-evaluation-harness in this process. The only file that imports it, itself imported late.
 
 What is changed of the harness: its whole index is only built for names that stand for several tasks, its progress
-bars give way to ours, and data files of a task folder are looked for beside the YAML that names them.
+bars give way to ours, it does not describe this machine, and data files of a task folder are looked for beside the
+YAML that names them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lm_eval
@@ -24,6 +26,7 @@ import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError
+from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -300,16 +303,28 @@ def _gold(task: Any, doc: Any, choices: Sequence[str]) -> frozenset[int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness from logging what it is about to do, and from drawing bars of its own."""
+    """Keep the harness from logging what it is about to do, drawing bars of its own, and asking git and pip."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     before = [logger.level for logger in loggers]
-    bar = lm_task.tqdm
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    lm_task.tqdm = functools.partial(bar, disable=True)
+    try:
+        with (
+            _replaced(lm_task, tqdm=functools.partial(lm_task.tqdm, disable=True)),
+            _replaced(evaluator, get_git_commit_hash=lambda: None, add_env_info=lambda _: None),
+        ):
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _replaced(module: ModuleType, **others: Any) -> Iterator[None]:
+    """Let names of a module stand for something else for a while."""
+    before = {name: getattr(module, name) for name in others}
+    vars(module).update(others)
     try:
         yield
     finally:
-        lm_task.tqdm = bar
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        vars(module).update(before)

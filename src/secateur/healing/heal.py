@@ -65,8 +65,7 @@ def heal(
     """
     rung = find_rung(by)
     read = read_settings(f"heal --with {by}", rung.settings, settings or {})
-    if rung.whole and model.is_skeleton:
-        raise InputError(f"{by} needs the whole model in memory; open it with --in-memory, or heal with blocks.")
+    require_in_memory(rung, model)
     data = training_data(model, texts, tokens, instructions=instructions, seq_len=seq_len, seed=seed)
     facts: dict[str, Any] = {"with": by, "texts": data.describe(), "seed": seed}
     facts["settings"] = read.model_dump(exclude_none=True)
@@ -91,6 +90,16 @@ def heal(
         warn_of(facts, "healing")
     entry = {"healing": facts, "applied": datetime.now(UTC).isoformat(timespec="seconds")}
     return dataclasses.replace(healed, history=(*model.history, entry))
+
+
+def require_in_memory(rung: Rung, model: Decoder) -> None:
+    """Refuse a model that is read block by block where all of it is trained.
+
+    Raises:
+        InputError: saying what else can be done.
+    """
+    if rung.whole and model.by_blocks:
+        raise InputError(f"{rung.name} needs the whole model in memory; open it with --in-memory, or heal with blocks.")
 
 
 def find_rung(name: str) -> Rung:
