@@ -31,13 +31,14 @@ def evaluate(
     whole = asking.tasks is not None
     decoder = opened(opening, model, only_shapes=dry_run, whole=whole)
     dense = opened(opening, against, only_shapes=dry_run, whole=whole) if against else None
-    for one in (decoder, dense):
-        check_target(folder, reads=one.folder if one else None)
+    both = [one for one in (decoder, dense) if one is not None]
+    for one in both:
+        check_target(folder, reads=one.folder)
     windows = reading.held_out(decoder) if asking.tasks is None or reading.texts is not None else None
     if windows is not None:
         announce(decoder, windows, 1.0 + (dense.parameter_count / decoder.parameter_count if dense else 0.0))
     if asking.tasks is not None:
-        announce_whole([one for one in (decoder, dense) if one is not None], f"tasks: {asking.tasks}")
+        announce_whole(both, f"tasks: {asking.tasks}")
     if dry_run:
         return
     with showing_progress(err) as progress:

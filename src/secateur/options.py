@@ -50,8 +50,12 @@ class Opening:
 
     def open(self, source: str, *, only_shapes: bool = False, whole: bool = False, thin: bool = False) -> Decoder:
         """Open a model; `only_shapes` reads no weights where it can be helped, `whole` all, `thin` block by block."""
-        asked = False if whole and self.skeleton is None else (thin and not self.allow_pickle) or self.skeleton
-        return open_model(source, **asdict(self) | {"skeleton": asked}, shapes_only=only_shapes)
+        skeleton = self.skeleton
+        if whole and skeleton is None:
+            skeleton = False
+        elif thin and not self.allow_pickle:
+            skeleton = True
+        return open_model(source, **asdict(self) | {"skeleton": skeleton}, shapes_only=only_shapes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from secateur.errors import InputError, NumericsError
 from secateur.models.decoder import Decoder
-from secateur.models.shards import stays_float32, to_checkpoint
+from secateur.models.shards import float32_names, to_checkpoint
 
 SHARD_BYTES = 2 << 30
 
@@ -78,9 +78,10 @@ def _named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.
 def _converted(module: PreTrainedModel, state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Round to a dtype, except what is no floating point or stays float32."""
     converted = {}
+    stays_float32 = float32_names(module, dtype)
     for name, tensor in state.items():
-        kept = tensor.dtype if not tensor.is_floating_point() else dtype
-        result = tensor.detach().to("cpu", torch.float32 if stays_float32(module, name, kept) else kept).contiguous()
+        rounded = torch.float32 if stays_float32(name) else dtype
+        result = tensor.detach().to("cpu", rounded if tensor.is_floating_point() else tensor.dtype).contiguous()
         if result.is_floating_point() and not bool(torch.isfinite(result).all()):
             raise NumericsError(
                 f"{name}: NaN or infinity in the weights; the checkpoint is damaged or {dtype} too small."

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -258,11 +259,11 @@ def _metrics(
     """
     keys = [key.partition(",") for key, value in reported.items() if "," in key and isinstance(value, int | float)]
     told = [(metric, kind) for metric, _, kind in keys if not metric.endswith("_stderr")]
-    kinds = {metric: [kind for other, kind in told if other == metric] for metric, _ in told}
+    filters = Counter(metric for metric, _ in told)
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
     for metric, kind in told:
-        name = metric if len(kinds[metric]) == 1 else f"{metric},{kind}"
+        name = metric if filters[metric] == 1 else f"{metric},{kind}"
         metrics[name] = float(reported[f"{metric},{kind}"])
         error = _standard_error(metric, metrics[name], [one for one in samples if one["filter"] == kind])
         if error is not None:

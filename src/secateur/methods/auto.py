@@ -194,7 +194,7 @@ class _Tried:
     def _note(self, split: Split) -> Made | None:
         made = self._log.known(split)
         if made is None:
-            made = self._tried(split)
+            made = self._try(split)
             self._log.add(split, made)
         if not isinstance(made, Made):
             self._failures.append(made)
@@ -209,7 +209,7 @@ class _Tried:
         self.candidates.append(_named(split).model_copy(update=found))
         return made
 
-    def _tried(self, split: Split) -> Made | SecateurError:
+    def _try(self, split: Split) -> Made | SecateurError:
         """Make and measure a candidate, or say why it cannot be made."""
         try:
             return self._trials.make(split)

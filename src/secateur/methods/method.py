@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from secateur.calibration.processes import as_the_first
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.windows import Windows
 from secateur.errors import InputError
@@ -130,6 +131,10 @@ class Method:
     forwards: Callable[[int, int, Any], float] = lambda _blocks, _gone, _settings: 1.0
     scores: Callable[[Any], tuple[Kind, ...]] = lambda _: ()
     pace: Callable[[Any], Pace] | None = None
+
+    def steps(self, evidence: Evidence, settings: Any, budget: Budget) -> tuple[AnyStep, ...]:
+        """Decide; of several processes all go on with what the first has decided."""
+        return as_the_first(tuple(self.decide(evidence, settings, budget)))
 
     def pace_of(self, settings: Any) -> Pace | None:
         """Give how the models run that it makes with these settings; None where time follows size."""

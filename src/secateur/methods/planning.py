@@ -10,7 +10,6 @@ from typing import Any
 
 from secateur import __version__
 from secateur.calibration.choose import Texts, windows_for
-from secateur.calibration.processes import as_the_first
 from secateur.calibration.progress import SILENT, Progress
 from secateur.calibration.windows import Windows
 from secateur.errors import InputError, ModelError, SecateurWarning, TextsWarning
@@ -134,7 +133,7 @@ def _decide(parts: tuple[Part, ...], budget: Budget, evidence: Evidence) -> tupl
 
 def _decide_part(part: Part, evidence: Evidence, budget: Budget) -> tuple[AnyStep, ...]:
     try:
-        return as_the_first(tuple(part.method.decide(evidence, part.settings, budget)))
+        return part.method.steps(evidence, part.settings, budget)
     except TooSmall:
         if not budget.is_rest:
             raise

@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
     def decide(self, evidence: Evidence, budget: Budget) -> Steps:
         """Give the steps with which it meets a budget."""
-        return as_the_first(tuple(self.method.decide(evidence, self.settings, budget)))
+        return self.method.steps(evidence, self.settings, budget)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,24 +120,29 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
 
 def _lists_per_layer(config: Any) -> Iterator[str]:
     numbers = set(_lists_of_block_numbers(config))
-    for name, value in config.to_dict().items():
-        tokens = name.endswith(("token_id", "token_ids"))
-        if isinstance(value, list) and len(value) == config.num_hidden_layers and name not in numbers and not tokens:
+    for name, value in _lists(config):
+        if len(value) == config.num_hidden_layers and name not in numbers:
             yield name
 
 
 def _lists_of_block_numbers(config: Any) -> Iterator[str]:
     """Lists of rising integers below the number of blocks, such as `moe_layers`."""
-    for name, value in config.to_dict().items():
-        whole = isinstance(value, list) and len(value) > 1 and all(type(one) is int for one in value)
-        whole = whole and not name.endswith(("token_id", "token_ids"))
+    for name, value in _lists(config):
         if (
-            whole
+            len(value) > 1
+            and all(type(one) is int for one in value)
             and name not in _INDEX_SETTINGS
             and value == sorted(set(value))
             and value[-1] < config.num_hidden_layers
         ):
             yield name
+
+
+def _lists(config: Any) -> Iterator[tuple[str, list[Any]]]:
+    """Lists in a configuration that may say something of blocks: ids of tokens do not."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and not name.endswith(("token_id", "token_ids")):
+            yield name, value
 
 
 def _tiny_copy(config: Any, family: Family, *, trust_remote_code: bool) -> PreTrainedModel:

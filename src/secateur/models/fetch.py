@@ -57,8 +57,8 @@ def fetch(
 
 def has_all_weights(folder: Path) -> bool:
     """Whether the safetensors weights of a folder are there, all that its index names."""
-    names = files_in_index(folder) if (folder / INDEX).is_file() else [one.name for one in folder.glob("*.safetensors")]
-    return bool(names) and all((folder / name).is_file() for name in names)
+    names = _weight_files(folder)
+    return bool(names) and all(any(folder.glob(name)) for name in names)
 
 
 def local_folder(source: str) -> Path | None:

@@ -11,7 +11,7 @@ import ctypes
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -139,9 +139,7 @@ class Shards:
         """
         stored = self._stored(index)
         left_out = tuple(f"{path}." for path in without)
-        slices = {name: piece for name, piece in self._slices(stored, index) if not name.startswith(left_out)}
-        if stored in self.edited and index != OUTER:
-            slices |= self._buffers(module, stored, index)
+        slices = {n: piece for n, piece in self._slices(module, stored, index) if not n.startswith(left_out)}
         try:
             if set(slices) <= {name for name, _ in _part(module, self.blocks, index)}:
                 found = _fill(module, slices, self.device)
@@ -158,13 +156,15 @@ class Shards:
         if empty:
             raise ModelError(f"{self.folder}: the checkpoint has no weights for {', '.join(empty[:4])}.")
 
-    def _slices(self, stored: int, index: int) -> Iterator[tuple[str, Any]]:
+    def _slices(self, module: PreTrainedModel, stored: int, index: int) -> Iterator[tuple[str, Any]]:
         """Open the tensors of a part by the names they have in this model; nothing of them is read yet."""
         if stored in self.edited:
             prefix = "" if index == OUTER else f"{self.blocks}.{index}."
             for piece in self.edited[stored]:
                 handle = open_shard(piece.file)
                 yield from ((prefix + key, handle.get_slice(key)) for key in handle.keys())  # noqa: SIM118 - not a dict
+            if index != OUTER:
+                yield from self._buffers(module, stored, index).items()
             return
         if stored not in self.keys:
             raise ModelError(f"{self.folder}: no weights of block {stored} in the checkpoint.")
@@ -225,10 +225,13 @@ def to_checkpoint(module: PreTrainedModel, state: dict[str, torch.Tensor]) -> di
     return dict(revert_weight_conversion(module, state))
 
 
-def stays_float32(module: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
-    """Whether a tensor of this name is float32 in a model of this dtype, as its class in transformers asks for."""
+def float32_names(module: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Tell by their names which tensors are float32 in a model of this dtype, as its class in transformers asks for."""
     names = list(module._get_dtype_plan(dtype))
-    return bool(names) and build_glob_alternation(names)[0].search(name) is not None
+    if not names:
+        return lambda _: False
+    pattern = build_glob_alternation(names)[0]
+    return lambda name: pattern.search(name) is not None
 
 
 def _part(module: PreTrainedModel, blocks: str, index: int) -> list[tuple[str, nn.Parameter]]:
