@@ -89,10 +89,16 @@ def test_the_writing_is_that_of_generate(bundled):
     assert torch.equal(torch.stack(seen, 1), expected[:, 12:])
 
 
+def hold_128_mib_for_a_while():
+    held = torch.ones(32 << 20)
+    for _ in range(30):  # long enough to be looked at, on a busy machine too
+        held.add_(1)
+
+
 def test_peak_memory_sees_what_the_work_takes(tiny):
     module = tiny("llama").module
     idle = peak_memory(module, lambda: None)["peak_resident_bytes"]
-    busy = peak_memory(module, lambda: torch.ones(32 << 20).add_(1).sum())["peak_resident_bytes"]
+    busy = peak_memory(module, hold_128_mib_for_a_while)["peak_resident_bytes"]
     assert busy - idle > 100 << 20
 
 
