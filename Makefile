@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 TORCHAO := $(VENV)/torchao
 BROWSER := $(VENV)/.browser
-WHOLE := tests/test_every_method.py tests/comparing tests/healing
+WHOLE := tests/test_every_method.py tests/experiments tests/healing tests/training
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test lint types unit contract quantise clean

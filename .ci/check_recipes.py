@@ -8,7 +8,7 @@ folder = Path(sys.argv[1])
 
 
 def results(path: Path) -> dict[tuple[str, str], float]:
-    """Give values by role and measure."""
+    """Return values by role and measure."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return {(line["role"], line["measure"]): line["value"] for line in lines}
 

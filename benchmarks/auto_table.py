@@ -13,7 +13,7 @@ from typing import Any
 from common import keep
 
 import secateur
-from secateur.calibration.choose import windows_for
+from secateur.data.texts import windows_for
 
 AMOUNTS = (0.2, 0.3, 0.4)
 FINE = {"depth": "none,replaceme", "width": "none,obs-width", "obs-width.rounding": 8}
@@ -57,7 +57,7 @@ def measured(model: Any, plan: secateur.Plan, calibration: Any, held_out: Any, d
     found = secateur.eval(secateur.prune(model, plan, texts=calibration), texts=held_out)[0].value
     return {
         "removed": round(plan.removed_fraction, 4),
-        "does": [" ".join((step.method, *step.says())) for step in plan.steps],
+        "does": [" ".join((step.method, *step.describe())) for step in plan.steps],
         "perplexity": round(found, 2),
         "dense": round(dense, 2),
     }

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from secateur import open_model
-from secateur.calibration.windows import Windows
+from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.versions import versions
 
@@ -60,7 +60,7 @@ def interleaved(runs: dict[str, Callable[[], Any]], rounds: int, *, warm: bool =
 
 
 def compare(times: Times, of: str, to: str) -> dict[str, float]:
-    """Give medians, and the median of the round-by-round ratio, in wall and in processor seconds.
+    """Return medians, and the median of the round-by-round ratio, in wall and in processor seconds.
 
     On a machine shared with others the processor seconds are the steadier of the two.
     """

@@ -1,9 +1,9 @@
 """What each way of healing brings back to the bundled model, against the tokens it has seen.
 
-25 % of the parameters go, by `streamline` and by `slicegpt`; then each rung learns from the same windows of the
+25 % of the parameters go, by `streamline` and by `slicegpt`; then each recipe learns from the same windows of the
 standard library with the same seed, and held-out perplexity is measured on other modules. The dense model is given the
 same training, so that learning new text is not mistaken for healing. Arguments restrict it: method names,
-rung names and numbers of tokens. `--draw` makes the picture of what is kept.
+recipe names and numbers of tokens. `--draw` makes the picture of what is kept.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import matplotlib.pyplot as plt
 from common import RESULTS, keep
 
 import secateur
-from secateur.calibration.choose import windows_for
-from secateur.healing.rungs import RUNGS
+from secateur.data.texts import windows_for
+from secateur.healing.recipes import HEALING_RECIPES
 
 CUTS = {"streamline": {"train_tokens": "300k"}, "slicegpt": {}, "dense": {}}
 TOKENS = (100_000, 300_000, 1_000_000)
@@ -28,7 +28,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "healing.png"
 def main(words: list[str]) -> None:
     """Heal and measure; what a model has no use for is left out: the dense one needs no teacher."""
     cuts = [name for name in CUTS if name in words] or list(CUTS)
-    rungs = [name for name in RUNGS if name in words] or list(RUNGS)
+    rungs = [name for name in HEALING_RECIPES if name in words] or list(HEALING_RECIPES)
     amounts = [int(word) for word in words if word.isdecimal()] or list(TOKENS)
     model = secateur.open_model("bundled")
     held_out = windows_for(model, None, windows=64, split="held-out")
@@ -40,16 +40,27 @@ def main(words: list[str]) -> None:
             pruned, removed = secateur.prune(model, plan), plan.removed_fraction
         before = secateur.eval(pruned, texts=held_out)[0].value
         for tokens in amounts:
-            for rung in rungs:
-                if RUNGS[rung].teacher and (name == "dense" or (rung == "blocks" and name == "slicegpt")):
+            for recipe in rungs:
+                if HEALING_RECIPES[recipe].teacher and (name == "dense" or (recipe == "blocks" and name == "slicegpt")):
                     continue
                 begun = time.perf_counter()
-                healed = secateur.heal(pruned, by=rung, tokens=tokens, teacher=model if RUNGS[rung].teacher else None)
+                healed = secateur.heal(
+                    pruned,
+                    by=recipe,
+                    tokens=tokens,
+                    teacher=model if HEALING_RECIPES[recipe].teacher else None,
+                )
                 seconds = time.perf_counter() - begun
                 after = secateur.eval(healed, texts=held_out)[0].value
                 keep(
                     "healing_table",
-                    {"cut": name, **CUTS[name], "removed": round(removed, 4), "rung": rung, "tokens": tokens},
+                    {
+                        "cut": name,
+                        **CUTS[name],
+                        "removed": round(removed, 4),
+                        "recipe": recipe,
+                        "tokens": tokens,
+                    },
                     {
                         "dense": round(dense, 2),
                         "before": round(before, 2),
@@ -65,26 +76,28 @@ def draw() -> None:
     for line in (RESULTS / "healing_table.jsonl").read_text().splitlines():
         found = json.loads(line)
         case, result = found["setting"], found["found"]
-        points.setdefault((case["cut"], case["rung"]), {})[case["tokens"]] = result
+        points.setdefault((case["cut"], case["recipe"]), {})[case["tokens"]] = result
     cuts = [name for name in CUTS if any(cut == name for cut, _ in points)]
     figure, axes = plt.subplots(1, len(cuts), figsize=(4.2 * len(cuts), 3.6), squeeze=False)
     lines = {}
     for axis, cut in zip(axes[0], cuts, strict=True):
-        for (name, rung), found in points.items():
+        for (name, recipe), found in points.items():
             if name == cut:
                 first = next(iter(found.values()))
                 tokens = sorted(found)
                 measured = [first["before"], *(found[count]["perplexity"] for count in tokens)]
-                (lines[rung],) = axis.plot([0, *tokens], measured, "o-", color=f"C{list(RUNGS).index(rung)}")
+                (lines[recipe],) = axis.plot(
+                    [0, *tokens], measured, "o-", color=f"C{list(HEALING_RECIPES).index(recipe)}"
+                )
                 axis.axhline(first["dense"], color="grey", linewidth=0.8, linestyle="--")
         counts = sorted({count for (name, _), found in points.items() if name == cut for count in found})
         axis.set_xticks([0, *counts], ["0", *(f"{count // 1000}k" for count in counts)])
         axis.set_title(cut if cut == "dense" else f"25 % by {cut}")
         axis.set_xlabel("tokens seen")
         axis.set_ylabel("held-out perplexity")
-    shown = [rung for rung in RUNGS if rung in lines]
+    shown = [recipe for recipe in HEALING_RECIPES if recipe in lines]
     figure.tight_layout(rect=(0, 0, 0.91, 1))
-    figure.legend([lines[rung] for rung in shown], shown, loc="center right")
+    figure.legend([lines[recipe] for recipe in shown], shown, loc="center right")
     figure.savefig(PICTURE, dpi=120)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from common import keep
 
 import secateur
-from secateur.calibration.choose import windows_for
+from secateur.data.texts import windows_for
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("shortgpt", {}),

@@ -10,8 +10,8 @@ from common import compare, interleaved, keep, random_llama, random_windows
 
 import secateur
 from secateur.calibration.inputs import InputSums
-from secateur.calibration.stream import batch_size_for, mean_loss
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import batch_size_for, mean_loss
+from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 

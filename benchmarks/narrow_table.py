@@ -11,7 +11,7 @@ from typing import Any
 from common import keep
 
 import secateur
-from secateur.calibration.choose import windows_for
+from secateur.data.texts import windows_for
 
 AMOUNTS = (0.156, 0.235, 0.313)
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -54,7 +54,7 @@ def main(only: list[str], windows: int = 32) -> None:
                 setting,
                 {
                     "removed": round(plan.removed_fraction, 4),
-                    "keeps": plan.steps[-1].says()[1],
+                    "keeps": plan.steps[-1].describe()[1],
                     "perplexity": round(found, 2),
                     "dense": round(dense, 2),
                 },

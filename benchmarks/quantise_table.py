@@ -15,8 +15,8 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
 import secateur
-from secateur.calibration.choose import windows_for
-from secateur.calibration.windows import Windows
+from secateur.data.texts import windows_for
+from secateur.data.windows import Windows
 
 CASES: list[tuple[str | None, dict[str, Any]]] = [
     (None, {}),

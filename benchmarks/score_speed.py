@@ -8,7 +8,7 @@ import torch
 from common import compare, interleaved, keep, random_llama, random_windows
 
 import secateur
-from secateur.calibration.stream import batch_size_for
+from secateur.calibration.walk import batch_size_for
 
 
 def main(windows: int = 32, length: int = 512, rounds: int = 5) -> None:

@@ -6,10 +6,10 @@ import torch
 from common import compare, interleaved, keep, random_llama, random_windows
 
 import secateur
-from secateur.calibration.stream import batch_size_for
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import batch_size_for
+from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
-from secateur.surgery.blocks import keep_blocks
+from secateur.surgery.depth.blocks import keep_blocks
 
 
 def greedy_in_full(model: Decoder, windows: Windows, count: int) -> tuple[int, ...]:

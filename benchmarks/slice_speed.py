@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from common import compare, interleaved, keep, random_llama, random_windows
 
-from secateur.calibration.stream import batch_size_for, mean_loss
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import batch_size_for, mean_loss
+from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
-from secateur.surgery.directions import Covariance, principal_directions
-from secateur.surgery.hidden import slice_by_principal_directions
+from secateur.surgery.hidden.directions import Covariance, principal_directions
+from secateur.surgery.hidden.own_bases import slice_by_principal_directions
 
 
 def floor(model: Decoder, windows: Windows) -> None:

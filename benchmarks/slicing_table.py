@@ -7,7 +7,7 @@ from typing import Any
 from common import keep
 
 import secateur
-from secateur.calibration.choose import windows_for
+from secateur.data.texts import windows_for
 from secateur.errors import InputError
 
 AMOUNTS = (0.10, 0.15, 0.20, 0.25, 0.30, 0.35)

@@ -10,7 +10,7 @@ from pathlib import Path
 from common import keep
 
 import secateur
-from secateur.recipe import Study, read_recipe
+from secateur.experiments.recipe import Study, read_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "bundled-study.yaml"
 

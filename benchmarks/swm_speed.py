@@ -20,21 +20,21 @@ from common import compare, interleaved, keep, random_llama, random_windows
 from torch import nn
 
 import secateur
-from secateur.calibration.stream import batch_size_for, start, step
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import batch_size_for, start, step
+from secateur.data.windows import Windows
 from secateur.methods import merge_blocks
 from secateur.methods.merge_blocks import Slide, find_threshold, slide
 from secateur.models.decoder import Decoder
-from secateur.scores.likeness import Merged, MergeProbe, window_cosines
-from secateur.steps import MergeBlocks
-from secateur.surgery.merging import merged_tensors, shares_for
+from secateur.plan.steps import MergeBlocks
+from secateur.scores.merge_similarity import Merged, MergeProbe, window_cosines
+from secateur.surgery.depth.merging import merged_tensors, shares_for
 
 Run = Callable[[Decoder, Windows, int], Merged]
 
 
 @torch.no_grad()
 def whole_copy(model: Decoder, merged: Merged) -> nn.Module:
-    """Give a copy of the whole model with these windows merged by the rule `top`."""
+    """Return a copy of the whole model with these windows merged by the rule `top`."""
     made = copy.deepcopy(model.module)
     gone: set[int] = set()
     for low, high in merged:
@@ -59,7 +59,7 @@ def merge_in_full(model: Decoder, windows: Windows, count: int) -> Merged:
     original = [final_states(model.module, tokens) for tokens in batches]
     known: dict[Merged, float] = {}
 
-    def likeness(merged: Merged) -> float:
+    def similarity(merged: Merged) -> float:
         if merged not in known:
             made = whole_copy(model, merged)
             found = [
@@ -70,7 +70,7 @@ def merge_in_full(model: Decoder, windows: Windows, count: int) -> Merged:
         return known[merged]
 
     def run(threshold: float) -> Slide:
-        return slide(likeness, lambda _: True, range(model.block_count - 3, -1, -1), threshold)
+        return slide(similarity, lambda _: True, range(model.block_count - 3, -1, -1), threshold)
 
     runs = find_threshold(run, known.values, count)
     fitting = [one.merged for one in runs if one.gone == count]

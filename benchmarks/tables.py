@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.healing.rungs import RUNGS
+from secateur.healing.recipes import HEALING_RECIPES
 from secateur.methods.registry import METHODS
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def filled(text: str) -> str:
-    """Give a page with its tables as they should be."""
+    """Return a page with its tables as they should be."""
     return MARKED.sub(lambda found: f"{found[1]}{_table(found[2])}\n{found[3]}", text)
 
 
@@ -53,7 +53,7 @@ def _table(what: str) -> str:
 
 def settings(name: str) -> str:
     """List the settings of a method or way of healing, with defaults."""
-    fields = (METHODS.get(name) or RUNGS[name]).settings.model_fields
+    fields = (METHODS.get(name) or HEALING_RECIPES[name]).settings.model_fields
     return markdown(
         ("setting", "default", "meaning"),
         ((f"`{key}`", _default(one.default), one.description or "") for key, one in fields.items()),
@@ -61,7 +61,7 @@ def settings(name: str) -> str:
 
 
 def measured(name: str) -> str:
-    """Give every measurement of a method: settings by amounts."""
+    """Return every measurement of a method: settings by amounts."""
     variants = _variants(name)
     if not variants:
         return "Not measured yet."
@@ -91,16 +91,20 @@ def comparison() -> str:
 
 
 def healing() -> str:
-    """Give what each way of healing brings back: perplexity, the share of the gap that is closed, seconds."""
+    """Return what each way of healing brings back: perplexity, the share of the gap that is closed, seconds."""
     found: dict[str, dict[int, dict[str, Record]]] = {}
     for one in _records("healing_table"):
         of = one["setting"]
-        found.setdefault(of["cut"], {}).setdefault(of["tokens"], {})[of["rung"]] = one
-    rungs = [name for name in RUNGS if any(name in cells for amounts in found.values() for cells in amounts.values())]
+        found.setdefault(of["cut"], {}).setdefault(of["tokens"], {})[of["recipe"]] = one
+    rungs = [
+        name
+        for name in HEALING_RECIPES
+        if any(name in cells for amounts in found.values() for cells in amounts.values())
+    ]
     rows = []
     for cut, amounts in found.items():
         first = next(iter(next(iter(amounts.values())).values()))
-        given = {k: v for k, v in first["setting"].items() if k not in ("cut", "removed", "rung", "tokens")}
+        given = {k: v for k, v in first["setting"].items() if k not in ("cut", "removed", "recipe", "tokens")}
         how = ", ".join([f"`{cut}`", *(f"`{key}={_word(value)}`" for key, value in given.items())])
         removed = first["setting"]["removed"]
         label = f"{_share(removed)} gone by {how}" if removed else "the dense model, given the same training"
@@ -111,7 +115,7 @@ def healing() -> str:
 
 
 def quantised() -> str:
-    """Give what int8 weights cost: perplexity and bytes."""
+    """Return what int8 weights cost: perplexity and bytes."""
     rows = []
     for one in _records("quantise_table"):
         found, name = one["found"], one["setting"]["method"]
@@ -129,7 +133,7 @@ def quantised() -> str:
 
 
 def stability() -> str:
-    """Give accuracy, stability and flips on `stdlib-cloze`."""
+    """Return accuracy, stability and flips on `stdlib-cloze`."""
     rows = []
     for one in _records("stability_table"):
         found, given = one["found"], dict(one["setting"])
@@ -197,7 +201,7 @@ def _records(name: str) -> list[Record]:
 
 
 def _variants(method: str) -> dict[Variant, dict[Any, Record]]:
-    """Give a method's measurements by settings and amount (blocks, or share of the parameters)."""
+    """Return a method's measurements by settings and amount (blocks, or share of the parameters)."""
     found: dict[Variant, dict[Any, Record]] = {}
     for name in ("methods_table", "slicing_table", "narrow_table"):
         for one in _records(name):

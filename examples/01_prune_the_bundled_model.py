@@ -7,7 +7,7 @@ scores = secateur.score(model)
 print("block influence:", [round(value, 3) for value in scores.block_influence or ()])
 
 plan = secateur.make_plan(model, method="replaceme", remove=0.25, scores=scores)
-print(*plan.steps[0].says(), f"({plan.removed_fraction:.1%} of the parameters)")
+print(*plan.steps[0].describe(), f"({plan.removed_fraction:.1%} of the parameters)")
 
 pruned = secateur.prune(model, plan)
 secateur.save(pruned, "secateur-runs/example-cut")

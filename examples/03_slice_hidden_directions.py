@@ -15,5 +15,5 @@ for method in ("slicegpt", "stock-slicing"):
     secateur.save(sliced, folder)
     again = AutoModelForCausalLM.from_pretrained(folder)  # importing secateur made its shapes known
     result = secateur.eval(sliced, windows=8)[0]
-    print(f"{method}: {' '.join(plan.steps[0].says())}")
+    print(f"{method}: {' '.join(plan.steps[0].describe())}")
     print(f"  {type(again).__name__}, {plan.removed_fraction:.1%} smaller, held-out perplexity {result.value:.2f}")

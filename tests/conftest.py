@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from secateur.models.open import open_model
+from secateur.models.opening import open_model
 from tiny_models import VOCABULARY, save_tiny
 
 torch.set_num_threads(1)
@@ -25,7 +25,7 @@ def bundled():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """Give the checkpoint folder of a tiny model, written once; to be read only."""
+    """Return the checkpoint folder of a tiny model, written once; to be read only."""
 
     @functools.cache
     def folder(name, **settings):
@@ -36,7 +36,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
-    """Give a tiny model opened once, in memory or as a skeleton; not to be changed."""
+    """Return a tiny model opened once, in memory or as a skeleton; not to be changed."""
 
     @functools.cache
     def decoder(name, *, skeleton=False, **settings):
@@ -47,13 +47,13 @@ def tiny(tiny_folder):
 
 @pytest.fixture(scope="session")
 def tiny_with_tokenizer(tmp_path_factory):
-    """Give the checkpoint folder of a tiny Llama in bfloat16 that has a tokenizer; to be read only."""
+    """Return the checkpoint folder of a tiny Llama in bfloat16 that has a tokenizer; to be read only."""
     return str(save_tiny("llama", tmp_path_factory.mktemp("text") / "tiny", dtype=torch.bfloat16, tokenizer=True))
 
 
 @pytest.fixture(scope="session")
 def window_file(tmp_path_factory):
-    """Give a file with eight windows of 16 random tokens for tiny models."""
+    """Return a file with eight windows of 16 random tokens for tiny models."""
     path = tmp_path_factory.mktemp("windows") / "windows.npy"
     np.save(path, np.random.default_rng(0).integers(0, VOCABULARY, (8, 16)))
     return str(path)

@@ -2,11 +2,11 @@
 
 import torch
 
-from secateur.calibration.windows import Windows
+from secateur.data.windows import Windows
 from secateur.models.anatomy import find
 from secateur.models.families import FAMILIES
-from secateur.models.replay import capture, logits, run_block
-from secateur.surgery.blocks import keep_blocks
+from secateur.models.forward import capture, logits, run_block
+from secateur.surgery.depth.blocks import keep_blocks
 from tiny_models import PAD, VOCABULARY
 
 
@@ -17,7 +17,7 @@ def draw_tokens(windows=4, positions=16, seed=0):
 
 
 def pad(tokens, side):
-    """Give tokens and mask in which window i lacks 3·i tokens on one side; nothing is padded for None."""
+    """Return tokens and mask in which window i lacks 3·i tokens on one side; nothing is padded for None."""
     if side is None:
         return tokens, None
     positions = tokens.shape[1]

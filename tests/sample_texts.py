@@ -9,7 +9,7 @@ def ids_of(tokenizer, text):
 
 
 def prose(number, words=40):
-    """Give a document that no other number gives."""
+    """Return a document that no other number gives."""
     rng = random.Random(number)
     return f"document {number}: " + " ".join(rng.choices(["for", "x", "in", "range", "def"], k=words))
 

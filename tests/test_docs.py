@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import secateur
-from secateur.cli import COMMANDS, load
-from secateur.healing.heal import find_rung
+from secateur.cli.main import COMMANDS, load
+from secateur.cli.options import read_pairs
+from secateur.healing.heal import find_healing_recipe
 from secateur.methods.registry import METHODS
 from secateur.methods.sequence import read_sequence
-from secateur.options import read_pairs
 from secateur.settings import read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def test_links_lead_somewhere(name):
 
 
 def commands(text):
-    """Give the words of every secateur command in a page, and whether it is a whole one (in a block of its own)."""
+    """Return the words of every secateur command in a page, and whether it is a whole one (in a block of its own)."""
     for language, block in FENCE.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
             said = re.sub(r"\s+#.*$", "", line).strip()
@@ -111,11 +111,11 @@ def test_commands_are_those_of_the_command_line(name):
         if given.get("method"):
             read_sequence(given["method"], read_pairs(given["set_"]))
         elif given.get("with_"):
-            read_settings(given["with_"], find_rung(given["with_"]).settings, read_pairs(given["set_"]))
+            read_settings(given["with_"], find_healing_recipe(given["with_"]).settings, read_pairs(given["set_"]))
 
 
 def literals():
-    """Give every text in the package, `…` in the place of what is filled in."""
+    """Return every text in the package, `…` in the place of what is filled in."""
     for file in Path(secateur.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):

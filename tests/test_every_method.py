@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from secateur import Plan, make_plan, open_model, prune, save
-from secateur.calibration.windows import Windows
 from secateur.checkpoints.check import record_expected, reopen
+from secateur.data.windows import Windows
 from secateur.errors import SecateurError
 from secateur.methods.registry import METHODS
 from secateur.models.decoder import Decoder
-from secateur.models.replay import capture, logits, run_block
+from secateur.models.forward import capture, logits, run_block
 from tiny_models import OTHER_FAMILIES, VARIANTS, VOCABULARY, save_tiny
 
 DROP, SLICE, NARROW, SHARE = {"blocks": 2}, {"slice": 0.25}, {"ratio": 0.2}, {"remove": 0.25}
@@ -49,7 +49,7 @@ CASES = [
     ("auto", SHARE, {"trials": 3, "depth": "replaceme,streamline", "width": "none,obs-width"}),
 ]
 ALIKE = {"wanda-sp", "llm-pruner", "minitron-width"}
-"""Methods that make the same steps as one above; `tests/methods/test_narrow_blocks.py` runs them."""
+"""Methods that make the same steps as one above; `tests/methods/test_prune_width.py` runs them."""
 
 IN_MEMORY_ONLY = {"gpt2-scaled"}
 """Attention scaled by block number: queries are rescaled when blocks go, which a skeleton refuses."""

@@ -14,21 +14,21 @@ Names are imported when they are first used: torch and transformers take seconds
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from secateur.versions import __version__ as __version__
 
 if TYPE_CHECKING:
     from secateur.checkpoints.push import push
     from secateur.checkpoints.save import save
-    from secateur.comparing.run import compare, run
-    from secateur.demonstration import demo
+    from secateur.cli.demo import demo
     from secateur.errors import SecateurError
     from secateur.evaluation.evaluate import eval
     from secateur.evaluation.speed import bench
+    from secateur.experiments.run import compare, run
     from secateur.healing.heal import heal
     from secateur.methods.planning import make_plan, prune
     from secateur.models.inspection import inspect
-    from secateur.models.open import open_model
-    from secateur.plan import Plan
+    from secateur.models.opening import open_model
+    from secateur.plan.plan import Plan
     from secateur.reporting.page import report
     from secateur.scores.measure import score
 
@@ -52,20 +52,20 @@ __all__ = [
 ]
 
 _WHERE = {
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "SecateurError": "errors",
     "bench": "evaluation.speed",
-    "compare": "comparing.run",
-    "demo": "demonstration",
+    "compare": "experiments.run",
+    "demo": "cli.demo",
     "eval": "evaluation.evaluate",
     "heal": "healing.heal",
     "inspect": "models.inspection",
     "make_plan": "methods.planning",
-    "open_model": "models.open",
+    "open_model": "models.opening",
     "prune": "methods.planning",
     "push": "checkpoints.push",
     "report": "reporting.page",
-    "run": "comparing.run",
+    "run": "experiments.run",
     "save": "checkpoints.save",
     "score": "scores.measure",
 }

@@ -1,5 +1,5 @@
 """`python -m secateur`, so that launchers can start the command line."""
 
-from secateur.cli import main
+from secateur.cli.main import main
 
 main()

@@ -43,5 +43,5 @@ def unknown(what: str, name: str, known: list[str]) -> InputError:
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of another library's message, or the error's kind where it says nothing."""
+    """Return the first line of another library's message, or the error's kind where it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -30,5 +30,5 @@ def read_settings(whose: str, settings: type[Model], given: dict[str, Any]) -> M
 
 
 def describe_settings(settings: type[BaseModel]) -> dict[str, str]:
-    """Give each setting with its meaning and default."""
+    """Return each setting with its meaning and default."""
     return {n: f"{f.description} (default: {f.default})" for n, f in settings.model_fields.items()}

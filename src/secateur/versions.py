@@ -9,8 +9,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from secateur import __version__
-
+__version__ = "0.1.0"
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "lm_eval")
 
 
@@ -26,5 +25,5 @@ def _installed() -> dict[str, str]:
 
 
 def digest(*parts: Any) -> str:
-    """Give a short fingerprint of plain data, such as settings and versions."""
+    """Return a short fingerprint of plain data, such as settings and versions."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -10,8 +10,8 @@ import torch
 
 from oracles import draw_windows, plain_states
 from secateur.calibration.statistics import AngularSums, CkaSums, CosineSums, real_tokens, unbiased_hsic
-from secateur.calibration.stream import states_by_batch
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import states_by_batch
+from secateur.data.windows import Windows
 from secateur.errors import InputError, NumericsError
 
 # The formulas

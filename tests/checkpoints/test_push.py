@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 import secateur
 from secateur import make_plan, open_model, prune, push, save
-from secateur.calibration.windows import Windows
+from secateur.data.windows import Windows
 from secateur.errors import InputError, SecateurWarning
 from secateur.evaluation.results import append_results
 from tiny_models import VOCABULARY, save_tiny

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from secateur import make_plan, prune, save
-from secateur.calibration.windows import Windows
+from secateur.data.windows import Windows
 from tiny_models import VOCABULARY
 
 quantization = pytest.importorskip("torchao.quantization", reason="torchao is an extra: pip install secateur[torchao]")

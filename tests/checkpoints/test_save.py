@@ -15,8 +15,8 @@ from secateur import make_plan, open_model, prune, save
 from secateur.checkpoints import check, fresh_process, writer
 from secateur.checkpoints.folders import replacing
 from secateur.errors import CheckError, InputError, NumericsError, SecateurWarning
-from secateur.surgery.blocks import keep_blocks
-from secateur.surgery.merging import merge_windows
+from secateur.surgery.depth.blocks import keep_blocks
+from secateur.surgery.depth.merging import merge_windows
 from tiny_models import save_tiny
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from secateur import eval, make_plan, open_model, prune
-from secateur.calibration.windows import Windows
+from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.evaluation.results import append_results
 from tiny_models import save_tiny

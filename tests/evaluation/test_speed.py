@@ -6,7 +6,7 @@ import torch
 from secateur import bench, make_plan, open_model, prune
 from secateur.errors import InputError
 from secateur.evaluation.timing import Request, answer, peak_memory, time_blocks
-from secateur.models.cache import cache_numbers, cache_size
+from secateur.models.widths import cache_numbers, cache_size
 from tiny_models import FAMILIES, VARIANTS, VOCABULARY, build
 
 EVERY = {

@@ -7,8 +7,7 @@ import statistics
 import pytest
 
 from secateur.errors import InputError, NumericsError
-from secateur.evaluation.answers import Answer
-from secateur.evaluation.stability import accuracy, flips, stability
+from secateur.evaluation.stability import Answer, accuracy, flips, stability
 
 
 def drawn(seed, questions=40, options=4):

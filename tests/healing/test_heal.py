@@ -1,4 +1,4 @@
-"""Every rung on small pruned models: what it trains, what it leaves, and what it refuses."""
+"""Every recipe on small pruned models: what it trains, what it leaves, and what it refuses."""
 
 import copy
 import json
@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 import secateur
 from oracles import draw_windows, forward, plain_loss, plain_states
 from secateur import heal, make_plan, open_model, prune, save
-from secateur.calibration.windows import Windows
-from secateur.cli import app
+from secateur.cli.main import app
+from secateur.data.windows import Windows
 from secateur.errors import InputError, NumericsError, TrainingWarning
-from secateur.healing.blocks import Lesson, lessons
+from secateur.healing.blockwise import Lesson, lessons
 from secateur.healing.distill import Distillation, TeacherScores, teacher_bytes
-from secateur.healing.language import LanguageModelling
-from secateur.healing.rungs import RUNGS
-from secateur.plan import blocks_kept_by
+from secateur.healing.recipes import HEALING_RECIPES
+from secateur.plan.plan import blocks_kept_by
+from secateur.training.data import LanguageModelling
 
 TEXT = draw_windows(windows=5, positions=20)
 WINDOWS = Windows.of(torch.cat((TEXT.tokens, TEXT.tokens[:1])))
@@ -42,7 +42,7 @@ def healed(decoder, by, **more):
     return heal(decoder, by=by, texts=more.pop("texts", WINDOWS), settings=settings, **more)
 
 
-@pytest.mark.parametrize("by", RUNGS)
+@pytest.mark.parametrize("by", HEALING_RECIPES)
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "mixtral", "phi3"])
 def test_it_learns_and_leaves_a_stock_model(by, name, tiny):
     dense = tiny(name)

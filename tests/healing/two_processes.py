@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from secateur import heal, make_plan, open_model, prune, score
-from secateur.calibration.processes import process_count
-from secateur.calibration.windows import Windows
-from secateur.healing import loop, sharding
-from secateur.launcher import leads
+from secateur.data.windows import Windows
+from secateur.distributed import is_main_process, process_count
+from secateur.training import sharding
+from secateur.training import trainer as loop
 
 
 def windows_of(count, padded):
@@ -59,7 +59,7 @@ def main(folder, out, kind):
         found["statistics"] = statistics(folder, Path(out).parent / f"{kind}-search")
         found["lora"] = training(folder, "lora", Path(out).parent / f"{kind}-lora")
     found["shards"] = shards
-    if leads():
+    if is_main_process():
         torch.save(found, out)
 
 

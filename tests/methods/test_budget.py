@@ -5,8 +5,8 @@ import pytest
 from oracles import draw_windows
 from secateur import make_plan
 from secateur.errors import InputError
-from secateur.methods.amounts import read_count, read_fraction
 from secateur.methods.budget import choose_blocks, read_budget
+from secateur.plan.quantities import read_count, read_fraction
 
 SIZES = (10, 10, 20, 10, 30, 10)  # parameters of six blocks
 TOTAL = 200

@@ -10,7 +10,7 @@ from secateur import make_plan, prune
 from secateur.errors import InputError, NumericsError
 from secateur.methods import drop_blocks, replace_blocks
 from secateur.methods.registry import find_method
-from secateur.models.open import open_model
+from secateur.models.opening import open_model
 from secateur.scores.measure import score_model
 from secateur.scores.profile import KINDS, Scores
 from tiny_models import build

@@ -13,9 +13,9 @@ from secateur import Plan, make_plan, open_model, prune
 from secateur.calibration.store import StateStore
 from secateur.errors import InputError, NumericsError
 from secateur.methods.merge_blocks import Slide, find_threshold, slide
-from secateur.scores.likeness import MergeProbe, window_cosines
-from secateur.steps import MergeBlocks, Sizes
-from secateur.surgery.merging import shares_for
+from secateur.plan.steps import MergeBlocks, Sizes
+from secateur.scores.merge_similarity import MergeProbe, window_cosines
+from secateur.surgery.depth.merging import shares_for
 from tiny_models import build
 
 BLOCKS = 8
@@ -139,9 +139,9 @@ def test_similarities_of_any_windows(name, rule, skeleton, tiny):
         probe = MergeProbe(decoder, windows, store, lambda span: shares_for(rule, span), range(7), batch_size=3)
         for spans in asked:
             expected = plain_similarity(tiny(name).module, spans, rule, windows)
-            assert probe.likeness(spans) == pytest.approx(expected, abs=1e-4), spans
+            assert probe.similarity(spans) == pytest.approx(expected, abs=1e-4), spans
         before = probe.evaluated
-        assert all(probe.likeness(spans) == probe.known[spans] for spans in asked)
+        assert all(probe.similarity(spans) == probe.known[spans] for spans in asked)
         assert probe.evaluated == before, "nothing is measured twice"
     assert not skeleton or no_real_parameters(decoder.module)
 
@@ -150,9 +150,9 @@ def test_only_what_is_needed_is_run(tiny):
     with StateStore() as store:
         probe = MergeProbe(tiny("llama"), draw_windows(), store, lambda span: shares_for("top", span), range(6))
         assert probe.evaluated == BLOCKS
-        probe.likeness(((4, 6),))
+        probe.similarity(((4, 6),))
         assert probe.evaluated == BLOCKS + 2  # the merged block and block 7
-        probe.likeness(((4, 6), (1, 2)))
+        probe.similarity(((4, 6), (1, 2)))
         assert probe.evaluated == BLOCKS + 2 + 4  # 1 and 2 in one, 3, 4 to 6 in one, 7
 
 
@@ -189,21 +189,21 @@ def test_a_refused_block_begins_the_next_window():
     refused = {((3, 6),), ((4, 6), (1, 3))}
     asked = []
 
-    def likeness(merged):
+    def similarity(merged):
         asked.append(merged)
         return 0.1 if merged in refused else 0.9
 
-    run = slide(likeness, no_barrier, range(5, -1, -1), 0.5)
+    run = slide(similarity, no_barrier, range(5, -1, -1), 0.5)
     assert run.merged == ((4, 6), (2, 3), (0, 1))
     assert asked == [((5, 6),), ((4, 6),), ((3, 6),), ((4, 6), (2, 3)), ((4, 6), (1, 3)), ((4, 6), (2, 3), (0, 1))]
 
 
 def test_barriers_are_not_measured():
-    def likeness(merged):
+    def similarity(merged):
         assert not any(low <= 3 < high for low, high in merged)
         return 0.9
 
-    assert slide(likeness, lambda low: low != 3, range(5, -1, -1), 0.5).merged == ((4, 6), (0, 3))
+    assert slide(similarity, lambda low: low != 3, range(5, -1, -1), 0.5).merged == ((4, 6), (0, 3))
 
 
 def test_a_window_needs_room():
@@ -215,22 +215,22 @@ def made_up(seed):
     """Similarities that differ from candidate to candidate, and those asked for so far."""
     known = {}
 
-    def likeness(merged):
+    def similarity(merged):
         noise = random.Random(f"{seed}{merged}").random()
         gone = sum(high - low for low, high in merged)
         return known.setdefault(merged, 0.97**gone * (0.7 + 0.3 * noise))
 
-    return likeness, known
+    return similarity, known
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_run_is_left_out(seed):
     """Without a number that can be reached, all thresholds between all similarities have been tried in the end."""
-    likeness, known = made_up(seed)
+    similarity, known = made_up(seed)
     lows = range(6, -1, -1)
-    runs = find_threshold(lambda t: slide(likeness, no_barrier, lows, t), known.values, wanted=99)
+    runs = find_threshold(lambda t: slide(similarity, no_barrier, lows, t), known.values, wanted=99)
     asked = len(known)
-    by_force = [slide(likeness, no_barrier, lows, step / 2000) for step in range(-1, 2001)]
+    by_force = [slide(similarity, no_barrier, lows, step / 2000) for step in range(-1, 2001)]
     assert {run.merged for run in by_force} <= {run.merged for run in runs}
     assert len(known) == asked, "trying all thresholds asks for nothing new"
     assert len({run.merged for run in runs}) == len(runs)
@@ -240,8 +240,8 @@ def test_no_run_is_left_out(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_bisection_stops_at_the_first_run_that_fits(seed):
-    likeness, known = made_up(seed)
-    runs = find_threshold(lambda t: slide(likeness, no_barrier, range(6, -1, -1), t), known.values, wanted=99)
+    similarity, known = made_up(seed)
+    runs = find_threshold(lambda t: slide(similarity, no_barrier, range(6, -1, -1), t), known.values, wanted=99)
     for wanted in {run.gone for run in runs}:
         again, few = made_up(seed)
         found = find_threshold(lambda t, f=again: slide(f, no_barrier, range(6, -1, -1), t), few.values, wanted)
@@ -363,7 +363,7 @@ def test_damage_never_becomes_a_similarity(place, rule):
 
 def test_a_similarity_that_is_not_a_number(tiny, monkeypatch):
     monkeypatch.setattr(
-        "secateur.scores.likeness.window_cosines", lambda left, *_: torch.full((len(left),), float("nan"))
+        "secateur.scores.merge_similarity.window_cosines", lambda left, *_: torch.full((len(left),), float("nan"))
     )
     with pytest.raises(NumericsError, match="similarity with blocks 5 to 6 merged is not a number"):
         merged_by(tiny("llama"), draw_windows(), threshold=0.5)
@@ -383,8 +383,8 @@ def test_what_a_step_leaves():
     step = merging((2, 3), (0, 1))
     assert step.kept(5) == (0, 2, 4)
     assert step.left(SIZES) == Sizes((10, 20, 30), 7)
-    assert step.says() == ("merges", "0 to 1, 2 to 3 (top)")
-    assert merging().says() == ("merges", "nothing")
+    assert step.describe() == ("merges", "0 to 1, 2 to 3 (top)")
+    assert merging().describe() == ("merges", "nothing")
     assert merging().kept(3) == (0, 1, 2)
 
 

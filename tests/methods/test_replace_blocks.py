@@ -9,14 +9,14 @@ from torch import nn
 
 from oracles import draw_windows, forward, plain_loss, plain_states, walk
 from secateur import make_plan, open_model, prune, save
-from secateur.calibration.windows import Windows
+from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, NumericsError, TrainingWarning
-from secateur.healing.pairs import PairRegression, pair_bytes, store_pairs
 from secateur.methods.replace_blocks import training_windows
 from secateur.models.anatomy import find
-from secateur.steps import ReplaceBlocks
-from secateur.surgery.blocks import keep_blocks
-from secateur.surgery.networks import network_config, new_network, with_network
+from secateur.plan.steps import ReplaceBlocks
+from secateur.surgery.depth.blocks import keep_blocks
+from secateur.surgery.depth.replacement import network_config, new_network, with_network
+from secateur.training.pairs import PairRegression, pair_bytes, store_pairs
 from tiny_models import build
 
 FOLDED = ["llama-bias", "gpt2", "phi", "gpt_neox", "mixtral", "falcon-rw", "gemma", "granite"]

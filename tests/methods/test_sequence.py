@@ -5,11 +5,11 @@ import torch
 
 from oracles import draw_windows
 from secateur import Plan, make_plan, prune
-from secateur.calibration.windows import Windows
+from secateur.data.windows import Windows
 from secateur.errors import InputError, SecateurWarning
 from secateur.methods.budget import Budget
 from secateur.methods.sequence import part_of, read_sequence
-from secateur.steps import DropBlocks, SliceHidden
+from secateur.plan.steps import DropBlocks, SliceHidden
 
 WINDOWS = Windows.of(torch.randint(3, 2000, (4, 32), generator=torch.Generator().manual_seed(0)))
 

@@ -9,11 +9,11 @@ import torch
 
 from oracles import draw_windows
 from secateur import Plan, make_plan, open_model, prune, score
-from secateur.calibration.stream import mean_loss
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import mean_loss
+from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, TextsWarning
 from secateur.methods.slice_hidden import normalised, rounded_width, slice_fractions
-from secateur.surgery.hidden import slice_by_principal_directions
+from secateur.surgery.hidden.own_bases import slice_by_principal_directions
 
 SLICING = ["slicegpt", "dynamic-slicing", "stock-slicing"]
 REDUNDANCY = [0.0, 0.2, 1.0, 0.9, 0.5, 0.7, 0.95, 0.1]
@@ -194,7 +194,7 @@ def test_layernorm_models_get_one_basis_and_the_modelling_file(tiny):
     step = step_of(tiny("opt"), "stock-slicing", slice=0.25)
     assert not step.stock
     assert step.bases == (0,)
-    assert "modelling file" in step.says()[1]
+    assert "modelling file" in step.describe()[1]
 
 
 # Plans

@@ -7,16 +7,16 @@ import torch
 from rich.console import Console
 
 from secateur import Plan, make_plan, open_model, prune
-from secateur.calibration.windows import Windows
-from secateur.console import plan_summary
+from secateur.cli.tables import plan_summary
+from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.evaluation.timing import BlockTimes
-from secateur.methods import scale as scales
-from secateur.methods import sliced_pace
-from secateur.methods.amounts import gigabytes, read_bytes, read_factor
+from secateur.methods import sliced_speed as sliced_speed
+from secateur.methods import cost as scales
 from secateur.methods.budget import read_budget
-from secateur.methods.scale import memory_scale
-from secateur.models.cache import cache_size
+from secateur.methods.cost import memory_cost
+from secateur.models.widths import cache_size
+from secateur.plan.quantities import gigabytes, read_bytes, read_factor
 from tiny_models import VOCABULARY, build
 
 WINDOWS = Windows.of(torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1)))
@@ -53,7 +53,7 @@ def test_memory_is_the_largest_below(method, tiny):
 
 def test_a_sliding_block_frees_less_cache():
     decoder = open_model(build("mistral-sliding"))
-    weighed = memory_scale(decoder, 40)
+    weighed = memory_cost(decoder, 40)
     sizes = decoder.block_parameter_counts()
     assert weighed.blocks == tuple(4 * size + 4 * 2 * 16 * 8 for size in sizes), "a window of 8, two heads of 8"
     assert weighed.total == 4 * (decoder.parameter_count + 8 * 2 * 16 * 8)
@@ -68,7 +68,7 @@ def clock(monkeypatch):
         return BlockTimes((0.001 * share,) * decoder.block_count, 0.002, request)
 
     monkeypatch.setattr(scales, "time_blocks", timed)
-    monkeypatch.setattr(sliced_pace, "time_blocks", timed)
+    monkeypatch.setattr(sliced_speed, "time_blocks", timed)
 
 
 @pytest.mark.parametrize("method", METHODS)

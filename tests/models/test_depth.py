@@ -11,8 +11,8 @@ from oracles import draw_tokens, forward, no_real_parameters, pad, walk, walks
 from secateur.errors import ModelError
 from secateur.models.depth import _place_of, config_with_blocks
 from secateur.models.families import FAMILIES
-from secateur.models.open import open_model
-from secateur.surgery.blocks import keep_blocks
+from secateur.models.opening import open_model
+from secateur.surgery.depth.blocks import keep_blocks
 from tiny_models import VARIANTS, build
 
 GONE = (2, 5)
@@ -50,7 +50,7 @@ def test_a_device_map_names_the_largest_modules_in_one_place(placed, expected):
 
 @pytest.fixture(scope="module")
 def shortened(tiny):
-    """Give a tiny model without two of its blocks, cut once; not to be changed."""
+    """Return a tiny model without two of its blocks, cut once; not to be changed."""
     return functools.cache(lambda name: keep_blocks(tiny(name), KEPT))
 
 

@@ -8,7 +8,7 @@ from oracles import draw_tokens, forward, no_real_parameters, pad, walk, walks
 from secateur.errors import ModelError
 from secateur.models.anatomy import count_parameters, find, present
 from secateur.models.families import FAMILIES
-from secateur.models.open import open_model
+from secateur.models.opening import open_model
 from tiny_models import OTHER_FAMILIES, VARIANTS, build, save_tiny
 
 SUPPORTED = [name for name in VARIANTS if name not in OTHER_FAMILIES]
@@ -22,7 +22,7 @@ ASKING = {"phi": {"qk_layernorm": True}, "stablelm": {"qk_layernorm": True}, "co
 
 @pytest.fixture(scope="module")
 def with_query_norms(tmp_path_factory):
-    """Give the folder of a tiny model whose attention has the norms that are off by default."""
+    """Return the folder of a tiny model whose attention has the norms that are off by default."""
 
     def folder(name):
         row = VARIANTS[name]

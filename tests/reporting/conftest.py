@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import secateur
-from secateur.calibration.windows import Windows
+from secateur.data.windows import Windows
 from secateur.evaluation.results import append_results
+from secateur.jobs.runs import write_marker
 from secateur.reporting.page import report
-from secateur.runs import mark
 from tiny_models import VOCABULARY, save_tiny
 
 CELLS = {
@@ -26,13 +26,13 @@ NASTY = "</script><img src=x onerror=alert(1)>"
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
-    """Give a study folder of six cells, one of them healed, one failed; to be read only."""
+    """Return a study folder of six cells, one of them healed, one failed; to be read only."""
     root = tmp_path_factory.mktemp("study")
     model = secateur.open_model(save_tiny("llama", root / "tiny<i>&", tokenizer=True))
     texts, learnt = (Windows.of(np.random.default_rng(count).integers(3, VOCABULARY, (count, 16))) for count in (2, 40))
     folder = root / "study"
     (folder / "dense").mkdir(parents=True)
-    mark(folder, "compare", {"model": model.source})
+    write_marker(folder, "compare", {"model": model.source})
     secateur.score(model, texts=texts).write(folder / "scores.json")
     for name, (method, amount) in CELLS.items():
         plan = secateur.make_plan(model, method=method, texts=texts, **amount)
@@ -85,11 +85,11 @@ def _write_failure(folder):
 
 @pytest.fixture(scope="session")
 def page(study, tmp_path_factory):
-    """Give the study's report."""
+    """Return the study's report."""
     return report(study, tmp_path_factory.mktemp("page") / "report.html")
 
 
 @pytest.fixture
 def copied(study, tmp_path):
-    """Give a copy of one cell of the study, to be changed."""
+    """Return a copy of one cell of the study, to be changed."""
     return shutil.copytree(study / "cells" / "shortgpt-1", tmp_path / "run")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from secateur.plan import ModelRef, Plan
+from secateur.plan.plan import ModelRef, Plan
 from secateur.reporting.blocks import picture
 from secateur.reporting.folders import read_folder
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from secateur.plan import ModelRef, Plan
+from secateur.plan.plan import ModelRef, Plan
 from secateur.reporting.cells import Cell, Contents
 from secateur.reporting.commands import commands_of
 

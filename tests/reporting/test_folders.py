@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from secateur import cli, terminal
+from secateur.cli import main as cli
+from secateur.cli import terminal
 from secateur.errors import InputError
 from secateur.reporting.folders import read_folder
 from secateur.reporting.page import report

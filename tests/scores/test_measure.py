@@ -10,9 +10,9 @@ import torch
 
 import secateur
 from oracles import draw_windows, loss_without, plain_states
-from secateur.calibration import stream
+from secateur.calibration import walk as stream
 from secateur.errors import InputError, NumericsError
-from secateur.models.open import open_model
+from secateur.models.opening import open_model
 from secateur.scores.measure import score_model, weight_magnitudes
 from secateur.scores.profile import KINDS, ONE_PASS, Scores
 from tiny_models import build

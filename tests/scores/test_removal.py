@@ -8,10 +8,10 @@ import torch
 
 from oracles import draw_windows, loss_without, no_real_parameters
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import open_store
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import open_store
+from secateur.data.windows import Windows
 from secateur.errors import InputError, NumericsError
-from secateur.models.open import open_model
+from secateur.models.opening import open_model
 from secateur.scores.removal import RemovalProbe
 from tiny_models import build
 
@@ -102,7 +102,7 @@ def test_after_settling(skeleton, budget, tiny, windows, truth):
                 wanted = (*gone, block)
                 assert probe.loss(wanted) == pytest.approx(truth(tuple(sorted(wanted))), abs=1e-4), wanted
             gone = (*gone, settled)
-            probe.settle(gone)
+            probe.fix(gone)
         for wanted in ((), (2,), (3, 6), (0, 3, 4, 5, 7)):
             assert probe.loss(wanted) == pytest.approx(truth(wanted), abs=1e-4), wanted
 
@@ -142,7 +142,7 @@ def test_the_model_is_left_alone(tiny, windows):
     with StateStore() as store:
         probe = RemovalProbe(decoder, windows, store)
         probe.loss((1,))
-        probe.settle((1,))
+        probe.fix((1,))
         probe.loss((1, 2))
     assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.module.state_dict().items())
 
@@ -201,7 +201,7 @@ def test_work_of_a_greedy_search(settle, tiny, windows):
             for candidate in candidates:
                 probe.loss(candidate)
             asked += candidates
-            probe.settle(gone)
+            probe.fix(gone)
             assert probe.evaluated == least_work(asked)
 
 
@@ -222,7 +222,7 @@ def test_work_of_a_greedy_search_where_memory_is_short(settle, budget, tiny, win
                 # … and for each candidate what lies above what is new
                 allowed += sum(block not in candidate for block in range(new, 8))
                 probe.loss(candidate)
-            probe.settle(gone)
+            probe.fix(gone)
             assert probe.evaluated <= allowed
 
 
@@ -232,7 +232,7 @@ def test_settling_forgets_what_no_candidate_can_use(tiny, windows):
         for gone in ((), *SINGLES):
             probe.loss(gone)
         held = set(store.keys())
-        probe.settle((3,))
+        probe.fix((3,))
         kept = set(store.keys())
         assert kept < held
         assert {depth for _, depth, below in kept if below == ()} == {0, 1, 2, 3}

@@ -7,9 +7,9 @@ import torch
 
 from oracles import draw_windows, no_real_parameters, plain_taylor
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import mean_loss
+from secateur.calibration.walk import mean_loss
 from secateur.errors import NumericsError
-from secateur.models.open import open_model
+from secateur.models.opening import open_model
 from secateur.scores.taylor import scored_weights, taylor
 from tiny_models import build
 

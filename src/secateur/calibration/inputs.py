@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from secateur.calibration.statistics import device_with_float64
-from secateur.calibration.stream import Batch
+from secateur.calibration.walk import Batch
 from secateur.errors import NumericsError
 from secateur.models.anatomy import find
 

@@ -11,14 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from secateur.calibration.backward import back_through, loss_gradients
-from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.gradients import back_through, loss_gradients
 from secateur.calibration.statistics import real_tokens
-from secateur.calibration.stream import Batch, open_store, step, stored_start, walk_blocks
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import Batch, open_store, step, stored_start, walk_blocks
+from secateur.data.windows import Windows
 from secateur.models.anatomy import present
 from secateur.models.decoder import Decoder
-from secateur.models.replay import inputs_of
+from secateur.models.forward import inputs_of
+from secateur.progress import SILENT, Progress
 
 Visit = Callable[[int, torch.Tensor], None]
 """Called with the number of a point and states (tokens, D) that stand there."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from secateur.calibration.processes import add_up
+from secateur.distributed import add_up
 from secateur.errors import InputError, NumericsError
 
 _CHUNK_BYTES = 16 << 20
@@ -136,7 +136,7 @@ class LinearSums:
         self._gram, self._cross, self._squares = (one.to(home) for one in (self._gram, self._cross, self._squares))
 
     def result(self, ridge: float) -> torch.Tensor:
-        """Give T, (d, d), for rows: P T.
+        """Return T, (d, d), for rows: P T.
 
         Args:
             ridge: added to the diagonal of Pᵀ P, as a multiple of its mean.
@@ -151,7 +151,7 @@ class LinearSums:
         return identity + _solve_symmetric(self._gram + ridge * scale * identity, self._cross)
 
     def error(self, matrix_dd: torch.Tensor) -> float:
-        """Give ‖R + P T − Y‖² / ‖Y‖² over all tokens for this T."""
+        """Return ‖R + P T − Y‖² / ‖Y‖² over all tokens for this T."""
         change = matrix_dd - torch.eye(len(matrix_dd), dtype=torch.float64)
         difference, target = self._squares.tolist()
         missed = difference - 2 * (change * self._cross).sum() + (change * (self._gram @ change)).sum()
@@ -283,7 +283,7 @@ def unbiased_hsic(kernels_LMM: torch.Tensor) -> torch.Tensor:
 
 
 def device_with_float64(device: torch.device) -> torch.device:
-    """Give the device itself, or the CPU for one that has no float64."""
+    """Return the device itself, or the CPU for one that has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import torch
 
-from secateur.models.scratch import require_room
+from secateur.files import require_room
 
 _SHARE_OF_MEMORY = 0.25
 
@@ -65,7 +65,7 @@ class StateStore:
         return self._used + _bytes(tensor) <= self.budget
 
     def get(self, key: Hashable) -> torch.Tensor:
-        """Give a tensor back as it was put, on the device it was on."""
+        """Return a tensor back as it was put, on the device it was on."""
         if key in self._memory:
             tensor, device = self._memory[key]
             return tensor.to(device)

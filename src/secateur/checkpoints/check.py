@@ -18,7 +18,7 @@ import torch
 
 from secateur.errors import CheckError
 from secateur.models.decoder import Decoder
-from secateur.models.replay import capture, logits, run_block
+from secateur.models.forward import capture, logits, run_block
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference allowed, relative to the largest logit, by the dtype of the arithmetic."""

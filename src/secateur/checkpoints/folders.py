@@ -49,7 +49,7 @@ def is_ours(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(target: str | Path, *, reads: Path | None = None) -> Iterator[Path]:
-    """Give a temporary folder that takes the target's place if the block ends well, and goes away if not.
+    """Return a temporary folder that takes the target's place if the block ends well, and goes away if not.
 
     Raises:
         InputError: the target must not be replaced.

@@ -12,8 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from secateur.checkpoints.card import RELATION, methods_in, opened_from
-from secateur.checkpoints.card_results import with_results
+from secateur.checkpoints.card import RELATION, methods_in, opened_from, with_results
 from secateur.checkpoints.folders import MARKER, is_ours
 from secateur.errors import InputError, ModelError, SecateurWarning, first_line
 from secateur.evaluation.results import read_results
@@ -84,7 +83,7 @@ def push(
 
 
 def _finished(folder: Path) -> dict[str, Any]:
-    """Give the record of a checkpoint that may be shown to others.
+    """Return the record of a checkpoint that may be shown to others.
 
     Raises:
         InputError: not ours, not a checkpoint, never checked, or weights that are missing or cut off.

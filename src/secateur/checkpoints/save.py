@@ -16,10 +16,10 @@ from secateur.checkpoints.card import model_card
 from secateur.checkpoints.check import record_expected, reopen, require_passed
 from secateur.checkpoints.folders import MARKER, replacing
 from secateur.checkpoints.writer import SHARD_BYTES, write_weights
+from secateur.modeling import AUTO_MAP, MODELLING_FILE, SecateurConfig
 from secateur.models.decoder import Decoder
 from secateur.models.dtypes import dtype_named
-from secateur.plan import plans_in
-from secateur.shapes import AUTO_MAP, MODELLING_FILE, SecateurConfig
+from secateur.plan.plan import plans_in
 from secateur.versions import versions
 
 _CARRIED = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")

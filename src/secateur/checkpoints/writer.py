@@ -51,7 +51,7 @@ def write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byte
 
 
 def _parts(decoder: Decoder, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
-    """Give what is outside the blocks, then block after block, named as in a checkpoint."""
+    """Return what is outside the blocks, then block after block, named as in a checkpoint."""
     module = decoder.module
     if decoder.is_skeleton and hasattr(module, "_weight_conversions"):
         del module._weight_conversions  # the last partial load left what *it* used; all apply when writing

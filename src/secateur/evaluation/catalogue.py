@@ -85,7 +85,7 @@ def require_known(text: str) -> None:
 
 @functools.cache
 def harness_tasks() -> dict[str, Found]:
-    """Give all names of the installed harness: tasks, groups and tags.
+    """Return all names of the installed harness: tasks, groups and tags.
 
     Raises:
         InputError: the harness is not installed.

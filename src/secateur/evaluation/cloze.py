@@ -16,7 +16,7 @@ from itertools import chain, zip_longest
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.calibration.sources import STDLIB, open_documents
+from secateur.data.sources import STDLIB, open_documents
 from secateur.errors import InputError
 
 NAME = "stdlib-cloze"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from secateur.calibration.choose import Texts, windows_for
-from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.walk import mean_loss, perplexity_of
+from secateur.data.texts import Texts, windows_for
+from secateur.data.windows import Windows
 from secateur.errors import InputError
-from secateur.evaluation.perplexity import measure_perplexity
 from secateur.evaluation.reference import Reference
-from secateur.evaluation.results import Result
+from secateur.evaluation.results import Result, result_of
 from secateur.evaluation.tasks import ask_tasks, task_results
 from secateur.models.decoder import Decoder
+from secateur.progress import SILENT, Progress
 
 
 def eval(
@@ -139,3 +140,15 @@ def measure_reference(
         progress=progress,
     )
     return Reference((*results, *task_results(models, outcomes, limit=limit)), tuple(outcomes["against"]))
+
+
+def measure_perplexity(
+    model: Decoder, role: str, windows: Windows, batch_size: int | None, progress: Progress
+) -> Result:
+    """Measure the perplexity of one model on windows, block by block for a skeleton.
+
+    Raises:
+        NumericsError: NaN or infinity on the way; it never becomes a perplexity.
+    """
+    loss = mean_loss(model, windows, batch_size=batch_size, progress=progress)
+    return result_of(model, role, "perplexity", perplexity_of(loss), texts=windows.describe())

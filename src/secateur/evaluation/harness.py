@@ -32,11 +32,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.calibration.progress import Progress
 from secateur.errors import InputError, NumericsError, first_line
 from secateur.evaluation import cloze
-from secateur.evaluation.answers import Answer, Outcome
 from secateur.evaluation.catalogue import find_task
+from secateur.evaluation.stability import Answer, Outcome
+from secateur.progress import Progress
 
 _CHUNK_BATCHES = 8
 """Batches between two ticks of the progress bar."""
@@ -83,7 +83,7 @@ def _load_local(path: Path) -> list[Any]:
 
 
 def _with_data_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Give the entries of a task's configuration that name data files, with paths that hold wherever we are."""
+    """Return the entries of a task's configuration that name data files, with paths that hold wherever we are."""
     given = config.get("dataset_kwargs") or {}
     files = given.get("data_files")
     if not files:
@@ -252,7 +252,7 @@ def _outcome(task: Any, model: _Model, found: dict[str, Any]) -> Outcome:
 def _metrics(
     reported: Mapping[str, Any], samples: Sequence[dict[str, Any]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Give a task's metrics and their standard errors; those that several filters of answers report name the filter.
+    """Return a task's metrics and their standard errors; those that several filters of answers report name the filter.
 
     Raises:
         NumericsError: one is NaN or infinite.

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.calibration.windows import Windows
+from secateur.data.windows import Windows
 from secateur.errors import InputError
-from secateur.evaluation.answers import Outcome
 from secateur.evaluation.results import Result, read_results, write_results
+from secateur.evaluation.stability import Outcome
 
 RESULTS = "results.jsonl"
 ANSWERS = "answers.json"
@@ -29,7 +29,7 @@ class Reference:
     answers: tuple[Outcome, ...] = ()
 
     def perplexity_on(self, windows: Windows) -> list[Result]:
-        """Give the perplexity, if there is one.
+        """Return the perplexity, if there is one.
 
         Raises:
             InputError: it was measured on other texts.
@@ -45,7 +45,7 @@ class Reference:
         return found
 
     def results_on(self, asked: Sequence[Outcome]) -> list[Result]:
-        """Give the results on tasks, if there are any.
+        """Return the results on tasks, if there are any.
 
         Raises:
             InputError: they are of other tasks or questions than were put to another model.
@@ -56,7 +56,7 @@ class Reference:
         return found
 
     def answers_to(self, asked: Sequence[Outcome]) -> list[Outcome]:
-        """Give the answers to the questions that were put to another model, task by task.
+        """Return the answers to the questions that were put to another model, task by task.
 
         Raises:
             InputError: these questions were not put to the dense model.

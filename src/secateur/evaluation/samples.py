@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from secateur.calibration.choose import Texts, windows_for
+from secateur.data.texts import Texts, windows_for
 from secateur.errors import InputError
 from secateur.models.decoder import Decoder
 
@@ -26,7 +26,7 @@ class Sample:
     truth: str
 
     def as_dict(self) -> dict[str, str]:
-        """Give the sample as plain data."""
+        """Return the sample as plain data."""
         return asdict(self)
 
 

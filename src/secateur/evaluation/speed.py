@@ -14,11 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from secateur.calibration.progress import SILENT, Progress
 from secateur.errors import InputError
 from secateur.evaluation.results import Result, result_of
 from secateur.evaluation.timing import Lap, Request, answer, peak_memory
 from secateur.models.decoder import Decoder
+from secateur.progress import SILENT, Progress
 
 PROMPTS = (128, 512)
 BATCHES = (1, 8)

@@ -6,14 +6,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from secateur.calibration.progress import Progress
 from secateur.errors import InputError
-from secateur.evaluation.answers import Outcome
 from secateur.evaluation.catalogue import task_names
 from secateur.evaluation.results import Result, result_of
-from secateur.evaluation.stability import accuracy, flips, stability
+from secateur.evaluation.stability import Outcome, accuracy, flips, stability
 from secateur.models.decoder import Decoder
-from secateur.models.open import free_memory
+from secateur.models.opening import free_memory
+from secateur.progress import Progress
 
 AVERAGE = "average"
 PER_TOKEN = "acc_per_token"

@@ -12,15 +12,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.stream import last_states, parts_of
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import last_states, parts_of
+from secateur.data.windows import Windows
 from secateur.errors import InputError
-from secateur.healing.data import WindowData
-from secateur.healing.language import IGNORED, targets_of
-from secateur.healing.mapped import MappedTensors
 from secateur.models.decoder import Decoder
-from secateur.models.replay import logits
+from secateur.models.forward import logits
+from secateur.progress import SILENT, Progress
+from secateur.training.data import IGNORED, WindowData, targets_of
+from secateur.training.mapped import MappedTensors
 
 
 class Distillation(nn.Module):
@@ -58,7 +57,7 @@ class Distillation(nn.Module):
         top_scores: torch.Tensor | None = None,
         top_tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the sum over predictions, and their number; labels of -100 are not learnt from."""
+        """Return the sum over predictions, and their number; labels of -100 are not learnt from."""
         given = {"input_ids": tokens, "use_cache": False, "output_hidden_states": self.hidden_weight > 0}
         if mask is not None:
             given["attention_mask"] = mask.long()
@@ -106,7 +105,7 @@ def _cut_divergence(
 
 
 def _log_of_rest(known: torch.Tensor) -> torch.Tensor:
-    """Give log(1 − Σ exp), at least that of 1e-6."""
+    """Return log(1 − Σ exp), at least that of 1e-6."""
     return (1 - known.exp().sum(-1)).clamp_min(1e-6).log()
 
 

@@ -9,15 +9,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.choose import DEFAULT_SEQ_LEN, Texts, windows_for
-from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.windows import Windows
+from secateur.data.texts import DEFAULT_SEQ_LEN, Texts, windows_for
+from secateur.data.windows import Windows
 from secateur.errors import InputError, unknown
 from secateur.healing.instructions import InstructionData, open_instructions
-from secateur.healing.outcome import warn_of
-from secateur.healing.rungs import RUNGS, Data, Job, Rung
+from secateur.healing.recipes import HEALING_RECIPES, Data, HealingRecipe, Job
 from secateur.models.decoder import Decoder
+from secateur.progress import SILENT, Progress
 from secateur.settings import read_settings
+from secateur.training.settings import warn_of
 
 
 def heal(
@@ -41,7 +41,7 @@ def heal(
 
     Args:
         model: the pruned model (any decoder).
-        by: a rung: `lora`, `last-layers`, `full`, `distill`, `blocks`.
+        by: a recipe: `lora`, `last-layers`, `full`, `distill`, `blocks`.
         texts: what it learns from: see `secateur texts`; None is `python-stdlib`. One window in twenty is held back to
             see when to stop.
         tokens: how many tokens of it, at most; every token is seen once unless `epochs` says otherwise.
@@ -50,7 +50,7 @@ def heal(
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
         teacher: the dense model, for `distill` and `blocks`; as a skeleton it is never whole in memory, for which
             `distill` needs its setting `top`.
-        settings: the rung's own settings by name.
+        settings: the recipe's own settings by name.
         seed: of the order of the data and of everything drawn.
         batch_size: windows per batch of walks without gradients.
         trackers: where curves go besides: tensorboard, mlflow, wandb (not those of `blocks`).
@@ -59,13 +59,13 @@ def heal(
         progress: shows how far it is.
 
     Raises:
-        InputError: an unknown rung or setting, unusable data, a teacher with another vocabulary, or a folder with the
+        InputError: an unknown recipe or setting, unusable data, a teacher with another vocabulary, or a folder with the
             state of another healing.
         NumericsError: the loss became NaN before anything was gained.
     """
-    rung = find_rung(by)
-    read = read_settings(f"heal --with {by}", rung.settings, settings or {})
-    require_in_memory(rung, model)
+    recipe = find_healing_recipe(by)
+    read = read_settings(f"heal --with {by}", recipe.settings, settings or {})
+    require_in_memory(recipe, model)
     data = training_data(model, texts, tokens, instructions=instructions, seq_len=seq_len, seed=seed)
     facts: dict[str, Any] = {"with": by, "texts": data.describe(), "seed": seed}
     facts["settings"] = read.model_dump(exclude_none=True)
@@ -73,7 +73,7 @@ def heal(
         facts["teacher"] = {"source": teacher.source, "fingerprint": teacher.fingerprint}
     job = Job(
         decoder=model,
-        teacher=teacher if rung.teacher else None,
+        teacher=teacher if recipe.teacher else None,
         data=data,
         settings=read,
         recipe={"model": model.fingerprint, **facts},
@@ -85,39 +85,41 @@ def heal(
         progress=progress,
         facts=facts,
     )
-    healed = rung.heal(job)
+    healed = recipe.heal(job)
     if "stopped" in facts:
         warn_of(facts, "healing")
     entry = {"healing": facts, "applied": datetime.now(UTC).isoformat(timespec="seconds")}
     return dataclasses.replace(healed, history=(*model.history, entry))
 
 
-def require_in_memory(rung: Rung, model: Decoder) -> None:
+def require_in_memory(recipe: HealingRecipe, model: Decoder) -> None:
     """Refuse a model that is read block by block where all of it is trained.
 
     Raises:
         InputError: saying what else can be done.
     """
-    if rung.whole and model.by_blocks:
-        raise InputError(f"{rung.name} needs the whole model in memory; open it with --in-memory, or heal with blocks.")
+    if recipe.whole and model.by_blocks:
+        raise InputError(
+            f"{recipe.name} needs the whole model in memory; open it with --in-memory, or heal with blocks."
+        )
 
 
-def find_rung(name: str) -> Rung:
-    """Give the rung of this name.
+def find_healing_recipe(name: str) -> HealingRecipe:
+    """Return the recipe of this name.
 
     Raises:
-        InputError: no such rung; the known ones are named.
+        InputError: no such recipe; the known ones are named.
     """
-    if name not in RUNGS:
-        raise unknown("way of healing", name, list(RUNGS))
-    return RUNGS[name]
+    if name not in HEALING_RECIPES:
+        raise unknown("way of healing", name, list(HEALING_RECIPES))
+    return HEALING_RECIPES[name]
 
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 
 
 def check_trackers(names: Iterable[str]) -> tuple[str, ...]:
-    """Give the trackers by name.
+    """Return the trackers by name.
 
     Raises:
         InputError: an unknown one, or one that is not installed.

@@ -17,10 +17,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from secateur.calibration.sources import open_rows
-from secateur.calibration.texts import wants_bos
+from secateur.data.sources import open_rows
+from secateur.data.texts import wants_bos
 from secateur.errors import InputError, first_line
-from secateur.healing.language import IGNORED
+from secateur.training.data import IGNORED
 
 Message = dict[str, str]
 
@@ -64,12 +64,12 @@ class InstructionData(Dataset[dict[str, torch.Tensor]]):
         return sum(len(ids) for ids, _ in self.rows)
 
     def part(self, numbers: range) -> InstructionData:
-        """Give the examples of these numbers."""
+        """Return the examples of these numbers."""
         rows = [self.rows[number] for number in numbers]
         return InstructionData(rows, self.seq_len, self.padding, self.source, self.fingerprint)
 
     def describe(self) -> dict[str, Any]:
-        """Give all but the tokens."""
+        """Return all but the tokens."""
         return {
             "source": self.source,
             "fingerprint": self.fingerprint,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from secateur.errors import InputError
-from secateur.methods.amounts import gigabytes, read_bytes, read_count, read_factor, read_fraction
-from secateur.methods.scale import Scale
+from secateur.methods.cost import Cost
+from secateur.plan.quantities import gigabytes, read_bytes, read_count, read_factor, read_fraction
 
 Native = Literal["blocks", "slice", "ratio"]
 """What a method counts in by itself."""
@@ -34,7 +34,7 @@ class Budget:
             or the value of the knob.
         knob: name of the method's setting that asks for it, if one does.
         context: tokens in the cache that `target_memory` counts.
-        scale: what the model at hand weighs in bytes or seconds, where the aim is counted in those.
+        cost: what the model at hand weighs in bytes or seconds, where the aim is counted in those.
         is_rest: whether it is what others left to do: half of the smallest cut is enough to make that one.
     """
 
@@ -42,7 +42,7 @@ class Budget:
     value: float
     knob: str | None = None
     context: int | None = None
-    scale: Scale | None = None
+    cost: Cost | None = None
     is_rest: bool = False
 
     @property
@@ -56,17 +56,17 @@ class Budget:
         return self.aim.startswith("target_")
 
     def describe(self) -> dict[str, Any]:
-        """Give the request as data for the plan."""
+        """Return the request as data for the plan."""
         name = (self.knob or "own") if self.aim == "own" else self.aim
         return {name: self.value} | ({"context": self.context} if self.context is not None else {})
 
     def limit(self, total: float) -> float:
-        """Give what may be left of a model that weighs `total`."""
+        """Return what may be left of a model that weighs `total`."""
         if self.aim == "remove":
             return total * (1 - self.value)
         if self.aim == "target_speedup":
-            assert self.scale is not None
-            return self.scale.dense / self.value
+            assert self.cost is not None
+            return self.cost.dense / self.value
         return self.value
 
     def asked(self) -> str:
@@ -183,12 +183,12 @@ def choose_blocks(
 
 
 def weigh(budget: Budget, block_parameters: tuple[int, ...], total: int) -> tuple[tuple[float, ...], float]:
-    """Give what each block and the whole model weigh in the unit of a budget."""
-    return (block_parameters, total) if budget.scale is None else (budget.scale.blocks, budget.scale.total)
+    """Return what each block and the whole model weigh in the unit of a budget."""
+    return (block_parameters, total) if budget.cost is None else (budget.cost.blocks, budget.cost.total)
 
 
 def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[Sequence[int]] | None = None) -> int:
-    """Give the position of the candidate that meets a budget.
+    """Return the position of the candidate that meets a budget.
 
     Args:
         budget: a fraction or a target.
@@ -202,10 +202,10 @@ def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[
     """
     weights: Sequence[float] = left
     whole: float = total
-    if budget.scale is not None:
-        blocks = kept if kept is not None else [range(len(budget.scale.blocks))] * len(left)
-        weights = [budget.scale.of(stay, count) for stay, count in zip(blocks, left, strict=True)]
-        whole = budget.scale.total
+    if budget.cost is not None:
+        blocks = kept if kept is not None else [range(len(budget.cost.blocks))] * len(left)
+        weights = [budget.cost.of(stay, count) for stay, count in zip(blocks, left, strict=True)]
+        whole = budget.cost.total
     smaller = [place for place, weight in enumerate(weights) if weight < whole]
     wanted = budget.limit(whole)
     least, most = (min(weights), max((weights[place] for place in smaller), default=whole))
@@ -248,8 +248,8 @@ def _too_much(budget: Budget, gone: float, total: float, most: int) -> str:
     if budget.aim == "target_memory":
         return f"{everything} leaves {gigabytes(total - gone)}."
     if budget.aim == "target_speedup":
-        assert budget.scale is not None
-        return f"{everything} makes it {budget.scale.dense / (total - gone):.2f} times as fast."
+        assert budget.cost is not None
+        return f"{everything} makes it {budget.cost.dense / (total - gone):.2f} times as fast."
     return f"{everything} removes {gone / total:.1%} of the parameters."
 
 
@@ -257,6 +257,6 @@ def _at_most(budget: Budget, gone: float, total: float) -> str:
     if budget.aim == "target_memory":
         return f"a cut to {gigabytes(total - gone)} is possible"
     if budget.aim == "target_speedup":
-        assert budget.scale is not None
-        return f"{budget.scale.dense / (total - gone):.2f} times as fast is possible"
+        assert budget.cost is not None
+        return f"{budget.cost.dense / (total - gone):.2f} times as fast is possible"
     return f"{gone / total:.1%} of the parameters can go"

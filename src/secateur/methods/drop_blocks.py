@@ -17,16 +17,16 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from secateur.calibration.stream import open_store
+from secateur.calibration.walk import open_store
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
 from secateur.methods.method import Evidence, Method, Settings
 from secateur.models.decoder import Decoder
+from secateur.plan.steps import DropBlocks
 from secateur.scores.profile import Kind
 from secateur.scores.removal import RemovalProbe
 from secateur.scores.taylor import taylor
-from secateur.steps import DropBlocks
-from secateur.surgery.blocks import keep_blocks, require_one_basis
+from secateur.surgery.depth.blocks import keep_blocks, require_one_basis
 
 Candidates = Iterator[tuple[int, ...]]
 
@@ -37,7 +37,7 @@ class WindowSettings(Settings):
     window: int | None = Field(None, ge=0, description="how many neighbouring blocks go (the papers' n)")
 
     def own_amount(self) -> Budget | None:
-        """Give the papers' n."""
+        """Return the papers' n."""
         return None if self.window is None else Budget("blocks", self.window, knob="window")
 
 
@@ -62,7 +62,7 @@ class ShortenedSettings(Settings):
     )
 
     def free_blocks(self, count: int) -> range:
-        """Give the blocks that may go, of `count`."""
+        """Return the blocks that may go, of `count`."""
         paper = (0, 0) if self.criterion == "ppl" else (4, 2)
         first = paper[0] if self.protect_first is None else self.protect_first
         last = paper[1] if self.protect_last is None else self.protect_last
@@ -127,7 +127,7 @@ def greedily(evidence: Evidence, settings: Settings, _budget: Budget) -> Candida
             best = min(losses, key=lambda block: (losses[block], block))
             gone = (*gone, best)
             free.remove(best)
-            probe.settle(gone)
+            probe.fix(gone)
             yield tuple(sorted(gone))
 
 

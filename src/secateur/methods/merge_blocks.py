@@ -27,15 +27,15 @@ from itertools import pairwise
 from pydantic import Field
 
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import open_store
+from secateur.calibration.walk import open_store
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
 from secateur.methods.method import Evidence, Method, Settings
 from secateur.models.decoder import Decoder
-from secateur.scores.likeness import Merged, MergeProbe
-from secateur.steps import MergeBlocks, Rule
-from secateur.surgery.blocks import require_one_basis
-from secateur.surgery.merging import alike, merge_windows, shares_for
+from secateur.plan.steps import MergeBlocks, Rule
+from secateur.scores.merge_similarity import Merged, MergeProbe
+from secateur.surgery.depth.blocks import require_one_basis
+from secateur.surgery.depth.merging import alike, merge_windows, shares_for
 
 _ALL, _NONE = -1.0, 1.0
 """Thresholds that every similarity is above, and none."""
@@ -54,7 +54,7 @@ class MergeSettings(Settings):
     protect_last: int = Field(1, ge=1, description="how many of the last blocks are never touched")
 
     def own_amount(self) -> Budget | None:
-        """Give the paper's threshold."""
+        """Return the paper's threshold."""
         return None if self.threshold is None else Budget("own", self.threshold, knob="threshold")
 
 
@@ -79,12 +79,12 @@ class Slide:
 
 
 def slide(
-    likeness: Callable[[Merged], float], fits: Callable[[int], bool], lows: Iterable[int], threshold: float
+    similarity: Callable[[Merged], float], fits: Callable[[int], bool], lows: Iterable[int], threshold: float
 ) -> Slide:
     """Run the window once.
 
     Args:
-        likeness: similarity to the original model with these windows merged, from the top down.
+        similarity: similarity to the original model with these windows merged, from the top down.
         fits: whether a block and the one above it may be in one window.
         lows: blocks that a window may take in, from the highest down; the block above the first is where it begins.
         threshold: a window grows as long as the similarity is larger.
@@ -95,7 +95,7 @@ def slide(
     for low in lows:
         high = low + 1 if high is None else high
         if fits(low):
-            found = likeness((*merged, (low, high)))
+            found = similarity((*merged, (low, high)))
             if found > threshold:
                 ceiling = min(ceiling, found)
                 continue
@@ -175,7 +175,7 @@ def decide(evidence: Evidence, settings: MergeSettings, budget: Budget) -> Seque
 
         def run(threshold: float) -> Slide:
             order = evidence.progress(reversed(lows), f"threshold {threshold:.4f}", len(lows))
-            return slide(probe.likeness, fitting.__contains__, order, threshold)
+            return slide(probe.similarity, fitting.__contains__, order, threshold)
 
         if budget.aim == "own":
             found = run(budget.value)
@@ -229,7 +229,7 @@ def _absorbed(merged: Merged) -> tuple[int, ...]:
 
 
 def _between(one: Slide) -> float:
-    """Give a threshold that makes this run, in the middle of those that do."""
+    """Return a threshold that makes this run, in the middle of those that do."""
     return (max(one.floor, _ALL) + min(one.ceiling, _NONE)) / 2
 
 

@@ -9,17 +9,17 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from secateur.calibration.processes import as_the_first
-from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.windows import Windows
+from secateur.data.windows import Windows
+from secateur.distributed import from_main_process
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, Native
-from secateur.methods.scale import Pace
+from secateur.methods.cost import SpeedModel
 from secateur.models.decoder import Decoder
+from secateur.plan.steps import AnyStep
+from secateur.progress import SILENT, Progress
 from secateur.scores.measure import score_model
 from secateur.scores.profile import Kind, Scores
 from secateur.settings import read_settings
-from secateur.steps import AnyStep
 
 
 class MethodSettings(BaseModel):
@@ -29,11 +29,11 @@ class MethodSettings(BaseModel):
 
     @classmethod
     def gathered(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Give settings by the names they have here, of those by the names under which they are typed."""
+        """Return settings by the names they have here, of those by the names under which they are typed."""
         return given
 
     def own_amount(self) -> Budget | None:
-        """Give the amount that one of these settings asks for by itself, as the papers' knobs do; None without."""
+        """Return the amount that one of these settings asks for by itself, as the papers' knobs do; None without."""
         return None
 
 
@@ -44,7 +44,7 @@ class Settings(MethodSettings):
     protect_last: int = Field(0, ge=0, description="how many of the last blocks are never touched")
 
     def free_blocks(self, count: int) -> range:
-        """Give the blocks that may go, of `count`."""
+        """Return the blocks that may go, of `count`."""
         return range(self.protect_first, max(self.protect_first, count - self.protect_last))
 
 
@@ -73,11 +73,11 @@ class Evidence:
     measured: dict[Hashable, Any] = field(default_factory=dict)
 
     def of(self, decoder: Decoder) -> Evidence:
-        """Give the evidence on another model: what was measured on this one does not count there."""
+        """Return the evidence on another model: what was measured on this one does not count there."""
         return replace(self, decoder=decoder, known=None, measured={})
 
     def scores(self, *kinds: Kind) -> Scores:
-        """Give scores that hold at least these kinds."""
+        """Return scores that hold at least these kinds."""
         if self.known is None or not self.known.has(kinds):
             self.known = score_model(
                 self.decoder,
@@ -90,7 +90,7 @@ class Evidence:
         return self.known
 
     def need_windows(self) -> Windows:
-        """Give the windows.
+        """Return the windows.
 
         Raises:
             InputError: there are none.
@@ -117,8 +117,8 @@ class Method:
             number to go, and the settings.
         scores: given its settings, the scores that deciding reads and that no single pass gives; a study measures them
             once for all amounts.
-        pace: given its settings, how the models run that it makes without taking blocks out; None where the time in
-            blocks follows their size.
+        speed_model: given its settings, how fast the models run that it makes without taking blocks out; None where
+            the time in blocks follows their size.
     """
 
     name: str
@@ -130,15 +130,15 @@ class Method:
     needs_texts: Callable[[Any], bool] = lambda _: True
     forwards: Callable[[int, int, Any], float] = lambda _blocks, _gone, _settings: 1.0
     scores: Callable[[Any], tuple[Kind, ...]] = lambda _: ()
-    pace: Callable[[Any], Pace] | None = None
+    speed_model: Callable[[Any], SpeedModel] | None = None
 
     def steps(self, evidence: Evidence, settings: Any, budget: Budget) -> tuple[AnyStep, ...]:
         """Decide; of several processes all go on with what the first has decided."""
-        return as_the_first(tuple(self.decide(evidence, settings, budget)))
+        return from_main_process(tuple(self.decide(evidence, settings, budget)))
 
-    def pace_of(self, settings: Any) -> Pace | None:
-        """Give how the models run that it makes with these settings; None where time follows size."""
-        return None if self.pace is None else self.pace(settings)
+    def speed_model_of(self, settings: Any) -> SpeedModel | None:
+        """Return how the models run that it makes with these settings; None where time follows size."""
+        return None if self.speed_model is None else self.speed_model(settings)
 
     def read_settings(self, given: dict[str, Any]) -> Any:
         """Check settings given by name.

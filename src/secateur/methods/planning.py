@@ -8,20 +8,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from secateur import __version__
-from secateur.calibration.choose import Texts, windows_for
-from secateur.calibration.progress import SILENT, Progress
-from secateur.calibration.windows import Windows
+from secateur.data.texts import Texts, windows_for
+from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, SecateurWarning, TextsWarning
 from secateur.methods.budget import Budget, TooSmall
 from secateur.methods.method import Evidence
 from secateur.methods.registry import APPLY
 from secateur.methods.sequence import Part, part_of, read_sequence, whole_budget
-from secateur.methods.targets import expected, weighed
+from secateur.methods.targets import expected, with_cost
 from secateur.models.decoder import Decoder
-from secateur.plan import ModelRef, Plan
+from secateur.plan.plan import ModelRef, Plan
+from secateur.plan.steps import AnyStep
+from secateur.progress import SILENT, Progress
 from secateur.scores.profile import Scores
-from secateur.steps import AnyStep
+from secateur.versions import __version__
 
 
 def make_plan(
@@ -119,7 +119,7 @@ def _decide(parts: tuple[Part, ...], budget: Budget, evidence: Evidence) -> tupl
     steps: list[AnyStep] = []
     counted: dict[str, Any] = {}
     for number, part in enumerate(parts):
-        budget = weighed(budget, evidence.decoder, part.method.pace_of(part.settings))
+        budget = with_cost(budget, evidence.decoder, part.method.speed_model_of(part.settings))
         own = part_of(budget, parts, number, dense, evidence.decoder.parameter_count)
         found = () if own is None else _decide_part(part, evidence, own)
         steps += found

@@ -8,24 +8,24 @@ from typing import Any
 
 from secateur.errors import unknown
 from secateur.methods import (
-    auto,
     drop_blocks,
-    linearize_blocks,
+    linear_replacement,
     merge_blocks,
-    narrow_blocks,
+    prune_width,
     replace_blocks,
     slice_hidden,
 )
 from secateur.methods.method import Evidence, Method
+from secateur.methods.search import auto
 from secateur.models.decoder import Decoder
 
 _FILES: tuple[ModuleType, ...] = (
     drop_blocks,
     replace_blocks,
     merge_blocks,
-    linearize_blocks,
+    linear_replacement,
     slice_hidden,
-    narrow_blocks,
+    prune_width,
 )
 
 APPLY: dict[str, Callable[[Evidence, Any], Decoder]] = {
@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = _SINGLE | {"auto": auto.method_over(_SINGLE, APPLY)
 
 
 def find_method(name: str) -> Method:
-    """Give the method of this name.
+    """Return the method of this name.
 
     Raises:
         InputError: no such method; the known ones are named.

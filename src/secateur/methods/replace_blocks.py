@@ -17,29 +17,27 @@ from pydantic import Field, field_validator
 from torch import nn
 from torch.utils.data import Dataset
 
-from secateur.calibration.choose import windows_for
-from secateur.calibration.windows import Windows
+from secateur.data.texts import windows_for
+from secateur.data.windows import Windows
 from secateur.errors import InputError
-from secateur.healing.data import WindowData, split_off_validation
-from secateur.healing.language import LanguageModelling
-from secateur.healing.loop import train
-from secateur.healing.outcome import warn_of
-from secateur.healing.pairs import BlockNetwork, PairData, PairRegression, store_pairs
-from secateur.healing.settings import TrainingSettings
-from secateur.healing.weights import in_float32
 from secateur.methods.budget import Budget, choose_blocks, choose_size, read_count
 from secateur.methods.drop_blocks import WindowSettings
 from secateur.methods.method import Evidence, Method
+from secateur.modeling import SecateurConfig
+from secateur.modeling.modeling_secateur import SecateurDecoderLayer
 from secateur.models.decoder import Decoder
-from secateur.models.replay import Call
+from secateur.models.forward import Call
+from secateur.plan.steps import DropBlocks, ReplaceBlocks, Sizes, Span
 from secateur.scores.profile import Scores
-from secateur.shapes import SecateurConfig
-from secateur.shapes.modeling_secateur import SecateurDecoderLayer
-from secateur.steps import DropBlocks, ReplaceBlocks, Sizes, Span
 from secateur.surgery.assembly import Tensors
-from secateur.surgery.blocks import keep_blocks, require_one_basis, with_block_tensors
-from secateur.surgery.folding import stream_sizes
-from secateur.surgery.networks import network_config, new_network, with_network
+from secateur.surgery.depth.blocks import keep_blocks, require_one_basis, with_block_tensors
+from secateur.surgery.depth.replacement import network_config, new_network, with_network
+from secateur.surgery.hidden.folding import stream_sizes
+from secateur.training.data import LanguageModelling, WindowData, split_off_validation
+from secateur.training.pairs import BlockNetwork, PairData, PairRegression, store_pairs
+from secateur.training.settings import TrainingSettings, warn_of
+from secateur.training.trainer import train
+from secateur.training.weights import in_float32
 
 Loss = Literal["mse", "lm", "mse+lm"]
 
@@ -66,7 +64,7 @@ class StreamlineSettings(WindowSettings, TrainingSettings):
         return int(read_count(value, "train_tokens")) if isinstance(value, str) else value
 
     def training(self) -> TrainingSettings:
-        """Give those of them that the training loop takes."""
+        """Return those of them that the training loop takes."""
         return TrainingSettings(**{name: getattr(self, name) for name in TrainingSettings.model_fields})
 
 
@@ -234,7 +232,7 @@ class _Training:
         warn_of(outcome.describe(), f"training what stands in for blocks {self.low} to {self.high} ({loss})")
 
     def _put_in(self, tensors: Tensors) -> Decoder:
-        """Give the model with the network in the window's place, its weights rounded to the dtype to be saved."""
+        """Return the model with the network in the window's place, its weights rounded to the dtype to be saved."""
         edit = {
             "replace": [self.low, self.high, self.step.network],
             "weights": [[name, float(one.double().sum()), float(one.double().norm())] for name, one in tensors.items()],

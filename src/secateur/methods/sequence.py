@@ -60,7 +60,7 @@ def read_sequence(spec: str, settings: dict[str, Any]) -> tuple[Part, ...]:
 
 
 def names_in(spec: str) -> list[str]:
-    """Give the methods' names of `swm:0.5,slicegpt:0.5` in order, as they are written."""
+    """Return the methods' names of `swm:0.5,slicegpt:0.5` in order, as they are written."""
     return [entry.partition(":")[0].strip() for entry in spec.split(",")]
 
 
@@ -75,7 +75,7 @@ def _share(text: str, spec: str) -> float:
 
 
 def whole_budget(parts: tuple[Part, ...], amounts: dict[str, Any]) -> Budget:
-    """Give what is to go altogether: the one amount given, or what a setting of a single method asks for.
+    """Return what is to go altogether: the one amount given, or what a setting of a single method asks for.
 
     Of `amounts`, by the names `read_budget` takes, all but one are None; all are where a setting says it.
 
@@ -98,7 +98,7 @@ def whole_budget(parts: tuple[Part, ...], amounts: dict[str, Any]) -> Budget:
 
 
 def part_of(budget: Budget, parts: tuple[Part, ...], number: int, dense: int, current: int) -> Budget | None:
-    """Give what part `number` is to remove of a model that has `current` of `dense` parameters left.
+    """Return what part `number` is to remove of a model that has `current` of `dense` parameters left.
 
     None where the parts before have removed that much already.
 
@@ -107,7 +107,7 @@ def part_of(budget: Budget, parts: tuple[Part, ...], number: int, dense: int, cu
     """
     if len(parts) == 1:
         return budget
-    whole, now = (dense, current) if budget.scale is None else (budget.scale.dense, budget.scale.total)
+    whole, now = (dense, current) if budget.cost is None else (budget.cost.dense, budget.cost.total)
     limit = budget.limit(whole)
     if limit >= whole:
         raise InputError(already(budget, whole))

@@ -19,15 +19,15 @@ from pydantic import Field
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_size
 from secateur.methods.method import Evidence, Method, MethodSettings
-from secateur.methods.sliced_pace import pace_with_own_bases, pace_with_shared_bases
+from secateur.methods.sliced_speed import speed_with_own_bases, speed_with_shared_bases
 from secateur.models.decoder import Decoder
-from secateur.steps import SliceHidden, StreamSizes
-from secateur.surgery.directions import Signals
-from secateur.surgery.folding import folded_config, stream_sizes
-from secateur.surgery.hidden import slice_by_principal_directions
-from secateur.surgery.invariance import require_invariance
-from secateur.surgery.shared import find_bases, find_borders, find_coordinates, slice_with_shared_bases
-from secateur.surgery.stock import stock_stream_sizes, width_step
+from secateur.plan.steps import SliceHidden, StreamSizes
+from secateur.surgery.hidden.directions import Signals
+from secateur.surgery.hidden.folding import folded_config, stream_sizes
+from secateur.surgery.hidden.invariance import require_invariance
+from secateur.surgery.hidden.own_bases import slice_by_principal_directions
+from secateur.surgery.hidden.shared_basis import find_bases, find_borders, find_coordinates, slice_with_shared_bases
+from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
 
 Normalise = Literal["minmax", "interior", "rank"]
 Widths = tuple[int, ...]
@@ -60,7 +60,7 @@ class DynamicSettings(ConstantSettings):
     )
 
     def own_amount(self) -> Budget | None:
-        """Give the paper's SP."""
+        """Return the paper's SP."""
         if self.slice_percentage is None:
             return None
         return Budget("slice", self.slice_percentage, knob="slice_percentage")
@@ -185,7 +185,7 @@ class _Search:
         self._redundancy, self._sizes, self._settings, self._total = redundancy, sizes, settings, total
 
     def meet(self, budget: Budget, base: float) -> tuple[float, Widths]:
-        """Give SP, and the widths, for a fixed SB."""
+        """Return SP, and the widths, for a fixed SB."""
         if budget.aim == "slice":
             return budget.value, self._widths(budget.value, base)
         if base > self._settings.cap:
@@ -197,7 +197,7 @@ class _Search:
         return means[place], found[place]
 
     def trials(self, budget: Budget) -> Iterator[tuple[float, float, Widths]]:
-        """Give SP, SB and widths of constant slicing, and of bases below that remove at least as much."""
+        """Return SP, SB and widths of constant slicing, and of bases below that remove at least as much."""
         constant = _constant_widths(self._sizes, self._settings.rounding, budget, self._total)
         allowed = _parameters(self._sizes, constant)
         mean = budget.value if budget.aim == "slice" else 1 - constant[0] / self._sizes.width
@@ -210,7 +210,7 @@ class _Search:
                 yield found[0], share * found[0], found[1]
 
     def _no_larger(self, start: float, share: float, allowed: int) -> tuple[float, Widths] | None:
-        """Give the smallest SP from a little below `start` on whose model is no larger than allowed."""
+        """Return the smallest SP from a little below `start` on whose model is no larger than allowed."""
         cap = self._settings.cap
         for number in range(_STEPS + 1):
             mean = min(cap, 0.8 * start) + (cap - min(cap, 0.8 * start)) * number / _STEPS
@@ -342,7 +342,7 @@ METHODS = (
         decide=decide_constant,
         native="slice",
         forwards=lambda _blocks, _gone, _settings: 0.0,
-        pace=pace_with_own_bases,
+        speed_model=speed_with_own_bases,
     ),
     Method(
         name="dynamic-slicing",
@@ -352,7 +352,7 @@ METHODS = (
         decide=decide_by_redundancy,
         native="slice",
         forwards=lambda _blocks, _gone, settings: 1.0 + 2.0 * len(_BASES_TRIED) * (settings.slice_base == "auto"),
-        pace=pace_with_own_bases,
+        speed_model=speed_with_own_bases,
     ),
     Method(
         name="stock-slicing",
@@ -362,7 +362,7 @@ METHODS = (
         decide=decide_shared,
         native="slice",
         forwards=lambda _blocks, _gone, settings: 1.0 if settings.bases > 1 else 0.0,
-        pace=pace_with_shared_bases,
+        speed_model=speed_with_shared_bases,
     ),
 )
 

@@ -8,20 +8,20 @@ from typing import Any
 
 from secateur.errors import InputError
 from secateur.methods.budget import Budget
-from secateur.methods.scale import Pace, memory_scale, time_scale
+from secateur.methods.cost import SpeedModel, memory_cost, time_cost
 from secateur.models.decoder import Decoder
-from secateur.steps import AnyStep, Sizes
+from secateur.plan.steps import AnyStep, Sizes
 
 CONTEXT = 4096
 
 
-def weighed(budget: Budget, decoder: Decoder, pace: Pace | None) -> Budget:
+def with_cost(budget: Budget, decoder: Decoder, speed_model: SpeedModel | None) -> Budget:
     """Weigh the model at hand in the unit of a budget, if that is bytes or seconds; a second time, keep what was dense.
 
     Args:
         budget: what is asked for.
         decoder: the model at hand.
-        pace: how the models run that the method makes which decides next.
+        speed_model: how the models run that the method makes which decides next.
 
     Raises:
         InputError: the context is longer than the model's positions.
@@ -30,20 +30,20 @@ def weighed(budget: Budget, decoder: Decoder, pace: Pace | None) -> Budget:
         context = budget.context or min(CONTEXT, decoder.max_positions or CONTEXT)
         if context > (decoder.max_positions or context):
             raise InputError(f"context={context}: the model has only {decoder.max_positions} positions.")
-        scale = memory_scale(decoder, context)
+        cost = memory_cost(decoder, context)
         budget = dataclasses.replace(budget, context=context)
     elif budget.aim == "target_speedup":
-        scale = time_scale(decoder, pace)
+        cost = time_cost(decoder, speed_model)
     else:
         return budget
-    dense = scale.dense if budget.scale is None else budget.scale.dense
-    return dataclasses.replace(budget, scale=dataclasses.replace(scale, dense=dense))
+    dense = cost.dense if budget.cost is None else budget.cost.dense
+    return dataclasses.replace(budget, cost=dataclasses.replace(cost, dense=dense))
 
 
 def expected(budget: Budget, decoder: Decoder, steps: Sequence[AnyStep]) -> dict[str, Any]:
     """Say what a target was counted on, and what these last steps on this model are expected to reach."""
-    scale = budget.scale
-    if scale is None:
+    cost = budget.cost
+    if cost is None:
         return {}
     kept = tuple(range(decoder.block_count))
     inside = decoder.block_parameter_counts()
@@ -51,7 +51,7 @@ def expected(budget: Budget, decoder: Decoder, steps: Sequence[AnyStep]) -> dict
     for step in steps:
         kept = tuple(kept[place] for place in step.kept(len(kept)))
         sizes = step.left(sizes)
-    left = scale.of(kept, sizes.total) if steps else scale.total
-    if scale.unit == "bytes":
-        return {"bytes": int(left), "dense_bytes": int(scale.dense)} | scale.facts
-    return {"speedup": round(scale.dense / left, 4), "seconds": left, "dense_seconds": scale.dense} | scale.facts
+    left = cost.of(kept, sizes.total) if steps else cost.total
+    if cost.unit == "bytes":
+        return {"bytes": int(left), "dense_bytes": int(cost.dense)} | cost.facts
+    return {"speedup": round(cost.dense / left, 4), "seconds": left, "dense_seconds": cost.dense} | cost.facts

@@ -108,7 +108,7 @@ class Anatomy:
         return f"{self.family.blocks}.{index}"
 
     def describe(self) -> dict[str, Any]:
-        """Give the traits a reader wants to see, for `secateur inspect`."""
+        """Return the traits a reader wants to see, for `secateur inspect`."""
         family = self.family
         return {
             "family": family.model_type + (" (detected)" if family.detected else ""),

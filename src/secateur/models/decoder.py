@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.modeling import SecateurConfig
 from secateur.models.anatomy import Anatomy, count_parameters, find
 from secateur.models.shards import OUTER, Shards
-from secateur.shapes import SecateurConfig
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Decoder:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Give block `index` with its weights; a skeleton reads them now and lets them go at the end."""
+        """Return block `index` with its weights; a skeleton reads them now and lets them go at the end."""
         with self._present(index):
             yield self.block_list[index]
 
@@ -134,7 +134,7 @@ class Decoder:
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
-        """Give the module with all its weights; a skeleton reads them now and lets them go at the end."""
+        """Return the module with all its weights; a skeleton reads them now and lets them go at the end."""
         with ExitStack() as parts, self.outer():
             for index in range(self.block_count):
                 parts.enter_context(self.block(index))

@@ -19,7 +19,7 @@ from secateur.models.anatomy import Family
 
 
 def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
-    """Give the configuration of the model that keeps only these blocks, in this order."""
+    """Return the configuration of the model that keeps only these blocks, in this order."""
     before = config.num_hidden_layers
     edited = copy.deepcopy(config)
     for name in family.per_layer_lists:
@@ -47,7 +47,7 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
 
 
 def block_kind(config: Any, family: Family, index: int) -> tuple[Any, ...]:
-    """Give what the configuration says of this block alone: its layer type, whether it has rotary positions, …"""
+    """Return what the configuration says of this block alone: its layer type, whether it has rotary positions, …"""
     lists = [getattr(config, name, None) for name in family.per_layer_lists]
     return tuple(
         values[index]

@@ -10,7 +10,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def dtype_named(name: str, *also: str) -> torch.dtype:
-    """Give a dtype by its name; `also` are other words that stand in its place, for the message.
+    """Return a dtype by its name; `also` are other words that stand in its place, for the message.
 
     Raises:
         InputError: an unknown one.

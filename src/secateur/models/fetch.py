@@ -11,7 +11,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig
 
 from secateur.errors import InputError, ModelError, first_line
-from secateur.models.refuse import refuse_config
 from secateur.models.shards import INDEX, files_in_index
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -35,7 +34,7 @@ def fetch(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Path:
-    """Give the folder of a checkpoint, fetched from the hub where it is not on this machine; arguments as `open_model`.
+    """Return the folder of a checkpoint, fetched from the hub where it is not local; arguments as `open_model`.
 
     The configuration comes first, so that nothing large is fetched of a model that is refused.
 
@@ -62,7 +61,7 @@ def has_all_weights(folder: Path) -> bool:
 
 
 def local_folder(source: str) -> Path | None:
-    """Give the folder of a model on this machine; None for one on the hub."""
+    """Return the folder of a model on this machine; None for one on the hub."""
     if source == BUNDLED:
         return Path(__file__).resolve().parents[1] / "bundled"
     return Path(source) if Path(source).is_dir() else None
@@ -98,3 +97,66 @@ def read_config(folder: Path, source: str, *, trust_remote_code: bool) -> Any:
         raise ModelError(f"{source}: cannot read its configuration: {error}") from error
     refuse_config(config, source)
     return config
+
+
+_WRAPPED = ("text_config", "vision_config", "audio_config", "thinker_config")
+
+
+def refuse_config(config: Any, source: str) -> None:
+    """Refuse configurations that are no plain causal decoder.
+
+    Raises:
+        ModelError: encoders, encoder-decoders, multimodal wrappers, quantised weights, blocks that share their
+            keys and values.
+    """
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{source}: '{kind}' is an encoder-decoder; only decoder-only language models can be pruned.")
+    wrapped = [name for name in _WRAPPED if getattr(config, name, None) is not None]
+    if wrapped:
+        raise ModelError(
+            f"{source}: '{kind}' is a multimodal wrapper ({', '.join(wrapped)}). Save its text model on its own "
+            "(for example with AutoModelForCausalLM on the text config) and prune that."
+        )
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation:
+        name = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+        raise ModelError(
+            f"{source}: the weights are quantised ({getattr(name, 'value', name)}). Prune the unquantised checkpoint "
+            "(or dequantise this one) and quantise the result."
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ModelError(f"{source}: blocks of '{kind}' share keys and values; removing one would break the others.")
+    names = getattr(config, "architectures", None) or []
+    if names and not any("CausalLM" in name or "LMHead" in name for name in names):
+        raise ModelError(
+            f"{source}: {names[0]} is not a causal language model (an encoder, or a head for another task)."
+        )
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder holds safetensors weights, or an index that promises them."""
+    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+
+
+def refuse_files(folder: Path, *, allow_pickle: bool) -> None:
+    """Refuse folders without a configuration or with pickled weights only.
+
+    Raises:
+        ModelError: saying which.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json, so this is not a transformers checkpoint.")
+    if has_safetensors(folder):
+        return
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickled and not allow_pickle:
+        raise ModelError(
+            f"{folder}: only pickled weights ({pickled[0].name}), which can run code when loaded. Convert them to "
+            "safetensors, or pass allow_pickle=True (--allow-pickle) if you trust the source."
+        )
+    if not pickled:
+        raise ModelError(
+            f"{folder}: no weights here. Pickled ones of a model on the hub are fetched only if they are allowed "
+            "(allow_pickle=True, --allow-pickle)."
+        )

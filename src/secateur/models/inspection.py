@@ -8,7 +8,7 @@ from secateur.models.decoder import Decoder
 
 
 def inspect(model: Decoder) -> dict[str, Any]:
-    """Give family, shape, sizes and dtypes of an open model; a skeleton is enough.
+    """Return family, shape, sizes and dtypes of an open model; a skeleton is enough.
 
     Returns:
         Names and values in reading order; sizes are numbers of parameters, tied tensors counted once.

@@ -10,7 +10,10 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import shutil
 import sys
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,6 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,8 +37,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from secateur.errors import ModelError
+from secateur.files import require_room
 from secateur.models.anatomy import set_parameter
-from secateur.models.overlay import EditedPart
 
 INDEX = "model.safetensors.index.json"
 """Says which file of a checkpoint folder holds which tensor."""
@@ -112,12 +116,12 @@ class Shards:
         return groups
 
     def select(self, kept: Iterable[int]) -> Shards:
-        """Give the shards of a model that keeps only these blocks (numbers in this model)."""
+        """Return the shards of a model that keeps only these blocks (numbers in this model)."""
         current = self.kept
         return replace(self, kept=tuple(current[i] if current else i for i in kept))
 
     def with_part(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Shards:
-        """Give shards that read block `index` (number in this model, or `OUTER`) from these tensors instead.
+        """Return shards that read block `index` (number in this model, or `OUTER`) from these tensors instead.
 
         Args:
             index: the part.
@@ -132,7 +136,7 @@ class Shards:
         return index if index == OUTER or self.kept is None else self.kept[index]
 
     def load(self, module: PreTrainedModel, index: int, without: Sequence[str] = ()) -> None:
-        """Give block `index` of a skeleton (or `OUTER`) its weights; `without` names modules to leave empty.
+        """Return block `index` of a skeleton (or `OUTER`) its weights; `without` names modules to leave empty.
 
         Raises:
             ModelError: the checkpoint has no such block, a shape differs from the model's, or a file is damaged.
@@ -198,7 +202,7 @@ Mismatch = tuple[str, Sequence[int], Sequence[int]]
 
 
 def _fill(module: PreTrainedModel, slices: dict[str, Any], device: torch.device) -> Mismatch | None:
-    """Give parameters the tensors of the same names; returns the first whose shape differs."""
+    """Return parameters the tensors of the same names; returns the first whose shape differs."""
     for name, piece in slices.items():
         empty = module.get_parameter(name)
         if list(empty.shape) != list(piece.get_shape()):
@@ -241,7 +245,7 @@ def _part(module: PreTrainedModel, blocks: str, index: int) -> list[tuple[str, n
 
 
 def return_freed_memory() -> None:
-    """Give freed heap pages back to the system where the C library can; big tensors otherwise leave holes behind."""
+    """Return freed heap pages back to the system where the C library can; big tensors otherwise leave holes behind."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -269,3 +273,23 @@ def open_shard(file: Path) -> safe_open:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: damaged or incomplete weights ({error}); copy the file again.") from error
+
+
+class EditedPart:
+    """Tensors of one part of a model (a block, or what is outside the blocks), in a file.
+
+    The file is removed with the object. Names are relative to the part: `mlp.down_proj.weight` in a block.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the tensors.
+
+        Raises:
+            OSError: there is no room for them.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="secateur-edited-"))
+        self._removal = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        require_room(folder, needed, "edited weights")
+        self.file = folder / "part.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, self.file)

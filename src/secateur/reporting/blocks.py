@@ -6,8 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from secateur.plan import Plan
-from secateur.steps import AnyStep, DropBlocks, LinearizeBlocks, MergeBlocks, NarrowBlocks, ReplaceBlocks, SliceHidden
+from secateur.plan.plan import Plan
+from secateur.plan.steps import (
+    AnyStep,
+    DropBlocks,
+    LinearReplacement,
+    MergeBlocks,
+    PruneWidth,
+    ReplaceBlocks,
+    SliceHidden,
+)
 
 State = Literal["kept", "dropped", "merged", "absorbed", "replaced", "network", "narrowed"]
 
@@ -40,7 +48,7 @@ class Block:
 
 
 def picture(plans: Sequence[Plan]) -> list[Block]:
-    """Give every block of the model that the first plan is for, as the last plan leaves it."""
+    """Return every block of the model that the first plan is for, as the last plan leaves it."""
     if not plans:
         return []
     blocks = [Block(number=number) for number in range(len(plans[0].model.block_parameters))]
@@ -53,12 +61,12 @@ def picture(plans: Sequence[Plan]) -> list[Block]:
 
 
 def _changes(step: AnyStep, blocks: Sequence[Block]) -> dict[int, Block]:
-    """Give the blocks that a step changes, by their place among those that it finds."""
+    """Return the blocks that a step changes, by their place among those that it finds."""
     if isinstance(step, DropBlocks):
         return {place: _gone(blocks[place], "dropped", "taken out") for place in step.blocks}
     if isinstance(step, MergeBlocks):
         return {place: block for low, high in step.windows for place, block in _merged(blocks, low, high)}
-    if isinstance(step, LinearizeBlocks):
+    if isinstance(step, LinearReplacement):
         return {
             place: _gone(blocks[place], "replaced", f"replaced by a matrix in block {blocks[low - 1].number}")
             for low, high in step.windows
@@ -79,7 +87,7 @@ def _changes(step: AnyStep, blocks: Sequence[Block]) -> dict[int, Block]:
             place: _narrowed(blocks[place], width / step.sizes.width, f"{width} of {step.sizes.width} directions")
             for place, width in enumerate(step.widths)
         }
-    assert isinstance(step, NarrowBlocks)
+    assert isinstance(step, PruneWidth)
     return dict(_narrow(step, blocks))
 
 
@@ -94,7 +102,7 @@ def _merged(blocks: Sequence[Block], low: int, high: int) -> list[tuple[int, Blo
     return [(low, first), *((place, _gone(blocks[place], "absorbed", into)) for place in range(low + 1, high + 1))]
 
 
-def _narrow(step: NarrowBlocks, blocks: Sequence[Block]) -> list[tuple[int, Block]]:
+def _narrow(step: PruneWidth, blocks: Sequence[Block]) -> list[tuple[int, Block]]:
     changed = []
     for place, (keep, sizes) in enumerate(zip(step.widths, step.sizes.blocks, strict=True)):
         heads, before = keep.groups * keep.queries, sizes.dense.groups * sizes.dense.queries

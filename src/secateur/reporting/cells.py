@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.evaluation.results import Result
-from secateur.plan import Plan
+from secateur.plan.plan import Plan
 from secateur.scores.profile import Scores
 
 AVERAGE = "average"
@@ -42,7 +42,7 @@ class Measured:
     samples: tuple[Sample, ...] = ()
 
     def perplexity(self) -> Result | None:
-        """Give the perplexity; the first where several texts were read."""
+        """Return the perplexity; the first where several texts were read."""
         return next((one for one in self.results if one.measure == "perplexity"), None)
 
     def tasks(self) -> list[str]:
@@ -50,7 +50,7 @@ class Measured:
         return list(dict.fromkeys(one.task for one in self.results if one.task not in (None, AVERAGE)))
 
     def of_task(self, task: str, *measures: str) -> Result | None:
-        """Give the first of these measures that a task has."""
+        """Return the first of these measures that a task has."""
         found = {one.measure: one for one in self.results if one.task == task}
         return next((found[name] for name in measures if name in found), None)
 
@@ -67,7 +67,7 @@ class Measured:
         return self._over_tasks("flips")
 
     def ratio(self, measure: str) -> Result | None:
-        """Give a measure of `bench` with a ratio, of the smallest request: fewest sequences, shortest prompt."""
+        """Return a measure of `bench` with a ratio, of the smallest request: fewest sequences, shortest prompt."""
         found = [one for one in self.results if one.measure == measure and one.ratio is not None]
         return min(found, key=lambda one: (one.settings.get("batch", 0), one.settings.get("prompt", 0)), default=None)
 
@@ -150,11 +150,11 @@ class Contents:
 
     @property
     def model_name(self) -> str:
-        """Give the model's name without the folders it lies in; hub names stay whole."""
+        """Return the model's name without the folders it lies in; hub names stay whole."""
         return Path(self.model).name if self.model.startswith(("/", ".", "~")) else self.model
 
     def plan(self) -> Plan | None:
-        """Give any plan for the dense model."""
+        """Return any plan for the dense model."""
         return next((cell.plans[0] for cell in self.cells if cell.plans), None)
 
 

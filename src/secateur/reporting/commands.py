@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from secateur.healing.rungs import RUNGS
+from secateur.healing.recipes import HEALING_RECIPES
 from secateur.methods.registry import METHODS
-from secateur.plan import Plan, Search
+from secateur.plan.plan import Plan, Search
 from secateur.reporting.cells import Cell, Contents
 
 _OPTIONS = {
@@ -25,7 +25,7 @@ _OPTIONS = {
 
 
 def commands_of(contents: Contents, cell: Cell) -> list[str]:
-    """Give the command lines for one cell: the whole recipe where there is one, and each stage by itself."""
+    """Return the command lines for one cell: the whole recipe where there is one, and each stage by itself."""
     lines = []
     if cell.recipe is not None:
         recipe = Path(contents.folder.resolve().name, cell.recipe.relative_to(contents.folder))
@@ -72,19 +72,19 @@ def _by_search(search: Search) -> tuple[str, list[object]]:
 
 def _heal_line(facts: dict[str, Any], model: str) -> str:
     texts = facts.get("texts") or {}
-    rung = str(facts.get("with", "lora"))
-    words: list[object] = ["secateur", "heal", model, "--with", rung]
+    recipe = str(facts.get("with", "lora"))
+    words: list[object] = ["secateur", "heal", model, "--with", recipe]
     words += ["--texts", texts["source"]] if "source" in texts else []
     words += ["--instructions"] if texts.get("instructions") else []
     tokens = texts.get("windows", 0) * texts.get("seq_len", 0)
     words += ["--tokens", tokens, "--seq-len", texts["seq_len"]] if tokens else []
     words += ["--teacher", facts["teacher"]["source"]] if "teacher" in facts else []
-    words += _chosen(RUNGS[rung].settings, facts.get("settings") or {}) if rung in RUNGS else []
+    words += _chosen(HEALING_RECIPES[recipe].settings, facts.get("settings") or {}) if recipe in HEALING_RECIPES else []
     return _words(*words, "--seed", facts.get("seed", 0), "-o", "healed/")
 
 
 def _chosen(settings: type[BaseModel], values: dict[str, Any], owner: str = "") -> list[object]:
-    """Give those of these values that somebody chose: settings not at their defaults.
+    """Return those of these values that somebody chose: settings not at their defaults.
 
     What a search found stands among them with the losses it compared (`loss_by_…`); it is found again, not set.
     """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from secateur.reporting.cells import ACCURACIES, Contents
-from secateur.reporting.drawing import Figure, layout_of, plain
 from secateur.reporting.verdict import Row
 from secateur.scores.profile import Matrix, Scores
 
@@ -173,3 +174,47 @@ def _heat_map(name: str, title: str, matrix: Matrix, axis: str) -> Figure:
 
 def _step(count: int) -> int:
     return max(1, -(-count // 16))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One plot.
+
+    Attributes:
+        name: its id on the page.
+        title: what it shows.
+        says: the same for those who do not see it.
+        data, layout: for Plotly.
+        height: in pixels.
+    """
+
+    name: str
+    title: str
+    says: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    height: int = 300
+
+
+MARGIN = {"l": 56, "r": 16, "t": 24, "b": 48}
+
+
+def layout_of(x: str, y: str) -> dict[str, Any]:
+    """Return a calm layout with these axis titles."""
+    axis = {"gridcolor": "--line", "zeroline": False, "linecolor": "--line", "tickfont": {"color": "--muted"}}
+    return {
+        "margin": dict(MARGIN),
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "--sans", "size": 12, "color": "--ink"},
+        "hoverlabel": {"bgcolor": "--surface", "bordercolor": "--line", "font": {"color": "--ink"}},
+        "showlegend": False,
+        "dragmode": False,
+        "xaxis": axis | {"title": {"text": x, "font": {"color": "--muted"}}, "fixedrange": True},
+        "yaxis": axis | {"title": {"text": y, "font": {"color": "--muted"}}, "fixedrange": True},
+    }
+
+
+def plain(text: str) -> str:
+    """Keep Plotly from reading tags in names."""
+    return html.escape(text, quote=False)

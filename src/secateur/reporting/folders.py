@@ -13,10 +13,9 @@ from secateur.checkpoints.folders import MARKER
 from secateur.errors import InputError, first_line
 from secateur.evaluation.reference import RESULTS
 from secateur.evaluation.results import Result, read_results
-from secateur.pipeline.layout import CELLS, CUT, DENSE, HEALED, PLAN, RECIPE, SAMPLES, SCORES, SPEEDS, STATE
-from secateur.pipeline.state import State
-from secateur.plan import Plan, plans_in
-from secateur.recipe import read_recipe
+from secateur.experiments.recipe import read_recipe
+from secateur.experiments.state import CELLS, CUT, DENSE, HEALED, PLAN, RECIPE, SAMPLES, SCORES, SPEEDS, STATE, State
+from secateur.plan.plan import Plan, plans_in
 from secateur.reporting.cells import Cell, Contents, Failure, Measured, Sample, amount_of, method_of
 from secateur.scores.profile import Scores
 

@@ -17,7 +17,7 @@ from secateur.reporting import figures
 from secateur.reporting.blocks import LEGEND, Block, picture
 from secateur.reporting.cells import Cell, Contents, Sample
 from secateur.reporting.commands import commands_of
-from secateur.reporting.drawing import Figure
+from secateur.reporting.figures import Figure
 from secateur.reporting.folders import read_folder
 from secateur.reporting.tables import cells_table, healing_lines, tasks_table
 from secateur.reporting.trade_offs import quality_figures, size_front
@@ -51,7 +51,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def render(contents: Contents) -> str:
-    """Give the page as text."""
+    """Return the page as text."""
     rows = rows_of(contents)
     said = verdict(contents, rows)
     drawn = _figures(contents, rows, said)
@@ -133,7 +133,7 @@ def _texts(texts: dict[str, Any]) -> str:
 
 
 def _keys(best: Row | None) -> list[tuple[str, str]]:
-    """Give the numbers that stand large at the top."""
+    """Return the numbers that stand large at the top."""
     if best is None:
         return []
     shown = [
@@ -153,7 +153,7 @@ class _Bar:
 
 
 def _bars(rows: Sequence[Row]) -> list[tuple[str, list[_Bar]]]:
-    """Give the cells of each amount with the width of their price's bar, in per cent of the longest there is."""
+    """Return the cells of each amount with the width of their price's bar, in per cent of the longest there is."""
     ranked = rankings(rows)
     longest = max((row.price or 0.0 for one in ranked for row in one.rows), default=0.0) or 1.0
     return [
@@ -166,7 +166,7 @@ def _bars(rows: Sequence[Row]) -> list[tuple[str, list[_Bar]]]:
 
 
 def _strips(rows: Sequence[Row]) -> list[tuple[Cell, list[Block]]]:
-    """Give the pictures; a healed cell is drawn once, with the cell it was healed from."""
+    """Return the pictures; a healed cell is drawn once, with the cell it was healed from."""
     drawn: list[tuple[Cell, list[Block]]] = []
     for cell in (row.cell for row in rows):
         blocks = picture(cell.plans)

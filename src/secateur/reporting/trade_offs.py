@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from secateur.reporting.cells import Contents
-from secateur.reporting.drawing import MARGIN, Figure, layout_of, plain
+from secateur.reporting.figures import MARGIN, Figure, layout_of, plain
 from secateur.reporting.verdict import Row, pareto
 
 _LABEL_GAP, _LABEL_ROOM, _LABEL_REACH = 15.0, 104, 0.25
@@ -30,14 +30,14 @@ def quality_figures(contents: Contents, rows: Sequence[Row], winner: str | None)
 
 
 def front_of(rows: Sequence[Row], read: Callable[[Row], float | None], dense: tuple[float, float]) -> list[Row]:
-    """Give the rows on the Pareto front of low quality loss and much of what `read` gives; the dense model competes."""
+    """Return the rows on the Pareto front of low quality loss and high `read`; the dense model competes."""
     some = [(row, found, row.quality) for row in rows if (found := read(row)) is not None and row.quality is not None]
     kept = pareto([(-dense[0], dense[1]), *((-found, quality) for _, found, quality in some)])[1:]
     return [row for (row, _, _), stays in zip(some, kept, strict=True) if stays]
 
 
 def size_front(rows: Sequence[Row]) -> list[Row]:
-    """Give the rows on the front of quality and size."""
+    """Return the rows on the front of quality and size."""
     by_perplexity = any(row.ratio is not None for row in rows)
     return front_of(rows, _removed, (0.0, 1.0 if by_perplexity else 0.0))
 

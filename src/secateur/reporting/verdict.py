@@ -64,14 +64,14 @@ class Verdict:
 
     @property
     def title(self) -> str:
-        """Give the headline with the numbers it lacks."""
+        """Return the headline with the numbers it lacks."""
         if self.best is None or self.best.ratio is None or not self.sentence:
             return self.headline
         return f"{self.headline}: {says_row(self.best)}"
 
 
 def rows_of(contents: Contents) -> list[Row]:
-    """Give the numbers of every cell: amount by amount, the cheapest first; cells without numbers come last."""
+    """Return the numbers of every cell: amount by amount, the cheapest first; cells without numbers come last."""
     by_perplexity = any(cell.measured.perplexity() for cell in contents.cells)
     rows = [_row(cell, contents.dense, by_perplexity=by_perplexity) for cell in contents.cells]
     ranked = [row for one in rankings(rows) for row in one.rows]

@@ -13,15 +13,15 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from secateur.calibration.processes import share_of
-from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.shares import share_of
 from secateur.calibration.statistics import LinearSums, real_tokens
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, open_store, step, stored_start
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import Batch, open_store, step, stored_start
+from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
-from secateur.steps import Span
-from secateur.surgery.linear import without_mlp
+from secateur.plan.steps import Span
+from secateur.progress import SILENT, Progress
+from secateur.surgery.depth.linear_replacement import without_mlp
 
 
 @torch.no_grad()

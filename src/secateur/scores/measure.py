@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from secateur.calibration.choose import Texts, windows_for
-from secateur.calibration.processes import process_count, share_of, token_numbers
-from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.shares import share_of, token_numbers
 from secateur.calibration.statistics import AngularSums, CkaSums, CosineSums, real_tokens
-from secateur.calibration.stream import check_windows, open_store, perplexity_of, states_by_batch
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import check_windows, open_store, perplexity_of, states_by_batch
+from secateur.data.texts import Texts, windows_for
+from secateur.data.windows import Windows
+from secateur.distributed import process_count
 from secateur.errors import InputError, ModelError, NumericsError, unknown
 from secateur.models.decoder import Decoder
+from secateur.progress import SILENT, Progress
 from secateur.scores.profile import KINDS, ONE_PASS, Kind, Matrix, Scores
 from secateur.scores.removal import RemovalProbe
 from secateur.scores.taylor import scored_weights, taylor
@@ -151,7 +152,7 @@ def _removal_perplexity(
 
 
 def weight_magnitudes(decoder: Decoder) -> tuple[float, ...]:
-    """Give Σ|w| over the weight matrices and norms of each block (Shortened-LLaMA, Mag+).
+    """Return Σ|w| over the weight matrices and norms of each block (Shortened-LLaMA, Mag+).
 
     Raises:
         NumericsError: a block's weights hold NaN or infinity.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
-from secateur.calibration.windows import Windows
+from secateur.data.windows import Windows
 from secateur.errors import InputError, NumericsError
 
 Matrix = tuple[tuple[float, ...], ...]

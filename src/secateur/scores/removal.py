@@ -15,8 +15,8 @@ from typing import cast
 import torch
 
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, mean_loss_of, step, stored_start
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import Batch, mean_loss_of, step, stored_start
+from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
 
 Gone = tuple[int, ...]
@@ -66,7 +66,7 @@ class RemovalProbe:
             self._losses[wanted] = self._measure(wanted)
         return self._losses[wanted]
 
-    def settle(self, gone: Iterable[int]) -> None:
+    def fix(self, gone: Iterable[int]) -> None:
         """Say that these blocks stay gone: states that no further candidate can use are forgotten."""
         self._settled = frozenset(gone)
         for key in self._store.keys():  # noqa: SIM118 - not a dict

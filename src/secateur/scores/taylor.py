@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from secateur.calibration.backward import back_through, loss_gradients
-from secateur.calibration.progress import SILENT, Progress
+from secateur.calibration.gradients import back_through, loss_gradients
 from secateur.calibration.store import StateStore
-from secateur.calibration.stream import Batch, open_store, walk_blocks
-from secateur.calibration.windows import Windows
+from secateur.calibration.walk import Batch, open_store, walk_blocks
+from secateur.data.windows import Windows
 from secateur.errors import NumericsError
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
-from secateur.surgery.coupling import couplings_of, sums_by_unit
+from secateur.progress import SILENT, Progress
+from secateur.surgery.width.coupling import couplings_of, sums_by_unit
 
 Saliencies = dict[str, torch.Tensor]
 """`w · Σ_batches ∂L/∂w` of a block's weights, by name."""
@@ -37,7 +37,7 @@ def taylor(
     batch_size: int | None = None,
     progress: Progress = SILENT,
 ) -> list[float]:
-    """Give the Taylor score of each block; the loss is the mean over all predicted tokens.
+    """Return the Taylor score of each block; the loss is the mean over all predicted tokens.
 
     Raises:
         NumericsError: NaN or infinity in the forward or backward pass.
@@ -55,7 +55,7 @@ def taylor(
 def taylor_by_unit(
     decoder: Decoder, windows: Windows, *, batch_size: int | None = None, progress: Progress = SILENT
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Give `Σ |w · Σ_batches ∂L/∂w|` over the weights of each unit of each block.
+    """Return `Σ |w · Σ_batches ∂L/∂w|` over the weights of each unit of each block.
 
     Source: Ma et al. 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models", §3.2 (first order). A
     query head has its rows of the query projection and its columns of what writes, a key/value group its own rows; the
@@ -127,5 +127,5 @@ def _saliencies(
 
 
 def scored_weights(block: nn.Module) -> dict[str, nn.Parameter]:
-    """Give a block's weight matrices and norm weights; biases are left out, as in the paper."""
+    """Return a block's weight matrices and norm weights; biases are left out, as in the paper."""
     return {name: parameter for name, parameter in block.named_parameters() if not name.endswith("bias")}

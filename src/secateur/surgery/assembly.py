@@ -11,9 +11,8 @@ import torch
 from secateur.models.anatomy import Family, resolve, set_parameter
 from secateur.models.decoder import Decoder
 from secateur.models.fingerprint import of_edit
-from secateur.models.open import empty_model
-from secateur.models.overlay import EditedPart
-from secateur.models.shards import OUTER, Shards, return_freed_memory
+from secateur.models.opening import empty_model
+from secateur.models.shards import OUTER, EditedPart, Shards, return_freed_memory
 
 Tensors = dict[str, torch.Tensor]
 
@@ -55,7 +54,7 @@ class Assembly:
         return self.decoder.block_list[index]
 
     def put(self, where: str, tensors: Tensors) -> None:
-        """Give parameters below the path `where` their values, in the dtype they will be saved in."""
+        """Return parameters below the path `where` their values, in the dtype they will be saved in."""
         dtype = self.decoder.module.dtype
         for name, tensor in tensors.items():
             value = tensor.to(self.stored).to(self.dense.device, dtype).contiguous()
@@ -95,7 +94,7 @@ class Assembly:
         return {n: one for n, one in named if n.startswith(where) and (where or not n.startswith(self._blocks))}
 
     def result(self, edit: dict[str, Any]) -> Decoder:
-        """Give the finished model; `edit` says what was done, for its fingerprint."""
+        """Return the finished model; `edit` says what was done, for its fingerprint."""
         shards, before = None, self.dense.shards
         if before is not None:
             parts = {part: before.edited[part] for part in (OUTER,) if part in before.edited} | self._parts

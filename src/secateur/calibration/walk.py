@@ -1,0 +1,322 @@
+"""Walk calibration windows through the blocks of a decoder, in order.
+
+Two orders give the same states: a model in memory takes one batch through all blocks; a skeleton takes all
+batches through one block, so that each block's weights are read once per walk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from secateur.calibration.store import StateStore
+from secateur.data.windows import Windows
+from secateur.distributed import add_up
+from secateur.errors import InputError, NumericsError
+from secateur.models.decoder import Decoder
+from secateur.models.forward import Call, capture, logits, require_finite, run_block, same_calls
+from secateur.progress import SILENT, Progress
+
+_LOGIT_BYTES = 64 << 20
+_NOT_PREDICTED = -100
+"""Target that a loss leaves out: the last position is masked so, for logits without it would be a copy."""
+_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some windows on the model's device.
+
+    Attributes:
+        index: position among the batches.
+        tokens: int64, (windows, positions).
+        mask: bool, same shape, True at real tokens; None where nothing is padded.
+        calls: what each block is called with.
+    """
+
+    index: int
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    calls: Sequence[Call]
+
+
+def batch_size_for(decoder: Decoder, windows: Windows, batch_size: int | None = None) -> int:
+    """Windows per batch: as asked, else about 1024 tokens on a CPU and 16384 on a GPU."""
+    if batch_size is not None:
+        if batch_size < 1:
+            raise InputError(f"batch size {batch_size}: must be at least 1.")
+        return batch_size
+    return max(1, _TOKENS_PER_BATCH.get(decoder.device.type, 4096) // windows.seq_len)
+
+
+def check_windows(decoder: Decoder, windows: Windows) -> None:
+    """Refuse windows that the model cannot read.
+
+    Raises:
+        InputError: longer than the model's positions, or token ids outside its vocabulary.
+    """
+    limit = decoder.max_positions
+    if limit is not None and windows.seq_len > limit:
+        raise InputError(
+            f"windows of {windows.seq_len} tokens, but the model has {limit} positions; use --seq-len {limit}."
+        )
+    rows = decoder.module.get_input_embeddings().num_embeddings
+    low, high = int(windows.tokens.min()), int(windows.tokens.max())
+    if low < 0 or high >= rows:
+        raise InputError(f"token ids from {low} to {high}, but the model's vocabulary has {rows}; wrong tokenizer?")
+
+
+def open_store(decoder: Decoder) -> StateStore:
+    """Open a store for a model's states: a quarter of the free memory, for a skeleton half of what a block takes."""
+    if not decoder.is_skeleton:
+        return StateStore()
+    return StateStore(max(decoder.block_parameter_counts()) * decoder.module.dtype.itemsize // 2)
+
+
+@contextmanager
+def _given_or_new(store: StateStore | None, decoder: Decoder) -> Iterator[StateStore]:
+    if store is not None:
+        yield store
+        return
+    with open_store(decoder) as own:
+        yield own
+
+
+@torch.no_grad()
+def start(decoder: Decoder, windows: Windows, batch_size: int | None = None) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Return the batches one by one, each with the residual stream entering block 0, X⁰."""
+    check_windows(decoder, windows)
+    calls: Sequence[Call] = ()
+    with decoder.outer(head=False):
+        for index, (tokens, mask) in enumerate(windows.batches(batch_size_for(decoder, windows, batch_size))):
+            tokens = tokens.to(decoder.device)
+            mask = None if mask is None else mask.to(decoder.device)
+            hidden, found = capture(decoder, tokens, mask)
+            require_finite(hidden, "what enters block 0 (the embeddings)", mask)
+            calls = calls if same_calls(calls, found) else found
+            yield Batch(index, tokens, mask, calls), hidden
+
+
+def stored_start(
+    decoder: Decoder,
+    windows: Windows,
+    store: StateStore,
+    batch_size: int | None = None,
+    *,
+    key: Callable[[Batch], Hashable] = lambda batch: batch.index,
+) -> list[Batch]:
+    """Put what enters block 0 into the store, by default under the batch's index; gives the batches."""
+    batches = []
+    for batch, hidden in start(decoder, windows, batch_size):
+        batches.append(batch)
+        store.put(key(batch), hidden)
+    return batches
+
+
+def through_block(decoder: Decoder, index: int, batches: Iterable[Batch], store: StateStore) -> None:
+    """Take batches, each in the store under its index, through block `index`, whose weights are present.
+
+    Raises:
+        NumericsError: naming the block.
+    """
+    for batch in batches:
+        store.put(batch.index, step(decoder, index, batch, store.get(batch.index)))
+
+
+@torch.no_grad()
+def states_by_batch(
+    decoder: Decoder,
+    windows: Windows,
+    *,
+    batch_size: int | None = None,
+    store: StateStore | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
+    """Return each batch with its L+1 residual states X⁰ … X^L, each (windows, positions, d).
+
+    The last state is what leaves the last block, *before* the final norm. A skeleton walks block by block and
+    keeps the states in the store meanwhile.
+
+    Raises:
+        NumericsError: a state holds NaN or infinity at a real token.
+    """
+    if not decoder.is_skeleton:
+        count = -(-len(windows) // batch_size_for(decoder, windows, batch_size))
+        for batch, hidden in progress(start(decoder, windows, batch_size), "walking the windows", count):
+            yield batch, _all_states(decoder, batch, hidden)
+        return
+    with _given_or_new(store, decoder) as kept:
+        batches = walk_blocks(decoder, windows, kept, batch_size=batch_size, progress=progress)
+        for batch in batches:
+            keys = [(batch.index, depth) for depth in range(decoder.block_count + 1)]
+            yield batch, [kept.get(key) for key in keys]
+            for key in keys:
+                kept.drop(key)
+
+
+@torch.no_grad()
+def walk_blocks(
+    decoder: Decoder,
+    windows: Windows,
+    store: StateStore,
+    *,
+    batch_size: int | None = None,
+    only_last: bool = False,
+    progress: Progress = SILENT,
+) -> list[Batch]:
+    """Take all batches through one block after the other; states stay in the store under (batch, depth).
+
+    Depth l is the state that enters block l; `only_last` forgets each state once the next one is there.
+
+    Raises:
+        NumericsError: a state holds NaN or infinity at a real token.
+    """
+    batches = stored_start(decoder, windows, store, batch_size, key=lambda batch: (batch.index, 0))
+    for index in progress(range(decoder.block_count), "walking the blocks", decoder.block_count):
+        with decoder.block(index):
+            for batch in batches:
+                store.put((batch.index, index + 1), step(decoder, index, batch, store.get((batch.index, index))))
+                if only_last:
+                    store.drop((batch.index, index))
+    return batches
+
+
+@torch.no_grad()
+def mean_loss(
+    decoder: Decoder,
+    windows: Windows,
+    *,
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
+) -> float:
+    """Mean next-token loss in nats over all predictions of all windows.
+
+    Raises:
+        NumericsError: NaN or infinity on the way.
+    """
+    return mean_loss_of(decoder, last_states(decoder, windows, batch_size, progress))
+
+
+def mean_loss_of(decoder: Decoder, last: Iterable[tuple[Batch, torch.Tensor]], *, shared: bool = False) -> float:
+    """Mean next-token loss in nats, from what leaves the last block; `decoder.outer()` must be open for a skeleton.
+
+    Args:
+        decoder: the model.
+        last: batches with what leaves the last block.
+        shared: they are this process's share of them; the mean is over all.
+
+    Raises:
+        InputError: there is nothing to predict.
+        NumericsError: NaN or infinity.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch, hidden in last:
+        found, counted = loss_sum(decoder, batch, hidden)
+        sums += torch.stack((found, torch.tensor(float(counted), dtype=torch.float64)))
+    if shared:
+        add_up(sums)
+    total, predictions = sums.tolist()
+    require_predictions(int(predictions))
+    return total / predictions
+
+
+def require_predictions(predictions: int) -> None:
+    """Refuse windows in which there is nothing to predict.
+
+    Raises:
+        InputError: not one prediction.
+    """
+    if predictions == 0:
+        raise InputError("windows of one token predict nothing; take at least two tokens per window.")
+
+
+def perplexity_of(loss: float) -> float:
+    """Perplexity, exp of a mean loss in nats.
+
+    Raises:
+        NumericsError: it is too large for a number.
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError as error:
+        raise NumericsError(
+            f"a loss of {loss:.4g} nats per token has no perplexity; the weights may be damaged."
+        ) from error
+
+
+@torch.no_grad()
+def last_states(
+    decoder: Decoder, windows: Windows, batch_size: int | None = None, progress: Progress = SILENT
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Return each batch with what leaves the last block, before the final norm; head and norm are present meanwhile.
+
+    Raises:
+        NumericsError: a state holds NaN or infinity at a real token.
+    """
+    if not decoder.is_skeleton:
+        count = -(-len(windows) // batch_size_for(decoder, windows, batch_size))
+        for batch, hidden in progress(start(decoder, windows, batch_size), "reading the windows", count):
+            for index in range(decoder.block_count):
+                hidden = step(decoder, index, batch, hidden)
+            yield batch, hidden
+        return
+    with open_store(decoder) as store:
+        batches = walk_blocks(decoder, windows, store, batch_size=batch_size, only_last=True, progress=progress)
+        with decoder.outer():
+            for batch in batches:
+                yield batch, store.get((batch.index, decoder.block_count))
+
+
+def step(decoder: Decoder, index: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    """Run block `index` (its weights present) on one batch and look for NaN and infinity.
+
+    Raises:
+        NumericsError: naming the block.
+    """
+    result = run_block(decoder.block_list[index], batch.calls[index], hidden)
+    require_finite(result, f"what leaves block {index}", batch.mask)
+    return result
+
+
+def loss_sum(decoder: Decoder, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Sum the next-token loss over the real tokens of a batch, from what leaves the last block.
+
+    `decoder.outer()` must be open for a skeleton. Each window predicts its tokens from the second on.
+
+    Returns:
+        The sum in nats (a float64 scalar that carries gradients if `hidden` does) and the number of predictions.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    predictions = 0
+    for rows, part in parts_of(decoder, batch):
+        targets = torch.full_like(part.tokens, _NOT_PREDICTED)
+        targets[:, :-1] = part.tokens[:, 1:]
+        if part.mask is not None:
+            targets[:, :-1].masked_fill_(~(part.mask[:, 1:] & part.mask[:, :-1]), _NOT_PREDICTED)
+        scores = logits(decoder, hidden[rows], part.tokens, part.mask).float()
+        targets = targets.to(scores.device)
+        loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum")
+        total = total + loss.cpu().double()
+        predictions += int((targets != _NOT_PREDICTED).sum())
+    require_finite(total.detach(), "the loss (what comes after the last block: final norm or head)")
+    return total, predictions
+
+
+def parts_of(decoder: Decoder, batch: Batch) -> Iterator[tuple[slice, Batch]]:
+    """Split a batch into runs of windows whose logits are not too large; gives which windows, and the smaller batch."""
+    step = max(1, _LOGIT_BYTES // (4 * batch.tokens.shape[1] * int(decoder.config.vocab_size)))
+    for first in range(0, len(batch.tokens), step):
+        rows = slice(first, first + step)
+        mask = None if batch.mask is None else batch.mask[rows]
+        yield rows, replace(batch, tokens=batch.tokens[rows], mask=mask)
+
+
+def _all_states(decoder: Decoder, batch: Batch, hidden: torch.Tensor) -> list[torch.Tensor]:
+    states = [hidden]
+    for index in range(decoder.block_count):
+        states.append(step(decoder, index, batch, states[-1]))
+    return states

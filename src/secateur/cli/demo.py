@@ -1,0 +1,96 @@
+"""The whole main job on the small trained model that ships with the package: score, plan, cut, check, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rich
+from rich.panel import Panel
+
+from secateur.checkpoints.folders import replacing
+from secateur.checkpoints.save import save
+from secateur.cli.tables import plan_summary, results_table, scores_table
+from secateur.data.texts import windows_for
+from secateur.evaluation.evaluate import eval as evaluate
+from secateur.evaluation.results import append_results
+from secateur.jobs.runs import run_folder, write_marker
+from secateur.methods.planning import make_plan, prune
+from secateur.models.decoder import Decoder
+from secateur.models.fetch import BUNDLED
+from secateur.models.opening import open_model
+from secateur.progress import SILENT, Progress
+from secateur.scores.measure import score
+from secateur.scores.pictures import draw_scores
+
+PROMPT = '''class Stack:
+    """A last-in, first-out collection."""
+
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):'''
+
+
+def demo(
+    out: str | Path | None = None, *, show: Callable[[Any], object] = rich.print, progress: Progress = SILENT
+) -> Path:
+    """Score, plan (replaceme, 25 %), prune, check and compare the bundled model on Python's standard library.
+
+    Args:
+        out: folder to write; None makes a new one under `secateur-runs/`.
+        show: called with everything a reader should see.
+        progress: shows how far it is.
+
+    Returns:
+        The folder, with `scores.json`, pictures, `plan.json`, the pruned checkpoint `cut/` and `results.jsonl`.
+    """
+    folder = Path(out) if out is not None else run_folder(BUNDLED, "demo")
+    with replacing(folder) as part:
+        model = open_model(BUNDLED)
+        show(f"1. Open: a trained Llama of {model.block_count} blocks and {model.parameter_count:,} parameters.")
+        windows = windows_for(model, None, windows=32)
+        show(f"2. Score: {len(windows)} windows of {windows.seq_len} tokens of Python's standard library.")
+        scores = score(model, texts=windows, progress=progress)
+        scores.write(part / "scores.json")
+        draw_scores(scores, part)
+        show(scores_table(scores))
+        show("3. Plan: which blocks a matrix can stand in for, about 25 % of all parameters; nothing is trained.")
+        plan = make_plan(model, method="replaceme", remove=0.25, texts=windows, scores=scores, progress=progress)
+        plan.write(part / "plan.json")
+        show(plan_summary(plan))
+        show("4. Prune: cut, save, and reopen in a fresh process that knows nothing of secateur.")
+        pruned = prune(model, plan, progress=progress)
+        record = save(pruned, part / "cut")
+        show(f"   {record['check']['architecture']} of {record['blocks']} blocks: same logits, same generation.")
+        show("5. Compare on modules that neither training nor scoring has seen.")
+        results = evaluate(pruned, against=model, windows=64, progress=progress)
+        append_results(part / "results.jsonl", results)
+        show(results_table(results))
+        for name, one in {"dense": model, "pruned": pruned}.items():
+            show(Panel(_continuation(one), title=f"{name}: a piece of Python, continued", title_align="left"))
+        write_marker(part, "demo", {"model": BUNDLED, "texts": windows.describe()})
+    show(_farewell(folder))
+    return folder
+
+
+def _continuation(model: Decoder) -> str:
+    assert model.tokenizer is not None
+    encoded = model.tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    written = model.module.generate(**encoded, max_new_tokens=48, do_sample=False, repetition_penalty=1.15)
+    return str(model.tokenizer.decode(written[0], skip_special_tokens=True))
+
+
+def _farewell(folder: Path) -> str:
+    return f"""
+Everything is in {folder}: scores.json and its pictures, plan.json, the pruned checkpoint cut/, results.jsonl.
+A cut costs quality; training gets some of it back. Which blocks go, and how many, is the first choice: see
+`secateur methods`.
+
+For a model of yours (a folder, or a name on the hub):
+  secateur score MODEL
+  secateur plan  MODEL --method replaceme --remove 25% -o plan.json
+  secateur prune MODEL --plan plan.json -o cut/
+  secateur eval  cut/ --against MODEL
+"""

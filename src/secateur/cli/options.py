@@ -1,0 +1,281 @@
+"""Groups of command-line options that several commands share, each a frozen dataclass that acts on what it holds.
+
+`grouped` lets a command take such a group as one argument: Typer sees the group's fields as options.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from secateur.data.texts import windows_for
+from secateur.data.windows import Windows
+from secateur.errors import InputError
+from secateur.healing.heal import training_data
+from secateur.healing.recipes import Data
+from secateur.models.decoder import Decoder
+from secateur.models.opening import open_model
+from secateur.plan.quantities import read_count
+from secateur.scores.profile import Scores
+
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method (repeatable).")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How models are opened."""
+
+    dtype: Annotated[str, typer.Option(help="Arithmetic: auto, float32, bfloat16, float16.")] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto"
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None
+    skeleton: Annotated[
+        bool | None,
+        typer.Option("--skeleton/--in-memory", help="Read each block when its turn comes. (default: by free memory)"),
+    ] = None
+    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's.")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights, which can run code.")] = (
+        False
+    )
+
+    def open(self, source: str, *, only_shapes: bool = False, whole: bool = False, thin: bool = False) -> Decoder:
+        """Open a model; `only_shapes` reads no weights where it can be helped, `whole` all, `thin` block by block."""
+        skeleton = self.skeleton
+        if whole and skeleton is None:
+            skeleton = False
+        elif thin and not self.allow_pickle:
+            skeleton = True
+        return open_model(source, **asdict(self) | {"skeleton": skeleton}, shapes_only=only_shapes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Which texts are read, and how."""
+
+    texts: Annotated[
+        str | None, typer.Option(help="Source of text: see `secateur texts`. (default: python-stdlib)")
+    ] = None
+    windows: Annotated[str, typer.Option(help="Number of windows of text, or 'all'.")] = "32"
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512, or the model's positions)")] = (
+        None
+    )
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0
+    batch_size: Annotated[int | None, typer.Option(help="Windows per batch. (default: by the device)")] = None
+
+    def beside_a_plan(self) -> list[str]:
+        """List those of these options that were given and that a plan says already."""
+        plain = Reading()
+        names = [name for name in ("windows", "seq_len", "seed") if getattr(self, name) != getattr(plain, name)]
+        return [f"--{name.replace('_', '-')}" for name in names]
+
+    @property
+    def window_count(self) -> int | None:
+        """Number of windows, None for all.
+
+        Raises:
+            InputError: neither a number nor `all`.
+        """
+        return read_windows(self.windows, "--windows")
+
+    def calibration(self, decoder: Decoder, *, pack: bool = True) -> Windows:
+        """Open the calibration part of the texts for a model."""
+        return windows_for(
+            decoder, self.texts, windows=self.window_count, seq_len=self.seq_len, seed=self.seed, pack=pack
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut(Reading):
+    """Which held-out texts are read."""
+
+    windows: Annotated[str, typer.Option(help="Number of windows of held-out text, or 'all'.")] = "64"
+
+    def held_out(self, decoder: Decoder) -> Windows:
+        """Open the held-out part of the texts for a model."""
+        return windows_for(decoder, self.texts, windows=self.window_count, seq_len=self.seq_len, split="held-out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """Which tasks are put to the model."""
+
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="stdlib-cloze, commonsense, names of lm-evaluation-harness, folders: piqa,arc_easy."),
+    ] = None
+    limit: Annotated[int | None, typer.Option(help="Questions per task. (default: all)")] = None
+    shots: Annotated[int | None, typer.Option(help="Examples before each question. (default: as the task says)")] = None
+    stability: Annotated[
+        bool, typer.Option("--stability", help="How much is answered as --against answers it, and answer flips.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What a model is trained on, and how."""
+
+    with_: Annotated[str, typer.Option("--with", help="lora, last-layers, full, distill, blocks.")] = "lora"
+    texts: Annotated[
+        str | None, typer.Option(help="Source of text: see `secateur texts`. (default: python-stdlib)")
+    ] = None
+    tokens: Annotated[str, typer.Option(help="Tokens to learn from, at most: 500k, 10M.")] = "1M"
+    instructions: Annotated[
+        bool, typer.Option("--instructions", help="The texts are chats or questions; only answers are learnt.")
+    ] = False
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512, or the model's positions)")] = (
+        None
+    )
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model, for distill and blocks. (default: what was pruned)")
+    ] = None
+    set_: Setting = None
+    track: Annotated[
+        list[str] | None, typer.Option(help="Send curves to tensorboard, mlflow or wandb besides (repeatable).")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as typed."""
+        return read_pairs(self.set_)
+
+    def data(self, decoder: Decoder) -> Data:
+        """Open what the model learns from."""
+        return training_data(
+            decoder,
+            self.texts,
+            int(read_count(self.tokens, "tokens")),
+            instructions=self.instructions,
+            seq_len=self.seq_len,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """How much goes, and the method's own settings."""
+
+    remove: Annotated[str | None, typer.Option(help="Share of all parameters to remove: 25% or 0.25.")] = None
+    target_params: Annotated[str | None, typer.Option(help="Parameters to stay at or below: 5.5B, 350M.")] = None
+    target_memory: Annotated[
+        str | None, typer.Option(help="Memory for weights and cache to stay at or below: 12GB. See --context.")
+    ] = None
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in the cache that --target-memory counts. (default: 4096, or positions)")
+    ] = None
+    target_speedup: Annotated[
+        str | None, typer.Option(help="How many times as fast, by block times measured now on this device: 1.3.")
+    ] = None
+    blocks: Annotated[int | None, typer.Option(help="Number of blocks to take out.")] = None
+    slice_: Annotated[
+        str | None, typer.Option("--slice", help="Share of the hidden directions to slice away: 20%.")
+    ] = None
+    set_: Setting = None
+    scores: Annotated[Path | None, typer.Option(help="scores.json measured before on this model.")] = None
+
+    def wanted(self) -> dict[str, Any]:
+        """Return the amount by the names `make_plan` takes, all but one of them None."""
+        return {
+            "remove": self.remove,
+            "target_params": self.target_params,
+            "target_memory": self.target_memory,
+            "context": self.context,
+            "target_speedup": self.target_speedup,
+            "blocks": self.blocks,
+            "slice": self.slice_,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Return the method's settings as typed."""
+        return read_pairs(self.set_)
+
+    def given(self) -> list[str]:
+        """List those of these options that were given."""
+        named = [name for name, value in self.wanted().items() if value is not None]
+        return [f"--{name.replace('_', '-')}" for name in (*named, *(["set"] if self.set_ else []))]
+
+    def known_scores(self) -> Scores | None:
+        """Read the scores file, if one was named."""
+        return Scores.read(self.scores) if self.scores else None
+
+
+def read_windows(text: str, option: str) -> int | None:
+    """Read a number of windows; None for `all`.
+
+    Raises:
+        InputError: neither a number nor `all`.
+    """
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{option} {text}: give a number from 1 up, or 'all'.")
+    return int(text)
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Read `1,8`.
+
+    Raises:
+        InputError: something else than whole numbers from 1 up.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"{option} {text}: write whole numbers from 1 up, such as 1,8.")
+    return [int(part) for part in parts]
+
+
+def read_pairs(typed: list[str] | None) -> dict[str, Any]:
+    """Read `key=value` pairs.
+
+    Raises:
+        InputError: one without `=`.
+    """
+    pairs = [text.partition("=") for text in typed or []]
+    for name, equals, _ in pairs:
+        if not equals or not name:
+            raise InputError(f"--set {name}: write it as key=value, such as --set protect_last=2.")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Show Typer the fields of every option group among a command's parameters, and hand the command the groups."""
+    hints = get_type_hints(command, include_extras=True)
+    own = inspect.signature(command).parameters
+    groups = {name: hints[name] for name in own if is_dataclass(hints[name])}
+    plain = [one.replace(annotation=hints[name]) for name, one in own.items() if name not in groups]
+    shared = [parameter for group in groups.values() for parameter in _options(group)]
+
+    @functools.wraps(command)
+    def packing(**given: Any) -> None:
+        packed = {
+            name: group(**{option.name: given.pop(option.name) for option in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **packed)
+
+    ordered = [*plain, *shared]
+    call: Any = packing
+    call.__signature__ = inspect.Signature([one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in ordered])
+    call.__annotations__ = {one.name: one.annotation for one in ordered}
+    del call.__wrapped__  # Typer would look through it to the command itself
+    shown: Callable[..., None] = call
+    return shown
+
+
+def _options(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[option.name]
+        )
+        for option in fields(group)
+    ]

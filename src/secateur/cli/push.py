@@ -1,0 +1,63 @@
+"""The command that shows a checkpoint to others: `push`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from secateur.checkpoints.push import push as upload
+from secateur.cli.terminal import DryRun, Json, answer, err
+from secateur.errors import SecateurWarning
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder that prune or heal wrote.")],
+    name: Annotated[str, typer.Argument(help="Its name on the hub: owner/name.")],
+    public: Annotated[bool, typer.Option("--public/--private", help="Who sees a new repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to. (default: main)")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit. (default: what was done)")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="results.jsonl of this checkpoint, to be shown on its card.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The dense model's name on the hub, where it was opened from a folder.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a finished checkpoint to the hub: card, weights, record. Log in first: hf auth login, or HF_TOKEN."""
+    with warnings.catch_warnings(record=True) as caught, err.status("looking, and uploading"):
+        warnings.simplefilter("always", SecateurWarning)
+        said = upload(
+            folder,
+            name,
+            private=not public,
+            revision=revision,
+            message=message,
+            results=results,
+            base_model=base_model,
+            dry_run=dry_run,
+        )
+    for warning in caught:
+        if issubclass(warning.category, SecateurWarning):
+            err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
+    answer(said, _files_table(said), as_json=as_json)
+    if dry_run:
+        err.print(f"To {name}; nothing was sent (--dry-run).")
+    else:
+        err.print(f"Uploaded: [bold]{escape(said['url'])}[/]")
+
+
+def _files_table(said: dict[str, Any]) -> Table:
+    table = Table("file", "bytes")
+    table.columns[1].justify = "right"
+    for name, size in said["files"].items():
+        table.add_row(name, f"{size:,}")
+    table.add_section()
+    table.add_row("all", f"{said['bytes']:,}")
+    return table

@@ -1,0 +1,224 @@
+"""The commands that run several stages: `compare`, a grid of runs, and `run`, a recipe from its file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from secateur.cli.options import Asking, Opening, Reading, grouped, read_pairs, read_windows
+from secateur.cli.tables import showing_progress
+from secateur.cli.terminal import DryRun, Json, ModelArg, Out, answer, err
+from secateur.errors import InputError, unknown
+from secateur.experiments.grid import rows_of, study_of
+from secateur.experiments.outcome import CellOutcome
+from secateur.experiments.recipe import Recipe, Study, read_recipe
+from secateur.experiments.run import require_runnable
+from secateur.experiments.run import run as run_recipe
+from secateur.experiments.stages_run import open_shapes
+from secateur.experiments.study import ENGINES
+from secateur.jobs.runs import run_folder
+from secateur.methods.sequence import names_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queueing:
+    """Where the cells of a study run, and what stays of them."""
+
+    on: Annotated[str, typer.Option(help="local: the devices here. ray: a Ray cluster.")] = "local"
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster: auto, ray://… (default: start one here)")] = (
+        None
+    )
+    workers: Annotated[int | None, typer.Option(help="Processes at a time. (default: one per GPU, or one)")] = None
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the checkpoints of measured cells.")] = True
+
+    def settings(self) -> dict[str, Any]:
+        """Return these by the names `run` takes.
+
+        Raises:
+            InputError: an unknown engine.
+        """
+        if self.on not in ENGINES:
+            raise unknown("engine", self.on, list(ENGINES))
+        return asdict(self)
+
+
+@grouped
+def compare(
+    model: ModelArg,
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas; one after the other: swm:0.5+slicegpt:0.5.")
+    ],
+    remove: Annotated[str, typer.Option(help="Shares of all parameters: 10%,20%,30%.")],
+    reading: Reading,
+    asking: Asking,
+    opening: Opening,
+    queueing: Queueing,
+    heal: Annotated[str, typer.Option(help="Ways of healing, and none: none,lora,distill.")] = "none",
+    heal_tokens: Annotated[str, typer.Option(help="Tokens to heal on, at most.")] = "1M",
+    heal_texts: Annotated[str | None, typer.Option(help="Texts to heal on. (default: --texts)")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A setting of one of the methods (repeatable)."),
+    ] = None,
+    eval_windows: Annotated[str, typer.Option(help="Windows of held-out text for perplexity, or 'all'.")] = "64",
+    bench: Annotated[bool, typer.Option("--bench", help="Measure speed too, when nothing else runs.")] = False,
+    samples: Annotated[int, typer.Option(help="Continuations to keep of each cell; 0 for none.")] = 2,
+    out: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Compare methods × amounts × healing on one model: a folder for each cell, finished ones are not done again."""
+    settings: dict[str, Any] = {
+        "texts": reading.texts,
+        "windows": reading.window_count or "all",
+        "seq_len": reading.seq_len,
+        "seed": reading.seed,
+        "batch_size": reading.batch_size,
+        **asdict(opening),
+        "eval": {
+            "windows": read_windows(eval_windows, "--eval-windows") or "all",
+            "tasks": asking.tasks,
+            "limit": asking.limit,
+            "shots": asking.shots,
+            "stability": asking.stability,
+        },
+        "bench": {} if bench else None,
+        "generate": {"prompts": samples} if samples else None,
+    }
+    study = study_of(
+        model,
+        _methods(methods, read_pairs(set_)),
+        _listed(remove),
+        [_healing(name, heal_tokens, heal_texts) for name in _listed(heal)],
+        {name: value for name, value in settings.items() if value is not None},
+    )
+    _go(study, out or run_folder(model, "compare"), queueing, dry_run=dry_run, as_json=as_json)
+
+
+@grouped
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/.")],
+    queueing: Queueing,
+    out: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: prune, heal, measure; or a whole study. Killed and started again, it goes on."""
+    read = read_recipe(recipe)
+    kind = "compare" if isinstance(read, Study) else "run"
+    folder = out or run_folder(read.model, f"{recipe.stem}-{kind}")
+    _go(read, folder, queueing, dry_run=dry_run, as_json=as_json)
+
+
+def _go(asked: Recipe | Study, folder: Path, queueing: Queueing, *, dry_run: bool, as_json: bool) -> None:
+    """Say what is about to be done, do it, and show what came of it.
+
+    Exit code 1 where no cell came to an end.
+    """
+    queue = queueing.settings()
+    _announce(asked)
+    if dry_run:
+        return
+    err.print(f"Finished stages are kept in {escape(str(folder))}; started again with -o there, it goes on.")
+    with showing_progress(err) as progress:
+        outcomes = run_recipe(
+            asked,
+            folder,
+            **queue,
+            stage=lambda name: err.print(f"{name} …"),
+            finished=lambda cell: err.print(_line(cell), markup=False, highlight=False),
+            progress=progress,
+        )
+    answer([one.as_dict() for one in outcomes], _table(outcomes), as_json=as_json)
+    failed = [one for one in outcomes if one.failed]
+    if failed:
+        err.print(f"[yellow]{len(failed)} of {len(outcomes)} failed[/]: started again, they are tried again.")
+    err.print(f"Written: [bold]{escape(str(folder))}[/]\nTo read it in a browser: secateur report {folder}")
+    if len(failed) == len(outcomes):
+        raise typer.Exit(1)
+
+
+def _announce(asked: Recipe | Study) -> None:
+    """Say what a recipe comes to: cells, and what their checkpoints take on the disk."""
+    require_runnable(asked)
+    dense = open_shapes(asked)
+    err.print(f"{asked.model}: {dense.parameter_count:,} parameters, {dense.block_count} blocks")
+    if isinstance(asked, Recipe):
+        err.print(f"{asked.prune.method}, then {', '.join(_stages(asked))}")
+        return
+    rows = rows_of(asked)
+    cells = sum(map(len, rows))
+    most = cells * dense.checkpoint_bytes / 2**30
+    err.print(f"{cells} cells: {', '.join(cell.name for row in rows for cell in row)}")
+    err.print(f"each: {', '.join(_stages(rows[0][0].recipe))}; at most {most:,.2f} GiB on the disk (--no-keep: less)")
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    asked = {"heal": recipe.heal, "eval": recipe.eval, "bench": recipe.bench, "generate": recipe.generate}
+    return ["prune", *(name for name, section in asked.items() if section is not None)]
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _methods(text: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Read `shortgpt,swm:0.5+slicegpt:0.5`, and settings such as `swm.rule=mean` for each method they belong to."""
+    entries = [name.replace("+", ",") for name in _listed(text)]
+    used: set[str] = set()
+    found = []
+    for entry in entries:
+        names = names_in(entry)
+        own = {key: value for key, value in settings.items() if key.partition(".")[0] in names}
+        used |= set(own)
+        plain = {key.partition(".")[2]: value for key, value in own.items()} if len(names) == 1 else own
+        found.append({"method": entry, "settings": plain})
+    known = [name for entry in entries for name in names_in(entry)]
+    for key in settings:
+        if "." not in key:
+            raise InputError(f"--set {key}: say whose setting it is, such as {known[0]}.{key}.")
+        if key not in used:
+            raise unknown("method of this study", key.partition(".")[0], known)
+    return found
+
+
+def _healing(name: str, tokens: str, texts: str | None) -> str | dict[str, Any]:
+    return "none" if name == "none" else {"with": name, "tokens": tokens, "texts": texts}
+
+
+def _line(cell: CellOutcome) -> str:
+    if cell.failed:
+        return f"{cell.name}: failed ({cell.failed['stage']}): {cell.failed['error']}"
+    measured = f"perplexity {cell.perplexity:.2f}, " if cell.perplexity is not None else ""
+    return f"{cell.name}: {measured}{cell.seconds:.0f} s"
+
+
+def _table(outcomes: Sequence[CellOutcome]) -> Table:
+    """One row per cell, the best perplexity first; failed ones last."""
+    table = Table(title="what came of it", title_justify="left")
+    tasks = sorted({(task, measure) for one in outcomes for task in one.tasks for measure in one.tasks[task]})
+    shown = [pair for pair in tasks if pair[1] in ("acc", "stability")]
+    speeds = sorted({name for one in outcomes for name in one.speedup}, reverse=True)
+    several = len({task for task, _ in shown}) > 1
+    asked = [f"{task} {measure}" if several else measure for task, measure in shown]
+    for name in ("cell", "removed", "perplexity", *asked, *speeds, "seconds"):
+        table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=name == "cell")
+    for one in sorted(outcomes, key=lambda one: (one.failed is not None, one.perplexity or float("inf"))):
+        if one.failed:
+            table.add_row(one.name, f"[red]failed: {escape(one.failed['error'][:60])}[/]")
+            continue
+        table.add_row(
+            one.name,
+            "—" if one.removed is None else f"{one.removed:.1%}",
+            "—" if one.perplexity is None else f"{one.perplexity:.3f}",
+            *(f"{one.tasks[task][measure]:.3f}" if task in one.tasks else "—" for task, measure in shown),
+            *(f"{one.speedup[name]:.2f}×" if name in one.speedup else "—" for name in speeds),
+            f"{one.seconds:.0f}",
+        )
+    return table

@@ -1,0 +1,299 @@
+"""How things look in a terminal: tables, the strip of blocks, progress. People read stderr, programs stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from secateur.calibration.walk import perplexity_of
+from secateur.evaluation.results import Result
+from secateur.methods.registry import METHODS
+from secateur.plan.plan import Candidate, Plan, Search
+from secateur.plan.quantities import gigabytes
+from secateur.plan.steps import AnyStep
+from secateur.progress import Progress
+from secateur.scores.profile import Scores
+
+Item = TypeVar("Item")
+
+
+@contextmanager
+def showing_progress(console: Console) -> Iterator[Progress]:
+    """Show progress bars with the time left for as long as the block lasts."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=console, transient=True) as bars:
+
+        def track(items: Iterable[Item], description: object, total: int, /) -> Iterable[Item]:
+            task = bars.add_task(str(description), total=total)
+            for item in items:
+                yield item
+                bars.update(task, advance=1, description=str(description))
+
+        yield track
+
+
+def scores_table(scores: Scores) -> Table:
+    """One row per block; the quarter that is least needed by a score is marked with it."""
+    columns: list[tuple[str, Sequence[float] | None, str, bool]] = [
+        ("block influence", scores.block_influence, ".4f", False),
+        ("layer redundancy", scores.layer_redundancy, ".3f", True),
+        ("relative magnitude", scores.relative_magnitude, ".3f", False),
+        ("weights Σ|w|", scores.magnitude, ".3e", False),
+        ("perplexity without", scores.removal_perplexity, ".2f", False),
+        ("Taylor", scores.taylor, ".3e", False),
+    ]
+    shown = [column for column in columns if column[1] is not None]
+    table = Table(title=f"Redundancy of {scores.model}", title_justify="left")
+    table.add_column("block", justify="right")
+    for name, _, _, _ in shown:
+        table.add_column(name, justify="right")
+    marked = [_least_needed(values or (), most_is_least=turned) for _, values, _, turned in shown]
+    for block in range(len(shown[0][1] or ()) if shown else 0):
+        cells = []
+        for (_, values, form, _), least in zip(shown, marked, strict=True):
+            text = format((values or ())[block], form)
+            cells.append(f"[bold yellow]{text}[/]" if block in least else text)
+        table.add_row(str(block), *cells)
+    return table
+
+
+def _least_needed(values: Sequence[float], *, most_is_least: bool) -> set[int]:
+    order = sorted(range(len(values)), key=lambda block: values[block], reverse=most_is_least)
+    return set(order[: max(1, len(values) // 4)])
+
+
+def plan_summary(plan: Plan) -> RenderableType:
+    """What stays, what goes, the sizes, and the candidates it was chosen from."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("model", f"{plan.model.source} ({plan.model.family})")
+    for step in plan.steps:
+        settings = ", ".join(f"{name}={value}" for name, value in _unusual(step).items())
+        table.add_row("method", step.method + (f" ({settings})" if settings else ""))
+        table.add_row(*step.describe())
+    table.add_row("blocks", _strip(plan))
+    table.add_row(
+        "parameters",
+        f"{plan.parameters_before:,} → {plan.parameters_after:,} ({plan.removed_fraction:.1%} removed{_asked(plan)})",
+    )
+    if plan.counts_on:
+        table.add_row("counts on", _counted(plan.counts_on))
+    if plan.texts:
+        table.add_row(
+            "measured on",
+            f"{plan.texts['windows']} windows of {plan.texts['seq_len']}, {plan.texts['source']}",
+        )
+    return table if plan.search is None else Group(table, "", search_table(plan.search, plan.parameters_before))
+
+
+def search_table(search: Search, parameters: int) -> RenderableType:
+    """The plans that were tried, of a model of so many parameters, the best first; below why others were not."""
+    table = Table(
+        title=f"Plans tried: fitted to {search.fitted} windows, perplexity on {search.held_back} others "
+        f"(dense: {perplexity_of(search.dense_loss):.2f})",
+        title_justify="left",
+        caption="front: no other plan is smaller and better; dim: less than was asked for",
+        caption_justify="left",
+    )
+    for name in ("", "blocks out by", "blocks", "then", "removed", "perplexity"):
+        table.add_column(name, justify="right" if name in ("blocks", "removed", "perplexity") else "left")
+    measured = [place for place, one in enumerate(search.candidates) if one.loss is not None]
+    for place in sorted(measured, key=lambda place: search.candidates[place].loss or 0.0):
+        one = search.candidates[place]
+        mark = "best" if place == search.best else "front" if place in search.front else ""
+        table.add_row(
+            mark,
+            one.depth or "–",
+            str(one.blocks or "–"),
+            one.width or "–",
+            f"{1 - (one.parameters or 0) / parameters:.1%}",
+            f"{perplexity_of(one.loss or 0.0):.2f}",
+            style="bold" if mark == "best" else None if one.enough else "dim",
+        )
+    return Group(
+        table, *(Text(f"{_name(one)}: {one.refused}", style="dim") for one in search.candidates if one.refused)
+    )
+
+
+def _name(one: Candidate) -> str:
+    blocks = f" ({one.blocks})" if one.blocks else ""
+    return " + ".join(part for part in (one.depth and f"{one.depth}{blocks}", one.width) if part)
+
+
+def _unusual(step: AnyStep) -> dict[str, Any]:
+    """Return the settings of a step that are not the method's defaults."""
+    fields = METHODS[step.method].settings.model_fields if step.method in METHODS else {}
+    defaults = {name: field.default for name, field in fields.items()}
+    return {name: value for name, value in step.settings.items() if value and value != defaults.get(name)}
+
+
+def _asked(plan: Plan) -> str:
+    readers: dict[str, Callable[[float], str]] = {
+        "remove": lambda value: f"; asked for {value:.1%}",
+        "target_params": lambda value: f"; asked for at most {value:,.0f}",
+        "target_memory": lambda value: f"; asked for at most {gigabytes(value)}",
+        "target_speedup": lambda value: f"; asked for {value:g} times as fast",
+    }
+    return "".join(readers[name](value) for name, value in plan.requested.items() if name in readers)
+
+
+def _counted(facts: dict[str, Any]) -> str:
+    """Say what a target in bytes or seconds was counted on, and what is expected."""
+    if "bytes" in facts:
+        return (
+            f"{gigabytes(facts['bytes'])} of weights and cache instead of {gigabytes(facts['dense_bytes'])}, one "
+            f"sequence of {facts['context']:,} tokens, {facts['dtype']}"
+        )
+    return (
+        f"{facts['speedup']:.2f} times as fast: {1000 * facts['seconds']:.4g} ms instead of "
+        f"{1000 * facts['dense_seconds']:.4g} for {facts['prompt']} tokens read and {facts['new_tokens']} written, "
+        f"{facts['dtype']} on {facts['device']}, measured block by block"
+    )
+
+
+def _strip(plan: Plan) -> Text:
+    kept = set(plan.kept_blocks())
+    strip = Text()
+    for block in range(len(plan.model.block_parameters)):
+        strip.append(f"{block}" if block in kept else f"✂{block}", style="green" if block in kept else "bold red")
+        strip.append(" ")
+    return strip
+
+
+def healing_table(facts: dict[str, Any]) -> Table:
+    """What was trained, on how much, and what it brought on held-back text."""
+    rows = {"healed with": facts["with"], "tokens": f"{facts['tokens']:,} of {facts['texts']['source']}"}
+    if "start_loss" in facts:
+        rows["weights trained"] = f"{facts['trained_weights']:,}"
+        rows["loss on held-back text"] = f"{facts['start_loss']:.4f} → {facts['best_loss']:.4f}"
+        rows["steps"] = f"{facts['steps']:,} of {facts['planned']:,}, best after {facts['best_step']:,}"
+    for block, outcome in facts.get("blocks", {}).items():
+        rows[f"block {block}"] = f"error {outcome['start_loss']:.4g} → {outcome['best_loss']:.4g}"
+    return facts_table("Healing", rows)
+
+
+def facts_table(title: str, facts: dict[str, Any]) -> Table:
+    """Names and values, one per row."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    return table
+
+
+Pair = tuple[Result | None, Result | None]
+"""The model's result, and that of the model it is compared with."""
+
+_FORMS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "prefill_tokens_per_second": ("prefill tokens/s", lambda value: f"{value:,.1f}"),
+    "decode_tokens_per_second": ("decode tokens/s", lambda value: f"{value:,.1f}"),
+    "time_to_first_token": ("time to first token", lambda value: f"{1000 * value:,.1f} ms"),
+    "peak_resident_bytes": ("peak resident", gigabytes),
+    "peak_allocated_bytes": ("peak allocated", gigabytes),
+    "peak_reserved_bytes": ("peak reserved", gigabytes),
+    "cache_bytes_per_token": ("cache per token", lambda value: f"{value:,.0f} bytes"),
+    "checkpoint_bytes": ("checkpoint", gigabytes),
+    "parameters": ("parameters", lambda value: f"{value:,.0f}"),
+}
+
+
+def results_tables(results: Sequence[Result]) -> RenderableType:
+    """Return a table for each kind of result that there is."""
+    perplexities = [one for one in results if one.measure == "perplexity"]
+    tasks = [one for one in results if one.task is not None]
+    speeds = [one for one in results if one.measure in _FORMS]
+    tables: list[RenderableType] = []
+    if perplexities:
+        tables.append(results_table(perplexities))
+    if tasks:
+        tables.append(_tasks_table(tasks))
+    if speeds:
+        tables.append(_speeds_table(speeds))
+    return Group(*tables)
+
+
+def results_table(results: Sequence[Result]) -> Table:
+    """One row per measured model, with ratios to the one it is compared with."""
+    table = Table(title=f"{results[0].measure} on {results[0].texts['source']} (held out)", title_justify="left")
+    for name in ("model", "blocks", "parameters", "size", results[0].measure, "ratio"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    dense = next((result for result in results if result.role == "against"), None)
+    for result in results:
+        size = f"{result.parameters / dense.parameters:.1%}" if dense else "—"
+        ratio = f"{result.value / dense.value:.3f}" if dense else "—"
+        table.add_row(result.model, str(result.blocks), f"{result.parameters:,}", size, f"{result.value:.3f}", ratio)
+    return table
+
+
+def _tasks_table(results: Sequence[Result]) -> Table:
+    """One row per task and measure: this model, the dense one, the difference."""
+    table = Table(title="tasks", title_justify="left")
+    for name in ("task", "asked", "measure", "model", "dense", "change"):
+        left = name in ("task", "measure")
+        table.add_column(name, justify="left" if left else "right", no_wrap=left)
+    shown = ""
+    for (task, measure), (one, dense) in _pairs(results, lambda result: (result.task, result.measure)):
+        either = one or dense
+        assert either is not None
+        questions = either.settings.get("questions", "")
+        table.add_row(
+            task if task != shown else "",
+            f"{questions:,}" if questions and task != shown else "",
+            measure,
+            _with_error(one),
+            _with_error(dense),
+            f"{one.value - dense.value:+.3f}" if one and dense else "—",
+        )
+        shown = task
+    return table
+
+
+def _with_error(result: Result | None) -> str:
+    if result is None:
+        return "—"
+    error = result.spread.get("stderr")
+    return f"{result.value:.3f}" + (f" ±{error:.3f}" if error is not None else "")
+
+
+def _speeds_table(results: Sequence[Result]) -> Table:
+    """One row per measure and request: this model, the dense one, the ratio."""
+    table = Table(title="speed and memory (median ± half the distance of the quartiles)", title_justify="left")
+    for name in ("batch", "prompt", "measure", "model", "dense", "ratio"):
+        table.add_column(name, justify="left" if name == "measure" else "right", no_wrap=name == "measure")
+
+    def key(result: Result) -> tuple[Any, ...]:
+        asked = result.settings if "batch" in result.settings else {}
+        return asked.get("batch", ""), asked.get("prompt", ""), result.measure
+
+    for (batch, prompt, measure), (one, dense) in _pairs(results, key):
+        name, form = _FORMS[measure]
+        ratio = f"{one.ratio:.3f}" if one is not None and one.ratio is not None else "—"
+        table.add_row(str(batch), str(prompt), name, _spread(one, form), _spread(dense, form), ratio)
+    return table
+
+
+def _spread(result: Result | None, form: Callable[[float], str]) -> str:
+    if result is None:
+        return "—"
+    half = (result.spread["high"] - result.spread["low"]) / 2 if "low" in result.spread else None
+    return form(result.value) + (f" ±{half / result.value:.0%}" if half is not None else "")
+
+
+def _pairs(results: Sequence[Result], key: Callable[[Result], tuple[Any, ...]]) -> Iterator[tuple[Any, Pair]]:
+    """Put results of the two models that belong together side by side, in the order in which they come."""
+    found: dict[tuple[Any, ...], dict[str, Result]] = {}
+    for one in results:
+        found.setdefault(key(one), {})[one.role] = one
+    yield from ((name, (both.get("model"), both.get("against"))) for name, both in found.items())

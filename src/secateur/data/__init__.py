@@ -1,0 +1,1 @@
+"""Text sources, local files, windows of tokens."""

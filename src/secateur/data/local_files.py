@@ -1,0 +1,198 @@
+"""Documents in files of one's own: text, Markdown, JSON lines, parquet, and folders of these."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import InputError
+
+LINES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson")
+READABLE = (".txt", ".md", *LINES, ".parquet")
+
+
+def local_documents(path: Path) -> Iterator[str]:
+    """Return the documents of a file, or of all files in a folder and below, in the order of their names.
+
+    Raises:
+        InputError: nothing readable; later, while documents are taken, a file that cannot be read.
+    """
+    if not path.is_dir():
+        return _file_documents(path)
+    inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
+    files = [file for file in inside if file.suffix.lower() in READABLE and file.is_file()]
+    if not files:
+        raise InputError(f"nothing to read in {path}: no {', '.join(READABLE)} in it or below")
+    return (text for file in files for text in _file_documents(file))
+
+
+def stamp_of(source: str | None) -> list[tuple[str, int, int]]:
+    """Return name, size and time of every local file that a source of text names; nothing for what is not local."""
+    found: list[tuple[str, int, int]] = []
+    whole = bool(source) and Path(source or "").expanduser().exists()
+    for part in [source or ""] if whole else (source or "").split(","):
+        names = (part.strip(), part.rpartition(":")[0].strip())  # the second where a weight follows the name
+        path = next((Path(name).expanduser() for name in names if name and Path(name).expanduser().exists()), None)
+        if path is None:
+            continue
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        of_files = ((file, file.stat()) for file in files if file.is_file())
+        found += [(file.as_posix(), at.st_size, at.st_mtime_ns) for file, at in of_files]
+    return found
+
+
+def _file_documents(path: Path) -> Iterator[str]:
+    kind = path.suffix.lower()
+    if kind in (".txt", ".md"):
+        return _whole_file(path)
+    if kind in LINES:
+        return _json_lines(path)
+    if kind == ".parquet":
+        return _parquet(path)
+    raise InputError(f"cannot read text from {path}: known are {', '.join(READABLE)}, .npy and folders")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        advice = f"convert it, for example with: iconv -f latin1 -t utf-8 {path.name}"
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}); {advice}") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot read {path}: {reason}; check the file and its rights") from error
+
+
+def _whole_file(path: Path) -> Iterator[str]:
+    with _reading(path):
+        yield path.read_text(encoding="utf-8-sig")
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    fields: tuple[str, ...] = ()
+    for where, item in _json_rows(path):
+        fields = fields or text_fields({name: _kind(value) for name, value in item.items()}, where)
+        yield joined(item, fields, where)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Return each object of a file of JSON lines, and where it stands."""
+    with _reading(path), path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, _json_object(line, where)
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg}); each line must be one object") from error
+    if not isinstance(item, dict):
+        raise InputError(f"{where}: a {type(item).__name__}; each line must be an object with a field 'text'")
+    return item
+
+
+def _kind(value: Any) -> str:
+    known = ((str, "string"), (list, "list"), (type(None), "null"))
+    return next((kind for python_type, kind in known if isinstance(value, python_type)), "other")
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    with _parquet_file(path) as file:
+        kinds = {field.name: _arrow_kind(field.type) for field in file.schema_arrow}
+        fields = text_fields(kinds, str(path))
+        for item in _parquet_rows(file, list(fields)):
+            yield joined(item, fields, str(path))
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _reading(path):
+        try:
+            with pq.ParquetFile(path) as file:
+                yield file
+        except pa.ArrowException as error:
+            raise InputError(f"{path} is not a readable parquet file: {error}; write it again") from error
+
+
+def _parquet_rows(file: Any, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    for batch in file.iter_batches(batch_size=256, columns=columns):
+        yield from batch.to_pylist()
+
+
+def local_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Return the rows of a file of JSON lines or of a parquet file, all fields of them.
+
+    Raises:
+        InputError: another kind of file, or one that cannot be read.
+    """
+    if path.suffix.lower() in LINES:
+        yield from (item for _, item in _json_rows(path))
+    elif path.suffix.lower() == ".parquet":
+        with _parquet_file(path) as file:
+            yield from _parquet_rows(file)
+    else:
+        raise InputError(f"cannot read rows from {path}: known are {', '.join((*LINES, '.parquet'))}")
+
+
+def _arrow_kind(arrow_type: Any) -> str:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(arrow_type):
+        return _arrow_kind(arrow_type.value_type)
+    if pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type):
+        return "list"
+    return "string" if str(arrow_type) in ("string", "large_string", "string_view") else "other"
+
+
+def text_fields(kinds: Mapping[str, str], where: str) -> tuple[str, ...]:
+    """Choose the fields that hold the text, given the kind ("string", "list", "null", ...) of each field.
+
+    The first of: `text`; `messages` of a chat; `instruction`, `input`, `output`; the only string; `content`.
+
+    Raises:
+        InputError: none of these; the message names the fields there are.
+    """
+    strings = [name for name, kind in kinds.items() if kind == "string"]
+    possible = [name for name, kind in kinds.items() if kind in ("string", "null")]
+    if "text" in possible:
+        return ("text",)
+    if kinds.get("messages") == "list":
+        return ("messages",)
+    if "instruction" in possible and "output" in possible:
+        return tuple(name for name in ("instruction", "input", "output") if name in possible)
+    if len(strings) == 1:
+        return (strings[0],)
+    if "content" in possible:
+        return ("content",)
+    raise InputError(
+        f"{where}: which field is the text? Found {', '.join(kinds) or 'none'}; rename the right one 'text'"
+    )
+
+
+def joined(item: Mapping[str, Any], fields: tuple[str, ...], where: str) -> str:
+    """Join the given fields of one row with newlines; nulls and empty strings are left out."""
+    missing = [name for name in fields if name not in item]
+    if len(missing) == len(fields):
+        raise InputError(f"{where}: no field '{missing[0]}'; found {', '.join(item) or 'none'}")
+    parts = [part for name in fields for part in _strings(item.get(name), name, where)]
+    return parts[0] if len(parts) == 1 else "\n".join(part for part in parts if part)
+
+
+def _strings(value: Any, name: str, where: str) -> list[str]:
+    """Return a field as strings: itself, or the contents of a list of chat messages."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    if name == "messages" and isinstance(value, list):
+        contents = [turn.get("content") if isinstance(turn, dict) else turn for turn in value]
+        return [text for content in contents for text in _strings(content, f"{name}.content", where)]
+    raise InputError(f"{where}: field '{name}' is of type {type(value).__name__}, not text")

@@ -1,0 +1,207 @@
+"""Windows of tokens: what every measurement reads.
+
+Shapes: W windows of T tokens (the beginning-of-sequence token included).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from secateur.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of tokens, on the CPU, and everything needed to get the same ones again.
+
+    Attributes:
+        tokens: int64 (W, T).
+        mask: bool (W, T), True where a real token stands; None when nothing is padded.
+        source: what the user typed.
+        fingerprint: where the text is from and the sha256 of tokens, mask and shape: equal fingerprints mean
+            equal windows, e.g. "python-stdlib(python 3.11.7, calibration):sha256:0123456789abcdef".
+        seed: of the shuffling; None when nothing was shuffled.
+        bos: whether the beginning-of-sequence token starts each window.
+        notes: what the user should be told, e.g. "last 131 tokens dropped".
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    source: str
+    fingerprint: str
+    seed: int | None
+    bos: bool
+    notes: tuple[str, ...] = ()
+    given: bool = False
+    """Made by `of`: the source is a name for the reader and cannot be opened for more."""
+
+    @classmethod
+    def of(cls, tokens: Any, mask: Any = None, source: str = "tokens", *, bos: bool = False) -> Windows:
+        """Wrap windows that you already have: tensors, arrays or nested lists, (W, T), used exactly as given.
+
+        Raises:
+            InputError: tokens are not a non-empty table of non-negative integers, or the mask is not a table
+                of booleans of the same shape with at least one True in each window.
+        """
+        tokens_WT = _checked_tokens(_tensor(tokens, source), source)
+        mask_WT = None if mask is None else _checked_mask(_tensor(mask, source), tokens_WT)
+        return cls(tokens_WT, mask_WT, source, f"{source}:{digest(tokens_WT, mask_WT)}", None, bos, given=True)
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return self.tokens.shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a window, padding and beginning-of-sequence token included."""
+        return self.tokens.shape[1]
+
+    @property
+    def token_count(self) -> int:
+        """Tokens in all windows, padding not counted."""
+        return self.tokens.numel() if self.mask is None else int(self.mask.sum())
+
+    def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Return (tokens, mask) of `size` windows at a time, the last perhaps of fewer; views, not copies."""
+        if size < 1:
+            raise InputError(f"a batch needs at least one window, not {size}")
+        masks = [None] * len(self) if self.mask is None else self.mask.split(size)
+        return zip(self.tokens.split(size), masks, strict=False)
+
+    def some(self, numbers: Iterable[int]) -> Windows:
+        """Return the windows of these numbers, which have the fingerprint of the whole."""
+        rows = list(numbers)
+        return replace(self, tokens=self.tokens[rows], mask=None if self.mask is None else self.mask[rows])
+
+    def split_off(self, share: float) -> tuple[Windows, Windows]:
+        """Split into those that stay and a share, at least one, evenly spaced, that is held back.
+
+        Each part has a fingerprint of its own.
+
+        Raises:
+            InputError: fewer than two windows.
+        """
+        if len(self) < 2:
+            raise InputError(f"{self.source}: {len(self)} window, and some must be held back; give more text.")
+        count = min(max(1, round(share * len(self))), len(self) - 1)
+        back = [(number + 1) * len(self) // count - 1 for number in range(count)]
+        stay = [number for number in range(len(self)) if number not in back]
+        parts = {f"without every {len(self) / count:.3g}th": stay, f"every {len(self) / count:.3g}th": back}
+        left, held = (
+            replace(self.some(rows), fingerprint=f"{self.fingerprint}, {which}") for which, rows in parts.items()
+        )
+        return left, held
+
+    def describe(self) -> dict[str, Any]:
+        """Return all but the tokens, ready for JSON."""
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "windows": len(self),
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "bos": self.bos,
+            "notes": list(self.notes),
+        }
+
+
+def load_windows(
+    source: str,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    windows: int | None,
+    seq_len: int,
+    vocab_size: int | None,
+    max_positions: int | None,
+) -> Windows:
+    """Read a .npy file of token ids (W, T) and use it exactly as it is.
+
+    Raises:
+        InputError: the file cannot be read, holds something else, or does not suit the model.
+    """
+    tokens_WT = _checked_tokens(_load_array(Path(path).expanduser()), path)
+    count, length = tokens_WT.shape
+    if max_positions is not None and length > max_positions:
+        raise InputError(
+            f"the windows of {path} have {length} tokens, the model has {max_positions} positions; cut them"
+        )
+    check_vocabulary(tokens_WT, vocab_size, path)
+    bos_id = None if tokenizer is None else tokenizer.bos_token_id
+    bos = bos_id is not None and bool((tokens_WT[:, 0] == bos_id).all())
+    as_asked = (count, length) == (windows, seq_len)
+    notes = () if as_asked else (f"used as given: {counted(count, 'window')} of {length} tokens",)
+    fingerprint = f"{Path(path).name}:{digest(tokens_WT, None)}"
+    return Windows(tokens_WT, None, source, fingerprint, None, bos, notes)
+
+
+def _load_array(path: Path) -> torch.Tensor:
+    try:
+        return _tensor(np.load(path, allow_pickle=False), str(path))
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"cannot read {path}: {error}; save it with numpy.save(path, windows)") from error
+
+
+def _tensor(values: Any, source: str) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{source}: not a table of numbers ({error})") from error
+
+
+def _checked_tokens(tokens: torch.Tensor, source: str) -> torch.Tensor:
+    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+        raise InputError(f"{source}: token ids must be integers, not {_dtype(tokens)}")
+    if tokens.ndim != 2 or not tokens.numel():
+        raise InputError(f"{source}: token ids must be a table (windows, tokens), not {tuple(tokens.shape)}")
+    tokens = tokens.to(torch.int64, copy=True).contiguous()
+    if tokens.min() < 0:
+        raise InputError(f"{source}: token ids must not be negative, one is {tokens.min()}")
+    return tokens
+
+
+def _checked_mask(mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    if mask.dtype != torch.bool or mask.shape != tokens.shape:
+        raise InputError(f"the mask must be booleans {tuple(tokens.shape)}, not {_dtype(mask)} {tuple(mask.shape)}")
+    if not mask.any(dim=1).all():
+        raise InputError("the mask leaves a window without any token")
+    return mask.clone().contiguous()
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def check_vocabulary(tokens: torch.Tensor, vocab_size: int | None, origin: str) -> None:
+    """Refuse tokens that the model does not know.
+
+    Raises:
+        InputError: naming where they are from.
+    """
+    if vocab_size is not None and tokens.max() >= vocab_size:
+        raise InputError(
+            f"{origin} gives token id {tokens.max()}, but the model knows only {vocab_size}; is it made for this model?"
+        )
+
+
+def digest(tokens: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """Return "sha256:" and 16 hex digits over shape, tokens (little-endian int64) and mask (bytes)."""
+    found = hashlib.sha256(repr(tuple(tokens.shape)).encode())
+    found.update(tokens.numpy().astype("<i8").tobytes())
+    if mask is not None:
+        found.update(mask.numpy().tobytes())
+    return f"sha256:{found.hexdigest()[:16]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number of things: `1 window`, `2 windows`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,1 @@
+"""Recipes, their stages, and studies: a grid of runs over a queue."""

@@ -1,0 +1,84 @@
+"""The process of a job: `python -m secateur.experiments.cell STUDY CELL … `. Started by the queue, not by people."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from transformers.utils import logging
+
+from secateur.errors import SecateurError
+from secateur.evaluation.reference import ANSWERS, Reference
+from secateur.experiments.queue import DONE
+from secateur.experiments.recipe import Recipe, read_recipe
+from secateur.experiments.stages import go
+from secateur.experiments.stages_run import Run, Shared
+from secateur.experiments.state import CELLS, DENSE, RECIPE, SCORES, State
+from secateur.scores.profile import Scores
+
+
+def main(arguments: list[str]) -> None:
+    """Run the cells one after the other; a failed one is noted in its folder and the next one begins."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("study", type=Path)
+    parser.add_argument("cells", nargs="+")
+    parser.add_argument("--first")
+    parser.add_argument("--stages")
+    given = parser.parse_args(arguments)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    cells = given.study / CELLS
+    for name in given.cells:
+        sibling = cells / given.first if given.first != name else None
+        try:
+            run = open_run(given.study, name, sibling)
+            for _stage in go(run, given.stages.split(",") if given.stages else None):
+                pass
+        except Exception as error:  # noqa: BLE001 - noted in the cell's state; the others go on
+            if not isinstance(error, SecateurError):
+                traceback.print_exc()
+            sys.stderr.write(f"{name}: {error}\n")
+            state = State.of(cells / name)
+            if state.failed is None:
+                state.fail("open", error)
+        sys.stdout.write(f"{DONE} {name}\n")
+        sys.stdout.flush()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone: another may be started in the same folder."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def open_run(study: Path, name: str, sibling: Path | None = None) -> Run:
+    """Open a cell with what the study's cells share.
+
+    Raises:
+        SecateurError: something of it cannot be read.
+    """
+    folder = study / CELLS / name
+    recipe = read_recipe(folder / RECIPE)
+    assert isinstance(recipe, Recipe)
+    dense = study / DENSE
+    return Run(
+        recipe,
+        folder,
+        Shared(
+            scores=Scores.read(study / SCORES),
+            reference=Reference.read(dense) if (dense / ANSWERS).is_file() else None,
+            sibling=sibling,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

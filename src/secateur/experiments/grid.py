@@ -1,0 +1,112 @@
+"""The cells of a study: what each of them is called, and the recipe it runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from secateur.errors import InputError
+from secateur.experiments.recipe import Common, Cut, Entry, Healing, Recipe, Study, as_recipe
+from secateur.healing.heal import find_healing_recipe
+from secateur.methods.sequence import Part, names_in, read_sequence
+from secateur.plan.quantities import read_count, read_fraction
+from secateur.settings import read_settings
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        name: unique in the study, and the name of its folder: `sleb-20`, `sleb-20-lora`.
+        recipe: what it runs.
+    """
+
+    name: str
+    recipe: Recipe
+
+
+def rows_of(study: Study) -> list[list[Cell]]:
+    """Return the cells of a study, those that share a plan and a cut together.
+
+    Raises:
+        InputError: an unknown method, way of healing or setting, or an amount that is none.
+    """
+    list(parts_of(study))
+    taken: set[str] = set()
+    shared = study.model_dump(include=set(Common.model_fields), exclude={"description"})
+    rows = []
+    for entry in _entries(study):
+        for amount in study.compare.remove:
+            base = f"{_method_name(entry)}-{100 * read_fraction(amount):g}"
+            cut = Cut(method=entry.method, remove=amount, settings=entry.settings)
+            row = []
+            for healing in study.compare.heal:
+                name = _unique(base + _healing_name(healing), taken)
+                heal = healing if isinstance(healing, Healing) else None
+                row.append(Cell(name, Recipe(**shared, prune=cut, heal=heal)))
+            rows.append(row)
+    return rows
+
+
+def parts_of(study: Study) -> Iterator[Part]:
+    """Return every method of a study with its settings.
+
+    Raises:
+        InputError: an unknown method, way of healing or setting.
+    """
+    for healing in study.compare.heal:
+        if isinstance(healing, Healing):
+            check_healing(healing)
+    for entry in _entries(study):
+        yield from read_sequence(entry.method, entry.settings)
+
+
+def check_healing(asked: Healing) -> None:
+    """Find mistakes in what is asked for.
+
+    Raises:
+        InputError: an unknown way of healing or setting, no number of tokens, or instructions without texts.
+    """
+    read_settings(f"heal --with {asked.with_}", find_healing_recipe(asked.with_).settings, asked.settings)
+    read_count(asked.tokens, "tokens")
+    if asked.instructions and asked.texts is None:
+        raise InputError("heal: instruction data have to be named (texts: alpaca, or a jsonl file).")
+
+
+def _entries(study: Study) -> list[Entry]:
+    return [one if isinstance(one, Entry) else Entry(method=one) for one in study.compare.methods]
+
+
+def _method_name(entry: Entry) -> str:
+    """Name a method with the settings it was given, as a folder may be called."""
+    methods = "+".join(names_in(entry.method))
+    settings = "".join(f"-{name}={value}" for name, value in entry.settings.items())
+    return re.sub(r"[^\w.+=-]", "_", entry.name or methods + settings)
+
+
+def _healing_name(healing: Literal["none"] | Healing) -> str:
+    return f"-{healing.with_}" if isinstance(healing, Healing) else ""
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}-{number}"
+    taken.add(found)
+    return found
+
+
+def study_of(model: str, methods: list[Any], remove: list[Any], heal: list[Any], settings: dict[str, Any]) -> Study:
+    """Make a study of what `compare` is given.
+
+    Raises:
+        InputError: an unknown setting, or a value it cannot take.
+    """
+    grid = {"methods": methods, "remove": remove, "heal": heal or ["none"]}
+    found = as_recipe({"model": model, "compare": grid, **settings}, "compare")
+    assert isinstance(found, Study)
+    return found

@@ -1,0 +1,138 @@
+"""A job: some cells of a study, run one after the other in a process of their own.
+
+Memory is free again when the process ends, and what kills one cell (the system, for want of memory) is noted and
+stops no other. A job runs wherever the study's folder can be reached.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+
+from secateur.experiments.state import CELLS, State
+
+LOG = "log.txt"
+DONE = "finished"
+"""What a job's process prints, with the name of a cell, when it has done or failed it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some cells of a study.
+
+    Attributes:
+        study: its folder.
+        first: the first cell of their row, whose plan and cut they take over where theirs would be the same.
+        cells: their names.
+        stages: which stages are done; None means all.
+    """
+
+    study: Path
+    first: str
+    cells: tuple[str, ...]
+    stages: tuple[str, ...] | None = None
+
+
+def run_job(
+    job: Job,
+    environment: Mapping[str, str],
+    started: Callable[[subprocess.Popen[str]], object] = lambda _: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Run a job until every cell of it is done or noted as failed.
+
+    Args:
+        job: the cells.
+        environment: what its processes find in theirs besides, such as the device they may use.
+        started: told of each process, which leads a group of its own.
+        stopped: whether the study was stopped, so that a process that ended has not failed.
+    """
+    left = job.cells
+    while left:
+        with (job.study / CELLS / left[0] / LOG).open("a", encoding="utf-8") as log:
+            command = [sys.executable, "-m", "secateur.experiments.cell", str(job.study), *left]
+            command += ["--first", job.first] + (["--stages", ",".join(job.stages)] if job.stages else [])
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+            started(process)
+            output, _ = process.communicate()
+            code = process.returncode
+        if stopped():
+            return
+        over = [line.removeprefix(f"{DONE} ") for line in output.splitlines() if line.startswith(f"{DONE} ")]
+        left = tuple(name for name in left if name not in over)
+        if left:
+            _note_death(job.study / CELLS / left[0], code)
+            left = left[1:]
+
+
+def _note_death(folder: Path, code: int) -> None:
+    why = f"its process ended with code {code}; see {LOG}"
+    if code < 0:
+        why = f"its process was killed by {signal.Signals(-code).name}"
+        why += "; was there too little memory?" if -code == signal.SIGKILL else ""
+    State.of(folder).fail("process", RuntimeError(why))
+
+
+def default_workers(device: str) -> int:
+    """Number of processes at a time: one per GPU, but one where a device is named or there is none."""
+    return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
+
+
+def run_jobs(jobs: Sequence[Job], workers: int, device: str = "auto") -> Iterator[Job]:
+    """Run jobs; yields each when it is over. What still runs when this is left is stopped.
+
+    One worker sees all devices. Several share the GPUs out among them, where no one is named; or the cores.
+    """
+    slots: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for number in range(workers):
+        slots.put(_environment(number, workers, device))
+    running: set[subprocess.Popen[str]] = set()
+    stop = threading.Event()
+
+    def work(job: Job) -> Job:
+        slot = slots.get()
+        try:
+            run_job(job, slot, running.add, stop.is_set)
+        finally:
+            slots.put(slot)
+        return job
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _environment(number: int, workers: int, device: str = "auto") -> dict[str, str]:
+    """Say to a worker's processes which device is theirs."""
+    if workers == 1:
+        return {}
+    if device in ("auto", "cuda") and torch.cuda.device_count():
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        devices = seen.split(",")
+        return {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}

@@ -1,0 +1,247 @@
+"""A whole run, or a whole study, as frozen settings: YAML in and out. Unknown keys are refused.
+
+A run: open a model, decide and cut (`prune`), `heal`, measure (`eval`, `bench`), write a little (`generate`). A study
+is the same with a grid (`compare`) in the place of `prune` and `heal`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from secateur.errors import InputError, unknown
+
+Amount = float | str
+
+
+class Section(BaseModel):
+    """A part of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    def plain(self) -> dict[str, Any]:
+        """Return what was said as plain data, defaults left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+
+class Cut(Section):
+    """What goes, and by which method; as `secateur plan` takes it."""
+
+    method: str
+    remove: Amount | None = None
+    target_params: Amount | None = None
+    target_memory: Amount | None = None
+    context: int | None = None
+    target_speedup: Amount | None = None
+    blocks: int | None = None
+    slice: Amount | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    def amount(self) -> dict[str, Any]:
+        """Return the amount by the names `make_plan` takes, all but one of them None."""
+        return self.model_dump(exclude={"method", "settings"})
+
+
+class Healing(Section):
+    """How the pruned model is trained; as `secateur heal` takes it."""
+
+    with_: str = Field("lora", alias="with")
+    texts: str | None = None
+    tokens: int | str = 1_000_000
+    instructions: bool = False
+    seq_len: int | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class Measuring(Section):
+    """What is measured; as `secateur eval` takes it. `texts` by itself is what the recipe reads, held-out part."""
+
+    texts: str | None = None
+    windows: int | Literal["all"] = 64
+    seq_len: int | None = None
+    tasks: str | tuple[str, ...] | None = None
+    limit: int | None = Field(default=None, ge=1)
+    shots: int | None = Field(default=None, ge=0)
+    stability: bool = False
+
+    @model_validator(mode="after")
+    def _stability_of_tasks(self) -> Measuring:
+        if self.stability and self.tasks is None:
+            raise ValueError("stability is measured on tasks; name some, such as stdlib-cloze")
+        return self
+
+
+class Timing(Section):
+    """How speed and memory are measured; as `secateur bench` takes it."""
+
+    batch_sizes: tuple[int, ...] = (1,)
+    prompts: tuple[int, ...] | None = None
+    new_tokens: int = Field(32, ge=2)
+    repeats: int = Field(5, ge=1)
+    warmup: int = Field(1, ge=0)
+
+
+class Samples(Section):
+    """How much the model writes, behind pieces of held-out text."""
+
+    prompts: int = Field(2, ge=1)
+    tokens: int = Field(48, ge=1)
+
+
+class Common(Section):
+    """What runs and studies share: the model, how it is opened, what it reads, and how the results are measured."""
+
+    model: str
+    description: str | None = None
+    texts: str = "python-stdlib"
+    windows: int | Literal["all"] = 32
+    seq_len: int | None = Field(default=None, ge=2)
+    seed: int = 0
+    batch_size: int | None = Field(default=None, ge=1)
+    dtype: str = "auto"
+    device: str = "auto"
+    revision: str | None = None
+    skeleton: bool | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    check: bool = True
+    eval: Measuring | None = Measuring()
+    bench: Timing | None = None
+    generate: Samples | None = None
+
+    def opening(self) -> dict[str, Any]:
+        """Return how models are opened, by the names `open_model` takes."""
+        names = {"dtype", "device", "revision", "skeleton", "tokenizer", "trust_remote_code", "allow_pickle"}
+        return self.model_dump(include=names)
+
+    def reading(self) -> dict[str, Any]:
+        """Return what the model is measured on to decide, by the names `make_plan` and `score` take."""
+        return {
+            "texts": self.texts,
+            "windows": count_of(self.windows),
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+
+    def measuring(self) -> dict[str, Any]:
+        """Return what is measured, by the names `eval` takes; `stability` is left out."""
+        asked = self.eval or Measuring()
+        return {
+            "texts": asked.texts or self.texts,
+            "windows": count_of(asked.windows),
+            "seq_len": asked.seq_len or self.seq_len,
+            "tasks": asked.tasks,
+            "limit": asked.limit,
+            "shots": asked.shots,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML."""
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+
+
+class Recipe(Common):
+    """A whole run."""
+
+    prune: Cut
+    heal: Healing | None = None
+
+
+class Entry(Section):
+    """A method of a study, with settings of its own; `name` distinguishes two of one method."""
+
+    method: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    name: str | None = None
+
+
+class Grid(Section):
+    """Methods × amounts × ways of healing; `none` among the latter leaves the cut as it is."""
+
+    methods: tuple[str | Entry, ...] = Field(min_length=1)
+    remove: tuple[Amount, ...] = Field(min_length=1)
+    heal: tuple[Literal["none"] | Healing, ...] = ("none",)
+
+
+class Study(Common):
+    """A grid of runs on one model."""
+
+    compare: Grid
+
+
+def read_recipe(path: str | Path) -> Recipe | Study:
+    """Read a recipe from a YAML file: a study where it says `compare`, else a run.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key, a missing one, or a value it cannot take.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: the recipe cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        raise InputError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or 'not text'}).") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: not a recipe; it says what to do by keys such as model and prune.")
+    return as_recipe(data, str(path))
+
+
+def as_recipe(data: dict[str, Any], where: str) -> Recipe | Study:
+    """Check a recipe given as plain data; `where` it comes from stands in messages.
+
+    Raises:
+        InputError: an unknown key, a missing one, or a value it cannot take.
+    """
+    kind: type[Recipe | Study] = Study if "compare" in data else Recipe
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_problem(kind, error)}") from error
+
+
+_UNIONS = ("str", "Entry", "Healing", "literal['none']")
+"""What pydantic puts into the path to a value that may be of several kinds."""
+
+
+def _problem(kind: type[Section], error: ValidationError) -> str:
+    """Say the first problem; for an unknown key name those that are known."""
+    kinds = [one["type"] for one in error.errors()]
+    first = error.errors()[kinds.index("extra_forbidden") if "extra_forbidden" in kinds else 0]
+    path = tuple(part for part in first["loc"] if part not in _UNIONS)
+    place = ".".join(map(str, path))
+    if first["type"] == "extra_forbidden":
+        return str(unknown("key", place, _keys_at(kind, first["loc"][:-1])))
+    if first["type"] == "missing":
+        return f"{place} is missing."
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}."
+
+
+def _keys_at(kind: type[Section], place: tuple[Any, ...]) -> list[str]:
+    """Names that a section knows, with the path to it; those of the whole recipe where the path leads nowhere."""
+    owners: dict[str, type[Section]] = {
+        "prune": Cut,
+        "heal": Healing,
+        "eval": Measuring,
+        "bench": Timing,
+        "generate": Samples,
+        "compare": Grid,
+        "Entry": Entry,
+        "Healing": Healing,
+    }
+    owner = next((owners[part] for part in reversed(place) if part in owners), kind)
+    prefix = "".join(f"{part}." for part in place if part not in _UNIONS)
+    return [f"{prefix}{field.alias or name}" for name, field in owner.model_fields.items()]
+
+
+def count_of(windows: int | Literal["all"]) -> int | None:
+    """Number of windows, None for all."""
+    return None if windows == "all" else windows

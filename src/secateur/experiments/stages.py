@@ -1,0 +1,163 @@
+"""The stages of a run: plan, prune, heal, eval, bench, generate. Each reads what the one before wrote.
+
+What is measured is what was saved and opened again. A stage is skipped where it was done before with the same
+settings, and what it made is there if a later stage needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from secateur.checkpoints.save import save
+from secateur.evaluation.evaluate import eval as evaluate
+from secateur.evaluation.reference import RESULTS
+from secateur.evaluation.results import write_results
+from secateur.evaluation.samples import write_samples
+from secateur.evaluation.speed import bench
+from secateur.experiments.recipe import Samples
+from secateur.experiments.stages_run import Run
+from secateur.experiments.state import CUT, PLAN, SAMPLES, SPEEDS
+from secateur.files import replace_file
+from secateur.healing.heal import find_healing_recipe, heal
+from secateur.methods.planning import make_plan, prune
+from secateur.models.decoder import Decoder
+from secateur.plan.plan import Plan
+from secateur.plan.quantities import read_count
+
+
+def go(run: Run, only: Collection[str] | None = None) -> Iterator[str]:
+    """Do what is pending; yields the name of each stage before it begins.
+
+    Raises:
+        SecateurError: a stage cannot be done; that is noted in the state.
+    """
+    run.forget_healing()
+    run.reuse_sibling(only)
+    if not run.pending():
+        run.state.clear_failure()
+    for stage in run.pending(only):
+        yield stage
+        run.begin(stage)
+        begun = time.perf_counter()
+        try:
+            more = _DO[stage](run)
+        except Exception as error:
+            run.state.fail(stage, error)
+            raise
+        run.state.finish(stage, run.keys[stage], time.perf_counter() - begun, **more)
+    run.close_dense()
+
+
+def _plan(run: Run) -> dict[str, Any]:
+    cut = run.recipe.prune
+    plan = make_plan(
+        run.open_dense(),
+        method=cut.method,
+        **cut.amount(),
+        **run.recipe.reading(),
+        settings=cut.settings,
+        scores=run.shared.scores,
+        work=run.work("training", "plan"),
+        progress=run.progress,
+    )
+    replace_file(run.folder / PLAN, plan.to_json())
+    return {"removed": plan.removed_fraction}
+
+
+def _prune(run: Run) -> dict[str, Any]:
+    work = run.work("training", "plan")
+    pruned = prune(
+        run.open_dense(),
+        Plan.read(run.folder / PLAN),
+        batch_size=run.recipe.batch_size,
+        work=work,
+        progress=run.progress,
+    )
+    save(pruned, run.folder / CUT, check=run.recipe.check)
+    shutil.rmtree(work, ignore_errors=True)
+    return {"cut": CUT}
+
+
+def _heal(run: Run) -> dict[str, Any]:
+    asked = run.recipe.heal
+    assert asked is not None, "the stage is only there where healing is asked for"
+    recipe = find_healing_recipe(asked.with_)
+    if not recipe.teacher:
+        run.close_dense()
+    work = run.work("healing", "heal")
+    healed = heal(
+        run.open(run.cut(), **({"skeleton": False} if recipe.whole and run.recipe.skeleton is None else {})),
+        by=asked.with_,
+        texts=asked.texts or run.recipe.texts,
+        tokens=int(read_count(asked.tokens, "tokens")),
+        instructions=asked.instructions,
+        seq_len=asked.seq_len or (None if asked.instructions else run.recipe.seq_len),
+        teacher=run.open_dense() if recipe.teacher else None,
+        settings=asked.settings,
+        seed=run.recipe.seed,
+        batch_size=run.recipe.batch_size,
+        work=work,
+        progress=run.progress,
+    )
+    save(healed, run.healed, check=run.recipe.check)
+    shutil.rmtree(work, ignore_errors=True)
+    return {"facts": healed.history[-1]["healing"]}
+
+
+def _eval(run: Run) -> dict[str, Any]:
+    asked = run.recipe.eval
+    assert asked is not None, "the stage is only there where measuring is asked for"
+    against = run.against()
+    results = evaluate(
+        run.final(),
+        against=against,
+        **run.recipe.measuring(),
+        stability=asked.stability,
+        progress=run.progress,
+    )
+    own = [one for one in results if one.role == "model" or isinstance(against, Decoder)]
+    write_results(run.folder / RESULTS, own)
+    return {}
+
+
+def _bench(run: Run) -> dict[str, Any]:
+    asked = run.recipe.bench
+    assert asked is not None, "the stage is only there where timing is asked for"
+    results = bench(
+        run.final(),
+        against=run.open_dense(),
+        **asked.model_dump(),
+        seed=run.recipe.seed,
+        progress=run.progress,
+    )
+    write_results(run.folder / SPEEDS, results)
+    return {}
+
+
+def _generate(run: Run) -> dict[str, Any]:
+    asked = run.recipe.generate
+    assert asked is not None, "the stage is only there where samples are asked for"
+    keep_samples(run.folder / SAMPLES, run.final(), run.recipe.measuring()["texts"], asked)
+    return {}
+
+
+_DO: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "plan": _plan,
+    "prune": _prune,
+    "heal": _heal,
+    "eval": _eval,
+    "bench": _bench,
+    "generate": _generate,
+}
+"""How each stage is done; gives what the state should hold besides."""
+
+
+def keep_samples(path: Path, model: Decoder, texts: str, asked: Samples) -> None:
+    """Let a model write what a recipe asks for, and keep it."""
+    samples = write_samples(model, texts, prompts=asked.prompts, tokens=asked.tokens)
+    replace_file(path, json.dumps([one.as_dict() for one in samples], indent=1, ensure_ascii=False) + "\n")

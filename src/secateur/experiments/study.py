@@ -1,0 +1,202 @@
+"""A study: what its cells share is done once, then they go through a queue, each into a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from accelerate.utils.memory import clear_device_cache
+
+from secateur.checkpoints.folders import MARKER, check_target
+from secateur.data.local_files import stamp_of
+from secateur.errors import InputError
+from secateur.evaluation.evaluate import measure_reference
+from secateur.experiments import queue as local
+from secateur.experiments.grid import Cell, parts_of, rows_of
+from secateur.experiments.outcome import CellOutcome, outcome_of
+from secateur.experiments.queue import Job
+from secateur.experiments.recipe import Study
+from secateur.experiments.stages import keep_samples
+from secateur.experiments.stages_run import Run, fingerprint_of, measuring_key
+from secateur.experiments.state import CELLS, CUT, DENSE, HEALED, RECIPE, SAMPLES, SCORES, State
+from secateur.files import replace_file
+from secateur.jobs.runs import write_marker
+from secateur.models.decoder import Decoder
+from secateur.models.fetch import BUNDLED
+from secateur.models.opening import open_model
+from secateur.progress import SILENT, Progress
+from secateur.scores.measure import score
+from secateur.scores.pictures import draw_scores
+from secateur.scores.profile import ONE_PASS, Kind
+from secateur.versions import digest
+
+Engine = Literal["local", "ray"]
+ENGINES = get_args(Engine)
+
+
+def run_study(
+    study: Study,
+    folder: Path,
+    *,
+    on: Engine = "local",
+    address: str | None = None,
+    workers: int | None = None,
+    keep: bool = True,
+    finished: Callable[[CellOutcome], object] = lambda _: None,
+    progress: Progress = SILENT,
+) -> list[CellOutcome]:
+    """Run what is not finished of a study.
+
+    Args:
+        study: the grid and how its cells are measured.
+        folder: where it is written; an earlier study there is gone on with.
+        on: `local`, or `ray` for a cluster.
+        address: of the Ray cluster; None starts one here.
+        workers: processes at a time; None is one per GPU, or one.
+        keep: whether the checkpoints stay when they are measured.
+        finished: told of each cell when it is over.
+        progress: shows how far it is.
+
+    Raises:
+        InputError: an unknown method or setting, a folder that is none of ours, or texts that cannot be had.
+        SecateurError: the dense model cannot be opened or measured. What goes wrong in a cell is noted there.
+    """
+    if workers is not None and workers < 1:
+        raise InputError(f"workers {workers}: must be at least 1.")
+    study, folder = _placed(study), folder.resolve()
+    rows = rows_of(study)
+    kinds = _kinds(study)
+    begin(folder, "compare", study.to_yaml(), {"model": study.model, "cells": sum(map(len, rows))})
+    fingerprint = fingerprint_of(study)
+    _share(study, folder, fingerprint, kinds, progress)
+    for cell in (cell for row in rows for cell in row):
+        begin(folder / CELLS / cell.name, "run", cell.recipe.to_yaml(), {"model": study.model})
+    count = workers or (local.default_workers(study.device) if on == "local" else None)
+    phases = _phases(rows[0][0], count)
+    for number, stages in enumerate(phases):
+        names = [_pending(row, folder, fingerprint, stages, failed=number == 0) for row in rows]
+        jobs = [Job(folder, row[0].name, cells, stages) for row, cells in zip(rows, names, strict=True) if cells]
+        what, at_a_time = "cells", count
+        if number:  # one process for all: there is nothing to run beside it, and starting one takes seconds
+            cells = tuple(name for job in jobs for name in job.cells)
+            what, at_a_time, jobs = "speed of all cells", 1, [Job(folder, cells[0], cells, stages)] if cells else []
+        for job in progress(_queue(on, jobs, at_a_time, address, study.device), what, len(jobs)):
+            for name in job.cells:
+                outcome = outcome_of(folder / CELLS / name)
+                if number == 0 or outcome.failed:
+                    finished(outcome)
+            if not keep and len(phases) == 1:
+                _discard(next(row for row in rows if row[0].name == job.first), folder, fingerprint)
+    if not keep:
+        for row in rows:
+            _discard(row, folder, fingerprint)
+    return [outcome_of(folder / CELLS / cell.name) for row in rows for cell in row]
+
+
+def begin(folder: Path, command: str, recipe: str, details: dict[str, Any]) -> None:
+    """Make the folder of a run or a study, or take up the one that is there.
+
+    Raises:
+        InputError: the folder is none of ours, or holds something else.
+    """
+    check_target(folder, replaces=False)
+    marker = folder / MARKER
+    if marker.exists() and (found := json.loads(marker.read_text(encoding="utf-8")).get("command")) != command:
+        raise InputError(f"{folder}: holds what `secateur {found or 'prune'}` wrote; choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_marker(folder, command, details)
+    replace_file(folder / RECIPE, recipe)
+
+
+def _placed(study: Study) -> Study:
+    """Return paths that hold wherever the cells run."""
+    named = {name: Path(getattr(study, name)) for name in ("model", "texts") if getattr(study, name) != BUNDLED}
+    return study.model_copy(update={name: str(path.resolve()) for name, path in named.items() if path.exists()})
+
+
+def _kinds(study: Study) -> tuple[Kind, ...]:
+    """Name the scores that are measured once for all cells: those of one pass, and what the methods read besides."""
+    slow = [kind for part in parts_of(study) for kind in part.method.scores(part.settings)]
+    return tuple(dict.fromkeys((*ONE_PASS, *slow)))
+
+
+def _share(study: Study, folder: Path, fingerprint: str, kinds: tuple[Kind, ...], progress: Progress) -> None:
+    """Score and measure the dense model, where that was not done before with the same settings."""
+    state = State.of(folder)
+    opened: list[Decoder] = []
+
+    def dense() -> Decoder:
+        if not opened:
+            opened.append(open_model(study.model, **study.opening()))
+        return opened[0]
+
+    @contextmanager
+    def stage(name: str, *depends_on: Any) -> Iterator[bool]:
+        key, begun = digest(fingerprint, study.opening(), *depends_on), time.perf_counter()
+        pending = not state.finished(name, key)
+        if pending:
+            state.begin(name)
+        yield pending
+        if pending:
+            state.finish(name, key, time.perf_counter() - begun)
+
+    with stage("scores", study.reading(), stamp_of(study.texts), kinds) as pending:
+        if pending:
+            scores = score(dense(), **study.reading(), kinds=kinds, progress=progress)
+            scores.write(folder / SCORES)
+            draw_scores(scores, folder)
+    (folder / DENSE).mkdir(exist_ok=True)
+    if study.eval is not None:
+        with stage("dense", measuring_key(study)) as pending:
+            if pending:
+                stable = study.eval.stability
+                found = measure_reference(dense(), **study.measuring(), stability=stable, progress=progress)
+                found.write(folder / DENSE)
+    if study.generate is not None:
+        with stage("generate", study.generate.model_dump(mode="json"), study.measuring()["texts"]) as pending:
+            if pending:
+                keep_samples(folder / DENSE / SAMPLES, dense(), study.measuring()["texts"], study.generate)
+    opened.clear()
+    clear_device_cache(garbage_collection=True)  # the cells' processes need the memory
+
+
+def _phases(cell: Cell, workers: int | None) -> list[tuple[str, ...] | None]:
+    """Say which stages are done at a time: speed is measured when nothing else runs."""
+    if cell.recipe.bench is None or workers == 1:
+        return [None]
+    return [("plan", "prune", "heal", "eval", "generate"), ("bench",)]
+
+
+def _pending(
+    row: Sequence[Cell], folder: Path, fingerprint: str, stages: Sequence[str] | None, *, failed: bool
+) -> tuple[str, ...]:
+    """Name the cells that have something to do; those that failed only where they are to be tried again."""
+    runs = {cell.name: Run(cell.recipe, folder / CELLS / cell.name, fingerprint=fingerprint) for cell in row}
+    for run in runs.values():
+        if not run.pending():
+            run.state.clear_failure()
+    return tuple(name for name, run in runs.items() if run.pending(stages) and (failed or not run.state.failed))
+
+
+def _discard(row: Sequence[Cell], folder: Path, fingerprint: str) -> None:
+    """Remove the checkpoints of cells that share a cut, once all of them are measured; results stay."""
+    if any(Run(cell.recipe, folder / CELLS / cell.name, fingerprint=fingerprint).pending() for cell in row):
+        return
+    for cell in row:
+        for name in (CUT, HEALED):
+            shutil.rmtree(folder / CELLS / cell.name / name, ignore_errors=True)
+
+
+def _queue(on: Engine, jobs: Sequence[Job], workers: int | None, address: str | None, device: str) -> Iterator[Job]:
+    if on == "local":
+        return local.run_jobs(jobs, workers or 1, device)
+    try:
+        from secateur.experiments import on_ray
+    except ImportError as error:
+        raise InputError("ray is not installed: pip install 'secateur[ray]'.") from error
+    return on_ray.run_jobs(jobs, workers, address)

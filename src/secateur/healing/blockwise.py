@@ -1,0 +1,161 @@
+"""Block-wise distillation: each block that a cut changed, or that follows a gap, learns the dense model's states.
+
+Blocks are taken in order and one at a time. A block reads what the healed blocks below it give, so it also makes up
+for what they leave. An edited block learns what enters the next block that is left, since it stands for all up to
+there; one that is as before but follows a gap learns what its original gives. Both models may be skeletons: a block of
+each is in memory at a time, and the states between them in memory-mapped files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.calibration.reading_points import centred
+from secateur.calibration.walk import open_store
+from secateur.data.windows import Windows
+from secateur.errors import InputError
+from secateur.models.decoder import Decoder
+from secateur.progress import SILENT, Progress
+from secateur.surgery.depth.blocks import with_block_tensors
+from secateur.training.data import WindowData, split_off_validation
+from secateur.training.pairs import BlockNetwork, PairData, PairRegression, Rows, StoredPairs
+from secateur.training.settings import Outcome, TrainingSettings
+from secateur.training.trainer import train
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one block learns.
+
+    Attributes:
+        block: its number in the pruned model.
+        depth: the dense model's state it is to give: what enters dense block `depth` (after the last one: X^L).
+    """
+
+    block: int
+    depth: int
+
+
+def lessons(pruned: Decoder, dense: Decoder, kept: tuple[int, ...]) -> tuple[Lesson, ...]:
+    """Find the blocks that are to learn, by comparing their weights with those of the dense model.
+
+    Args:
+        pruned: the pruned model.
+        dense: what it was made from.
+        kept: for each block of the pruned model its number in the dense one.
+    """
+    found = []
+    follows_edit = False
+    for block, origin in enumerate(kept):
+        following = kept[block + 1] if block + 1 < len(kept) else dense.block_count
+        gap = origin > (kept[block - 1] + 1 if block else 0)
+        edited = _differs(pruned, block, dense, origin)
+        if edited:
+            found.append(Lesson(block, following))
+        elif gap and not follows_edit:
+            found.append(Lesson(block, origin + 1))
+        follows_edit = edited
+    return tuple(found)
+
+
+def _differs(pruned: Decoder, block: int, dense: Decoder, origin: int) -> bool:
+    with pruned.block(block) as left, dense.block(origin) as right:
+        ours, theirs = dict(left.named_parameters()), dict(right.named_parameters())
+        return ours.keys() != theirs.keys() or any(
+            one.shape != theirs[name].shape or not torch.equal(one, theirs[name].to(one.device, one.dtype))
+            for name, one in ours.items()
+        )
+
+
+def heal_blocks(
+    pruned: Decoder,
+    dense: Decoder,
+    kept: tuple[int, ...],
+    windows: Windows,
+    settings: TrainingSettings,
+    *,
+    recipe: dict[str, Any],
+    seed: int = 0,
+    folder: Path | None = None,
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Decoder, dict[int, Outcome]]:
+    """Let every block that a cut touched learn the dense model's states; gives the healed model and how each went.
+
+    Args:
+        pruned: the pruned model; it stays as it is.
+        dense: what it was made from, with the same coordinates of the residual stream.
+        kept: for each block of the pruned model its number in the dense one.
+        windows: what is learnt from; some are held back.
+        settings: of each block's training.
+        recipe: data that tell this run from another.
+        seed: of the order of the windows.
+        folder: where states to go on from are kept, a folder within it for each block.
+        batch_size: windows per batch of the walks.
+        progress: shows how far it is.
+
+    Raises:
+        InputError: the models have other widths, or no block was touched.
+    """
+    if pruned.hidden_size != dense.hidden_size or pruned.changes_basis:
+        raise InputError(
+            f"{pruned.source}: its hidden states are in other coordinates than those of {dense.source}, so its blocks "
+            "cannot learn them; heal with lora, full or distill."
+        )
+    todo = {lesson.block: lesson.depth for lesson in lessons(pruned, dense, kept)}
+    if not todo:
+        raise InputError(f"{pruned.source}: every block is as in {dense.source}, none follows a gap: nothing to heal.")
+    numbers, held_back = split_off_validation(windows)
+    pairs = StoredPairs(len(windows), windows.seq_len, dense.hidden_size)
+    folded = pruned.anatomy.family is not dense.anatomy.family
+    outcomes: dict[int, Outcome] = {}
+    with open_store(pruned) as states, open_store(dense) as targets:
+        student = Rows.start(pruned, windows, states, batch_size)
+        teacher = Rows.start(dense, windows, targets, batch_size)
+        depths = _advancing(teacher)
+        for block in progress(range(max(todo) + 1), "healing block by block", max(todo) + 1):
+            if block in todo:
+                next(depth for depth in depths if depth == todo[block])
+                student.write(pairs.entering)
+                teacher.write(pairs.leaving, (lambda state: centred(dense, state)) if folded else None)
+                with student.decoder.block(block) as present:
+                    network = BlockNetwork.copy_of(present)
+                with student.decoder.outer(head=False):
+                    outcomes[block] = train(
+                        PairRegression(student.decoder, (block, block), network),
+                        PairData(WindowData(windows, numbers), pairs, numbers),
+                        PairData(WindowData(windows, held_back), pairs, held_back),
+                        settings,
+                        device=pruned.device,
+                        recipe=recipe | {"block": block},
+                        seed=seed,
+                        folder=None if folder is None else folder / f"block-{block}",
+                        what=f"block {block}",
+                        progress=progress,
+                    )
+                student.decoder = _with_block(student.decoder, block, network.block)
+            student.through(block)
+    return student.decoder, outcomes
+
+
+def _advancing(rows: Rows) -> Iterator[int]:
+    """Take windows through one block after the other; gives the depth they have reached."""
+    yield 0
+    for index in range(rows.decoder.block_count):
+        rows.through(index)
+        yield index + 1
+
+
+def _with_block(decoder: Decoder, index: int, block: nn.Module) -> Decoder:
+    """Return the decoder with this block, its weights rounded to the dtype to be saved."""
+    stored = {name: one.detach().to(decoder.saved_dtype) for name, one in block.named_parameters()}
+    edit = {"healed": [index, [float(one.double().sum()) for one in stored.values()]]}
+    return with_block_tensors(
+        decoder, [(index, {name: one.to(decoder.module.dtype) for name, one in stored.items()})], edit
+    )

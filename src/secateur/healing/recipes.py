@@ -1,0 +1,298 @@
+"""The ladder of healing: what each way trains, on what loss, and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from torch.utils.data import Dataset
+
+from secateur.data.windows import Windows
+from secateur.errors import InputError
+from secateur.healing.blockwise import heal_blocks
+from secateur.healing.distill import Distillation, TaughtData, TeacherScores, require_same_vocabulary
+from secateur.healing.instructions import InstructionData
+from secateur.models.decoder import Decoder
+from secateur.plan.plan import blocks_kept_by
+from secateur.progress import Progress
+from secateur.training.data import LanguageModelling, WindowData, split_off_validation
+from secateur.training.settings import TrainingSettings
+from secateur.training.sharding import whole_parameters
+from secateur.training.trainer import train
+from secateur.training.weights import Prepared, Trained, prepare
+
+Data = Windows | InstructionData
+
+
+class HealingSettings(TrainingSettings):
+    """Settings that every recipe has; rates follow the model's width where none is given."""
+
+    learning_rate: float | None = Field(  # type: ignore[assignment]
+        None, gt=0, allow_inf_nan=False, description="of AdamW, at its highest; by itself by the hidden size"
+    )
+    final_learning_rate: float | None = Field(  # type: ignore[assignment]
+        None, ge=0, allow_inf_nan=False, description="where the cosine ends; by itself a tenth of the highest"
+    )
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0")
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="of AdamW")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    gradient_checkpointing: bool | None = Field(
+        None, description="compute activations twice and keep few; by itself on CUDA"
+    )
+
+    def training(self, width: int, per_width: float) -> TrainingSettings:
+        """Return those that the loop takes; a rate that was not given is `per_width` / width."""
+        given = {name: getattr(self, name) for name in TrainingSettings.model_fields}
+        highest = self.learning_rate or per_width / width
+        lowest = highest / 10 if self.final_learning_rate is None else self.final_learning_rate
+        return TrainingSettings(**given | {"learning_rate": highest, "final_learning_rate": lowest})
+
+
+class LoraSettings(HealingSettings):
+    """Settings of `lora`."""
+
+    rank: int = Field(16, ge=1, description="rank of the updates")
+    alpha: int = Field(32, ge=1, description="updates count alpha / rank times")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what enters the updates")
+
+
+class DistillSettings(LoraSettings):
+    """Settings of `distill`."""
+
+    trains: Trained = Field("full", description="which weights learn: full, last-layers, lora")
+    temperature: float = Field(1.0, gt=0, description="logits of both models are divided by it")
+    hidden_weight: float = Field(
+        0.0, ge=0, description="weight of the error of what enters each block, beside the divergence of the logits"
+    )
+    top: int | None = Field(
+        None,
+        ge=1,
+        description="write the teacher's so many likeliest tokens to disk first, so that only one model is in memory",
+    )
+
+
+@dataclass
+class Job:
+    """One healing: who learns what from what.
+
+    Attributes:
+        decoder: the pruned model.
+        teacher: the dense model, for the rungs that have one.
+        data: windows of text, or examples.
+        settings: of the recipe.
+        recipe: data that tell this healing from another.
+        seed: of everything drawn.
+        folder: for states to go on from.
+        trackers: of Accelerate.
+        tracking: folder for what they write.
+        batch_size: windows per batch of walks without gradients.
+        progress: shows how far it is.
+        facts: filled with what the record says of how it went.
+    """
+
+    decoder: Decoder
+    teacher: Decoder | None
+    data: Data
+    settings: Any
+    recipe: dict[str, Any]
+    seed: int
+    folder: Path | None
+    trackers: tuple[str, ...]
+    tracking: Path
+    batch_size: int | None
+    progress: Progress
+    facts: dict[str, Any]
+
+    def need_teacher(self) -> Decoder:
+        """Return the teacher.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.teacher is None:
+            raise InputError("the dense model has to teach here; name it (--teacher MODEL).")
+        return self.teacher
+
+    def need_windows(self) -> Windows:
+        """Return the windows of text.
+
+        Raises:
+            InputError: the data are examples.
+        """
+        if isinstance(self.data, InstructionData):
+            raise InputError("this way of healing learns from running text, not from instruction data.")
+        return self.data
+
+    def items(self) -> tuple[Dataset[Any], Dataset[Any]]:
+        """Return what is trained on and what is held back."""
+        numbers, held_back = split_off_validation(self.data)
+        if isinstance(self.data, InstructionData):
+            return self.data.part(numbers), self.data.part(held_back)
+        return WindowData(self.data, numbers), WindowData(self.data, held_back)
+
+    def run(self, prepared: Prepared, objective: Any, data: Any, held_out: Any, per_width: float) -> Decoder:
+        """Train, and give the healed decoder."""
+        wanted = self.settings.gradient_checkpointing
+        if wanted or (wanted is None and self.decoder.device.type == "cuda"):
+            if not self.decoder.module.supports_gradient_checkpointing:
+                raise InputError(f"{self.decoder.source}: its architecture has no gradient checkpointing; turn it off.")
+            prepared.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            prepared.module.enable_input_require_grads()  # type: ignore[operator]
+        outcome = train(
+            objective,
+            data,
+            held_out,
+            self.settings.training(self.decoder.hidden_size, per_width),
+            device=self.decoder.device,
+            recipe=self.recipe,
+            seed=self.seed,
+            folder=self.folder,
+            units=list(prepared.blocks),
+            trackers=self.trackers,
+            tracking=self.tracking,
+            what="healing",
+            progress=self.progress,
+        )
+        self.facts |= {"trained_weights": prepared.trained, **outcome.describe(), "curve": outcome.sketch()}
+        return prepared.finish(whole_parameters(prepared.module))
+
+
+def _prepared(job: Job, which: Trained) -> tuple[Prepared, float]:
+    """Make what is trained ready; gives it with its highest rate times the hidden size."""
+    settings = job.settings
+    if which != "lora":
+        return prepare(job.decoder, which, mixed=settings.evens_out(job.decoder.device)), _RATE
+    updates = {"rank": settings.rank, "alpha": settings.alpha, "dropout": settings.dropout}
+    return prepare(job.decoder, which, **updates, seed=job.seed), _LORA_RATE
+
+
+def _by_language(which: Trained) -> Callable[[Job], Decoder]:
+    def heal(job: Job) -> Decoder:
+        prepared, rate = _prepared(job, which)
+        return job.run(prepared, LanguageModelling(prepared.module), *job.items(), rate)
+
+    return heal
+
+
+def _by_distillation(job: Job) -> Decoder:
+    teacher, settings = job.need_teacher(), job.settings
+    require_same_vocabulary(job.decoder, teacher)
+    kept: tuple[int, ...] = ()
+    if settings.hidden_weight:
+        if settings.top is not None:
+            raise InputError("hidden_weight needs the teacher beside the student; leave top out.")
+        if teacher.hidden_size != job.decoder.hidden_size or job.decoder.changes_basis:
+            raise InputError("hidden_weight: hidden states of the two models are in other coordinates; leave it out.")
+        kept = blocks_kept_by(job.decoder.history, job.decoder.block_count)
+    data, held_out = job.items()
+    if settings.top is not None:
+        windows = job.need_windows()
+        said = TeacherScores(
+            teacher,
+            windows,
+            top=settings.top,
+            temperature=settings.temperature,
+            batch_size=job.batch_size,
+            progress=job.progress,
+        )
+        numbers, held_back = split_off_validation(windows)
+        data = TaughtData(WindowData(windows, numbers), said)
+        held_out = TaughtData(WindowData(windows, held_back), said)
+    elif teacher.is_skeleton:
+        raise InputError("the teacher runs beside the student: open both with --in-memory, or set top=64.")
+    prepared, rate = _prepared(job, settings.trains)
+    objective = Distillation(
+        prepared.module,
+        None if settings.top is not None else teacher.module,
+        temperature=settings.temperature,
+        hidden_weight=settings.hidden_weight,
+        kept=kept,
+    )
+    return job.run(prepared, objective, data, held_out, rate)
+
+
+def _by_blocks(job: Job) -> Decoder:
+    teacher = job.need_teacher()
+    healed, outcomes = heal_blocks(
+        job.decoder,
+        teacher,
+        blocks_kept_by(job.decoder.history, job.decoder.block_count),
+        job.need_windows(),
+        job.settings.training(job.decoder.hidden_size, _RATE),
+        recipe=job.recipe,
+        seed=job.seed,
+        folder=job.folder,
+        batch_size=job.batch_size,
+        progress=job.progress,
+    )
+    job.facts |= {"blocks": {str(block): outcome.describe() for block, outcome in outcomes.items()}}
+    job.facts["tokens"] = sum(outcome.tokens for outcome in outcomes.values())
+    return healed
+
+
+_RATE, _LORA_RATE = 0.05, 0.4
+"""Highest learning rates times the hidden size: 1.2e-5 and 1e-4 at 4096, 2.6e-4 and 2e-3 at 192."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealingRecipe:
+    """One way to heal.
+
+    Attributes:
+        name: value of `--with`.
+        summary: one line.
+        settings: its settings and their defaults.
+        heal: does it.
+        teacher: needs the dense model.
+        whole: needs the whole model in memory.
+        passes: what it costs, in forward passes over the tokens it is given.
+    """
+
+    name: str
+    summary: str
+    settings: type[HealingSettings]
+    heal: Callable[[Job], Decoder]
+    teacher: bool = False
+    whole: bool = True
+    passes: float = 3.0
+
+
+HEALING_RECIPES: Mapping[str, HealingRecipe] = {
+    recipe.name: recipe
+    for recipe in (
+        HealingRecipe(
+            name="lora",
+            summary="low-rank updates of all linear layers, merged back at the end (peft)",
+            settings=LoraSettings,
+            heal=_by_language("lora"),
+        ),
+        HealingRecipe(
+            name="last-layers",
+            summary="the head and the last three blocks: cheap and strong",
+            settings=HealingSettings,
+            heal=_by_language("last-layers"),
+            passes=2.0,
+        ),
+        HealingRecipe(name="full", summary="all weights on text", settings=HealingSettings, heal=_by_language("full")),
+        HealingRecipe(
+            name="distill",
+            summary="the dense model teaches what the next token is (KL), and its hidden states if asked",
+            settings=DistillSettings,
+            heal=_by_distillation,
+            teacher=True,
+            passes=4.5,
+        ),
+        HealingRecipe(
+            name="blocks",
+            summary="each block that the cut touched learns the dense model's hidden states, one at a time",
+            settings=HealingSettings,
+            heal=_by_blocks,
+            teacher=True,
+            whole=False,
+            passes=4.0,
+        ),
+    )
+}

@@ -1,0 +1,1 @@
+"""What a command or API call does: prepare, cost, run."""

@@ -1,0 +1,124 @@
+"""What a model costs where it is not counted in parameters: bytes in memory, or seconds on this device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from secateur.distributed import process_count
+from secateur.errors import InputError
+from secateur.evaluation.timing import BlockTimes, Request, time_blocks
+from secateur.models.decoder import Decoder
+from secateur.models.depth import block_kind
+from secateur.models.widths import cache_size
+
+REQUEST = Request(batch=1, prompt=128, new_tokens=32)
+"""What a speed-up is counted on, as far as the model's positions allow."""
+
+SpeedModel = Callable[[Decoder, BlockTimes], Callable[[int], float]]
+"""How a method's models run: from the dense model and its times to seconds by the number of parameters left."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How much a model weighs, and each of its blocks.
+
+    Attributes:
+        unit: bytes of weights and cache, or seconds of a request.
+        blocks: what goes with each block.
+        total: what the model weighs.
+        dense: what the model weighed before anything went.
+        of: what a model weighs that keeps these blocks and has so many parameters.
+        facts: what it is counted on, for the plan.
+    """
+
+    unit: Literal["bytes", "seconds"]
+    blocks: tuple[float, ...]
+    total: float
+    dense: float
+    of: Callable[[Sequence[int], int], float] = field(compare=False, repr=False)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def after(self, kept: Sequence[int], parameters: int) -> Cost:
+        """Weigh what is left when only these blocks stay, with so many parameters, by what was measured here."""
+        return replace(
+            self,
+            blocks=tuple(self.blocks[block] for block in kept),
+            total=self.of(kept, parameters),
+            of=lambda stay, count: self.of([kept[place] for place in stay], count),
+        )
+
+
+def memory_cost(decoder: Decoder, context: int) -> Cost:
+    """Weigh weights and key/value cache of one sequence of `context` tokens, both in the checkpoint's dtype."""
+    each = decoder.saved_dtype.itemsize
+    cache = [numbers * each for numbers in cache_size(decoder, context)]
+    total = decoder.parameter_count * each + sum(cache)
+    return Cost(
+        unit="bytes",
+        blocks=tuple(count * each + held for count, held in zip(decoder.block_parameter_counts(), cache, strict=True)),
+        total=total,
+        dense=total,
+        of=lambda kept, parameters: parameters * each + sum(cache[block] for block in kept),
+        facts={"context": context, "dtype": str(decoder.saved_dtype).removeprefix("torch.")},
+    )
+
+
+def time_cost(decoder: Decoder, speed_model: SpeedModel | None = None) -> Cost:
+    """Measure where the time of a request goes; blocks alike in kind and size count the same.
+
+    Args:
+        decoder: the model; a skeleton is read into memory for it.
+        speed_model: how the method's models run that keep all blocks; None: the time in blocks follows their size.
+
+    Raises:
+        InputError: one of several processes measures: each would find another time, and decide by it.
+    """
+    if process_count() > 1:
+        raise InputError(
+            "target-speedup is measured by one process: make the plan without a launcher "
+            "(secateur plan … -o plan.json), and give it to all of them with --plan."
+        )
+    family, config = decoder.anatomy.family, decoder.config
+    sizes = decoder.block_parameter_counts()
+    kinds = [(block_kind(config, family, index), size) for index, size in enumerate(sizes)]
+    request = _fitting(decoder)
+    times = time_blocks(decoder, request, kinds=kinds)
+    by_size = _by_size(decoder, times)
+    curve = speed_model(decoder, times) if speed_model is not None else None
+    return Cost(
+        unit="seconds",
+        blocks=times.blocks,
+        total=times.whole,
+        dense=times.whole,
+        of=by_size if curve is None else lambda _, parameters: curve(parameters),
+        facts={
+            "batch": request.batch,
+            "prompt": request.prompt,
+            "new_tokens": request.new_tokens,
+            "block_seconds": [round(one, 7) for one in times.blocks],
+            "other_seconds": round(times.other, 7),
+            "device": str(decoder.device),
+            "dtype": str(decoder.module.dtype).removeprefix("torch."),
+        },
+    )
+
+
+def _fitting(decoder: Decoder) -> Request:
+    room = decoder.max_positions
+    if room is None or room >= REQUEST.prompt + REQUEST.new_tokens:
+        return REQUEST
+    return Request(1, max(1, room * 3 // 4), max(1, room // 4))
+
+
+def _by_size(decoder: Decoder, times: BlockTimes) -> Callable[[Sequence[int], int], float]:
+    """Let the time in the blocks that are kept follow their size; a head that is untied on the way adds nothing."""
+    sizes = decoder.block_parameter_counts()
+    outside = decoder.parameter_count - sum(sizes)
+
+    def seconds(kept: Sequence[int], parameters: int) -> float:
+        share = max(0, parameters - outside) / sum(sizes[block] for block in kept)
+        return times.other + min(1.0, share) * sum(times.blocks[block] for block in kept)
+
+    return seconds

@@ -1,0 +1,211 @@
+"""ReplaceMe: windows of blocks go, and a matrix on the MLP output of the block before each stands in for them.
+
+Shopkhoev et al. 2025, "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization"
+(arXiv:2505.02819). The matrix is the solution of a least-squares problem; nothing is trained, and it is folded into
+weights that are there anyway, so the result is a stock model.
+
+With the state X^l = R + P that enters the window (P: what the MLP of the block before adds) and X^{l+n} that leaves it,
+T = argmin ‖R + P T − X^{l+n}‖² + λ‖T − I‖², λ = ridge · mean diagonal of Pᵀ P. Departures from the paper: the ridge
+pulls toward the identity, so that a strong one simply drops the blocks; and the window can be chosen by the error that
+is left after T, relative to the size of the state that is to be reproduced, not only by the distance before.
+
+Where the paper takes one window, the blocks go in several, as short as the amount allows unless asked otherwise: on
+the bundled model that is far better from three blocks on (docs/methods.md). Their matrices are all measured on the
+uncut model, in one walk. The first block is never in a window, since no block stands before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Literal
+
+from pydantic import Field
+
+from secateur.errors import InputError
+from secateur.methods.budget import Budget, choose_blocks, weigh
+from secateur.methods.method import Evidence, Method, Settings
+from secateur.models.decoder import Decoder
+from secateur.plan.steps import LinearReplacement, Span
+from secateur.scores.linearity import linear_sums
+from secateur.surgery.depth.linear_replacement import replace_linearly, require_plain_mlp_output
+
+Choice = Literal["error", "cosine", "angular"]
+
+
+class LinearReplacementSettings(Settings):
+    """Settings of `replaceme`; a window's block before counts as touched."""
+
+    choose: Choice = Field(
+        "error", description="what windows are chosen by: the least-squares error, or the cosine or angle before it"
+    )
+    ridge: float = Field(0.1, ge=0, allow_inf_nan=False, description="pull of the matrix toward the identity")
+    max_window: int | None = Field(
+        None, ge=1, description="longest window, more blocks go in several; by itself as short as the amount allows"
+    )
+    window: int | None = Field(None, ge=0, description="how many blocks go, all in one window (the paper's n)")
+
+    def longest(self, count: int, free: int) -> int:
+        """Return the longest window allowed when `count` of `free` neighbouring blocks go."""
+        if self.window is not None:
+            return max(1, count)
+        return self.max_window or next(size for size in range(1, free) if most_blocks(free, size) >= count)
+
+    def own_amount(self) -> Budget | None:
+        """Return the paper's n."""
+        return None if self.window is None else Budget("blocks", self.window, knob="window")
+
+
+def decide(evidence: Evidence, settings: LinearReplacementSettings, budget: Budget) -> Sequence[LinearReplacement]:
+    """Choose the windows.
+
+    Raises:
+        InputError: too few blocks are free, or the budget is out of reach.
+        ModelError: the family has a norm between the MLP and the residual stream.
+        NumericsError: NaN or infinity while measuring.
+    """
+    if budget.is_zero:
+        return ()
+    decoder = evidence.decoder
+    require_plain_mlp_output(decoder)
+    free = settings.free_blocks(decoder.block_count)
+    most = most_blocks(len(free), settings.max_window)
+    if most < 1:
+        raise InputError(
+            f"replaceme: fewer than two of {decoder.block_count} blocks may change; lower protect_first or "
+            "protect_last."
+        )
+    errors: dict[Span, float] = {}
+
+    def windows_for(count: int) -> tuple[Span, ...]:
+        sizes = window_sizes(count, settings.longest(count, len(free)))
+        costs = _costs(evidence, settings, free, sizes)
+        if settings.choose == "error":
+            errors.update(costs)
+        return best_windows(free, sizes, costs)
+
+    found = _windows_within(budget, windows_for, most, decoder)
+    return (
+        LinearReplacement(
+            method="replaceme",
+            settings=settings.model_dump(exclude_none=True),
+            windows=found,
+            ridge=settings.ridge,
+            error=tuple(errors[span] for span in found if span in errors),
+        ),
+    )
+
+
+def _windows_within(
+    budget: Budget, windows_for: Callable[[int], tuple[Span, ...]], most: int, decoder: Decoder
+) -> tuple[Span, ...]:
+    """Take the number of blocks that meets the budget; where it cannot be told before, go through 1, 2, 3, …"""
+    sizes, total = decoder.block_parameter_counts(), decoder.parameter_count
+    if budget.aim == "blocks" or len(set(weigh(budget, sizes, total)[0])) == 1:
+        any_blocks = (tuple(range(count)) for count in range(1, most + 1))
+        return windows_for(len(choose_blocks(budget, any_blocks, sizes, total, most)))
+    tried: dict[tuple[int, ...], tuple[Span, ...]] = {}
+
+    def candidates() -> Iterator[tuple[int, ...]]:
+        for count in range(1, most + 1):
+            windows = windows_for(count)
+            blocks = tuple(block for low, high in windows for block in range(low, high + 1))
+            tried[blocks] = windows
+            yield blocks
+
+    return tried[choose_blocks(budget, candidates(), sizes, total, most)]
+
+
+def most_blocks(free: int, longest: int | None) -> int:
+    """Count how many of `free` neighbouring blocks can go, each window having a block before it that stays."""
+    if longest is None:
+        return max(0, free - 1)
+    whole, rest = divmod(free, longest + 1)
+    return whole * longest + max(0, rest - 1)
+
+
+def window_sizes(count: int, longest: int) -> tuple[int, ...]:
+    """Split a number of blocks into as few windows as allowed, of sizes as equal as can be, largest first."""
+    parts = -(-count // longest)
+    small, larger = divmod(count, parts)
+    return (small + 1,) * larger + (small,) * (parts - larger)
+
+
+def best_windows(free: range, sizes: tuple[int, ...], costs: Mapping[Span, float]) -> tuple[Span, ...]:
+    """Place windows of these sizes among the free blocks, a block that stays before each, at the least total cost."""
+
+    @cache
+    def best(first: int, sizes: tuple[int, ...]) -> tuple[float, tuple[Span, ...]] | None:
+        if not sizes:
+            return 0.0, ()
+        if first + len(sizes) + sum(sizes) > free.stop:
+            return None
+        found = [best(first + 1, sizes)]
+        for size in sorted(set(sizes)):
+            span = (first + 1, first + size)
+            others = list(sizes)
+            others.remove(size)
+            rest = best(span[1] + 1, tuple(others))
+            if rest is not None:
+                found.append((costs[span] + rest[0], (span, *rest[1])))
+        return min((one for one in found if one is not None), default=None)
+
+    placed = best(free.start, sizes)
+    assert placed is not None, "most_blocks leaves room for these sizes"
+    return placed[1]
+
+
+def _costs(
+    evidence: Evidence, settings: LinearReplacementSettings, free: range, sizes: tuple[int, ...]
+) -> dict[Span, float]:
+    """Return what each window of these sizes costs, by the measure that was chosen."""
+    spans = [
+        (low, low + size - 1) for size in sorted(set(sizes)) for low in range(free.start + 1, free.stop - size + 1)
+    ]
+    if settings.choose == "error":
+        known = evidence.measured.setdefault(("least-squares error", settings.ridge), {})
+        unknown = [span for span in spans if span not in known]
+        if unknown:
+            sums = linear_sums(
+                evidence.decoder,
+                evidence.need_windows(),
+                unknown,
+                batch_size=evidence.batch_size,
+                progress=evidence.progress,
+            )
+            known.update({span: one.error(one.result(settings.ridge)) for span, one in sums})
+        return {span: known[span] for span in spans}
+    scores = evidence.scores(settings.choose)
+    if settings.choose == "cosine":
+        return {(low, high): 1 - scores.window_cosine(high - low + 1)[low] for low, high in spans}
+    return {(low, high): scores.window_angle(high - low + 1)[low] for low, high in spans}
+
+
+def _forwards(_blocks: int, _gone: int, settings: LinearReplacementSettings) -> float:
+    return 2.0 if settings.choose == "error" else 1.0
+
+
+METHODS = (
+    Method(
+        name="replaceme",
+        summary="take out windows of blocks and fold a least-squares matrix for each into the block before it",
+        paper="Shopkhoev et al. 2025, ReplaceMe",
+        settings=LinearReplacementSettings,
+        decide=decide,
+        forwards=_forwards,
+    ),
+)
+
+
+def apply(evidence: Evidence, step: LinearReplacement) -> Decoder:
+    """Measure the matrices and put them in the place of the step's windows."""
+    decoder = evidence.decoder
+    step.kept(decoder.block_count)
+    require_plain_mlp_output(decoder)
+    sums = linear_sums(
+        decoder, evidence.need_windows(), step.windows, batch_size=evidence.batch_size, progress=evidence.progress
+    )
+    return replace_linearly(decoder, {span: one.result(step.ridge) for span, one in sums})
+
+
+APPLY = {"linearize-blocks": apply}

@@ -1,0 +1,314 @@
+"""Methods that narrow blocks inside: fewer heads, key/value groups and channels of the MLP (METHODS §8, §8b).
+
+* FLAP: An et al. 2024, "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (AAAI). Each block
+  finds its own width, so the result needs its modelling file.
+* Wanda-sp: the same paper's structured version of Wanda (Sun et al. 2024).
+* LLM-Pruner: Ma et al. 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models" (NeurIPS).
+* Minitron: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation" (NeurIPS), its
+  width part without the training that follows there.
+* obs-width is ours: greedy choice by what the absence of a unit costs after repair.
+
+Departures from the papers, for all of them: blocks are cut one after the other, each measured on the model as cut so
+far (LLM-Pruner's gradients are those of the dense model), and what writes is refitted in closed form (`repair`).
+Heads go last: where a group of heads goes instead of as many parameters of the MLPs, the bundled model loses far more
+(docs/methods.md); `heads=even` is what the papers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from secateur.calibration.inputs import InputSums
+from secateur.errors import InputError, ModelError
+from secateur.methods import slice_hidden
+from secateur.methods.budget import Budget
+from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
+from secateur.methods.method import Evidence, Method
+from secateur.methods.slice_hidden import rounded_width
+from secateur.methods.uniform_widths import (
+    Candidates,
+    EvenSettings,
+    FlapSettings,
+    MinitronSettings,
+    PrunerSettings,
+    rounding_for,
+)
+from secateur.models.decoder import Decoder
+from secateur.models.widths import BlockWidths, block_widths
+from secateur.plan.steps import AnyStep, Choice, PruneWidth, SliceHidden
+from secateur.scores.taylor import taylor_by_unit
+from secateur.scores.unit_scores import best_units, cheapest_to_lose, fluctuation, magnitude, weighted_norm
+from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
+from secateur.surgery.width.pruning import Choose, Place, prune_width
+from secateur.surgery.width.target import (
+    blocks_without_bias,
+    dense_widths,
+    names_every_block,
+    reason_against_heads,
+    require_width_prunable,
+    width_sizes,
+)
+
+_OBS_BATCHES = 128
+"""Costs are computed anew this often while all units of a projection would go."""
+
+
+def decide_evenly(method: str, choose: Choice) -> Callable[[Evidence, EvenSettings, Budget], Sequence[PruneWidth]]:
+    """Make the function that keeps the same widths in all free blocks."""
+
+    def decide(evidence: Evidence, settings: EvenSettings, budget: Budget) -> Sequence[PruneWidth]:
+        if budget.is_zero:
+            return ()
+        decoder = evidence.decoder
+        require_width_prunable(decoder)
+        free = settings.free_blocks(decoder.block_count)
+        candidates = Candidates(decoder, free, settings.heads, settings.rounding)
+        unrounded = None
+        if budget.aim == "own":
+            widths = candidates.given(settings.ffn, settings.groups, settings.queries)
+        elif budget.aim == "ratio":
+            widths = candidates.ratio(budget.value)
+        else:
+            widths, unrounded = candidates.meet(budget)
+        if widths == dense_widths(decoder):
+            return ()
+        return (
+            PruneWidth(
+                method=method,
+                settings=settings.model_dump(exclude_none=True),
+                widths=widths,
+                choose=choose,
+                stock=candidates.stock,
+                repair=settings.repair,
+                rounding=1 if budget.aim == "own" else candidates.multiple,
+                unrounded=unrounded,
+                sizes=candidates.sizes,
+            ),
+        )
+
+    return decide
+
+
+_decide_minitron_blocks = decide_evenly("minitron-width", "magnitude")
+
+
+def decide_minitron(evidence: Evidence, settings: MinitronSettings, budget: Budget) -> Sequence[AnyStep]:
+    """Keep the hidden directions of largest activations first if asked for, then narrow what that leaves.
+
+    Raises:
+        InputError: the hidden directions alone are more than the budget.
+        ModelError: no stock model can hold fewer hidden directions.
+    """
+    decoder, whole = evidence.decoder, evidence.decoder.parameter_count
+    if budget.is_zero:
+        return ()
+    require_width_prunable(decoder)
+    if not settings.hidden:
+        return _decide_minitron_blocks(evidence, settings, budget)
+    first = _fewer_directions(decoder, settings)
+    if budget.knob == "hidden":
+        return (first,)
+    after = evidence.of(slice_hidden.apply(evidence, first))
+    left = after.decoder.parameter_count
+    if budget.aim in ("remove", "target_params"):
+        wanted = whole * (1 - budget.value) if budget.aim == "remove" else budget.value
+        if left <= wanted:
+            raise InputError(
+                f"hidden={settings.hidden:g}: that alone leaves {left:,} parameters, less than asked for; "
+                "lower it, or ask for more."
+            )
+        if budget.aim == "remove":
+            budget = Budget("remove", 1 - wanted / left)
+    return (first, *_decide_minitron_blocks(after, settings, budget))
+
+
+def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidden:
+    step = width_step(decoder, 8)
+    if step is None:
+        raise ModelError(
+            f"{decoder.source}: no stock {decoder.anatomy.family.model_type} can have a narrower hidden state; leave "
+            "hidden at 0."
+        )
+    width = rounded_width(settings.hidden, decoder.hidden_size, step)
+    return SliceHidden(
+        method="minitron-width",
+        settings={"hidden": settings.hidden, "reconstruct": settings.repair},
+        widths=(width,) * decoder.block_count,
+        head_width=width,
+        bases=(0,),
+        stock=True,
+        coordinates=True,
+        sizes=stock_stream_sizes(decoder),
+    )
+
+
+def decide_flap(evidence: Evidence, settings: FlapSettings, budget: Budget) -> Sequence[PruneWidth]:
+    """Let every free block find its width by one threshold.
+
+    Raises:
+        InputError: no block is free, or the budget is out of reach.
+        ModelError: the modelling file cannot hold the model.
+        NumericsError: NaN or infinity while measuring.
+    """
+    if budget.is_zero:
+        return ()
+    decoder = evidence.decoder
+    require_width_prunable(decoder)
+    free = settings.free_blocks(decoder.block_count)
+    if not free:
+        raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
+    dense, stock, bias = dense_widths(decoder), names_every_block(decoder), settings.bias == "auto"
+    sizes = width_sizes(decoder, stock=stock, bias=bias)
+    multiple = rounding_for(decoder, free, settings.rounding)
+    profiles = fluctuation_profiles(
+        decoder,
+        evidence.need_windows(),
+        free,
+        heads=settings.heads == "even" and not reason_against_heads(decoder),
+        batch_size=evidence.batch_size,
+        progress=evidence.progress,
+    )
+    widths, unrounded = Thresholds(profiles, dense, sizes, multiple, decoder.parameter_count).meet(budget)
+    return (
+        PruneWidth(
+            method="flap",
+            settings=settings.model_dump(exclude_none=True),
+            widths=widths,
+            choose="fluctuation",
+            stock=stock,
+            repair=settings.repair,
+            bias=bias,
+            without_bias=blocks_without_bias(decoder, stock=stock),
+            rounding=multiple,
+            unrounded=unrounded,
+            sizes=sizes,
+        ),
+    )
+
+
+def apply(evidence: Evidence, step: PruneWidth) -> Decoder:
+    """Narrow as the step says; which units stay is measured on the texts.
+
+    Raises:
+        InputError: the step was made for a model of another shape.
+        ModelError: the family cannot be narrowed.
+        NumericsError: NaN or infinity on the way.
+    """
+    decoder = evidence.decoder
+    if width_sizes(decoder, stock=step.stock, bias=step.bias) != step.sizes:
+        raise InputError("this narrowing step was made for a model of another shape; make a new plan for this one.")
+    return prune_width(
+        decoder,
+        evidence.need_windows(),
+        step.widths,
+        _chooser(evidence, step.choose),
+        stock=step.stock,
+        repair=step.repair,
+        bias=step.bias,
+        gram=step.repair or step.choose == "brain-surgeon",
+        batch_size=evidence.batch_size,
+        progress=evidence.progress,
+    )
+
+
+_SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {
+    "fluctuation": fluctuation,
+    "weighted-norm": weighted_norm,
+    "magnitude": magnitude,
+}
+
+
+def _chooser(evidence: Evidence, choose: Choice) -> Choose:
+    """Make the function that says which units stay."""
+    if choose == "brain-surgeon":
+        return _surgeon
+    if choose in _SCORES:
+        score = _SCORES[choose]
+
+        def by_score(
+            _: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /
+        ) -> torch.Tensor:
+            return best_units(score(weight, sums).view(*units.shape[:2], -1).sum(dim=-1), keep)
+
+        return by_score
+    taylor = taylor_by_unit(
+        evidence.decoder, evidence.need_windows(), batch_size=evidence.batch_size, progress=evidence.progress
+    )
+
+    def by_taylor(place: Place, _: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
+        heads, channels = taylor[place.block]
+        if place.part == "channels":
+            scores = channels[place.expert][None]
+        else:
+            scores = _of_head_units(heads, block_widths(evidence.decoder, place.block), pens=len(units))
+        return best_units(scores.to(sums.total.device), keep)
+
+    return by_taylor
+
+
+def _of_head_units(scores: torch.Tensor, dense: BlockWidths, *, pens: int) -> torch.Tensor:
+    """Return scores (H+G,) as those of query heads, a pen for each group, or in one pen of whole groups."""
+    queries, groups = scores[: dense.heads].view(dense.groups, dense.queries), scores[dense.heads :]
+    return queries if pens == dense.groups else (queries.sum(dim=1) + groups)[None]
+
+
+def _surgeon(_: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
+    assert sums.gram is not None
+    batch = max(1, units.shape[0] * units.shape[1] // _OBS_BATCHES)
+    return cheapest_to_lose(weight, sums.gram, units, keep, batch=batch)
+
+
+def _row(name: str, summary: str, paper: str, choose: Choice) -> Method:
+    return Method(
+        name=name,
+        summary=summary,
+        paper=paper,
+        settings=PrunerSettings if choose == "taylor" else EvenSettings,
+        decide=decide_evenly(name, choose),
+        native="ratio",
+        forwards=lambda _blocks, _gone, _settings: 0.0,
+    )
+
+
+METHODS = (
+    Method(
+        name="flap",
+        summary="channels and heads that fluctuate least, by one threshold for all blocks, with a bias in their place",
+        paper="An et al. 2024, FLAP",
+        settings=FlapSettings,
+        decide=decide_flap,
+        native="ratio",
+        forwards=lambda _blocks, _gone, _settings: 2.0,
+    ),
+    _row(
+        "wanda-sp",
+        "channels and heads of the smallest weights times activations, as many in every block",
+        "An et al. 2024, FLAP (after Sun et al. 2024, Wanda)",
+        "weighted-norm",
+    ),
+    _row(
+        "llm-pruner",
+        "channels and heads that the loss depends on least to first order; first and last blocks stay",
+        "Ma et al. 2023, LLM-Pruner",
+        "taylor",
+    ),
+    Method(
+        name="minitron-width",
+        summary="channels, heads and hidden directions of the smallest activations; the result is a stock model",
+        paper="Muralidharan et al. 2024, Minitron",
+        settings=MinitronSettings,
+        decide=decide_minitron,
+        native="ratio",
+        forwards=lambda _blocks, _gone, settings: 4.0 * bool(settings.hidden),
+    ),
+    _row(
+        "obs-width",
+        "greedily the channels and heads whose absence the others make up for best; the result is a stock model",
+        "secateur's own (docs/methods.md)",
+        "brain-surgeon",
+    ),
+)
+
+APPLY = {"narrow-blocks": apply}

@@ -1,0 +1,270 @@
+"""Depth and width together: how many blocks go, by which method, and which method narrows or slices what is left.
+
+Ours (METHODS §8). A candidate is a single method, or one that takes out 1, 2, 3, … blocks and one that brings what is
+left down to what was asked for. Candidates are made and measured as `prune` would make them, and Optuna proposes which
+to try next. Their losses are those on calibration windows that were held back: matrices and repairs are least-squares
+fits to the windows they are measured on, so that the loss there flatters whatever fits most parameters.
+
+What one candidate measures the others use: scores and errors of the dense model are measured once, a model with fewer
+blocks is made once for every width tried on it, whichever method it comes from, and no plan is measured twice. Every
+candidate removes what was asked for, but for a twentieth of it at most, so that none wins by being larger. Models with
+fewer blocks on their way to that are measured too, which costs little: they show on the front what less would cost, and
+where one loses more than the best plan so far, nothing is narrowed that will lose still more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field
+
+from secateur.calibration.walk import mean_loss
+from secateur.errors import InputError, ModelError, SecateurError, unknown
+from secateur.methods.budget import Budget, already
+from secateur.methods.method import Evidence, Method, MethodSettings
+from secateur.methods.search.splits import Split, all_splits, search
+from secateur.methods.search.trials import FAILURES, Apply, Made, Member, Steps, TrialLog, Trials
+from secateur.plan.plan import Candidate, Search
+from secateur.plan.steps import AnyStep
+
+_NONE = "none"
+_TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}
+"""Settings with which a method needs no training, so that it can be tried."""
+_FORWARDS_EACH = 5.0
+
+
+class AutoSettings(MethodSettings):
+    """Settings of `auto`."""
+
+    depth: str = Field(
+        "none,replaceme,streamline,swm",
+        description="methods that may take blocks out; with none among them, width alone is tried too",
+    )
+    width: str = Field(
+        "none,obs-width,stock-slicing",
+        description="methods that may slice or narrow what is left; with none among them, depth alone is tried too",
+    )
+    trials: int = Field(16, ge=1, description="how many plans are measured at most; single methods come first")
+    skip_hopeless: bool = Field(
+        True, description="pass over plans whose missing blocks alone cost more than the best plan so far"
+    )
+    held_back: float = Field(
+        0.25, gt=0, lt=1, description="share of the calibration windows that plans are compared on, and not fitted to"
+    )
+    of: dict[str, dict[str, Any]] | None = Field(
+        None, description="settings of the methods that take part, each as METHOD.SETTING"
+    )
+
+    def side(self, name: Literal["depth", "width"]) -> list[str | None]:
+        """List the methods for one side, None where the other may do everything."""
+        typed = dict.fromkeys(one.strip() for one in getattr(self, name).split(","))
+        return [None if one == _NONE else one for one in typed]
+
+    @classmethod
+    def gathered(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Put `replaceme.max_window` into `of`."""
+        plain = {name: value for name, value in given.items() if "." not in name}
+        dotted: dict[str, dict[str, Any]] = {}
+        for name, value in given.items():
+            owner, dot, setting = name.partition(".")
+            if dot:
+                dotted.setdefault(owner, {})[setting] = value
+        return plain | ({"of": dotted} if dotted else {})
+
+
+def _members(settings: AutoSettings, known: Mapping[str, Method]) -> dict[str, Member]:
+    """Look up the methods that take part.
+
+    Raises:
+        InputError: an unknown one, one on the wrong side, or none at all.
+    """
+    sides = {"depth": settings.side("depth"), "width": settings.side("width")}
+    for side, wanted in sides.items():
+        fitting = [name for name, method in known.items() if (method.native == "blocks") == (side == "depth")]
+        for name in wanted:
+            if name is not None and name not in fitting:
+                raise unknown(f"method for {side}", name, [_NONE, *fitting])
+    names = [name for wanted in sides.values() for name in wanted if name]
+    if not names:
+        raise InputError("auto: depth=none and width=none leave nothing to try; name a method.")
+    given = settings.of or {}
+    for name in given:
+        if name not in names:
+            raise unknown("method that takes part", name, names)
+    return {name: _member(known[name], given.get(name, {})) for name in names}
+
+
+def _member(method: Method, given: dict[str, Any]) -> Member:
+    fixed = _TRAINING_FREE.get(method.name, {})
+    wrong = [name for name, value in fixed.items() if given.get(name, value) != value]
+    if wrong:
+        raise InputError(f"{method.name}.{wrong[0]}={given[wrong[0]]}: auto trains nothing; leave it out.")
+    settings = method.read_settings(given | fixed)
+    amount = settings.own_amount()
+    if amount is not None:
+        raise InputError(f"{method.name}.{amount.knob}: auto decides how much each method takes; leave it out.")
+    return Member(method, settings)
+
+
+def decide(
+    known: Mapping[str, Method], apply: Apply, evidence: Evidence, settings: AutoSettings, budget: Budget
+) -> Sequence[AnyStep]:
+    """Try candidates; gives the steps of the best, and leaves the record in `evidence.facts["search"]`.
+
+    Raises:
+        InputError: no candidate meets the budget, a setting names what cannot take part, or there is one window.
+        ModelError: no candidate can cut this model.
+        NumericsError: the dense model, or every candidate, has no loss.
+    """
+    members = _members(settings, known)
+    whole = evidence.decoder.parameter_count if budget.cost is None else budget.cost.total
+    if budget.limit(whole) >= whole:
+        raise InputError(already(budget, whole))
+    fitted, held_back = evidence.need_windows().split_off(settings.held_back)
+    dense_loss = mean_loss(evidence.decoder, held_back, batch_size=evidence.batch_size)
+    to_fit = dataclasses.replace(evidence, windows=fitted, known=None, measured={})  # scores are of all windows
+    trials = Trials(to_fit, held_back, budget, members, apply)
+    log = TrialLog(evidence, settings.model_dump(mode="json"), repr(budget))
+    tried = _Tried(trials, log, skip_hopeless=settings.skip_hopeless)
+    splits = all_splits(settings.side("depth"), settings.side("width"), trials.most_blocks())
+    search(splits, tried.measure, trials=settings.trials, seed=evidence.seed, progress=evidence.progress)
+    best, steps = tried.best()
+    evidence.facts["search"] = Search(
+        fitted=len(fitted),
+        held_back=len(held_back),
+        dense_loss=round(dense_loss, 6),
+        candidates=tuple(tried.candidates),
+        front=front([(one.parameters, one.loss) for one in tried.candidates]),
+        best=best,
+        settings=settings.model_dump(mode="json"),
+    )
+    return steps
+
+
+class _Tried:
+    """What was tried, in order, and what came of it.
+
+    Attributes:
+        candidates: all of them.
+    """
+
+    def __init__(self, trials: Trials, log: TrialLog, *, skip_hopeless: bool) -> None:
+        self.candidates: list[Candidate] = []
+        self._trials, self._log, self._skips = trials, log, skip_hopeless
+        self._steps: dict[int, Steps] = {}
+        self._failures: list[SecateurError] = []
+        self._impossible: set[str | None] = set()
+        self._on_the_way: dict[Split, Made | None] = {}
+        self._hopeless: dict[str | None, int] = {}
+        self._least = math.inf
+
+    def measure(self, split: Split) -> float | None:
+        """Try a split; gives its loss, or None where there is none.
+
+        A method that by itself cannot cut the model is not tried again.
+        """
+        if self._impossible & {split.depth, split.width}:
+            return None
+        if split.blocks and not self._is_promising(split):
+            return None
+        made = self._note(split)
+        return None if made is None else made.loss
+
+    def _is_promising(self, split: Split) -> bool:
+        """Measure what the first of two methods leaves; the second will hardly make it better, nor will more blocks."""
+        if split.blocks >= self._hopeless.get(split.depth, math.inf):
+            return False
+        first = split._replace(width=None)
+        if first not in self._on_the_way:
+            self._on_the_way[first] = self._note(first)
+        made = self._on_the_way[first]
+        if made is None or made.enough:
+            return False
+        if not self._skips or made.loss < self._least:
+            return True
+        self._hopeless[split.depth] = split.blocks
+        self.candidates.append(_named(split).model_copy(update={"refused": "the missing blocks alone cost more"}))
+        return False
+
+    def _note(self, split: Split) -> Made | None:
+        made = self._log.known(split)
+        if made is None:
+            made = self._try(split)
+            self._log.add(split, made)
+        if not isinstance(made, Made):
+            self._failures.append(made)
+            self.candidates.append(_named(split).model_copy(update={"refused": str(made)}))
+            if isinstance(made, ModelError) and not split.blocks:
+                self._impossible |= {split.depth, split.width} - {None}
+            return None
+        if made.enough:
+            self._steps[len(self.candidates)] = made.steps
+            self._least = min(self._least, made.loss)
+        found = {"blocks": made.gone, "parameters": made.parameters, "loss": round(made.loss, 6), "enough": made.enough}
+        self.candidates.append(_named(split).model_copy(update=found))
+        return made
+
+    def _try(self, split: Split) -> Made | SecateurError:
+        """Make and measure a candidate, or say why it cannot be made."""
+        try:
+            return self._trials.make(split)
+        except FAILURES as error:
+            return error
+
+    def best(self) -> tuple[int, Steps]:
+        """Return the place of the candidate of least loss that removes enough, and its steps.
+
+        Raises:
+            SecateurError: there is none; of the kind of what went wrong.
+        """
+        if not self._steps:
+            kinds = {type(error) for error in self._failures}
+            kind = kinds.pop() if len(kinds) == 1 else InputError
+            raise kind(f"auto: no plan can be made. {' '.join(dict.fromkeys(map(str, self._failures)))}")
+        place = min(self._steps, key=lambda one: (self.candidates[one].loss, self.candidates[one].parameters))
+        return place, self._steps[place]
+
+
+def _named(split: Split) -> Candidate:
+    return Candidate(depth=split.depth, blocks=split.blocks or None, width=split.width)
+
+
+def front(found: Sequence[tuple[int | None, float | None]]) -> tuple[int, ...]:
+    """Return the places of those (parameters, loss) to which no other is preferable, the largest model first.
+
+    Another is preferable if it is no larger and no worse, and not the same in both; of equal ones the first stays.
+    Those without parameters or loss do not count.
+    """
+    best: list[tuple[int, float, int]] = []
+    numbers = ((size, loss, place) for place, (size, loss) in enumerate(found) if size is not None and loss is not None)
+    for one in sorted(numbers):
+        if not best or one[1] < best[-1][1]:
+            best.append(one)
+    return tuple(place for *_, place in reversed(best))
+
+
+def method_over(known: Mapping[str, Method], apply: Apply) -> Method:
+    """Make the method that tries others.
+
+    Args:
+        known: the methods by name.
+        apply: how each kind of step is applied.
+    """
+
+    def forwards(blocks: int, gone: int, settings: AutoSettings) -> float:
+        deciding = sum(one.method.forwards(blocks, gone, one.settings) for one in _members(settings, known).values())
+        return 1 + deciding + _FORWARDS_EACH * settings.trials
+
+    return Method(
+        name="auto",
+        summary="splits what is to go between blocks and their widths, by trying: the least loss on windows held back",
+        paper="secateur's own (docs/methods/auto.md)",
+        settings=AutoSettings,
+        decide=partial(decide, known, apply),
+        native=None,
+        forwards=forwards,
+    )

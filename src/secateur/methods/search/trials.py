@@ -1,0 +1,259 @@
+"""Candidates of `auto`, made as `prune` would make them, and measured; nothing is made or measured twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from secateur.calibration.walk import mean_loss
+from secateur.data.windows import Windows
+from secateur.distributed import from_main_process, is_main_process
+from secateur.errors import InputError, ModelError, NumericsError, SecateurError
+from secateur.files import replace_file
+from secateur.methods.budget import Budget, weigh
+from secateur.methods.method import Evidence, Method
+from secateur.methods.search.splits import Split
+from secateur.methods.targets import with_cost
+from secateur.models.decoder import Decoder
+from secateur.plan.steps import AnyStep, Sizes
+from secateur.versions import digest, versions
+
+SLACK = 0.05
+"""Share of what is to be removed by which a candidate may miss it."""
+
+Steps = tuple[AnyStep, ...]
+Apply = Mapping[str, Callable[[Evidence, Any], Decoder]]
+
+
+class Member(NamedTuple):
+    """A method that takes part, and its settings."""
+
+    method: Method
+    settings: Any
+
+    def decide(self, evidence: Evidence, budget: Budget) -> Steps:
+        """Return the steps with which it meets a budget."""
+        return self.method.steps(evidence, self.settings, budget)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A model that has fewer blocks, or the dense one.
+
+    Attributes:
+        steps: how it was made.
+        kept: blocks of the dense model that are left.
+        evidence: about it.
+    """
+
+    steps: Steps
+    kept: tuple[int, ...]
+    evidence: Evidence
+
+
+class Made(NamedTuple):
+    """A candidate that was made and measured.
+
+    Attributes:
+        steps: how it is made.
+        parameters: how many it has left.
+        gone: blocks that it lacks.
+        loss: on the windows held back.
+        enough: whether what was asked for is gone.
+    """
+
+    steps: Steps
+    parameters: int
+    gone: int
+    loss: float
+    enough: bool
+
+
+class Trials:
+    """Makes and measures candidates; nothing twice."""
+
+    def __init__(
+        self, evidence: Evidence, held_back: Windows, budget: Budget, members: Mapping[str, Member], apply: Apply
+    ) -> None:
+        """Start with the dense model.
+
+        Args:
+            evidence: about it, with the windows that candidates are fitted to.
+            held_back: windows that losses are of.
+            budget: what every candidate has to meet.
+            members: methods that take part, by name.
+            apply: how each kind of step is applied.
+        """
+        self._budget, self._held_back = budget, held_back
+        self._members, self._apply = members, apply
+        self._dense = Cut((), tuple(range(evidence.decoder.block_count)), evidence)
+        self._cuts: dict[tuple[str, int], Cut] = {}
+        self._evidence = {evidence.decoder.fingerprint: evidence}
+        self._made: dict[tuple[str, str | None], Made] = {}
+        self._whole = evidence.decoder.parameter_count if budget.cost is None else budget.cost.total
+
+    def most_blocks(self) -> int:
+        """Count how many blocks can go so that something is left for the other method to do."""
+        decoder = self._dense.evidence.decoder
+        weights, whole = weigh(self._budget, decoder.block_parameter_counts(), decoder.parameter_count)
+        lightest = sorted(weights)
+        wanted = whole - self._largest()
+        return sum(sum(lightest[: count + 1]) < wanted for count in range(len(lightest) - 1))
+
+    def make(self, split: Split) -> Made:
+        """Make and measure a candidate.
+
+        Raises:
+            InputError: it cannot meet the budget.
+            ModelError: a method cannot cut this model.
+            NumericsError: NaN or infinity on the way.
+        """
+        cut = self._dense if split.depth is None else self._without_blocks(split.depth, split.blocks)
+        key = (cut.evidence.decoder.fingerprint, split.width)
+        if key not in self._made:
+            self._made[key] = self._measured(cut, split.width)
+        made = self._made[key]
+        return made._replace(steps=cut.steps + made.steps)
+
+    def _without_blocks(self, name: str, blocks: int) -> Cut:
+        """Take out so many blocks, or, where nothing comes after, as many as the budget asks for."""
+        if (name, blocks) not in self._cuts:
+            member, dense = self._members[name], self._dense.evidence
+            steps = member.decide(dense, Budget("blocks", blocks)) if blocks else self._meet(self._dense, member)
+            self._cuts[name, blocks] = self._after(steps, dense)
+        return self._cuts[name, blocks]
+
+    def _after(self, steps: Steps, evidence: Evidence) -> Cut:
+        kept = self._dense.kept
+        for step in steps:
+            kept = tuple(kept[place] for place in step.kept(len(kept)))
+            left = self._apply[step.kind](evidence, step)
+            evidence = self._evidence.setdefault(left.fingerprint, evidence.of(left))
+        return Cut(steps, kept, evidence)
+
+    def _measured(self, cut: Cut, width: str | None) -> Made:
+        evidence, steps = cut.evidence, Steps()
+        decoder = evidence.decoder
+        if width is not None:
+            steps = self._meet(cut, self._members[width])
+            for step in steps:
+                decoder = self._apply[step.kind](evidence, step)
+                evidence = evidence.of(decoder)
+        loss = from_main_process(mean_loss(decoder, self._held_back, batch_size=evidence.batch_size))
+        gone = len(self._dense.kept) - decoder.block_count
+        enough = width is not None or self._is_enough(cut)
+        return Made(steps, decoder.parameter_count, gone, loss, enough)
+
+    def _meet(self, cut: Cut, member: Member) -> Steps:
+        """Let a method bring a model down to the budget.
+
+        A share to be removed is met as closely as the method can, and, where that misses it by more than the slack, by
+        the largest model that removes no less.
+
+        Raises:
+            InputError: it cannot, or the model is as small as that already.
+        """
+        evidence = cut.evidence
+        now = evidence.decoder.parameter_count
+        if self._is_enough(cut):
+            raise InputError("with these blocks gone nothing is left to do.")
+        if self._budget.aim != "remove":
+            return member.decide(evidence, self._weighed(cut, member))
+        wanted = self._budget.limit(self._whole)
+        steps = member.decide(evidence, Budget("remove", 1 - wanted / now))
+        if _left(evidence.decoder, steps) <= self._largest():
+            return steps
+        return member.decide(evidence, Budget("target_params", wanted))
+
+    def _weighed(self, cut: Cut, member: Member | None = None) -> Budget:
+        """Return a target, in bytes or seconds weighed for a model at hand and the method that cuts it next."""
+        decoder, cost = cut.evidence.decoder, self._budget.cost
+        if cost is None:
+            return self._budget
+        speed_model = member.method.speed_model_of(member.settings) if member else None
+        if speed_model is not None and cost.unit == "seconds":
+            return with_cost(self._budget, decoder, speed_model)
+        return dataclasses.replace(self._budget, cost=cost.after(cut.kept, decoder.parameter_count))
+
+    def _largest(self) -> float:
+        """Return what a candidate may weigh at most."""
+        if self._budget.aim != "remove":
+            return self._budget.limit(self._whole)
+        return self._whole * (1 - self._budget.value * (1 - SLACK))
+
+    def _is_enough(self, cut: Cut) -> bool:
+        cost = self._weighed(cut).cost
+        return (cut.evidence.decoder.parameter_count if cost is None else cost.total) <= self._largest()
+
+
+def _left(decoder: Decoder, steps: Steps) -> int:
+    inside = decoder.block_parameter_counts()
+    sizes = Sizes(inside, decoder.parameter_count - sum(inside))
+    for step in steps:
+        sizes = step.left(sizes)
+    return sizes.total
+
+
+FAILURES = (InputError, ModelError, NumericsError)
+"""What can come of a candidate instead of a model."""
+
+_STEPS: TypeAdapter[Steps] = TypeAdapter(Steps)
+
+
+class TrialLog:
+    """Candidates and what came of them, one small file each; of several processes the first reads and writes."""
+
+    def __init__(self, evidence: Evidence, *asked: Any) -> None:
+        """Open the log of one search; without a folder to work in nothing is kept.
+
+        Args:
+            evidence: about the dense model, with all calibration windows.
+            asked: what else the search depends on: settings, amount.
+        """
+        self._folder: Path | None = None
+        if evidence.work is not None:
+            decoder, windows = evidence.decoder, evidence.need_windows()
+            place = (str(decoder.module.dtype), decoder.device.type)
+            key = digest(decoder.fingerprint, place, windows.fingerprint, evidence.seed, versions(), *asked)
+            self._folder = evidence.work / f"search-{key}"
+
+    def known(self, split: Split) -> Made | SecateurError | None:
+        """Return what came of a candidate when it was tried before; None if it was not, or its file is damaged."""
+        path = self._path(split)
+        if path is None:
+            return None
+        found: Made | SecateurError | None = from_main_process(_read(path) if is_main_process() else None)
+        return found
+
+    def add(self, split: Split, found: Made | SecateurError) -> None:
+        """Keep what came of a candidate.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        path = self._path(split)
+        if path is None or not is_main_process():
+            return
+        if isinstance(found, Made):
+            entry = found._asdict() | {"steps": [step.model_dump(mode="json") for step in found.steps]}
+        else:
+            entry = {"failed": type(found).__name__, "why": str(found)}
+        replace_file(path, json.dumps(entry) + "\n")
+
+    def _path(self, split: Split) -> Path | None:
+        name = f"{split.depth or 'none'}-{split.blocks}-{split.width or 'none'}.json"
+        return None if self._folder is None else self._folder / name
+
+
+def _read(path: Path) -> Made | SecateurError | None:
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        failure = next((kind for kind in FAILURES if kind.__name__ == entry.get("failed")), None)
+        return failure(entry["why"]) if failure else Made(**entry | {"steps": _STEPS.validate_python(entry["steps"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
+        return None

@@ -1,0 +1,261 @@
+"""Which widths come into question when blocks get narrower inside, and which of them meet a budget.
+
+Channels go in multiples of 256 where MLPs are large, of 64 or 8 where they are smaller: quantised formats and matrix
+kernels want that. What the rounding costs against single channels is counted and said in the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from secateur.errors import InputError, ModelError
+from secateur.methods.budget import Budget, choose_size, read_fraction
+from secateur.methods.method import Settings
+from secateur.models.decoder import Decoder
+from secateur.models.widths import block_widths
+from secateur.plan.steps import Widths
+from secateur.surgery.width.target import dense_widths, reason_against_heads, stock_config, width_sizes
+
+AllWidths = tuple[Widths, ...]
+Heads = Literal["last", "even", "never"]
+
+_MULTIPLES = (256, 64, 8)
+_FEWEST_STEPS = 8
+_OF_EXPERTS = 8
+_LEVELS = 512
+"""Fractions tried at most, when channels go singly."""
+_FLOOR = 0.25
+"""`heads="last"`: share of the channels that is left when heads begin to go."""
+TOLD = 0.0005
+"""Differences of rounding that are smaller than this share of the parameters are not worth a word."""
+
+
+def rounding_for(decoder: Decoder, free: range, given: int | None = None) -> int:
+    """Return the multiple in which channels of the free blocks stay.
+
+    As asked for, or 256, 64 or 8 where the narrowest MLP has eight such steps, else 1; those of experts always in
+    multiples of 8, because grouped products of matrices want their rows to start at multiples of 16 bytes.
+    """
+    found = [block_widths(decoder, block) for block in free]
+    channels = min(one.channels for one in found)
+    multiple = given or next((one for one in _MULTIPLES if channels >= _FEWEST_STEPS * one), 1)
+    return math.lcm(multiple, _OF_EXPERTS) if any(one.experts for one in found) else multiple
+
+
+def rounded(channels: float, dense: int, multiple: int) -> int:
+    """Round a number of channels to the nearest multiple, at least one and no more than there are."""
+    return min(dense, max(multiple, int(channels / multiple + 0.5) * multiple))
+
+
+class Candidates:
+    """Widths that treat all free blocks alike, from the smallest cut to the largest.
+
+    Attributes:
+        multiple: channels stay in multiples of this.
+        stock: whether a stock configuration can name them; else they need the modelling file.
+        sizes: what the parameters of the result stand on.
+    """
+
+    def __init__(self, decoder: Decoder, free: range, heads: Heads, rounding: int | None) -> None:
+        """Look at a model.
+
+        Raises:
+            InputError: no block is free.
+            ModelError: its blocks cannot be narrowed.
+        """
+        if not free:
+            raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
+        self._decoder, self._free = decoder, free
+        self._dense = dense_widths(decoder)
+        self.multiple = rounding_for(decoder, free, rounding)
+        self._way: Heads = "never" if reason_against_heads(decoder) else heads
+        self.stock = stock_config(decoder, self._at(0.5, self.multiple)) is not None
+        self._levels = self._head_levels()
+        if (
+            self._way == "even"
+            and self.stock
+            and len(self._levels) == 1 < self._dense[free[0]].groups * self._dense[free[0]].queries
+        ):
+            self.stock = False
+            self._levels = self._head_levels()
+        self.sizes = width_sizes(decoder, stock=self.stock)
+
+    def _head_levels(self) -> list[tuple[int, int]]:
+        """Return possible (groups, queries), largest first: whole groups, or queries where there is one group."""
+        full = self._dense[self._free[0]]
+        levels = [(full.groups, full.queries)]
+        if (
+            any((self._dense[b].groups, self._dense[b].queries) != levels[0] for b in self._free)
+            or self._way == "never"
+        ):
+            return levels
+        if full.groups > 1:
+            fewer = [(count, full.queries) for count in range(full.groups - 1, 0, -1)]
+        else:
+            fewer = [(1, count) for count in range(full.queries - 1, 0, -1)]
+        return levels + [one for one in fewer if not self.stock or self._allowed(one)]
+
+    def _allowed(self, level: tuple[int, int]) -> bool:
+        return stock_config(self._decoder, self._with(level, self._dense)) is not None
+
+    def _with(self, level: tuple[int, int], widths: Sequence[Widths]) -> AllWidths:
+        changed = {"groups": level[0], "queries": level[1]}
+        return tuple(one.model_copy(update=changed) if b in self._free else one for b, one in enumerate(widths))
+
+    def _at(self, fraction: float, multiple: int) -> AllWidths:
+        """Return the widths when this fraction of the channels goes."""
+        return tuple(
+            one.model_copy(update={"channels": rounded((1 - fraction) * one.channels, one.channels, multiple)})
+            if block in self._free
+            else one
+            for block, one in enumerate(self._dense)
+        )
+
+    def ratio(self, fraction: float) -> AllWidths:
+        """Return the widths when this fraction of the channels goes, and of the heads as `heads="even"` says."""
+        widths = self._at(fraction, self.multiple)
+        if self._way != "even":
+            return widths
+        full = self._levels[0][0] * self._levels[0][1]
+        return self._with(min(self._levels, key=lambda one: abs(one[0] * one[1] - (1 - fraction) * full)), widths)
+
+    def path(self, multiple: int) -> list[AllWidths]:
+        """Return all candidates, the smallest cut first."""
+        most = max(self._dense[block].channels for block in self._free)
+        steps = min(_LEVELS, max(1, most // multiple))
+        fractions = [number / steps for number in range(1, steps + 1)]
+        if self._way == "even":
+            found = [self.ratio(one) for one in fractions]
+        else:
+            found = [self._at(one, multiple) for one in fractions if one <= 1 - _FLOOR]
+            lowest = found[-1] if found else self._dense
+            found += [self._with(level, lowest) for level in self._levels[1:]]
+            found += [self._with(self._levels[-1], self._at(one, multiple)) for one in fractions if one > 1 - _FLOOR]
+        return list(dict.fromkeys(one for one in found if one != self._dense))
+
+    def meet(self, budget: Budget) -> tuple[AllWidths, float | None]:
+        """Return the widths that meet a number of parameters, and what would go with single channels if that differs.
+
+        Raises:
+            InputError: the budget is out of reach.
+        """
+        total = self._decoder.parameter_count
+        path = self.path(self.multiple)
+        if not path:
+            raise InputError(
+                f"rounding={self.multiple}: MLPs have only {self._dense[self._free[0]].channels} channels."
+            )
+        widths = path[choose_size(budget, [self.sizes.at(one).total for one in path], total)]
+        if self.multiple == 1:
+            return widths, None
+        fine = [self.sizes.at(one).total for one in self.path(1)]
+        best = 1 - fine[choose_size(budget, fine, total)] / total
+        got = 1 - self.sizes.at(widths).total / total
+        return widths, best if abs(best - got) > TOLD else None
+
+    def given(self, ffn: int | None, groups: int | None, queries: int | None) -> AllWidths:
+        """Return the widths that were asked for by number.
+
+        Raises:
+            InputError: they do not fit the model.
+        """
+        wanted = {"channels": ffn, "groups": groups, "queries": queries}
+        asked = {name: value for name, value in wanted.items() if value is not None}
+        dense = [self._dense[block] for block in self._free]
+        for name, value in asked.items():
+            found = {getattr(one, name) for one in dense}
+            knob = "ffn" if name == "channels" else name
+            if len(found) > 1:
+                raise InputError(f"{knob}={value}: blocks differ ({sorted(found)}); give ratio or remove instead.")
+            if not 1 <= value <= min(found):
+                raise InputError(f"{knob}={value}: must be between 1 and {min(found)}.")
+        if ffn is not None and ffn % _OF_EXPERTS and any(block_widths(self._decoder, b).experts for b in self._free):
+            raise InputError(f"ffn={ffn}: channels of experts stay in multiples of {_OF_EXPERTS}.")
+        reason = reason_against_heads(self._decoder)
+        if reason and any(name != "channels" and value < getattr(dense[0], name) for name, value in asked.items()):
+            raise ModelError(f"{self._decoder.source}: no head can go: {reason}.")
+        widths = tuple(
+            one.model_copy(update=asked) if block in self._free else one for block, one in enumerate(self._dense)
+        )
+        if self.stock and stock_config(self._decoder, widths) is None:
+            self.stock, self.sizes = False, width_sizes(self._decoder, stock=False)
+        return widths
+
+
+Ratio = Annotated[float, BeforeValidator(lambda given: read_fraction(given, "ratio", zero=True))]
+Share = Annotated[float, BeforeValidator(lambda given: read_fraction(given, "hidden", zero=True))]
+
+
+class WidthSettings(Settings):
+    """Settings all methods have that narrow blocks."""
+
+    ratio: Ratio | None = Field(
+        None,
+        description="share of the channels (and of heads that go with them) to take out; an amount by itself",
+    )
+    rounding: int | None = Field(
+        None, ge=1, description="channels stay in multiples of this; by itself 256, 64, 8 or 1, by the MLP's width"
+    )
+    repair: bool = Field(True, description="fit what writes by least squares to what it wrote before")
+
+    def own_amount(self) -> Budget | None:
+        """Return the papers' ratio."""
+        return None if self.ratio is None else Budget("ratio", self.ratio, knob="ratio")
+
+
+class FlapSettings(WidthSettings):
+    """Settings of `flap`."""
+
+    heads: Literal["even", "never"] = Field("even", description="heads compete with channels (even), or stay (never)")
+    bias: Literal["auto", "off"] = Field(
+        "auto",
+        description="put back the mean of what goes as a bias: where the result can hold one (auto), or not (off)",
+    )
+
+
+class EvenSettings(WidthSettings):
+    """Settings of methods that narrow all blocks alike."""
+
+    heads: Heads = Field(
+        "last", description="heads go when a quarter of the channels is left (last), as channels do (even), or never"
+    )
+    ffn: int | None = Field(None, ge=1, description="channels of every MLP that stay; an amount by itself")
+    groups: int | None = Field(None, ge=1, description="key/value groups that stay; an amount by itself")
+    queries: int | None = Field(
+        None, ge=1, description="query heads that stay in each key/value group; an amount by itself"
+    )
+
+    def own_amount(self) -> Budget | None:
+        """Return the ratio, or the first of the numbers that stay."""
+        given = {name: getattr(self, name) for name in ("ffn", "groups", "queries")}
+        named = {name: value for name, value in given.items() if value is not None}
+        if self.ratio is not None:
+            if named:
+                raise InputError(f"ratio and {next(iter(named))} contradict each other; give one of them.")
+            return super().own_amount()
+        return Budget("own", next(iter(named.values())), knob=next(iter(named))) if named else None
+
+
+class PrunerSettings(EvenSettings):
+    """Settings of `llm-pruner`."""
+
+    protect_first: int = Field(4, ge=0, description="how many of the first blocks are never touched")
+    protect_last: int = Field(2, ge=0, description="how many of the last blocks are never touched")
+
+
+class MinitronSettings(EvenSettings):
+    """Settings of `minitron-width`."""
+
+    hidden: Share = Field(
+        0.0, description="share of the hidden directions that goes too, before anything else (alone: with ratio=0)"
+    )
+
+    def own_amount(self) -> Budget | None:
+        """Return the ratio or the first number that stays; with ratio=0 the share of hidden directions."""
+        if self.hidden and self.ratio == 0:
+            return Budget("own", self.hidden, knob="hidden")
+        return super().own_amount()

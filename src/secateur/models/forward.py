@@ -1,0 +1,188 @@
+"""Run a decoder block by block, each with exactly the arguments its own model gives it.
+
+The model is called once with a recorder in place of every block's `forward`; a recorder notes its arguments and
+hands its input on. That needs only the embeddings to have weights, and it works for masks, rotary tables and
+position biases that differ from block to block, where copying block 0's arguments to all blocks would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from secateur.errors import ModelError, NumericsError
+from secateur.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):
+    """Ends a recording once the last block was reached."""
+
+
+def capture(
+    decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, list[Call]]:
+    """Find what enters block 0 and how each block is called for these tokens.
+
+    Args:
+        decoder: the model; a skeleton reads its embeddings for this and lets them go again.
+        tokens: int64, (batch, positions).
+        mask: bool, (batch, positions), True at real tokens; None where nothing is padded.
+
+    Returns:
+        The residual stream entering block 0, (batch, positions, d), and one `Call` per block.
+    """
+    calls: list[Call] = []
+    first: list[torch.Tensor] = []
+    last = decoder.block_count - 1
+
+    def recorder(index: int) -> Callable[..., Any]:
+        def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if index == 0:
+                first.append(hidden)
+            calls.append(Call(args, kwargs))
+            if index == last:
+                raise _Stop
+            return _as_block_output(decoder, hidden)
+
+        return record
+
+    with decoder.outer(head=False), _forwards(decoder.block_list, recorder):
+        try:
+            _call(decoder.module, tokens, mask)
+        except _Stop:
+            return first[0], calls
+    raise ModelError(f"{decoder.source}: the model's forward did not call all of its {last + 1} blocks.")
+
+
+def run_block(
+    block: nn.Module, call: Call, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Run one block on hidden states (batch, positions, d) with the arguments recorded for it.
+
+    `weights` stand in for those of the block by these names.
+    """
+    if weights is None:
+        output = block(hidden, *call.args, **call.kwargs)
+    else:
+        output = functional_call(block, dict(weights), (hidden, *call.args), call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def logits(
+    decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Finish the model from what leaves the last block: final norm, head, scaling; (batch, positions, vocabulary).
+
+    `decoder.outer()` must be open around this call for a skeleton.
+    """
+    with _blocks_giving(decoder, hidden):
+        result: torch.Tensor = _call(decoder.module, tokens, mask).logits
+    return result
+
+
+def final_states(
+    decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return what the head reads, from what leaves the last block: after the final norm, (batch, positions, d).
+
+    `decoder.outer(head=False)` must be open around this call for a skeleton.
+    """
+    with _blocks_giving(decoder, hidden):
+        result: torch.Tensor = _call(decoder.module.base_model, tokens, mask).last_hidden_state
+    return result
+
+
+@contextmanager
+def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Collect the first input of each of these modules, in the order in which they are called."""
+    entering: list[torch.Tensor] = []
+    hooks = [module.register_forward_pre_hook(lambda _, args: entering.append(args[0])) for module in modules]
+    try:
+        yield entering
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def require_finite(hidden: torch.Tensor, where: str, mask: torch.Tensor | None = None) -> None:
+    """Stop at NaN or infinity.
+
+    Raises:
+        NumericsError: naming the place.
+    """
+    looked_at = hidden if mask is None else hidden[mask.to(hidden.device)]
+    if not bool(torch.isfinite(looked_at).all()):
+        raise NumericsError(
+            f"NaN or infinity in {where}. The weights may be damaged, or the dtype too small: try --dtype float32."
+        )
+
+
+def same_calls(left: Sequence[Call], right: Sequence[Call]) -> bool:
+    """Whether two batches are walked with the same arguments, so that one copy serves both."""
+    return len(left) == len(right) and all(
+        _same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(left, right, strict=True)
+    )
+
+
+def _same(left: Any, right: Any) -> bool:
+    if left is right:
+        return True
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
+        return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, tuple | list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)
+    return bool(left == right)
+
+
+def _call(module: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None) -> Any:
+    given = {} if mask is None else {"attention_mask": mask.long()}
+    return module(input_ids=tokens, use_cache=False, **given)
+
+
+def _as_block_output(decoder: Decoder, hidden: torch.Tensor) -> Any:
+    return (hidden, None) if decoder.anatomy.family.tuple_output else hidden
+
+
+@contextmanager
+def _blocks_giving(decoder: Decoder, hidden: torch.Tensor) -> Iterator[None]:
+    """Let every block answer with these hidden states, so that only what comes after the blocks is computed."""
+
+    def stub(_: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: _as_block_output(decoder, hidden)
+
+    with _forwards(decoder.block_list, stub):
+        yield
+
+
+@contextmanager
+def _forwards(blocks: nn.ModuleList, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Replace every block's forward for a while, keeping its class, hooks and attributes."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = make(index)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward

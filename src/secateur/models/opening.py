@@ -1,0 +1,294 @@
+"""Open a model: in memory, over several devices, or as a skeleton whose blocks load when asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from secateur.distributed import launched, local_rank
+from secateur.errors import InputError, ModelError, first_line
+from secateur.models import fingerprint
+from secateur.models.anatomy import Family, resolve
+from secateur.models.decoder import Decoder
+from secateur.models.detection import detect
+from secateur.models.dtypes import DTYPES, dtype_named
+from secateur.models.families import FAMILIES
+from secateur.models.fetch import (
+    HUB_NAME,
+    fetch,
+    has_all_weights,
+    has_safetensors,
+    local_folder,
+    read_config,
+    refuse_config,
+    refuse_files,
+)
+from secateur.models.shards import Shards, open_shard, shard_files
+
+_SHARE_OF_MEMORY = 0.7
+
+
+def open_model(
+    source: str | Path | PreTrainedModel,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    skeleton: bool | None = None,
+    shapes_only: bool = False,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Decoder:
+    """Open a causal language model for scoring and pruning.
+
+    Args:
+        source: a checkpoint folder, a hub name such as `Qwen/Qwen3-0.6B`, `bundled` for the small model that
+            ships with the package, or a transformers model already in memory.
+        dtype: arithmetic: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU, float32 on
+            a CPU without fast bfloat16. The dtype a model is saved in does not change with it.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the GPUs there are (all of them, if the model needs
+            more than one), else the CPU. Of several processes (`accelerate launch`) each takes one GPU.
+        revision: branch, tag or commit on the hub.
+        skeleton: read each block's weights when its turn comes and let them go afterwards. None decides by the
+            memory that is free.
+        shapes_only: read no weights (unless they are pickled and here), to say what a job would need; of a model on the
+            hub they are not fetched, and without them its fingerprint is empty. `by_blocks` of the decoder tells
+            whether the job will read them block by block.
+        tokenizer: another tokenizer than the checkpoint's: a folder, a hub name, or the object.
+        trust_remote_code: allow code that comes with the checkpoint to run.
+        allow_pickle: accept pickled weights, which can run code when loaded.
+
+    Raises:
+        InputError: the source, dtype or device does not exist.
+        ModelError: the checkpoint is damaged, or not a decoder that can be pruned (the message says why).
+    """
+    if isinstance(source, PreTrainedModel):
+        return _wrap(source, tokenizer, trust_remote_code=trust_remote_code)
+    folder = fetch(
+        str(source),
+        revision=revision,
+        weights=not shapes_only,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    here = not shapes_only or local_folder(str(source)) is not None or has_all_weights(folder)
+    if here:
+        refuse_files(folder, allow_pickle=allow_pickle)
+    config = read_config(folder, str(source), trust_remote_code=trust_remote_code)
+    family = _family(config, str(source), trust_remote_code=trust_remote_code)
+    saved = _saved_dtype(config, folder)
+    place = _device(device)
+    arithmetic = _arithmetic(dtype, saved, place)
+    pickled = here and not has_safetensors(folder)
+    everywhere = _all_gpus() if device == "auto" and place.type == "cuda" and launched() == 1 else [place]
+    if skeleton is None and here:
+        skeleton = not pickled and _too_large(_bytes_in(folder, saved, arithmetic), everywhere)
+    if skeleton and pickled:
+        raise InputError(f"{source}: a skeleton reads safetensors only; open this model without it.")
+    thin = skeleton or (shapes_only and not pickled)
+    if thin:
+        module = empty_model(config, arithmetic, place, trust_remote_code=trust_remote_code)
+        shards = Shards.of(folder, family.blocks, place) if here else Shards(folder, family.blocks, device=place)
+        if skeleton is None:
+            skeleton = _too_large(module.num_parameters() * arithmetic.itemsize, everywhere)
+    else:
+        spread = len(everywhere) > 1 and (pickled or _too_large(_bytes_in(folder, saved, arithmetic), [place]))
+        module = _whole(
+            folder,
+            config,
+            arithmetic,
+            "auto" if spread else place,
+            trust_remote_code=trust_remote_code,
+            pickled=pickled,
+        )
+        shards = None
+    return Decoder(
+        module=module.eval().requires_grad_(False),
+        tokenizer=_tokenizer(tokenizer or folder, trust_remote_code=trust_remote_code),
+        anatomy=resolve(module, family),
+        source=_shown(str(source)),
+        folder=folder,
+        fingerprint=_fingerprint(folder, module, pickled=pickled) if here else "",
+        saved_dtype=saved,
+        shards=shards,
+        shapes_only=thin and not skeleton,
+        other_tokenizer=tokenizer is not None,
+        history=_history(folder),
+    )
+
+
+def _fingerprint(folder: Path, module: PreTrainedModel, *, pickled: bool) -> str:
+    return fingerprint.of_module(module) if pickled else fingerprint.of_folder(folder)
+
+
+def _shown(source: str) -> str:
+    """Write a folder that looks like a name on the hub, `models/mine`, so that it is never taken for one."""
+    return f"./{source}" if HUB_NAME.fullmatch(source) and Path(source).is_dir() else source
+
+
+def _history(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Read what secateur did to this checkpoint before, so that it is not forgotten when it is cut again."""
+    record = folder / "secateur.json"
+    if not record.is_file():
+        return ()
+    try:
+        history = json.loads(record.read_text(encoding="utf-8")).get("history", [])
+        return tuple(dict(entry) for entry in history)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{record}: not readable ({error}); remove it to open the model without its history."
+        ) from error
+
+
+def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -> Decoder:
+    name = module.config.name_or_path or type(module).__name__
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise InputError(f"{name}: some of its weights are offloaded; give the folder instead, opened as a skeleton.")
+    refuse_config(module.config, name)
+    family = _family(module.config, name, trust_remote_code=trust_remote_code)
+    return Decoder(
+        module=module.eval().requires_grad_(False),
+        tokenizer=_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer is not None else None,
+        anatomy=resolve(module, family),
+        source=name,
+        folder=None,
+        fingerprint=fingerprint.of_module(module),
+        saved_dtype=module.dtype,
+    )
+
+
+def _family(config: Any, source: str, *, trust_remote_code: bool) -> Family:
+    known = FAMILIES.get(config.model_type)
+    return known or detect(config, source, trust_remote_code=trust_remote_code)
+
+
+def _saved_dtype(config: Any, folder: Path) -> torch.dtype:
+    """Find the checkpoint's dtype: as the configuration says, else that of the largest tensor."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    if isinstance(config.dtype, str) and config.dtype in DTYPES:
+        return DTYPES[config.dtype]
+    if not has_safetensors(folder):
+        return torch.float32
+    with open_shard(shard_files(folder)[0]) as handle:
+        name = max(handle.keys(), key=lambda key: torch.Size(handle.get_slice(key).get_shape()).numel())
+        stored = handle.get_slice(name).get_dtype()
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
+
+
+def _device(device: str) -> torch.device:
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", local_rank()) if launched() > 1 else torch.device("cuda")
+    if device == "auto":
+        return torch.device("cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{device}' cannot be used here ({first_line(error)}).") from error
+    return place
+
+
+def _arithmetic(dtype: str, saved: torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" and not _cpu_has_fast_bfloat16(saved) else saved
+    return dtype_named(dtype, "auto")
+
+
+def _cpu_has_fast_bfloat16(saved: torch.dtype) -> bool:
+    return saved == torch.bfloat16 and bool(torch.cpu._is_amx_tile_supported())
+
+
+def _all_gpus() -> list[torch.device]:
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
+def _bytes_in(folder: Path, saved: torch.dtype, arithmetic: torch.dtype) -> float:
+    """Bytes that the weights of a folder take in this arithmetic."""
+    return sum(file.stat().st_size for file in shard_files(folder)) * arithmetic.itemsize / saved.itemsize
+
+
+def _too_large(needed: float, devices: list[torch.device]) -> bool:
+    return needed > _SHARE_OF_MEMORY * sum(map(free_memory, devices))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a GPU, or in the memory of this machine."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+
+
+def empty_model(config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
+    """Build a model without weights but with its buffers (rotary tables and the like)."""
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    for holder in module.modules():
+        for name, buffer in holder._buffers.items():
+            if buffer is not None:
+                holder._buffers[name] = torch.empty_like(buffer, device=device)
+        if any(buffer is not None for buffer in holder._buffers.values()):
+            module._init_weights(holder)
+    module.tie_weights()
+    return module
+
+
+def _whole(
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    trust_remote_code: bool,
+    pickled: bool,
+) -> PreTrainedModel:
+    if not pickled:
+        shard_files(folder)
+    placed = {} if device == torch.device("cpu") else {"device_map": device if device == "auto" else {"": device}}
+    try:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=not pickled,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **placed,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"{folder}: does not fit on {device}; open it as a skeleton (--skeleton).") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from error
+    if report["mismatched_keys"]:
+        name, found, expected = sorted(report["mismatched_keys"])[0]
+        raise ModelError(f"{folder}: {name} is {tuple(found)} but the config asks for {tuple(expected)}.")
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:4])
+        raise ModelError(
+            f"{folder}: the checkpoint has no weights for {names}; it is incomplete or of another architecture."
+        )
+    return module
+
+
+def _tokenizer(source: Any, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    if isinstance(source, PreTrainedTokenizerBase):
+        return source
+    folder = Path(source)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    if folder.is_dir() and not any((folder / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ModelError(f"{source}: the tokenizer cannot be read: {first_line(error)}") from error

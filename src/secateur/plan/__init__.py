@@ -1,0 +1,1 @@
+"""The decision as data: amounts, units, steps, the plan file."""

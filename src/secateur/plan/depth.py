@@ -1,0 +1,164 @@
+"""Edits of whole blocks: taken out, merged, or replaced by a matrix."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from secateur.errors import InputError
+from secateur.plan.step import Sizes, Step
+
+
+class DropBlocks(Step):
+    """Take blocks out."""
+
+    kind: Literal["drop-blocks"] = "drop-blocks"
+    blocks: tuple[int, ...]
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """Return the blocks that stay, of `count`.
+
+        Raises:
+            InputError: a block number that does not exist or is named twice, or no block left.
+        """
+        wrong = sorted(block for block in self.blocks if not 0 <= block < count)
+        if wrong:
+            raise InputError(f"the plan drops block {wrong[0]}, but this model has blocks 0 to {count - 1}.")
+        if len(set(self.blocks)) < len(self.blocks):
+            raise InputError(f"the plan names a block twice: {list(self.blocks)}.")
+        stay = tuple(block for block in range(count) if block not in self.blocks)
+        if not stay:
+            raise InputError("the plan drops every block; at least one must stay.")
+        return stay
+
+    def left(self, sizes: Sizes) -> Sizes:
+        """Return the sizes without the blocks that go."""
+        return Sizes(tuple(sizes.blocks[block] for block in self.kept(len(sizes.blocks))), sizes.other)
+
+    def describe(self) -> tuple[str, str]:
+        """Name the blocks that go."""
+        return "takes out", ", ".join(map(str, self.blocks)) or "nothing"
+
+
+Span = tuple[int, int]
+"""Neighbouring blocks, from the first to the last of them, both included."""
+
+Rule = Literal["delta-sum", "top", "mean", "weighted"]
+"""How the weights of neighbouring blocks become those of one."""
+
+
+class MergeBlocks(Step):
+    """Make one block, in the place of the lowest, of each window of neighbouring blocks.
+
+    Attributes:
+        windows: lowest and highest block of each window.
+        rule: how their weights become one block's.
+        influence: block influence of every block; needed by the rule `weighted`, empty for the others.
+        across_types: whether blocks of differing layer types may become one; its type is the lowest block's.
+        similarity: that of the final hidden states to the original model's, as measured when it was decided.
+        threshold: the threshold that gives these windows; None where they are an earlier stage of such a run.
+    """
+
+    kind: Literal["merge-blocks"] = "merge-blocks"
+    windows: tuple[Span, ...]
+    rule: Rule
+    influence: tuple[float, ...] = ()
+    across_types: bool = False
+    similarity: float | None = None
+    threshold: float | None = None
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """Return the blocks that stay, of `count`: the lowest of each window, and all outside the windows.
+
+        Raises:
+            InputError: a window of blocks that do not exist, of fewer than two blocks, or that overlaps another; or
+                the rule needs block influences and there is not one for each block.
+        """
+        absorbed: set[int] = set()
+        touched: set[int] = set()
+        for low, high in self.windows:
+            require_span(low, high, count, "merges")
+            if low == high:
+                raise InputError(f"the plan merges block {low} alone; a window has at least two blocks.")
+            if touched & set(range(low, high + 1)):
+                raise InputError(f"the plan merges a block twice: {[list(window) for window in self.windows]}.")
+            touched |= set(range(low, high + 1))
+            absorbed |= set(range(low + 1, high + 1))
+        if self.rule == "weighted" and self.windows:
+            _require_influence(self.influence, count)
+        return tuple(block for block in range(count) if block not in absorbed)
+
+    def left(self, sizes: Sizes) -> Sizes:
+        """Return the sizes with one block in the place of each window."""
+        return Sizes(tuple(sizes.blocks[block] for block in self.kept(len(sizes.blocks))), sizes.other)
+
+    def describe(self) -> tuple[str, str]:
+        """Name the windows."""
+        windows = ", ".join(f"{low} to {high}" for low, high in sorted(self.windows))
+        return "merges", f"{windows} ({self.rule})" if windows else "nothing"
+
+
+class LinearReplacement(Step):
+    """Take windows of neighbouring blocks out, each replaced by a matrix on the MLP output of the block before it.
+
+    The matrices are not in the plan: they are measured when it is applied.
+
+    Attributes:
+        windows: first and last block of each window that goes.
+        ridge: how strongly a matrix is pulled toward the identity, in mean squares of the MLP's output.
+        error: of each window, the share of the state that leaves it which is not reproduced, as measured when it was
+            decided; empty where that was not measured.
+    """
+
+    measures: ClassVar[bool] = True
+
+    kind: Literal["linearize-blocks"] = "linearize-blocks"
+    windows: tuple[Span, ...] = Field(min_length=1)
+    ridge: float = Field(ge=0, allow_inf_nan=False)
+    error: tuple[float, ...] = ()
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """Return the blocks that stay, of `count`.
+
+        Raises:
+            InputError: a window of blocks that do not exist, without a block before it that stays, or that overlaps
+                another.
+        """
+        gone: set[int] = set()
+        for low, high in self.windows:
+            require_span(low, high, count, "replaces")
+            if gone & set(range(low, high + 1)):
+                raise InputError(f"the plan replaces a block twice: {[list(window) for window in self.windows]}.")
+            gone |= set(range(low, high + 1))
+        for low, high in self.windows:
+            if low == 0 or low - 1 in gone:
+                raise InputError(f"the plan replaces blocks {low} to {high}, but the block before them does not stay.")
+        return tuple(block for block in range(count) if block not in gone)
+
+    def left(self, sizes: Sizes) -> Sizes:
+        """Return the sizes without the blocks that go."""
+        return Sizes(tuple(sizes.blocks[block] for block in self.kept(len(sizes.blocks))), sizes.other)
+
+    def describe(self) -> tuple[str, str]:
+        """Name the windows."""
+        return "replaces", ", ".join(f"{low} to {high}" for low, high in sorted(self.windows)) + " (a matrix each)"
+
+
+def require_span(low: int, high: int, count: int, does: str) -> None:
+    """Refuse neighbouring blocks that a model of `count` blocks does not have.
+
+    Raises:
+        InputError: saying what the plan does to them.
+    """
+    if not 0 <= low <= high < count:
+        raise InputError(f"the plan {does} blocks {low} to {high}, but this model has blocks 0 to {count - 1}.")
+
+
+def _require_influence(influence: tuple[float, ...], count: int) -> None:
+    if len(influence) != count:
+        raise InputError(
+            f"the plan merges by block influence, but names {len(influence)} influences for {count} blocks."
+        )
+    if not all(0 <= value < float("inf") for value in influence):
+        raise InputError("the plan merges by block influence, but one is negative or not a number.")

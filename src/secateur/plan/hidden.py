@@ -1,0 +1,153 @@
+"""Edits of the residual stream: fewer hidden directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from secateur.errors import InputError
+from secateur.plan.step import Sizes, Step
+
+
+class StreamSizes(BaseModel):
+    """How many numbers of a model stand on each direction of the residual stream.
+
+    A reading point is where a norm reads the stream: attention and MLP of each block (one point where they run side
+    by side), last the head. "Rows" are counted per direction: a block's attention that reads with 96 rows has 96 · d
+    parameters there, d being the width of the stream at that point.
+
+    Attributes:
+        width: D, directions before any is sliced away.
+        parallel: attention and MLP share one reading point.
+        attention_in, attention_out, mlp_in, mlp_out: rows that read and columns that write, block by block, vectors
+            along the stream (norm weights, biases of what writes) included.
+        fixed: parameters of each block that do not stand on the stream.
+        tables: rows of the tables that write to the stream first.
+        head: rows that read it last.
+        other_fixed: parameters outside the blocks that do not stand on the stream.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    width: int
+    parallel: bool
+    attention_in: tuple[int, ...]
+    attention_out: tuple[int, ...]
+    mlp_in: tuple[int, ...]
+    mlp_out: tuple[int, ...]
+    fixed: tuple[int, ...]
+    tables: int
+    head: int
+    other_fixed: int
+
+    def at(self, widths: Sequence[int], shortcuts: Sequence[bool]) -> Sizes:
+        """Count parameters at these widths of the reading points, with these shortcut matrices between them."""
+        points = 1 if self.parallel else 2
+        matrices = [
+            before * after * matrix for before, after, matrix in zip(widths, widths[1:], shortcuts, strict=False)
+        ]
+        blocks = []
+        for block, fixed in enumerate(self.fixed):
+            first = points * block
+            entering, leaving = widths[first], widths[first + points]
+            middle = (entering, leaving) if self.parallel else (widths[first + 1],) * 2
+            blocks.append(
+                fixed
+                + self.attention_in[block] * entering
+                + self.attention_out[block] * middle[1]
+                + self.mlp_in[block] * middle[0]
+                + self.mlp_out[block] * leaving
+                + sum(matrices[first : first + points])
+            )
+        return Sizes(tuple(blocks), self.tables * widths[0] + self.head * widths[-1] + self.other_fixed)
+
+
+class SliceHidden(Step):
+    """Rotate the hidden states and keep their first directions.
+
+    Attributes:
+        widths: directions kept in each block.
+        head_width: directions the head reads.
+        bases: first block of each shared basis; None gives every reading point a basis of its own.
+        stock: the result keeps its architecture, with a smaller hidden size.
+        coordinates: the basis is the one there is: the directions of largest activations stay.
+        sizes: what stands on the residual stream, in the form the result has.
+    """
+
+    kind: Literal["slice-hidden"] = "slice-hidden"
+    measures: ClassVar[bool] = True
+    widths: tuple[int, ...]
+    head_width: int
+    bases: tuple[int, ...] | None = None
+    stock: bool = False
+    coordinates: bool = False
+    sizes: StreamSizes
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """All blocks stay.
+
+        Raises:
+            InputError: widths for another number of blocks, or widths that do not fit the bases.
+        """
+        if not len(self.widths) == len(self.sizes.fixed) == count:
+            raise InputError(f"the plan has widths for {len(self.widths)} blocks, but this model has {count}.")
+        wrong = [width for width in (*self.widths, self.head_width) if not 1 <= width <= self.sizes.width]
+        if wrong:
+            raise InputError(f"the plan keeps {wrong[0]} directions; there are {self.sizes.width}, at least one stays.")
+        if self.bases is None:
+            if self.head_width != self.sizes.width or self.stock:
+                raise InputError("with a basis at every reading point the head reads all directions.")
+            return tuple(range(count))
+        if self.bases[:1] != (0,) or list(self.bases) != sorted(set(self.bases)) or self.bases[-1] >= count:
+            raise InputError(
+                f"the plan's bases start at blocks {list(self.bases)}; the first must start at 0, each later."
+            )
+        if len({*self.widths, self.head_width}) > 1 or (self.stock and len(self.bases) > 1):
+            raise InputError("blocks with shared bases keep one width, and a stock result has one basis.")
+        if self.coordinates and len(self.bases) > 1:
+            raise InputError("directions of largest activations are one basis.")
+        return tuple(range(count))
+
+    def points(self) -> tuple[list[int], list[bool]]:
+        """Return the widths of all reading points, the head last, and which connections carry a shortcut matrix."""
+        each = 1 if self.sizes.parallel else 2
+        widths = [width for width in self.widths for _ in range(each)] + [self.head_width]
+        borders = None if self.bases is None else {each * start - 1 for start in self.bases}
+        return widths, [borders is None or one in borders for one in range(len(widths) - 1)]
+
+    def left(self, sizes: Sizes) -> Sizes:
+        """Return the sizes of the sliced model, shortcut matrices and the untied head included."""
+        self.kept(len(sizes.blocks))
+        return self.sizes.at(*self.points())
+
+    def forwards(self, tokens: int) -> float:
+        """One walk that measures and slices, or walks that measure, differentiate and reconstruct."""
+        if self.bases is None:
+            return 2.0
+        sensitivity = not self.coordinates and self.settings.get("sensitivity", True)
+        return 1.5 + 4.0 * sensitivity + 1.5 * self.settings.get("reconstruct", True)
+
+    @property
+    def rebuilds(self) -> bool:
+        """It makes every block anew."""
+        return True
+
+    def describe(self) -> tuple[str, str]:
+        """Say how many directions stay."""
+        low, high, width = min(self.widths), max(self.widths), self.sizes.width
+        kept = f"{low}" if low == high else f"{low} to {high}"
+        share = 1 - sum(self.widths) / len(self.widths) / width
+        if self.bases is None:
+            how = "a basis at every reading point, shortcut matrices between them"
+        else:
+            how = (
+                "as they are"
+                if self.coordinates
+                else "one basis"
+                if len(self.bases) == 1
+                else f"{len(self.bases)} bases"
+            )
+            how += ", stock architecture" if self.stock else ", with its modelling file"
+        return "keeps", f"{kept} of {width} hidden directions ({share:.1%} sliced away); {how}"

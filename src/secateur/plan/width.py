@@ -1,0 +1,157 @@
+"""Edits inside blocks: fewer heads, key/value groups and channels of the MLP."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from secateur.errors import InputError
+from secateur.plan.step import Sizes, Step
+
+
+class Widths(BaseModel):
+    """How wide a block is inside.
+
+    Attributes:
+        groups: key/value heads.
+        queries: query heads of each group.
+        channels: inner width of the MLP, or of each of its experts.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    groups: int = Field(ge=1)
+    queries: int = Field(ge=1)
+    channels: int = Field(ge=1)
+
+
+class BlockSizes(BaseModel):
+    """What a block's parameters stand on, in the form the result has.
+
+    Attributes:
+        dense: widths before anything goes.
+        group: parameters of a key/value group, its query heads not counted.
+        query: parameters of a query head.
+        channel: parameters of a channel, of all experts together.
+        fixed: all others.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense: Widths
+    group: int
+    query: int
+    channel: int
+    fixed: int
+
+    def at(self, widths: Widths) -> int:
+        """Count the parameters of the block at these widths."""
+        heads = widths.groups * widths.queries
+        return self.fixed + widths.groups * self.group + heads * self.query + widths.channels * self.channel
+
+
+class WidthSizes(BaseModel):
+    """What the parameters of a model stand on: block by block, and outside the blocks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    blocks: tuple[BlockSizes, ...]
+    other: int
+
+    def at(self, widths: tuple[Widths, ...]) -> Sizes:
+        """Count parameters at these widths."""
+        return Sizes(tuple(one.at(own) for one, own in zip(self.blocks, widths, strict=True)), self.other)
+
+
+Choice = Literal["fluctuation", "weighted-norm", "magnitude", "taylor", "brain-surgeon"]
+"""What decides which units of a block go."""
+
+
+class PruneWidth(Step):
+    """Keep some heads, key/value groups and channels of each block.
+
+    The plan says how many. Which, and what the others then read to make up for what is gone, is measured on the texts
+    when it is applied, block by block on the model as cut so far.
+
+    Attributes:
+        widths: what each block keeps.
+        choose: what decides which of a block's units go.
+        stock: the result keeps its architecture, a stock one unless it has the modelling file; else it gets that.
+        repair: projections that write are fitted by least squares to what they wrote before.
+        bias: what a constant can make up for goes into biases; only where the result has a place for them.
+        without_bias: blocks in which something that writes has no place for one.
+        rounding: channels were rounded to multiples of this.
+        unrounded: the fraction of all parameters that would go without that rounding; None where it costs nothing.
+        sizes: what the parameters of the result stand on.
+    """
+
+    kind: Literal["narrow-blocks"] = "narrow-blocks"
+    measures: ClassVar[bool] = True
+    widths: tuple[Widths, ...]
+    choose: Choice
+    stock: bool
+    repair: bool = True
+    bias: bool = False
+    without_bias: int = 0
+    rounding: int = Field(1, ge=1)
+    unrounded: float | None = None
+    sizes: WidthSizes
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """All blocks stay.
+
+        Raises:
+            InputError: widths for another number of blocks, more than there is, or fewer groups and queries.
+        """
+        if not len(self.widths) == len(self.sizes.blocks) == count:
+            raise InputError(f"the plan has widths for {len(self.widths)} blocks, but this model has {count}.")
+        for block, (keep, sizes) in enumerate(zip(self.widths, self.sizes.blocks, strict=True)):
+            for name, value in keep:
+                if value > getattr(sizes.dense, name):
+                    raise InputError(
+                        f"the plan keeps {value} {name} in block {block}; there are {getattr(sizes.dense, name)}."
+                    )
+            if keep.groups < sizes.dense.groups and keep.queries < sizes.dense.queries:
+                raise InputError(
+                    f"the plan keeps fewer groups in block {block} and fewer queries in each; only one of them may go."
+                )
+        return tuple(range(count))
+
+    def left(self, sizes: Sizes) -> Sizes:
+        """Return the sizes of the narrowed model."""
+        self.kept(len(sizes.blocks))
+        return self.sizes.at(self.widths)
+
+    def forwards(self, tokens: int) -> float:
+        """Each block is run to measure attention, to measure its MLP and once edited; Taylor scores walk back first."""
+        return 4.0 + 4.0 * (self.choose == "taylor")
+
+    @property
+    def rebuilds(self) -> bool:
+        """It makes every block anew."""
+        return True
+
+    def describe(self) -> tuple[str, str]:
+        """Say what stays."""
+        dense = [one.dense for one in self.sizes.blocks]
+        parts = [
+            _span([keep.groups * keep.queries for keep in self.widths], [one.groups * one.queries for one in dense])
+            + " query heads",
+            _span([keep.groups for keep in self.widths], [one.groups for one in dense]) + " key/value groups",
+            _span([keep.channels for keep in self.widths], [one.channels for one in dense]) + " channels",
+        ]
+        how = "same architecture" if self.stock else "with its modelling file"
+        text = f"{', '.join(parts)} in each block; {how}"
+        if self.rounding > 1:
+            text += f"; channels in multiples of {self.rounding}"
+        if self.unrounded is not None:
+            text += f" (single channels would come to {self.unrounded:.1%})"
+        if self.bias and self.without_bias:
+            text += f"; no bias in the place of what goes in {self.without_bias} blocks, which cannot hold one"
+        return "keeps", text
+
+
+def _span(kept: list[int], dense: list[int]) -> str:
+    low, high = min(kept), max(kept)
+    return f"{low if low == high else f'{low} to {high}'} of {max(dense)}"

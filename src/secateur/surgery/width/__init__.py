@@ -1,0 +1,1 @@
+"""Edits inside blocks: heads, groups, channels."""

@@ -1,0 +1,203 @@
+"""Which slices of a block's tensors belong together, and blocks from which some of them are taken out.
+
+A query head is its rows of the query projection and its columns of the projection that writes; a key/value group its
+key and value rows and all its query heads; a channel of an MLP its rows of gate and up and its column of down. Every
+slice of such a tensor carries the number of its unit, so cutting and scoring need no knowledge of a family's layout.
+
+Legend: H = query heads, G = key/value groups, h = size of a head, F = channels, E = experts (1 for a dense MLP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from secateur.calibration.statistics import device_with_float64
+from secateur.models.anatomy import Family, present
+from secateur.models.widths import BlockWidths
+
+Part = Literal["heads", "channels"]
+"""Attention, whose units are query heads (0 to H−1) and key/value groups (H to H+G−1); or MLP, with channels."""
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What the slices of one tensor belong to.
+
+    Attributes:
+        part: what its units are.
+        axis: the axis along which it is sliced; None for a tensor that belongs to one unit as a whole, and whose name
+            holds that unit's number.
+        labels: for each slice along the axis the number of its unit.
+        expert: the expert it belongs to; None where the first axis goes through all of them.
+    """
+
+    part: Part
+    axis: int | None
+    labels: torch.Tensor
+    expert: int | None = 0
+
+
+Couplings = dict[str, Coupling]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The units of a block that stay: query heads then groups, (H+G,) bool, and channels, (E, F) bool."""
+
+    heads: torch.Tensor
+    channels: torch.Tensor
+
+    @classmethod
+    def all_of(cls, widths: BlockWidths) -> Kept:
+        """Keep everything."""
+        return cls(
+            torch.ones(widths.heads + widths.groups, dtype=torch.bool),
+            torch.ones(max(1, widths.experts), widths.channels, dtype=torch.bool),
+        )
+
+
+def couplings_of(block: nn.Module, family: Family, widths: BlockWidths) -> Couplings:
+    """Say of every tensor of a block that has units what its slices belong to; all others are left alone.
+
+    Args:
+        block: a block with the names of the family; shapes are not read.
+        family: its row.
+        widths: its widths before anything is cut.
+    """
+    size, heads, groups = widths.head_size, widths.heads, widths.groups
+    found: Couplings = {}
+    query = torch.arange(heads).repeat_interleave(size)
+    group = torch.arange(heads, heads + groups).repeat_interleave(size)
+    if family.qkv == "separate":
+        readers = [query, group, group]
+    elif family.qkv == "stacked":
+        readers = [torch.cat([query, group, group])]
+    else:
+        own, shared = query.view(groups, -1), group.view(groups, -1)
+        readers = [torch.cat([own, shared, shared], dim=1).flatten()]
+    for (name, module), labels in zip(present(block, family.attention_in), readers, strict=True):
+        found |= _reader(name, module, "heads", labels)
+    for name, module in present(block, family.attention_out):
+        found |= _writer(name, module, "heads", query)
+    units = (torch.arange(heads), torch.arange(heads, heads + groups))
+    for (name, norm), labels in zip(present(block, family.attention_norms), units, strict=False):
+        found |= _head_norm(name, norm, labels)
+    channels = torch.arange(widths.channels)
+    inner = list(present(block, family.mlp_in))
+    for name, module in inner:
+        stacked = family.mlp_layout == "stacked" and len(inner) == 1
+        found |= _reader(name, module, "channels", torch.cat([channels, channels]) if stacked else channels)
+    for name, module in present(block, family.mlp_out):
+        found |= _writer(name, module, "channels", channels)
+    return found
+
+
+def _reader(name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplings:
+    """A projection whose outputs are units: a linear layer, all experts in one tensor, or a list of layers."""
+    if isinstance(module, nn.Parameter):
+        return {name: Coupling(part, 1, labels, None)}
+    found: Couplings = {}
+    for path, linear, expert in _linears(name, module):
+        found[f"{path}.weight"] = Coupling(part, 1 if isinstance(linear, Conv1D) else 0, labels, expert)
+        if getattr(linear, "bias", None) is not None:
+            found[f"{path}.bias"] = Coupling(part, 0, labels, expert)
+    return found
+
+
+def _writer(name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplings:
+    """A projection whose inputs are units."""
+    if isinstance(module, nn.Parameter):
+        return {name: Coupling(part, 2, labels, None)}
+    return {
+        f"{path}.weight": Coupling(part, 0 if isinstance(linear, Conv1D) else 1, labels, expert)
+        for path, linear, expert in _linears(name, module)
+    }
+
+
+def _linears(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    if isinstance(module, nn.ModuleList):
+        yield from ((f"{name}.{number}", one, number) for number, one in enumerate(module))
+    else:
+        yield name, module, 0
+
+
+def _head_norm(name: str, norm: Any, units: torch.Tensor) -> Couplings:
+    """A norm over heads: scales for each (one tensor, or a module each), or the same for all, which stay."""
+    members = getattr(norm, "norms", None)
+    if members is not None:
+        return {f"{name}.norms.{n}.weight": Coupling("heads", None, units[n : n + 1]) for n in range(len(units))}
+    weight = getattr(norm, "weight", None)
+    return {f"{name}.weight": Coupling("heads", 0, units)} if weight is not None and weight.dim() == 2 else {}
+
+
+def joint_head_norm(block: nn.Module, family: Family, widths: BlockWidths) -> bool:
+    """Whether a norm runs over all heads together, so that a head that goes changes what the others are."""
+    norms = (getattr(norm, "weight", None) for _, norm in present(block, family.attention_norms))
+    return any(weight is not None and weight.dim() == 1 and weight.numel() > widths.head_size for weight in norms)
+
+
+def narrowed(tensors: Mapping[str, torch.Tensor], couplings: Couplings, kept: Kept) -> dict[str, torch.Tensor]:
+    """Return a block's tensors without the units that go; those that are not coupled stay as they are."""
+    found = {}
+    for name, tensor in tensors.items():
+        coupling = couplings.get(name)
+        if coupling is None:
+            found[name] = tensor
+        elif coupling.axis is None:
+            unit = int(coupling.labels)
+            if kept.heads[unit]:
+                found[_renumbered(name, coupling, couplings, kept)] = tensor
+        elif coupling.expert is None:
+            pairs = zip(tensor, kept.channels, strict=True)
+            found[name] = torch.stack([_taken(one, coupling.axis - 1, stay[coupling.labels]) for one, stay in pairs])
+        else:
+            stay = kept.heads if coupling.part == "heads" else kept.channels[coupling.expert]
+            found[name] = _taken(tensor, coupling.axis, stay[coupling.labels])
+    return found
+
+
+def _taken(tensor: torch.Tensor, axis: int, stay: torch.Tensor) -> torch.Tensor:
+    return tensor.index_select(axis, stay.nonzero().flatten().to(tensor.device))
+
+
+def _renumbered(name: str, coupling: Coupling, couplings: Couplings, kept: Kept) -> str:
+    """Return the name of a norm of one head with the number that the head has among those that stay."""
+    path, _, leaf = name.rpartition(".")
+    siblings, _, _ = path.rpartition(".")
+    before = [
+        int(one.labels) for other, one in couplings.items() if other.startswith(f"{siblings}.") and one.axis is None
+    ]
+    place = sum(bool(kept.heads[unit]) for unit in before if unit < int(coupling.labels))
+    return f"{siblings}.{place}.{leaf}"
+
+
+def sums_by_unit(
+    tensors: Mapping[str, torch.Tensor], couplings: Couplings, widths: BlockWidths
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum up tensors by unit: query heads then groups, (H+G,), and channels, (E, F); float64, on the CPU."""
+    heads = torch.zeros(widths.heads + widths.groups, dtype=torch.float64)
+    channels = torch.zeros(max(1, widths.experts), widths.channels, dtype=torch.float64)
+    for name, tensor in tensors.items():
+        coupling = couplings.get(name)
+        if coupling is None or coupling.axis is None:
+            continue
+        if coupling.expert is None:
+            for row, one in zip(channels, tensor, strict=True):
+                row.index_add_(0, coupling.labels, _along(one, coupling.axis - 1))
+        else:
+            target = heads if coupling.part == "heads" else channels[coupling.expert]
+            target.index_add_(0, coupling.labels, _along(tensor, coupling.axis))
+    return heads, channels
+
+
+def _along(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+    exact = tensor.to(device_with_float64(tensor.device))
+    if tensor.dim() == 1:
+        return exact.double().cpu()
+    return exact.movedim(axis, 0).flatten(1).sum(dim=1, dtype=torch.float64).cpu()

@@ -1,0 +1,251 @@
+"""What a decoder becomes when its blocks get narrower inside: the same architecture, or the modelling file.
+
+A configuration names one width for all blocks, so a result that is even over the blocks stays a stock model wherever
+the family's configuration can say so (`inner_size`, `expert_size`, `free_heads` of its row). Anything else is folded
+into the modelling file, which names the widths of every block; a model that has it already keeps it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from secateur.calibration.statistics import device_with_float64
+from secateur.errors import ModelError
+from secateur.modeling import SecateurConfig
+from secateur.modeling.modeling_secateur import SecateurDecoderLayer
+from secateur.models.anatomy import Family, count_parameters, present
+from secateur.models.decoder import Decoder
+from secateur.models.families import FAMILIES
+from secateur.models.widths import BlockWidths, block_widths
+from secateur.plan.steps import BlockSizes, Widths, WidthSizes
+from secateur.surgery.assembly import Assembly, Tensors
+from secateur.surgery.hidden.folding import can_stay_tied, folded_block, folded_config, stream_sizes
+from secateur.surgery.hidden.invariance import require_invariance
+from secateur.surgery.hidden.outer import put_outer
+from secateur.surgery.width.coupling import Couplings, Kept, couplings_of, joint_head_norm, narrowed
+
+_FOLDED = FAMILIES[SecateurConfig.model_type]
+
+
+def all_widths(decoder: Decoder) -> tuple[BlockWidths, ...]:
+    """Read the widths of every block."""
+    return tuple(block_widths(decoder, index) for index in range(decoder.block_count))
+
+
+def dense_widths(decoder: Decoder) -> tuple[Widths, ...]:
+    """Return the widths of every block as a plan names them."""
+    return tuple(Widths(groups=one.groups, queries=one.queries, channels=one.channels) for one in all_widths(decoder))
+
+
+def require_width_prunable(decoder: Decoder) -> None:
+    """Stop where it is not known what a block's tensors stand on.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    family = decoder.anatomy.family
+    if family.detected:
+        raise ModelError(
+            f"{decoder.source}: '{family.model_type}' is not in the table of families, so it is not known which rows "
+            "and columns of its blocks belong together. See docs/add-a-family.md."
+        )
+    if names_every_block(decoder) and any(decoder.config.networks):
+        raise ModelError(
+            f"{decoder.source}: a network without attention stands in for some of its blocks; narrow the model "
+            "before it is put in."
+        )
+    if names_every_block(decoder) and any(decoder.config.experts):
+        raise ModelError(
+            f"{decoder.source}: experts of a model with its modelling file cannot be narrowed; narrow the dense model "
+            "first, then slice."
+        )
+
+
+def reason_against_heads(decoder: Decoder) -> str | None:
+    """Say why no head of this model can go, if so."""
+    family, config = decoder.anatomy.family, decoder.config
+    alibi = family.positions == "alibi" or bool(family.alibi_flag and getattr(config, family.alibi_flag, False))
+    if alibi or getattr(config, "positions", None) == "alibi":
+        return "the slopes of its positions follow from the number of heads"
+    if joint_head_norm(decoder.block_list[0], family, block_widths(decoder, 0)):
+        return "a norm runs over all its heads together"
+    return None
+
+
+def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
+    """Return the configuration of the same architecture at these widths; None where it cannot say so."""
+    family, dense, config = decoder.anatomy.family, all_widths(decoder), copy.deepcopy(decoder.config)
+    if names_every_block(decoder):
+        return _with_widths(config, widths)
+    for name, experts in ((family.inner_size, False), (family.expert_size, True)):
+        pairs = {
+            (old.channels, new.channels) for old, new in zip(dense, widths, strict=True) if bool(old.experts) == experts
+        }
+        if all(old == new for old, new in pairs):
+            continue
+        if len(pairs) > 1 or name is None:
+            return None
+        setattr(config, name, next(iter(pairs))[1])
+    heads = {(new.groups, new.queries) for new in widths}
+    if heads != {(old.groups, old.queries) for old in dense}:
+        if len(heads) > 1 or not family.free_heads:
+            return None
+        groups, queries = next(iter(heads))
+        config.head_dim = dense[0].head_size
+        config.num_attention_heads, config.num_key_value_heads = groups * queries, groups
+    try:
+        config.validate()
+    except StrictDataclassError:
+        return None
+    return config
+
+
+def folded_at(decoder: Decoder, widths: Sequence[Widths], *, bias: bool) -> SecateurConfig:
+    """Return the configuration of the modelling file at these widths; `bias` gives whatever writes a bias.
+
+    Raises:
+        ModelError: the family cannot be put into this form.
+    """
+    try:
+        config = folded_config(decoder, tied=can_stay_tied(decoder))
+    except ModelError as error:
+        reason = str(error).rpartition("cannot be sliced: ")[2]
+        raise ModelError(
+            f"{decoder.source}: these widths need the modelling file, which cannot hold this model: {reason} Channels "
+            "alone (heads=never), as many in all blocks, need none."
+        ) from error
+    if bias:
+        config.attention_out_bias = config.mlp_out_bias = True
+    return _with_widths(config, widths)
+
+
+def blocks_without_bias(decoder: Decoder, *, stock: bool) -> int:
+    """Count the blocks of the narrowed model in which something that writes has no place for a bias, as experts."""
+    if stock:
+        names = (*decoder.anatomy.family.attention_out, *decoder.anatomy.family.mlp_out)
+        writers = [[found for _, found in present(block, names)] for block in decoder.block_list]
+        return sum(any(getattr(one, "bias", None) is None for one in found) for found in writers)
+    return sum(bool(one.experts) for one in all_widths(decoder))
+
+
+def _with_widths(config: SecateurConfig, widths: Sequence[Widths]) -> SecateurConfig:
+    config.heads = [one.groups * one.queries for one in widths]
+    config.key_value_heads = [one.groups for one in widths]
+    config.intermediate_sizes = [one.channels for one in widths]
+    return config
+
+
+def names_every_block(decoder: Decoder) -> bool:
+    """Whether the configuration gives every block widths of its own, as that of the modelling file does."""
+    return decoder.anatomy.family.model_type == SecateurConfig.model_type
+
+
+def width_sizes(decoder: Decoder, *, stock: bool, bias: bool = False) -> WidthSizes:
+    """Count what the parameters of a narrowed model stand on.
+
+    Raises:
+        ModelError: the family cannot be put into the form asked for.
+    """
+    require_width_prunable(decoder)
+    widths = all_widths(decoder)
+    if stock:
+        blocks, family = list(decoder.block_list), decoder.anatomy.family
+        outside = decoder.parameter_count - sum(decoder.block_parameter_counts())
+        found = [_block_sizes(block, family, one) for block, one in zip(blocks, widths, strict=True)]
+        return WidthSizes(blocks=tuple(found), other=outside)
+    config = folded_at(decoder, dense_widths(decoder), bias=bias)
+    first = {one: widths.index(one) for one in widths}
+    with torch.device("meta"):
+        layers = {one: SecateurDecoderLayer(config, block) for one, block in first.items()}
+    kinds = {one: _block_sizes(layer, _FOLDED, one) for one, layer in layers.items()}
+    stream = stream_sizes(config)
+    rows = stream.tables + stream.head
+    return WidthSizes(blocks=tuple(kinds[one] for one in widths), other=rows * config.hidden_size + stream.other_fixed)
+
+
+def _block_sizes(block: nn.Module, family: Family, widths: BlockWidths) -> BlockSizes:
+    couplings = couplings_of(block, family, widths)
+    counted = dict.fromkeys(("query", "group", "channel"), 0)
+    for name, parameter in block.named_parameters():
+        coupling = couplings.get(name)
+        if coupling is None:
+            continue
+        slices = 1 if coupling.axis is None else parameter.shape[coupling.axis]
+        for kind, unit in (("query", 0), ("group", widths.heads)) if coupling.part == "heads" else (("channel", 0),):
+            counted[kind] += int((coupling.labels == unit).sum()) * (parameter.numel() // slices)
+    return BlockSizes(
+        dense=Widths(groups=widths.groups, queries=widths.queries, channels=widths.channels),
+        **counted,
+        fixed=count_parameters(block)
+        - widths.heads * counted["query"]
+        - widths.groups * counted["group"]
+        - widths.channels * counted["channel"],
+    )
+
+
+class WidthAssembly:
+    """A narrower model as it grows, block by block."""
+
+    def __init__(self, decoder: Decoder, widths: Sequence[Widths], *, stock: bool, bias: bool = False) -> None:
+        """Start empty.
+
+        Raises:
+            ModelError: the family cannot be put into the form asked for, or a stock model cannot hold these widths.
+        """
+        require_width_prunable(decoder)
+        self._dense, self._stock = decoder, stock
+        if stock:
+            config, family = stock_config(decoder, widths), decoder.anatomy.family
+            if config is None:
+                raise ModelError(
+                    f"{decoder.source}: no {family.model_type} can have these widths; edit the plan, or make a new one."
+                )
+        else:
+            config, family = folded_at(decoder, widths, bias=bias), _FOLDED
+            require_invariance(decoder)
+        self._assembly = Assembly(decoder, config, family)
+        self._seen: list[Any] = [[one.groups, one.queries, one.channels] for one in widths]
+
+    def writes_bias(self, index: int, part: str) -> bool:
+        """Whether what attention (or the MLP) of a block writes has a bias in the new model."""
+        family = _FOLDED if not self._stock else self._dense.anatomy.family
+        names = family.attention_out if part == "heads" else family.mlp_out
+        return any(getattr(found, "bias", None) is not None for _, found in present(self._assembly.layer(index), names))
+
+    @torch.no_grad()
+    def block(self, index: int, kept: Kept) -> None:
+        """Take over block `index`, whose weights (those that write edited already) are present, but for what goes."""
+        assembly, block, widths = self._assembly, self._dense.block_list[index], block_widths(self._dense, index)
+        where = assembly.block_path(index)
+        if self._stock:
+            tensors: Tensors = {name: parameter.detach() for name, parameter in block.named_parameters()}
+            couplings: Couplings = couplings_of(block, self._dense.anatomy.family, widths)
+        else:
+            tensors = folded_block(self._dense, index)
+            couplings = couplings_of(assembly.layer(index), _FOLDED, widths)
+            for name, parameter in assembly.layer(index).named_parameters():
+                if name.endswith("bias") and name not in tensors:
+                    tensors[name] = torch.zeros(parameter.shape)
+        found = narrowed(tensors, couplings, kept)
+        self._seen.append([[round(_sum(tensor), 4), len(tensor)] for tensor in found.values()])
+        assembly.put(where, found)
+        assembly.finish(index)
+
+    @torch.no_grad()
+    def finish(self) -> Decoder:
+        """Take over what is outside the blocks, and give the model."""
+        if self._stock:
+            self._assembly.keep_outer()
+        else:
+            put_outer(self._assembly, None, None)
+        return self._assembly.result({"narrowed": self._seen})
+
+
+def _sum(tensor: torch.Tensor) -> float:
+    return float(tensor.to(device_with_float64(tensor.device)).sum(dtype=torch.float64))

@@ -1,0 +1,99 @@
+"""What a run is trained on: windows of tokens, as items of a data set."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from secateur.data.windows import Windows
+from secateur.errors import InputError
+
+_HELD_BACK = 0.05
+_MOST_HELD_BACK = 128
+
+
+class WindowData(Dataset[dict[str, torch.Tensor]]):
+    """Windows as items: `tokens` (T,), and `mask` (T,) where some are padded."""
+
+    def __init__(self, windows: Windows, numbers: range | None = None) -> None:
+        """Take all windows, or those of these numbers."""
+        self.windows = windows
+        self.numbers = range(len(windows)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        number = self.numbers[item]
+        found = {"tokens": self.windows.tokens[number]}
+        if self.windows.mask is not None:
+            found["mask"] = self.windows.mask[number]
+        return found
+
+
+class Counted(Protocol):
+    """Anything that counts its windows and knows where they are from."""
+
+    @property
+    def source(self) -> str:
+        """What the user typed."""
+
+    def __len__(self) -> int: ...
+
+
+def split_off_validation(windows: Counted) -> tuple[range, range]:
+    """Return the numbers of the windows to train on and of those held back: one in twenty, at most 128, the last ones.
+
+    Raises:
+        InputError: fewer than two windows.
+    """
+    if len(windows) < 2:
+        raise InputError(
+            f"{windows.source}: {len(windows)} window to train on; some must be held back, give more text."
+        )
+    back = max(1, min(_MOST_HELD_BACK, round(_HELD_BACK * len(windows))))
+    return range(len(windows) - back), range(len(windows) - back, len(windows))
+
+
+IGNORED = -100
+"""Label of a position that is not learnt from."""
+
+
+class LanguageModelling(nn.Module):
+    """Next-token loss of a causal language model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Train what requires gradients in this model."""
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, tokens: torch.Tensor, mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of losses in nats and the number of predictions.
+
+        Args:
+            tokens: int64 (batch, positions).
+            mask: bool, True at real tokens; None where nothing is padded.
+            labels: what is to be predicted at each position, -100 where nothing is; None takes all real tokens.
+        """
+        given = {} if mask is None else {"attention_mask": mask.long()}
+        scores = self.model(input_ids=tokens, use_cache=False, **given).logits
+        return language_loss(scores, targets_of(tokens, mask, labels))
+
+
+def targets_of(tokens: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor:
+    """Return what each position but the last is to predict, (batch, positions - 1), -100 where nothing is."""
+    targets = (tokens if labels is None else labels)[:, 1:]
+    return targets if mask is None else targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED)
+
+
+def language_loss(scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the loss of logits (batch, positions, vocabulary) against targets; gives it and the number of predictions."""
+    flat = scores[:, :-1].float().flatten(0, 1)
+    total = nn.functional.cross_entropy(flat, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+    return total, (targets != IGNORED).sum()

@@ -1,0 +1,191 @@
+"""Pairs of hidden states, what enters a window of blocks and what leaves it: recomputed, or kept on disk in bfloat16.
+
+LLM-Streamline trains the network that stands in for a window on such pairs (Chen et al. 2024, section 3.2). They never
+have to fit in memory: a model in memory computes them anew for each batch, a skeleton walks once and keeps them in
+memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from torch import nn
+from torch.utils.data import Dataset
+
+from secateur.calibration.reading_points import centred
+from secateur.calibration.store import StateStore
+from secateur.calibration.walk import Batch, open_store, stored_start, through_block
+from secateur.data.windows import Windows
+from secateur.models.decoder import Decoder
+from secateur.models.forward import Call, capture, run_block
+from secateur.plan.steps import Span
+from secateur.progress import SILENT, Progress
+from secateur.training.mapped import MappedTensors
+
+
+def pair_bytes(windows: int, seq_len: int, width: int) -> int:
+    """Bytes on disk of the pairs of so many windows: two states of `width` bfloat16 numbers per token."""
+    return 2 * windows * seq_len * width * 2
+
+
+class StoredPairs(MappedTensors):
+    """Both states of every window of text, in bfloat16.
+
+    Attributes:
+        entering, leaving: (W, T, d).
+    """
+
+    def __init__(self, windows: int, seq_len: int, width: int) -> None:
+        """Make room for so many windows.
+
+        Raises:
+            OSError: there is none.
+        """
+        super().__init__("hidden-states", pair_bytes(windows, seq_len, width))
+        self.entering, self.leaving = (
+            self.tensor(name, (windows, seq_len, width), torch.bfloat16) for name in ("entering", "leaving")
+        )
+
+
+@torch.no_grad()
+def store_pairs(
+    decoder: Decoder, windows: Windows, window: Span, *, batch_size: int | None = None, progress: Progress = SILENT
+) -> StoredPairs:
+    """Walk a model up to the end of a window of blocks and keep the states at both its ends.
+
+    Raises:
+        OSError: there is no room for them.
+        NumericsError: NaN or infinity on the way.
+    """
+    low, high = window
+    pairs = StoredPairs(len(windows), windows.seq_len, decoder.hidden_size)
+    with open_store(decoder) as store:
+        walk = Rows.start(decoder, windows, store, batch_size)
+        for index in progress(range(high + 1), "keeping hidden states", high + 1):
+            if index == low:
+                walk.write(pairs.entering)
+            walk.through(index)
+        walk.write(pairs.leaving)
+    return pairs
+
+
+@dataclass
+class Rows:
+    """All windows on their way through a model, block by block; states in a store.
+
+    Attributes:
+        decoder: the model.
+        store: holds the state of each batch under its index.
+        batches: in the order of the windows.
+    """
+
+    decoder: Decoder
+    store: StateStore
+    batches: list[Batch]
+
+    @classmethod
+    def start(cls, decoder: Decoder, windows: Windows, store: StateStore, batch_size: int | None = None) -> Rows:
+        """Put what enters block 0 into the store."""
+        return cls(decoder, store, stored_start(decoder, windows, store, batch_size))
+
+    def through(self, index: int) -> None:
+        """Take all windows through block `index`."""
+        with self.decoder.block(index):
+            through_block(self.decoder, index, self.batches, self.store)
+
+    def write(self, target: torch.Tensor, turn: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        """Write where all windows are now, (W, T, d), each state turned into another one if asked."""
+        rows = 0
+        for batch in self.batches:
+            state = self.store.get(batch.index)
+            target[rows : rows + len(state)] = (state if turn is None else turn(state)).to(target.dtype).cpu()
+            rows += len(state)
+
+
+class PairData(Dataset[dict[str, torch.Tensor]]):
+    """Items of another data set, each with both its states."""
+
+    def __init__(self, items: Dataset[dict[str, torch.Tensor]], pairs: StoredPairs, numbers: range) -> None:
+        """Join items with the pairs of these numbers."""
+        self.items, self.pairs, self.numbers = items, pairs, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        number = self.numbers[item]
+        return self.items[item] | {"entering": self.pairs.entering[number], "leaving": self.pairs.leaving[number]}
+
+
+class BlockNetwork(nn.Module):
+    """A block on its own, called with the arguments recorded for it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        """Wrap a block."""
+        super().__init__()
+        self.block = block
+
+    @classmethod
+    def copy_of(cls, block: nn.Module) -> BlockNetwork:
+        """Wrap a copy in float32 that can be trained on any device: without what Accelerate ties to the block's own."""
+        return cls(remove_hook_from_module(copy.deepcopy(block), recurse=True).float().requires_grad_(True))
+
+    def forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """Run it on states (batch, positions, d)."""
+        return run_block(self.block, call, hidden)
+
+
+class PairRegression(nn.Module):
+    """Mean squared error between what a network makes of the states that enter a window and those that leave it."""
+
+    def __init__(self, decoder: Decoder, window: Span, network: nn.Module, *, folded: bool = False) -> None:
+        """Learn to stand in for a window.
+
+        Args:
+            decoder: the dense model, which is not trained.
+            window: first and last block of the window.
+            network: takes states (batch, positions, d) and the `Call` of the window's first block.
+            folded: states are those of the folded model, for LayerNorm models without their mean over directions.
+        """
+        super().__init__()
+        self.network = network
+        self._dense = (decoder,)  # in a tuple, so that its weights are no part of this module
+        self.window, self.folded = window, folded
+
+    def train(self, mode: bool = True) -> PairRegression:
+        """Stay as in use: dropout would be part of the error."""
+        return super().train(False)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        entering: torch.Tensor | None = None,
+        leaving: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of squared errors at real tokens, and how many numbers that is."""
+        (decoder,), low = self._dense, self.window[0]
+        with torch.no_grad():
+            hidden, calls = capture(decoder, tokens, mask)
+            if entering is None or leaving is None:
+                entering, leaving = self._states(decoder, hidden, calls)
+            entering, leaving = (one.to(hidden.device).float() for one in (entering, leaving))
+            if self.folded:
+                entering, leaving = centred(decoder, entering), centred(decoder, leaving)
+        errors = (self.network(entering, calls[low]).float() - leaving).square()
+        if mask is not None:
+            errors = errors[mask]
+        return errors.sum(), torch.tensor(errors.numel(), device=errors.device)
+
+    def _states(self, decoder: Decoder, hidden: torch.Tensor, calls: list[Call]) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = self.window
+        entering = hidden
+        for index in range(high + 1):
+            entering = hidden if index == low else entering
+            with decoder.block(index) as block:
+                hidden = run_block(block, calls[index], hidden)
+        return entering, hidden

@@ -1,0 +1,392 @@
+"""One training loop, on Accelerate: for every healing_recipe of healing and for networks that stand in for blocks.
+
+What is trained is an objective: a module whose forward takes a batch and gives a sum of losses and the number of terms
+in it. The loop knows no model and no method. It divides each optimiser step's windows over the processes, runs them in
+micro-batches that fit, normalises by the number of terms in the whole step (so one process and several give the same
+gradient), looks at held-out data now and then, keeps the best state, stops early, and writes a state to go on from.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    release_memory,
+)
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader, Dataset, default_collate
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from secateur.errors import InputError, NumericsError
+from secateur.modeling import SecateurExperts
+from secateur.progress import SILENT, Progress
+from secateur.training.run_folder import RunFolder, read
+from secateur.training.settings import Outcome, Status, TrainingSettings
+from secateur.training.sharding import shard, sharding_asked, sync_gradients, whole
+
+Batch = dict[str, torch.Tensor]
+Sums = tuple[torch.Tensor, torch.Tensor]
+"""Sum of losses and number of terms."""
+
+_TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def accelerator_for(
+    objective: nn.Module,
+    device: torch.device,
+    settings: TrainingSettings,
+    seed: int = 0,
+    trackers: Sequence[str] = (),
+    logging: Path | None = None,
+) -> Accelerator:
+    """Make the accelerator of a run; launched by `accelerate launch`, it knows the other processes."""
+    AcceleratorState._reset_state()  # else the precision of an earlier run in this process would stay
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where Accelerate puts what it moves
+    idle_experts = any(isinstance(module, SecateurExperts) for module in objective.modules())
+    return Accelerator(
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if idle_experts else None,
+        mixed_precision="bf16" if settings.autocasts(device) else "no",
+        cpu=device.type == "cpu",
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed),
+        log_with=list(trackers) or None,
+        project_dir=logging,
+    )
+
+
+def train(
+    objective: nn.Module,
+    data: Dataset[Batch],
+    held_out: Dataset[Batch],
+    settings: TrainingSettings,
+    *,
+    device: torch.device,
+    recipe: dict[str, Any],
+    seed: int = 0,
+    folder: Path | None = None,
+    units: Sequence[nn.Module] = (),
+    trackers: Sequence[str] = (),
+    tracking: Path | None = None,
+    what: str = "training",
+    progress: Progress = SILENT,
+) -> Outcome:
+    """Train what requires gradients in a module; afterwards it holds the best state that was seen.
+
+    Args:
+        objective: on `device`; its forward takes a batch by names and gives (sum of losses, number of terms).
+        data: items by number, dicts of tensors of equal shapes; each has `tokens` (T,).
+        held_out: items of the same kind that are never trained on.
+        settings: how it goes.
+        device: where it runs.
+        recipe: data that tell this run from another; settings and seed are added.
+        seed: of the order of the data and of everything drawn.
+        folder: where the run keeps its state; one that holds the same run goes on where that was killed. None keeps
+            nothing beyond the call.
+        units: parts of the module, such as blocks, that are gathered one by one where the launcher asked for sharding
+            (FSDP2); afterwards the module's parameters stay divided (`sharding.whole_parameters`).
+        trackers: Accelerate's: tensorboard, mlflow, wandb.
+        tracking: folder for what trackers write.
+        what: said by the progress bar.
+        progress: shows how far it is.
+
+    Raises:
+        InputError: too little data, or the folder holds another run.
+        NumericsError: the loss became NaN or infinite before anything was gained.
+    """
+    if sharding_asked() and units:
+        shard(objective, units)
+    accelerator = accelerator_for(objective, device, settings, seed, trackers, tracking)
+    recipe = recipe | {"training": settings.model_dump(), "seed": seed}
+    made: list[RunFolder | None] = [None]
+    if accelerator.is_main_process:
+        made = [RunFolder(folder, recipe)]
+    if accelerator.num_processes > 1:
+        path = [made[0].path if made[0] else None]
+        broadcast_object_list(path)
+        made = [made[0] or RunFolder(path[0], recipe, writes=False)]
+    run = made[0]
+    assert run is not None
+    run.lasting = folder is not None
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        torch.manual_seed(seed + accelerator.process_index)
+        return _Run(objective, data, held_out, settings, accelerator, run, what, progress, bool(trackers)).go()
+
+
+class _Run:
+    """A run as it goes."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        data: Dataset[Batch],
+        held_out: Dataset[Batch],
+        settings: TrainingSettings,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        what: str,
+        progress: Progress,
+        tracked: bool,
+    ) -> None:
+        self.accelerator, self.folder, self.settings, self.progress = accelerator, folder, settings, progress
+        self.status, self.tracked = Status(what), tracked
+        self.held_out = held_out
+        available = _length(data)
+        self.batch_size = settings.windows_per_step(available, accelerator.num_processes)
+        steps = available // self.batch_size * settings.epochs
+        if steps < 1 or _length(held_out) < 1:
+            raise InputError(
+                f"{available} windows to train on and {_length(held_out)} held out are too few for steps of "
+                f"{self.batch_size} windows; give more text, or a smaller batch size."
+            )
+        self.outcome = Outcome(planned=steps)
+        self.module = objective if isinstance(objective, FSDPModule) else accelerator.prepare_model(objective)
+        self.parameters = [one for one in self.module.parameters() if one.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            self.optimizer,
+            num_warmup_steps=round(settings.warmup * steps),
+            num_training_steps=steps,
+            min_lr=min(settings.final_learning_rate, settings.learning_rate),
+        )
+        loader = DataLoader(
+            data,
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=default_collate,
+            generator=torch.Generator(),  # else a run that goes on would draw once more from the one dropout uses
+        )
+        self.loader = accelerator.prepare_data_loader(loader)
+        self.exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        length = data[0]["tokens"].shape[0]
+        fitting = max(1, _TOKENS_PER_FORWARD.get(accelerator.device.type, 4096) // length)
+        self.micro = settings.micro_batch or fitting
+
+    def go(self) -> Outcome:
+        """Train to the end, from the beginning or from where a killed run was."""
+        outcome, accelerator = self.outcome, self.accelerator
+        if self.tracked:
+            accelerator.init_trackers("secateur", config=self.settings.model_dump(exclude_none=True))
+        self._resume()
+        if outcome.steps == 0:
+            self._evaluate()
+        looks = {
+            round(one * outcome.planned / self.settings.evaluations) for one in range(1, self.settings.evaluations + 1)
+        }
+        saved = time.monotonic()
+        left = outcome.planned - outcome.steps
+        for batch in self.progress(self._batches(), self.status, left):
+            if outcome.stopped or not self._step(batch):
+                break
+            if outcome.steps in looks:
+                self._evaluate()
+            if self._all_agree(time.monotonic() - saved > 60 * self.settings.save_minutes):
+                self._save()
+                saved = time.monotonic()
+        if outcome.stopped and outcome.best_step == 0 and "NaN" in outcome.stopped:
+            raise NumericsError(f"training {outcome.stopped}, before anything was gained; try a lower learning rate.")
+        if self.folder.lasting:
+            self._save()
+        self._take_best()
+        outcome.curve = self.folder.log_entries()
+        if self.tracked:
+            for tracker in accelerator.trackers:  # `end_training` would end the other processes' group, too
+                tracker.finish()
+        accelerator.wait_for_everyone()
+        return outcome
+
+    def _batches(self) -> Iterator[Batch]:
+        """Return what is left of the epochs' batches, in the order that the seed gives."""
+        each = self.outcome.planned // self.settings.epochs
+        begun, done = divmod(self.outcome.steps, each)
+        for epoch in range(begun, self.settings.epochs):
+            loader = self.accelerator.skip_first_batches(self.loader, done) if done else self.loader
+            loader.set_epoch(epoch)
+            yield from loader
+            done = 0
+
+    def _step(self, batch: Batch) -> bool:
+        """Take one optimiser step; False where the loss or the gradient is NaN or infinite."""
+        started, rate = time.monotonic(), self.schedule.get_last_lr()[0]
+        total, terms = self._fitting(lambda: self._accumulate(batch))
+        sums = self.accelerator.reduce(torch.stack((total, terms)), reduction="sum")
+        loss, counted = float(sums[0] / sums[1]), float(sums[1])
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.accelerator.num_processes / counted)
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)))
+        self.outcome.steps += 1
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.outcome.stopped = f"stopped at step {self.outcome.steps}: the loss or its gradient is NaN or infinite"
+            return False
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = batch["tokens"].numel() * self.accelerator.num_processes
+        self.outcome.tokens += tokens
+        speed = tokens / max(time.monotonic() - started, 1e-9)
+        self.status.now = f": loss {loss:.4f}, {speed:,.0f} tokens/s"
+        self._log({"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_second": round(speed)})
+        return True
+
+    def _fitting(self, measure: Callable[[], Sums]) -> Sums:
+        """Measure, again with smaller micro-batches where memory runs out.
+
+        Raises:
+            InputError: memory runs out with one window, or one of several processes runs out.
+        """
+        while True:
+            try:
+                return measure()
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                self.micro = min(self.micro, self.batch_size // self.accelerator.num_processes)
+                if self.micro == 1 or self.accelerator.num_processes > 1:
+                    raise InputError(
+                        f"out of memory with micro_batch={self.micro}; take fewer windows per forward, shorter "
+                        "windows, or a way that trains fewer weights."
+                    ) from error
+                self.micro //= 2
+            self.optimizer.zero_grad(set_to_none=True)
+            release_memory()
+
+    def _accumulate(self, batch: Batch) -> Sums:
+        """Sum losses, terms and gradients over the micro-batches of one process's share of a step."""
+        self.module.train()
+        total = torch.zeros((), dtype=self.exact, device=self.accelerator.device)
+        terms = torch.zeros_like(total)
+        count = len(batch["tokens"])
+        for first in range(0, count, self.micro):
+            part = {name: one[first : first + self.micro] for name, one in batch.items()}
+            last = first + self.micro >= count
+            sync_gradients(self.module, last)
+            with nullcontext() if last else self.accelerator.no_sync(self.module), self.accelerator.autocast():
+                loss, counted = self.module(**part)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            terms += counted
+        return total, terms
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Measure the held-out loss; keep the state if it is the best, and count how long there was none."""
+        outcome = self.outcome
+        total, terms = self._fitting(self._held_out_sums)
+        loss = float(total / terms)
+        self._log({"held_out_loss": loss})
+        if outcome.steps == 0:
+            outcome.start_loss = loss
+        if not math.isfinite(loss):
+            outcome.stopped = f"stopped at step {outcome.steps}: the held-out loss is NaN or infinite"
+        elif loss < outcome.best_loss:
+            outcome.best_loss, outcome.best_step, outcome.without_gain = loss, outcome.steps, 0
+            self.folder.save_best(outcome.steps, self._weights(), {})
+            self.accelerator.wait_for_everyone()
+        else:
+            outcome.without_gain += 1
+            if outcome.without_gain >= self.settings.patience:
+                outcome.stopped = f"stopped at step {outcome.steps}: {outcome.without_gain} looks without a gain"
+
+    def _held_out_sums(self) -> Sums:
+        """Sum the loss over all held-out items, each process taking its share; all call the module equally often."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        mine = list(range(rank, _length(self.held_out), world))
+        rounds = math.ceil(math.ceil(_length(self.held_out) / world) / self.micro)
+        sums = torch.zeros(2, dtype=self.exact, device=self.accelerator.device)
+        self.module.eval()
+        for number in range(rounds):
+            numbers = mine[number * self.micro : (number + 1) * self.micro]
+            items = default_collate([self.held_out[one] for one in numbers or [0]])
+            batch = {name: one.to(self.accelerator.device) for name, one in items.items()}
+            with self.accelerator.autocast():
+                loss, terms = self.module(**batch)
+            if numbers:
+                sums += torch.stack([torch.as_tensor(one).to(sums) for one in (loss, terms)])
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        return sums[0], sums[1]
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        numbers = {"step": self.outcome.steps, "tokens": self.outcome.tokens} | entry
+        self.folder.log(numbers)
+        if self.tracked:
+            self.accelerator.log(entry, step=self.outcome.steps)
+
+    def _all_agree(self, due: bool) -> bool:
+        """Let the first process decide for all."""
+        if self.accelerator.num_processes == 1:
+            return due
+        decided = [due]
+        broadcast_object_list(decided)
+        return decided[0]
+
+    def _weights(self) -> dict[str, Any]:
+        return {"model": get_state_dict(self.module, [], options=_TRAINED)[0]}
+
+    def _everything(self) -> dict[str, Any]:
+        weights, optimizer = get_state_dict(self.module, self.optimizer, options=_TRAINED)
+        return {"model": weights, "optimizer": optimizer, f"random-{self.accelerator.process_index}": self._random()}
+
+    def _random(self) -> dict[str, torch.Tensor]:
+        device = self.accelerator.device
+        found = {"cpu": torch.get_rng_state()}
+        return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+    def _save(self) -> None:
+        facts = {"outcome": asdict(self.outcome), "schedule": self.schedule.state_dict()}
+        self.folder.save_state(self.outcome.steps, self._everything(), facts)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        """Go on from the newest state of a killed run, if there is one."""
+        state = self.folder.last_state()
+        if state is None:
+            self.folder.forget_after(-1)
+            return
+        tensors = self._everything()
+        facts = read(tensors, state)
+        set_state_dict(
+            self.module,
+            self.optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+            options=_TRAINED,
+        )
+        self.schedule.load_state_dict(facts["schedule"])
+        random = tensors[f"random-{self.accelerator.process_index}"]
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.accelerator.device)
+        for name, value in facts["outcome"].items():
+            setattr(self.outcome, name, value)
+        self.folder.forget_after(self.outcome.steps)
+
+    def _take_best(self) -> None:
+        best = self.folder.best_state()
+        assert best is not None, "the state before the first step is kept"
+        tensors = self._weights()
+        read(tensors, best)
+        set_state_dict(self.module, [], model_state_dict=tensors["model"], optim_state_dict={}, options=_TRAINED)
+
+
+def _length(data: Dataset[Batch]) -> int:
+    return len(data)  # type: ignore[arg-type]

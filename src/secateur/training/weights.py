@@ -1,0 +1,179 @@
+"""Which weights a run trains, on a copy of their own, and how they become those of a decoder again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from secateur.errors import InputError, ModelError
+from secateur.models.anatomy import find, present, resolve
+from secateur.models.decoder import Decoder
+from secateur.models.depth import with_blocks
+from secateur.models.fingerprint import of_edit
+
+Trained = Literal["lora", "last-layers", "full"]
+
+LAST_BLOCKS = 3
+"""Blocks that `last-layers` trains besides the head."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to be trained.
+
+    Attributes:
+        module: the model; what is trained requires gradients and is in float32.
+        blocks: its blocks, which several processes may share one by one.
+        trained: number of weights that are trained.
+        finish: gives the decoder with weights as trained, by their names in `module`, rounded to the dtype to be saved.
+    """
+
+    module: nn.Module
+    blocks: nn.ModuleList
+    trained: int
+    finish: Callable[[Mapping[str, torch.Tensor]], Decoder]
+
+
+def prepare(
+    decoder: Decoder,
+    which: Trained,
+    *,
+    mixed: bool = True,
+    rank: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Prepared:
+    """Make a model of which only some weights are trained; the given one stays as it is and shares the others.
+
+    Args:
+        decoder: in memory.
+        which: `full`: all; `last-layers`: the head, the final norm and the last three blocks; `lora`: low-rank
+            updates of the linear layers of all blocks (Hu et al. 2021), merged back by `finish`.
+        mixed: weights that are not trained stay in their dtype; else they are copied to float32, as the others are.
+        rank, alpha, dropout: of `lora`.
+        seed: of what its updates begin with.
+
+    Raises:
+        InputError: the decoder is a skeleton.
+        ModelError: `lora` finds no linear layers.
+    """
+    if decoder.is_skeleton:
+        raise InputError(
+            f"{decoder.source}: training these weights needs the whole model in memory; open it with --in-memory, or "
+            "heal with blocks."
+        )
+    if which == "lora":
+        return _with_lora(decoder, rank, alpha, dropout, seed)
+    module = _copy(decoder)
+    chosen = [name for name, _ in module.named_parameters() if which == "full" or _is_last(decoder, name)]
+    replace_parameters(module, chosen, lambda _, tensor: nn.Parameter(tensor.detach().clone().float()))
+    if not mixed:
+        in_float32(module)
+
+    def finish(trained: Mapping[str, torch.Tensor]) -> Decoder:
+        return _finished(decoder, _copy(decoder), trained)
+
+    return Prepared(module, find(module, decoder.anatomy.family.blocks), _trained_count(module), finish)
+
+
+def _copy(decoder: Decoder) -> PreTrainedModel:
+    """A model of the same tensors, in modules of its own."""
+    return with_blocks(decoder.module, decoder.anatomy.family, range(decoder.block_count)).requires_grad_(False)
+
+
+def _trained_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def replace_parameters(
+    module: PreTrainedModel, names: Iterable[str], make: Callable[[str, torch.Tensor], nn.Parameter]
+) -> None:
+    """Return parameters new tensors by name; tied ones stay tied."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        found = holder._parameters[leaf]
+        assert found is not None
+        holder._parameters[leaf] = make(name, found)
+    module.tie_weights()
+
+
+def in_float32(module: PreTrainedModel) -> None:
+    """Return a module that shares its weights copies in float32 of those that are in less."""
+    less = [name for name, one in module.named_parameters() if one.dtype in (torch.bfloat16, torch.float16)]
+    replace_parameters(module, less, lambda _, one: nn.Parameter(one.detach().float(), requires_grad=one.requires_grad))
+
+
+def _is_last(decoder: Decoder, name: str) -> bool:
+    family = decoder.anatomy.family
+    block = re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", name)
+    if block:
+        return int(block.group(1)) >= decoder.block_count - LAST_BLOCKS
+    parts = [family.head, *family.final]
+    if decoder.anatomy.tied:
+        parts.append(family.embeddings[0])
+    return any(name.startswith(f"{part}.") for part in parts)
+
+
+def _with_lora(decoder: Decoder, rank: int, alpha: int, dropout: float, seed: int) -> Prepared:
+    from peft import LoraConfig, get_peft_model  # here, because importing it takes seconds
+
+    targets = sorted(_linear_layers(decoder))
+    if not targets:
+        raise ModelError(f"{decoder.source}: no linear layers in its blocks for LoRA; heal with full or last-layers.")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", bias="none"
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        adapted: Any = get_peft_model(_copy(decoder), config)
+
+    def finish(trained: Mapping[str, torch.Tensor]) -> Decoder:
+        weights = [f"{name}.weight" for name in targets]
+        module = _copy(decoder)
+        replace_parameters(module, weights, lambda _, one: nn.Parameter(one.detach().clone(), requires_grad=False))
+        merging: Any = get_peft_model(module, config)
+        merging.load_state_dict(dict(trained), strict=False)
+        merged = merging.merge_and_unload()
+        return _finished(decoder, merged, {name: merged.get_parameter(name) for name in weights})
+
+    blocks = find(adapted.base_model.model, decoder.anatomy.family.blocks)
+    return Prepared(adapted, blocks, _trained_count(adapted), finish)
+
+
+def _linear_layers(decoder: Decoder) -> Iterator[str]:
+    """Paths of the projections of all blocks that are linear layers (routers and shortcuts are not among them)."""
+    family = decoder.anatomy.family
+    named = (*family.attention_in, *family.attention_out, *family.mlp_in, *family.mlp_out)
+    for index, block in enumerate(decoder.block_list):
+        found = present(block, named) if not family.detected else block.named_modules()
+        for name, module in found:
+            if isinstance(module, nn.Linear | Conv1D):
+                yield f"{decoder.anatomy.block_path(index)}.{name}"
+
+
+def _finished(decoder: Decoder, module: PreTrainedModel, trained: Mapping[str, torch.Tensor]) -> Decoder:
+    stored, dtype = decoder.saved_dtype, decoder.module.dtype
+
+    def rounded(name: str, before: torch.Tensor) -> nn.Parameter:
+        value = trained[name].detach().to(stored).to(before.device, dtype)
+        return nn.Parameter(value, requires_grad=False)
+
+    replace_parameters(module, trained, rounded)
+    module = module.requires_grad_(False).eval()
+    sums = [[name, float(module.get_parameter(name).double().sum())] for name in trained]
+    return dataclasses.replace(
+        decoder,
+        module=module,
+        anatomy=resolve(module, decoder.anatomy.family),
+        fingerprint=of_edit(decoder.fingerprint, {"healed": sums}),
+    )

@@ -1,0 +1,431 @@
+"""Depth and width together: candidates as `prune` makes them, the best of them, the front, and what falls out."""
+
+import io
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from secateur import Plan, make_plan, prune, score
+from secateur.calibration.walk import mean_loss
+from secateur.cli.tables import plan_summary
+from secateur.data.windows import Windows
+from secateur.errors import InputError, ModelError, NumericsError
+from secateur.methods import linear_replacement as linear_replacement
+from secateur.methods import method
+from secateur.methods.budget import Budget
+from secateur.methods.cost import memory_cost
+from secateur.methods.method import Evidence
+from secateur.methods.registry import APPLY, find_method
+from secateur.methods.search import auto, trials
+from secateur.methods.search.auto import front
+from secateur.methods.search.splits import Split, all_splits, search
+from secateur.progress import SILENT
+from secateur.scores.merge_similarity import MergeProbe
+from secateur.scores.removal import RemovalProbe
+from tiny_models import VOCABULARY
+
+WINDOWS = Windows.of(torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0)))
+BRIEF = {"depth": "none,streamline", "width": "none,obs-width", "skip_hopeless": False}
+SINGLE = [("streamline", None), (None, "obs-width")]
+
+
+@pytest.fixture(scope="module")
+def everything(tiny):
+    """A plan for which every candidate was tried."""
+    return make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF | {"trials": 50})
+
+
+def found_by_hand(decoder, windows, share):
+    """Make every candidate with the public functions; gives (depth, blocks gone, width) → (plans, parameters, loss)."""
+    fitted, held_back = windows.split_off(0.25)
+    whole = decoder.parameter_count
+
+    def cut(model, method, **amount):
+        settings = {"network": "none"} if method == "streamline" else {}
+        plan = make_plan(model, method=method, texts=fitted, settings=settings, **amount)
+        return plan, prune(model, plan, texts=fitted)
+
+    found = {}
+
+    def note(depth, width, plans, model):
+        found[depth, decoder.block_count - model.block_count, width] = (
+            [step for plan in plans for step in plan.steps],
+            model.parameter_count,
+            mean_loss(model, held_back),
+        )
+
+    for depth, width in SINGLE:
+        plan, model = cut(decoder, depth or width, remove=share)
+        note(depth, width, [plan], model)
+    for blocks in range(1, decoder.block_count):
+        first, shorter = cut(decoder, "streamline", blocks=blocks)
+        if shorter.parameter_count <= whole * (1 - 0.95 * share):
+            break
+        second, model = cut(shorter, "obs-width", remove=1 - whole * (1 - share) / shorter.parameter_count)
+        note("streamline", "obs-width", [first, second], model)
+    return found
+
+
+def test_all_candidates_are_those_made_by_hand_and_the_best_is_the_plan(tiny, everything):
+    decoder, plan = tiny("llama"), everything
+    expected = found_by_hand(decoder, WINDOWS, 0.3)
+    tried = {
+        (one.depth, one.blocks, one.width): (one.parameters, one.loss) for one in plan.search.candidates if one.enough
+    }
+    assert len(expected) > 3
+    assert tried.keys() == expected.keys()
+    for name, (_, parameters, loss) in expected.items():
+        assert tried[name] == (parameters, pytest.approx(loss, abs=2e-6)), name
+    best = min(expected, key=lambda name: expected[name][2])
+    assert plan.steps == tuple(expected[best][0])
+    chosen = plan.search.candidates[plan.search.best]
+    assert (chosen.depth, chosen.blocks, chosen.width) == best
+    assert plan.parameters_after == chosen.parameters
+    assert Plan.model_validate_json(plan.to_json()) == plan
+    assert prune(decoder, plan, texts=WINDOWS).parameter_count == plan.parameters_after
+    assert (plan.search.fitted, plan.search.held_back) == (6, 2)
+
+
+def test_models_on_the_way_are_on_the_front_but_are_not_the_best(everything):
+    plan = everything
+    between = [one for one in plan.search.candidates if not one.enough]
+    assert {(one.depth, one.width) for one in between} == {("streamline", None)}
+    assert all(one.parameters > 0.715 * plan.parameters_before for one in between)
+    assert all(one.parameters <= 0.715 * plan.parameters_before for one in plan.search.candidates if one.enough)
+    numbers = {place: (one.parameters, one.loss) for place, one in enumerate(plan.search.candidates)}
+    beaten = {
+        place
+        for place, (size, loss) in numbers.items()
+        if any(a <= size and b <= loss and (a, b) != (size, loss) for a, b in numbers.values())
+    }
+    assert set(plan.search.front) == set(numbers) - beaten
+
+
+def test_front():
+    found = [(10, 1.0), (8, 1.5), (8, 1.4), (7, 1.4), (None, None), (7, 1.4), (9, 1.0), (6, 2.0), (6, None)]
+    assert front(found) == (6, 3, 7)
+    assert front([]) == ()
+
+
+def test_a_cut_is_made_once_and_no_plan_is_measured_twice(tiny, monkeypatch):
+    decoder, applied, measured = tiny("llama"), [], []
+    for kind, edit in dict(APPLY).items():
+        monkeypatch.setitem(APPLY, kind, lambda e, s, edit=edit: (applied.append((e.decoder, s)), edit(e, s))[1])
+    true_loss = trials.mean_loss
+    monkeypatch.setattr(
+        trials, "mean_loss", lambda d, *a, **k: (measured.append(d.fingerprint), true_loss(d, *a, **k))[1]
+    )
+    settings = {"depth": "none,shortgpt,uidl,last-n", "width": "none,obs-width,wanda-sp", "trials": 50}
+    settings["skip_hopeless"] = False
+    make_plan(decoder, method="auto", remove=0.3, texts=WINDOWS, settings=settings)
+    assert len(measured) == len(set(measured))
+    cuts = [step.method for model, step in applied if model is decoder and step.kind == "drop-blocks"]
+    assert len(cuts) == len(set(cuts)) * 3, "for 1 and 2 blocks, and alone"
+
+
+def test_same_seed_same_plan(tiny):
+    def plan(seed):
+        settings = {"trials": 6, "depth": "none,shortgpt,last-n", "width": "none,obs-width,wanda-sp"}
+        return make_plan(tiny("llama"), method="auto", remove=0.4, texts=WINDOWS, settings=settings, seed=seed)
+
+    once = plan(1)
+    assert plan(1) == once
+    assert sum(one.enough for one in once.search.candidates) == 6
+
+
+def counting_losses(monkeypatch, stop_at=None):
+    """Count the losses of candidates; the one with this number is interrupted."""
+    measured, true_loss = [], trials.mean_loss
+
+    def counted(decoder, *given, **named):
+        measured.append(decoder.fingerprint)
+        if len(measured) == stop_at:
+            raise KeyboardInterrupt
+        return true_loss(decoder, *given, **named)
+
+    monkeypatch.setattr(trials, "mean_loss", counted)
+    return measured
+
+
+def test_a_search_that_was_stopped_goes_on_and_gives_the_same_plan(tiny, monkeypatch, tmp_path):
+    def plan(**more):
+        settings = BRIEF | {"trials": 50}
+        return make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=settings, **more)
+
+    whole, undisturbed = counting_losses(monkeypatch), plan()
+    monkeypatch.undo()
+    first = counting_losses(monkeypatch, stop_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        plan(work=tmp_path)
+    monkeypatch.undo()
+    second = counting_losses(monkeypatch)
+    assert plan(work=tmp_path) == undisturbed
+    assert first[:3] + second == whole, "what was measured before is not measured again"
+    monkeypatch.undo()
+    third = counting_losses(monkeypatch)
+    assert plan(work=tmp_path) == undisturbed
+    assert third == []
+    assert plan(work=tmp_path, seed=1).search.candidates == undisturbed.search.candidates
+    assert len(third) == len(whole), "another search has nothing of this one"
+
+
+def test_a_search_for_a_target_goes_on_too(tiny, monkeypatch, tmp_path):
+    decoder = tiny("llama")
+
+    def plan():
+        bytes_left = 0.7 * memory_cost(decoder, 64).total
+        return make_plan(
+            decoder, method="auto", target_memory=bytes_left, context=64, texts=WINDOWS, settings=BRIEF, work=tmp_path
+        )
+
+    once, measured = plan(), counting_losses(monkeypatch)
+    assert plan() == once
+    assert measured == []
+
+
+def test_scores_that_are_given_are_not_those_of_windows_held_back(tiny, monkeypatch):
+    decoder, seen = tiny("llama"), []
+    known, measure = score(decoder, texts=WINDOWS), method.score_model
+    monkeypatch.setattr(method, "score_model", lambda d, w, *a, **k: (seen.append(len(w)), measure(d, w, *a, **k))[1])
+    make_plan(decoder, method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF | {"width": "none"}, scores=known)
+    assert seen == [6]
+
+
+def test_a_log_that_cannot_be_written_stops_the_search(tiny, tmp_path):
+    work = tmp_path / "file"
+    work.write_text("")
+    with pytest.raises(InputError, match=r"streamline-0-none.json: cannot be written"):
+        make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF, work=work)
+
+
+def test_what_could_not_be_made_is_not_tried_again(tiny, monkeypatch, tmp_path):
+    def plan():
+        settings = {"depth": "none,replaceme,shortgpt", "width": "none", "trials": 50}
+        return make_plan(tiny("gemma2"), method="auto", remove=0.3, texts=WINDOWS, settings=settings, work=tmp_path)
+
+    once = plan()
+    assert [one.depth for one in once.search.candidates if one.refused] == ["replaceme"]
+    monkeypatch.setattr(trials.Trials, "make", None)
+    assert plan() == once
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"steps": [], "parameters": 3}', '{"steps": [{"kind": "x"}]}'])
+def test_what_cannot_be_read_of_a_search_is_measured_again(tiny, monkeypatch, tmp_path, text):
+    def plan():
+        return make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF, work=tmp_path)
+
+    once = plan()
+    (damaged,) = tmp_path.glob("search-*/none-0-obs-width.json")
+    whole = damaged.read_text()
+    damaged.write_text(text)
+    measured = counting_losses(monkeypatch)
+    assert plan() == once
+    assert len(measured) == 1
+    assert damaged.read_text() == whole
+
+
+def test_a_method_that_cannot_cut_the_model_falls_out(tiny):
+    settings = {"depth": "none,replaceme,shortgpt", "width": "none,stock-slicing,obs-width", "skip_hopeless": False}
+    plan = make_plan(tiny("gemma2"), method="auto", remove=0.3, texts=WINDOWS, settings=settings)
+    refused = [one for one in plan.search.candidates if one.refused]
+    assert [(one.depth, one.width, one.loss) for one in refused] == [
+        ("replaceme", None, None),
+        (None, "stock-slicing", None),
+    ]
+    assert "norm between the MLP" in refused[0].refused
+    assert plan.search.candidates[plan.search.best].loss is not None
+
+
+def test_what_loses_too_much_before_it_is_narrowed_is_not_narrowed(tiny, monkeypatch):
+    losses = {8: 2.0, 7: 2.1, 6: 2.6, 5: 2.8}
+
+    def loss(decoder, *given, **named):
+        narrower = decoder.config.intermediate_size < 48
+        return losses[decoder.block_count] + 0.5 * narrower
+
+    monkeypatch.setattr(trials, "mean_loss", loss)
+    plan = make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF | {"skip_hopeless": True})
+    found = {(one.blocks, one.width): one.loss or one.refused for one in plan.search.candidates}
+    assert found == {
+        (3, None): 2.8,
+        (0, "obs-width"): 2.5,
+        (1, None): 2.1,
+        (1, "obs-width"): 2.6,
+        (2, None): 2.6,
+        (2, "obs-width"): "the missing blocks alone cost more",
+    }
+    assert plan.search.candidates[plan.search.best].blocks == 0
+
+
+def test_nan_is_a_candidate_refused_and_never_a_loss(tiny, monkeypatch):
+    true_loss = trials.mean_loss
+
+    def loss(decoder, *given, **named):
+        if decoder.block_count == 7:
+            raise NumericsError("NaN or infinity in what leaves block 3")
+        return true_loss(decoder, *given, **named)
+
+    monkeypatch.setattr(trials, "mean_loss", loss)
+    plan = make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF | {"trials": 50})
+    seven = [one for one in plan.search.candidates if one.blocks == 1]
+    assert [(one.loss, one.refused) for one in seven] == [(None, "NaN or infinity in what leaves block 3")]
+    assert any(one.loss and one.blocks == 2 for one in plan.search.candidates)
+
+
+def test_a_damaged_model_is_refused_at_once(tiny, monkeypatch):
+    def loss(*given, **named):
+        raise NumericsError("NaN or infinity in what leaves block 0")
+
+    monkeypatch.setattr(auto, "mean_loss", loss)
+    with pytest.raises(NumericsError, match="block 0"):
+        make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS)
+
+
+def test_when_nothing_can_be_done_it_says_why(tiny):
+    settings = {"depth": "none", "width": "stock-slicing,slicegpt"}
+    with pytest.raises(ModelError, match=r"no plan can be made.*cannot be sliced"):
+        make_plan(tiny("gemma2"), method="auto", remove=0.3, texts=WINDOWS, settings=settings)
+    with pytest.raises(InputError, match=r"no plan can be made.*unreachable"):
+        make_plan(tiny("llama"), method="auto", remove=0.99, texts=WINDOWS, settings=BRIEF)
+
+
+@pytest.mark.parametrize(
+    ("amount", "settings", "says"),
+    [
+        ({"blocks": 2}, {}, "auto does not count in blocks; give remove or target-params"),
+        ({"slice": 0.2}, {}, "auto does not count in slice; give remove"),
+        ({"remove": 0.3}, {"depth": "obs-width"}, "unknown method for depth 'obs-width'"),
+        ({"remove": 0.3}, {"width": "sleb"}, "unknown method for width 'sleb'"),
+        ({"remove": 0.3}, {"depth": "auto"}, "unknown method for depth 'auto'"),
+        ({"remove": 0.3}, {"depth": "none", "width": "none"}, "nothing to try"),
+        ({"remove": 0.3}, {"trials": 0}, "trials=0"),
+        ({"remove": 0.3}, {"held_back": 1}, "held_back=1"),
+        ({"remove": 0.3}, {"replaceme.window": 2}, "replaceme.window: auto decides how much"),
+        ({"remove": 0.3}, {"streamline.network": "block"}, "auto trains nothing"),
+        ({"remove": 0.3}, {"sleb.protect_first": 2}, "unknown method that takes part 'sleb'"),
+        ({"remove": 0.3}, {"replaceme.rule": 2}, "unknown setting of replaceme 'rule'"),
+        ({"target_params": "90M"}, {}, "has only"),
+    ],
+)
+def test_bad_input(tiny, amount, settings, says):
+    with pytest.raises(InputError, match=says):
+        make_plan(tiny("llama"), method="auto", texts=WINDOWS, settings=settings, **amount)
+
+
+def test_one_window_cannot_be_split(tiny):
+    one = Windows.of(WINDOWS.tokens[:1])
+    with pytest.raises(InputError, match="some must be held back"):
+        make_plan(tiny("llama"), method="auto", remove=0.3, texts=one)
+
+
+def test_settings_of_the_methods_that_take_part(tiny):
+    settings = {"depth": "none", "width": "obs-width", "obs-width.rounding": "16", "obs-width.heads": "never"}
+    plan = make_plan(tiny("llama"), method="auto", remove=0.1, texts=WINDOWS, settings=settings)
+    assert {one.channels % 16 for one in plan.steps[0].widths} == {0}
+    assert plan.search.settings["of"] == {"obs-width": {"rounding": "16", "heads": "never"}}
+
+
+def test_targets_in_bytes_and_seconds(tiny):
+    decoder = tiny("llama")
+    dense = memory_cost(decoder, 64).total
+    plan = make_plan(decoder, method="auto", target_memory=0.7 * dense, texts=WINDOWS, settings=BRIEF)
+    assert plan.counts_on["bytes"] <= 0.7 * dense
+    pairs = [one for one in plan.search.candidates if one.depth and one.width]
+    assert pairs
+    assert all(one.loss is not None for one in pairs)
+    faster = {"depth": "none,shortgpt", "width": "none,wanda-sp", "trials": 3}
+    plan = make_plan(decoder, method="auto", target_speedup=1.2, texts=WINDOWS, settings=faster)
+    assert plan.counts_on["speedup"] >= 1.2
+
+
+def test_search_finds_the_least_and_tries_nothing_twice():
+    splits = all_splits([None, "a", "b", "c"], [None, "x", "y"], 9)
+    assert len(splits) == 5 + 6 * 9
+    assert list(splits[:5]) == [Split("a", None), Split("b", None), Split("c", None), *map(wide, "xy")]
+
+    def loss(split):
+        if split.width == "y" and split.depth == "c":
+            return None
+        kinds = {"a": 3.0, "b": 0.0, "c": 1.0, None: 4.0}[split.depth] + {"x": 0.0, "y": 2.0, None: 3.0}[split.width]
+        return kinds + abs(split.blocks - 6) / 5
+
+    def run(seed, trials):
+        seen = []
+        search(splits, lambda one: (seen.append(one), loss(one))[1], trials=trials, seed=seed, progress=SILENT)
+        return seen
+
+    seen = run(0, 25)
+    assert seen == run(0, 25) != run(1, 25)
+    assert seen[:5] == list(splits[:5])
+    assert len(seen) == len(set(seen)) <= len(splits)
+    assert sum(loss(one) is not None for one in seen) == 25
+    assert Split("b", "x", 6) in seen, "the least of 59 by 25 trials"
+    assert set(run(0, 1000)) == set(splits), "all, where there are no more than trials"
+
+
+def wide(name):
+    return Split(None, name)
+
+
+@pytest.mark.parametrize(("name", "probe"), [("sleb", RemovalProbe), ("swm", MergeProbe)])
+def test_what_was_measured_for_one_number_of_blocks_serves_the_next(tiny, monkeypatch, name, probe):
+    seen, true_measure = [], probe._measure
+
+    def measure(self, what):
+        seen.append(what)
+        return true_measure(self, what)
+
+    monkeypatch.setattr(probe, "_measure", measure)
+    method = find_method(name)
+    settings = method.read_settings({})
+    evidence = Evidence(tiny("llama"), WINDOWS)
+    found = [method.decide(evidence, settings, Budget("blocks", count))[0] for count in (1, 3, 2)]
+    assert len(seen) == len(set(seen))
+    assert [len(step.kept(8)) for step in found] == [7, 5, 6]
+    alone = method.decide(Evidence(tiny("llama"), WINDOWS), settings, Budget("blocks", 1))[0]
+    assert alone == found[0]
+
+
+def test_errors_of_windows_are_measured_once(tiny, monkeypatch):
+    asked, true_sums = [], linear_replacement.linear_sums
+
+    def sums(decoder, windows, spans, **more):
+        asked.extend(spans)
+        return true_sums(decoder, windows, spans, **more)
+
+    monkeypatch.setattr(linear_replacement, "linear_sums", sums)
+    method = find_method("replaceme")
+    evidence = Evidence(tiny("llama"), WINDOWS)
+    found = [method.decide(evidence, method.read_settings({}), Budget("blocks", count))[0] for count in (1, 2, 3)]
+    assert len(asked) == len(set(asked)) == 7
+    assert [len(step.windows) for step in found] == [1, 2, 3]
+
+
+def test_a_share_is_met_closely_or_else_not_missed(tiny):
+    decoder = tiny("llama")  # a block is 9.9 % of it, a channel of every MLP 1 %
+
+    def removed(share, **settings):
+        plan = make_plan(decoder, method="auto", remove=share, texts=WINDOWS, settings={"trials": 1} | settings)
+        return plan.removed_fraction
+
+    only = {"depth": "streamline", "width": "none"}
+    assert removed(0.3, **only) == pytest.approx(3 * 0.0988, abs=1e-3), "1.2 % of it missed, and no more to be had"
+    assert removed(0.23, **only) == pytest.approx(3 * 0.0988, abs=1e-3), "two blocks would miss an eighth"
+    assert removed(0.3, depth="none", width="obs-width") == pytest.approx(0.3, abs=0.006)
+
+
+def test_the_summary_shows_what_was_tried(everything):
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(plan_summary(everything))
+    said = console.export_text()
+    best = everything.search.candidates[everything.search.best]
+    (line,) = [line for line in said.splitlines() if " best " in line]
+    assert f"{math.exp(best.loss):.2f}" in line
+    assert f"{everything.removed_fraction:.1%}" in line
+    assert said.count("streamline") >= len([one for one in everything.search.candidates if one.depth])
+    refused = everything.search.candidates[0].model_copy(update={"loss": None, "refused": "no [such] model"})
+    search = everything.search.model_copy(update={"candidates": (*everything.search.candidates, refused)})
+    console.print(plan_summary(everything.model_copy(update={"search": search})))
+    assert "no [such] model" in console.export_text()

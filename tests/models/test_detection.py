@@ -1,0 +1,269 @@
+"""Unknown families: found without a row where a trial proves the guess, refused where it does not."""
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from oracles import draw_tokens, forward, no_real_parameters, walk
+from secateur.errors import ModelError
+from secateur.models import detection
+from secateur.models.families import FAMILIES
+from secateur.models.opening import open_model
+from secateur.surgery.depth.blocks import keep_blocks
+from tiny_models import HIDDEN, INTERMEDIATE, OTHER_FAMILIES, POSITIONS, VARIANTS, VOCABULARY, build
+
+KEPT = (0, 1, 3, 4, 6, 7)
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# Architectures with what makes them hard: dense and sparse blocks mixed by lists and counts, kinds of attention.
+FURTHER = {
+    "qwen2_moe": {**ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1, 5]},
+    "glm4_moe": {**ROUTED, "n_routed_experts": 4, "first_k_dense_replace": 3},
+    "gpt_neo": {"num_layers": 8, "num_heads": 4, "attention_types": [[["global", "local"], 4]], "window_size": 8},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8},
+}
+
+
+def drawn_again(module):
+    """Draw every parameter, seeded, so that each block matters; in fresh models they do next to nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(noise / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + 0.1 * noise)
+    return module.eval()
+
+
+def of_type(model_type, **settings):
+    config = AutoConfig.for_model(model_type, **{**SIZES, **settings})
+    return drawn_again(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def reloaded(module, folder):
+    module.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_none_of_these_has_a_row():
+    assert OTHER_FAMILIES
+    assert not set(FAMILIES) & ({VARIANTS[name].model_type for name in OTHER_FAMILIES} | set(FURTHER))
+
+
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_other_families_open_by_detection(name, tiny):
+    decoder, skeleton = tiny(name), tiny(name, skeleton=True)
+    tokens = draw_tokens()
+    expected = forward(build(name), tokens)
+    for one in (decoder, skeleton):
+        family = one.anatomy.family
+        assert family.detected
+        assert family.model_type == VARIANTS[name].model_type
+        assert family.blocks == "model.layers"
+        assert family.embeddings == ("model.embed_tokens",)
+        assert family.head == "lm_head"
+        assert "(detected)" in one.anatomy.describe()["family"]
+        assert one.block_count == 8
+        assert torch.equal(walk(one, tokens), expected)
+    assert no_real_parameters(skeleton.module)
+
+
+@pytest.mark.parametrize("model_type", FURTHER)
+def test_further_architectures(model_type, tmp_path):
+    module = of_type(model_type, **FURTHER[model_type])
+    decoder = open_model(module)
+    assert decoder.anatomy.family.detected
+    tokens = draw_tokens()
+    assert torch.equal(walk(decoder, tokens), forward(module, tokens))
+    cut = reloaded(keep_blocks(decoder, KEPT).module, tmp_path)
+    torch.testing.assert_close(forward(cut, tokens), walk(decoder, tokens, without=(2, 5)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_list_of_block_numbers_as_long_as_the_model(tmp_path):
+    """`moe_layers` of a Llama 4 whose blocks are all sparse is [0, 1, … L−1]: numbers, not one entry per block."""
+    module = of_type("llama4_text", num_local_experts=4, head_dim=8, intermediate_size_mlp=48)
+    assert module.config.moe_layers == list(range(8))
+    try:
+        decoder = open_model(module)
+    except ModelError:
+        return  # refusing is honest too
+    tokens = draw_tokens()
+    cut = reloaded(keep_blocks(decoder, KEPT).module, tmp_path)
+    torch.testing.assert_close(forward(cut, tokens), walk(decoder, tokens, without=(2, 5)), rtol=1e-5, atol=1e-5)
+
+
+def test_token_ids_are_not_taken_for_block_numbers():
+    module = of_type("granite", eos_token_id=[1, 2])
+    for ids in ([1, 2], [7, 3, 3, 1, 1, 1, 1, 0]):
+        module.config.eos_token_id = ids
+        found = detection._guess(module, module.config)
+        assert "eos_token_id" not in (*found.block_numbers, *found.per_layer_lists)
+
+
+def test_routing_is_not_taken_for_looking_ahead():
+    """Experts are computed together, so another last token changes how sums are rounded, but nothing more."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("granitemoe", **{**SIZES, **sizes})
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert open_model(module).anatomy.family.detected
+
+
+def test_detection_leaves_the_random_state_alone():
+    module = build("helium", blocks=2)
+    before = torch.get_rng_state()
+    open_model(module)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_detection_leaves_the_configuration_alone():
+    module = build("olmo3")
+    before = module.config.to_json_string()
+    open_model(module)
+    assert module.config.to_json_string() == before
+
+
+def test_the_trial_is_small_however_large_the_model(monkeypatch):
+    config = AutoConfig.for_model("gptj", n_embd=512, n_head=4, n_layer=8, rotary_dim=64, vocab_size=VOCABULARY)
+    tried = []
+    prove = detection._prove
+
+    def counting(decoder, **given):
+        tried.append(decoder.parameter_count)
+        prove(decoder, **given)
+
+    monkeypatch.setattr(detection, "_prove", counting)
+    detection.detect(config, "a large gptj")
+    assert max(tried) < 2_000_000
+
+
+# What is refused: a Llama of our own in which one thing is odd
+
+
+class OddConfig(LlamaConfig):
+    model_type = "odd-llama"
+    oddity: str = "none"
+
+
+class OddModel(LlamaModel):
+    config: OddConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn.is_causal = config.oddity != "looks ahead"
+            if config.oddity == "depends on depth":
+                layer.self_attn.scaling /= index + 1
+
+    def forward(self, input_ids=None, **_):
+        hidden = self.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1])[None]
+        turns = self.rotary_emb(hidden, positions)
+        for index, layer in enumerate(self.layers):
+            if self.config.oddity == "leaves a block out" and index == 1:
+                continue
+            hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=turns)
+            if self.config.oddity == "works between blocks":
+                hidden = hidden * 1.5
+            if self.config.oddity == "calls blocks twice":
+                hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=turns)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+    config: OddConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = OddModel(config)
+        if config.oddity == "has one block too many":
+            self.model.layers.append(type(self.model.layers[0])(config, config.num_hidden_layers))
+        if config.oddity == "has no head":
+            self.get_output_embeddings = lambda: None
+        self.post_init()
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "odd-llama", OddConfig)
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, OddConfig, OddForCausalLM)
+    return lambda oddity: drawn_again(OddForCausalLM(OddConfig(**SIZES, oddity=oddity)))
+
+
+def test_the_odd_llama_opens_where_nothing_is_odd(odd, tmp_path):
+    odd("none").save_pretrained(tmp_path)
+    decoder = open_model(tmp_path)
+    assert isinstance(decoder.module, OddForCausalLM)
+    assert decoder.anatomy.family.detected
+    tokens = draw_tokens()
+    assert torch.equal(walk(decoder, tokens), forward(odd("none"), tokens))
+
+
+@pytest.mark.parametrize(
+    ("oddity", "said"),
+    [
+        ("looks ahead", "not causal"),
+        ("works between blocks", "walking its blocks one by one"),
+        ("depends on depth", "without block 0 it loads as another model"),
+        ("leaves a block out", "'odd-llama'|did not call all"),
+        ("calls blocks twice", "odd-llama"),
+        ("has one block too many", "no list of 8 blocks"),
+        ("has no head", "odd-llama"),
+    ],
+)
+def test_what_the_trial_disproves_is_refused(odd, oddity, said):
+    with pytest.raises(ModelError, match=said):
+        open_model(odd(oddity))
+
+
+def test_a_skeleton_is_refused_alike(odd, tmp_path):
+    odd("looks ahead").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not causal"):
+        open_model(tmp_path, skeleton=True)
+
+
+def test_an_encoder_with_a_language_head_is_refused(tmp_path):
+    small = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    module = BertLMHeadModel(BertConfig(**small))
+    with pytest.raises(ModelError, match="not causal"):
+        open_model(module)
+    module.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not causal"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("olmo_hybrid", {}),
+        ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 2}),
+        ("reformer", {"is_decoder": False}),
+        ("blt", {}),
+    ],
+)
+def test_a_family_that_cannot_be_proved_is_refused(model_type, settings):
+    """With one message of ours, whatever transformers says underneath."""
+    sizes = SIZES if model_type in ("olmo_hybrid", "ernie4_5_moe") else {}
+    config = AutoConfig.for_model(model_type, **{**sizes, **settings})
+    with pytest.raises(ModelError, match=model_type):
+        detection.detect(config, "somewhere")
