@@ -24,7 +24,7 @@ def main(amounts: list[float], settings: dict[str, Any], windows: int = 32) -> N
     model = secateur.open_model("bundled")
     calibration = windows_for(model, None, windows=windows)
     held_out = windows_for(model, None, windows=64, split="held-out")
-    dense = secateur.eval(model, texts=held_out)[0].value
+    dense = secateur.evaluate(model, texts=held_out)[0].value
     for amount in amounts:
         wall, processor = time.perf_counter(), time.process_time()
         plan = secateur.make_plan(model, method="auto", remove=amount, texts=calibration, settings=settings)
@@ -54,7 +54,7 @@ def single_methods(plan: secateur.Plan) -> list[str]:
 
 def measured(model: Any, plan: secateur.Plan, calibration: Any, held_out: Any, dense: float) -> dict[str, Any]:
     """Apply a plan and measure it on held-out text."""
-    found = secateur.eval(secateur.prune(model, plan, texts=calibration), texts=held_out)[0].value
+    found = secateur.evaluate(secateur.prune(model, plan, texts=calibration), texts=held_out)[0].value
     return {
         "removed": round(plan.removed_fraction, 4),
         "does": [" ".join((step.method, *step.describe())) for step in plan.steps],

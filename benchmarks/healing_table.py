@@ -32,13 +32,13 @@ def main(words: list[str]) -> None:
     amounts = [int(word) for word in words if word.isdecimal()] or list(TOKENS)
     model = secateur.open_model("bundled")
     held_out = windows_for(model, None, windows=64, split="held-out")
-    dense = secateur.eval(model, texts=held_out)[0].value
+    dense = secateur.evaluate(model, texts=held_out)[0].value
     for name in cuts:
         pruned, removed = model, 0.0
         if name != "dense":
             plan = secateur.make_plan(model, method=name, remove=0.25, settings=CUTS[name])
             pruned, removed = secateur.prune(model, plan), plan.removed_fraction
-        before = secateur.eval(pruned, texts=held_out)[0].value
+        before = secateur.evaluate(pruned, texts=held_out)[0].value
         for tokens in amounts:
             for recipe in rungs:
                 if HEALING_RECIPES[recipe].teacher and (name == "dense" or (recipe == "blocks" and name == "slicegpt")):
@@ -51,7 +51,7 @@ def main(words: list[str]) -> None:
                     teacher=model if HEALING_RECIPES[recipe].teacher else None,
                 )
                 seconds = time.perf_counter() - begun
-                after = secateur.eval(healed, texts=held_out)[0].value
+                after = secateur.evaluate(healed, texts=held_out)[0].value
                 keep(
                     "healing_table",
                     {

@@ -43,7 +43,7 @@ def main(only: list[str], windows: int = 32, amounts: tuple[int, ...] = (2, 3, 4
     calibration = windows_for(model, None, windows=windows)
     held_out = windows_for(model, None, windows=64, split="held-out")
     scores = secateur.score(model, texts=calibration, kinds=("cosine", "angular", "magnitude", "perplexity", "taylor"))
-    dense = secateur.eval(model, texts=held_out)[0].value
+    dense = secateur.evaluate(model, texts=held_out)[0].value
     seen: dict[tuple[int, ...], tuple[float, float]] = {}
     for method, settings in [case for case in CASES if not only or case[0] in only]:
         for count in amounts:
@@ -55,7 +55,7 @@ def main(only: list[str], windows: int = 32, amounts: tuple[int, ...] = (2, 3, 4
             if not only_drops or kept not in seen:
                 pruned = secateur.prune(model, plan, texts=calibration)
                 healed = secateur.heal(pruned, **HEALING)
-                before, after = (secateur.eval(one, texts=held_out)[0].value for one in (pruned, healed))
+                before, after = (secateur.evaluate(one, texts=held_out)[0].value for one in (pruned, healed))
                 if only_drops:
                     seen[kept] = before, after
             else:

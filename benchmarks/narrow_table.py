@@ -39,7 +39,7 @@ def main(only: list[str], windows: int = 32) -> None:
     model = secateur.open_model("bundled")
     calibration = windows_for(model, None, windows=windows)
     held_out = windows_for(model, None, windows=64, split="held-out")
-    dense = secateur.eval(model, texts=held_out)[0].value
+    dense = secateur.evaluate(model, texts=held_out)[0].value
     for method, settings in [case for case in CASES if not only or case[0] in only]:
         for amount in AMOUNTS:
             setting = {"method": method, **settings, "remove": amount, "windows": windows}
@@ -48,7 +48,7 @@ def main(only: list[str], windows: int = 32) -> None:
             except secateur.SecateurError as error:
                 keep("narrow_table", setting, {"refused": str(error)})
                 continue
-            found = secateur.eval(secateur.prune(model, plan, texts=calibration), texts=held_out)[0].value
+            found = secateur.evaluate(secateur.prune(model, plan, texts=calibration), texts=held_out)[0].value
             keep(
                 "narrow_table",
                 setting,

@@ -30,7 +30,7 @@ windows = sys.argv[2]
 if sys.argv[3] == "score":
     secateur.score(model, texts=windows)
 elif sys.argv[3] == "eval":
-    secateur.eval(model, texts=windows)
+    secateur.evaluate(model, texts=windows)
 else:
     settings = {"ratio": 0.25} if sys.argv[3] == "obs-width" else {}
     amount = {} if settings else {"slice": 0.25}

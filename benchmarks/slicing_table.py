@@ -34,7 +34,7 @@ def main(windows: int = 32) -> None:
     calibration = windows_for(model, None, windows=windows)
     held_out = windows_for(model, None, windows=64, split="held-out")
     scores = secateur.score(model, texts=calibration, kinds=("cosine",))
-    dense = secateur.eval(model, texts=held_out)[0].value
+    dense = secateur.evaluate(model, texts=held_out)[0].value
     for method, settings, amounts in CASES:
         for amount in amounts:
             setting = {"method": method, **settings, "remove": amount, "windows": windows}
@@ -46,7 +46,7 @@ def main(windows: int = 32) -> None:
                 keep("slicing_table", setting, {"refused": str(error)})
                 continue
             (step,) = plan.steps
-            found = secateur.eval(secateur.prune(model, plan, texts=calibration), texts=held_out)[0].value
+            found = secateur.evaluate(secateur.prune(model, plan, texts=calibration), texts=held_out)[0].value
             keep(
                 "slicing_table",
                 setting,

@@ -11,5 +11,5 @@ print(*plan.steps[0].describe(), f"({plan.removed_fraction:.1%} of the parameter
 
 pruned = secateur.prune(model, plan)
 secateur.save(pruned, "secateur-runs/example-cut")
-for result in secateur.eval(pruned, against=model):
+for result in secateur.evaluate(pruned, against=model):
     print(f"{result.role}: {result.blocks} blocks, perplexity {result.value:.2f}")

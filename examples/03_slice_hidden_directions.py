@@ -14,6 +14,6 @@ for method in ("slicegpt", "stock-slicing"):
     folder = Path(tempfile.mkdtemp(), method)
     secateur.save(sliced, folder)
     again = AutoModelForCausalLM.from_pretrained(folder)  # importing secateur made its shapes known
-    result = secateur.eval(sliced, windows=8)[0]
+    result = secateur.evaluate(sliced, windows=8)[0]
     print(f"{method}: {' '.join(plan.steps[0].describe())}")
     print(f"  {type(again).__name__}, {plan.removed_fraction:.1%} smaller, held-out perplexity {result.value:.2f}")

@@ -10,5 +10,5 @@ healed = secateur.heal(pruned, by="lora", tokens=50_000)
 facts = healed.history[-1]["healing"]
 print(f"{facts['trained_weights']:,} weights trained on {facts['tokens']:,} tokens")
 for name, one in {"cut": pruned, "healed": healed}.items():
-    result, dense = secateur.eval(one, against=model, windows=16)
+    result, dense = secateur.evaluate(one, against=model, windows=16)
     print(f"{name}: perplexity {result.value:.2f}, dense {dense.value:.2f}")

@@ -13,7 +13,7 @@ import pytest
 import secateur
 from secateur.cli.main import COMMANDS, load
 from secateur.cli.options import read_pairs
-from secateur.healing.heal import find_healing_recipe
+from secateur.jobs.heal import find_healing_recipe
 from secateur.methods.registry import METHODS
 from secateur.methods.sequence import read_sequence
 from secateur.settings import read_settings

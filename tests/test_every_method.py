@@ -17,6 +17,7 @@ from secateur.errors import SecateurError
 from secateur.methods.registry import METHODS
 from secateur.models.decoder import Decoder
 from secateur.models.forward import capture, logits, run_block
+from secateur.run_options import RunOptions
 from tiny_models import OTHER_FAMILIES, VARIANTS, VOCABULARY, save_tiny
 
 DROP, SLICE, NARROW, SHARE = {"blocks": 2}, {"slice": 0.25}, {"ratio": 0.2}, {"remove": 0.25}
@@ -122,7 +123,9 @@ def answers(decoder: Decoder) -> torch.Tensor:
 def plan_for(decoder: Decoder, method: str, amount: dict, settings: dict) -> Plan:
     own = amount if "ratio" in amount else {}  # a method's own amount is one of its settings
     given = {} if own else amount
-    return make_plan(decoder, method=method, **given, texts=WINDOWS, settings=settings | own, seed=3)
+    return make_plan(
+        decoder, method=method, **given, texts=WINDOWS, settings=settings | own, options=RunOptions(seed=3)
+    )
 
 
 def cut(decoder: Decoder, plan: Plan) -> Decoder:

@@ -21,24 +21,35 @@ if TYPE_CHECKING:
     from secateur.checkpoints.save import save
     from secateur.cli.demo import demo
     from secateur.errors import SecateurError
-    from secateur.evaluation.evaluate import eval
-    from secateur.evaluation.speed import bench
+    from secateur.evaluation.speed import Timing
+    from secateur.evaluation.tasks import TaskRequest
     from secateur.experiments.run import compare, run
-    from secateur.healing.heal import heal
-    from secateur.methods.planning import make_plan, prune
+    from secateur.healing.data import TrainingTexts
+    from secateur.jobs.bench import bench
+    from secateur.jobs.evaluate import evaluate
+    from secateur.jobs.heal import heal
+    from secateur.jobs.plan import make_plan
+    from secateur.jobs.prune import prune
+    from secateur.jobs.score import score
     from secateur.models.inspection import inspect
     from secateur.models.opening import open_model
+    from secateur.plan.amount import Amount
     from secateur.plan.plan import Plan
     from secateur.reporting.page import report
-    from secateur.scores.measure import score
+    from secateur.run_options import RunOptions
 
 __all__ = [
+    "Amount",
     "Plan",
+    "RunOptions",
     "SecateurError",
+    "TaskRequest",
+    "Timing",
+    "TrainingTexts",
     "bench",
     "compare",
     "demo",
-    "eval",
+    "evaluate",
     "heal",
     "inspect",
     "make_plan",
@@ -52,22 +63,27 @@ __all__ = [
 ]
 
 _WHERE = {
+    "Amount": "plan.amount",
     "Plan": "plan.plan",
+    "RunOptions": "run_options",
     "SecateurError": "errors",
-    "bench": "evaluation.speed",
+    "TaskRequest": "evaluation.tasks",
+    "Timing": "evaluation.speed",
+    "TrainingTexts": "healing.data",
+    "bench": "jobs.bench",
     "compare": "experiments.run",
     "demo": "cli.demo",
-    "eval": "evaluation.evaluate",
-    "heal": "healing.heal",
+    "evaluate": "jobs.evaluate",
+    "heal": "jobs.heal",
     "inspect": "models.inspection",
-    "make_plan": "methods.planning",
+    "make_plan": "jobs.plan",
     "open_model": "models.opening",
-    "prune": "methods.planning",
+    "prune": "jobs.prune",
     "push": "checkpoints.push",
     "report": "reporting.page",
     "run": "experiments.run",
     "save": "checkpoints.save",
-    "score": "scores.measure",
+    "score": "jobs.score",
 }
 """The module of each public name."""
 

@@ -109,7 +109,7 @@ def last_arrays(decoder, windows):
 def fed(decoder, windows, batch_size, *, cka_size=16):
     cosines, angles = CosineSums(decoder.block_count + 1), AngularSums(decoder.block_count + 1)
     cka = CkaSums(windows.token_count, size=cka_size)
-    for batch, states in states_by_batch(decoder, windows, batch_size=batch_size):
+    for batch, states in states_by_batch(decoder, windows, options=options):
         flat = real_tokens(states, batch.mask)
         cosines.update(flat)
         angles.update(states, batch.mask)

@@ -18,6 +18,7 @@ from secateur.calibration.walk import (
 from secateur.data.windows import Windows
 from secateur.errors import InputError, NumericsError
 from secateur.models.opening import open_model
+from secateur.run_options import RunOptions
 from tiny_models import build
 
 MODES = pytest.mark.parametrize("skeleton", [False, True], ids=["memory", "skeleton"])
@@ -79,7 +80,10 @@ def test_batches_do_not_change_the_states(skeleton, tiny):
 @MODES
 def test_batches_say_what_they_hold(skeleton, tiny):
     windows = draw_windows(windows=5, side="right")
-    batches = [batch for batch, _ in states_by_batch(tiny("llama", skeleton=skeleton), windows, batch_size=2)]
+    batches = [
+        batch
+        for batch, _ in states_by_batch(tiny("llama", skeleton=skeleton), windows, options=RunOptions(batch_size=2))
+    ]
     assert [batch.index for batch in batches] == [0, 1, 2]
     assert torch.equal(torch.cat([batch.tokens for batch in batches]), windows.tokens)
     assert torch.equal(torch.cat([batch.mask for batch in batches]), windows.mask)
@@ -122,7 +126,9 @@ def test_walking_block_by_block(only_last, budget, tiny):
     expected = plain_states(tiny("llama"), windows.tokens)
     for skeleton in (False, True):
         with StateStore(budget) as store:
-            batches = walk_blocks(tiny("llama", skeleton=skeleton), windows, store, batch_size=2, only_last=only_last)
+            batches = walk_blocks(
+                tiny("llama", skeleton=skeleton), windows, store, only_last=only_last, options=RunOptions(batch_size=2)
+            )
             depths = [8] if only_last else range(9)
             assert set(store.keys()) == {(batch, depth) for batch in (0, 1) for depth in depths}
             for depth in depths:
@@ -158,7 +164,7 @@ def test_padding_on_the_right_changes_no_real_token(name, tiny):
 @NAMES
 def test_mean_loss_is_the_cross_entropy_of_the_plain_logits(name, side, skeleton, tiny):
     windows = draw_windows(side=side)
-    found = mean_loss(tiny(name, skeleton=skeleton), windows, batch_size=3)
+    found = mean_loss(tiny(name, skeleton=skeleton), windows, options=RunOptions(batch_size=3))
     assert found == pytest.approx(plain_loss(tiny(name).module, windows), rel=1e-5)
 
 
@@ -182,14 +188,14 @@ def test_mean_loss_weighs_tokens_not_windows(tiny):
 def test_loss_is_the_same_in_parts(tiny, monkeypatch):
     """Logits of few windows at a time, where all of them would not fit."""
     windows = draw_windows(windows=5, side="right")
-    expected = mean_loss(tiny("llama"), windows, batch_size=5)
+    expected = mean_loss(tiny("llama"), windows, options=RunOptions(batch_size=5))
     rows = []
     monkeypatch.setattr("secateur.calibration.walk._LOGIT_BYTES", 2 * 4 * 16 * 256)
     from secateur.calibration import walk as stream
 
     plain = stream.logits
     monkeypatch.setattr(stream, "logits", lambda d, h, *rest: (rows.append(len(h)), plain(d, h, *rest))[1])
-    assert mean_loss(tiny("llama"), windows, batch_size=5) == pytest.approx(expected, rel=1e-6)
+    assert mean_loss(tiny("llama"), windows, options=RunOptions(batch_size=5)) == pytest.approx(expected, rel=1e-6)
     assert rows == [2, 2, 1]
 
 

@@ -93,7 +93,7 @@ def test_a_dry_run_sends_and_changes_nothing(cut):
 def test_results_are_shown_and_what_a_person_wrote_stays(cut, folders, tmp_path):
     (cut / "README.md").write_text((cut / "README.md").read_text() + "\nTrained with love.\n")
     windows = Windows.of(torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0)))
-    results = secateur.eval(open_model(cut), against=open_model(folders / "source"), texts=windows)
+    results = secateur.evaluate(open_model(cut), against=open_model(folders / "source"), texts=windows)
     append_results(tmp_path / "results.jsonl", results)
     for repo in ("me/other", REPO):
         push(cut, repo, results=tmp_path, base_model="them/dense", api=Hub())
@@ -103,7 +103,7 @@ def test_results_are_shown_and_what_a_person_wrote_stays(cut, folders, tmp_path)
     assert f'from_pretrained("{REPO}")' in card.text
     (metric,) = card.data.eval_results
     assert (metric.metric_type, metric.metric_value) == ("perplexity", round(results[0].value, 4))
-    append_results(tmp_path / "other.jsonl", secateur.eval(open_model(folders / "source"), texts=windows))
+    append_results(tmp_path / "other.jsonl", secateur.evaluate(open_model(folders / "source"), texts=windows))
     with pytest.raises(InputError, match="measured on another model"):
         push(cut, REPO, results=tmp_path / "other.jsonl", api=Hub())
 

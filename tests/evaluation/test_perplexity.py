@@ -9,6 +9,7 @@ from secateur import eval, make_plan, open_model, prune
 from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.evaluation.results import append_results
+from secateur.run_options import RunOptions
 from tiny_models import save_tiny
 
 
@@ -24,7 +25,7 @@ def test_against_a_plain_forward(bundled):
     windows = Windows.of(torch.randint(0, 4096, (3, 64), generator=torch.Generator().manual_seed(0)))
     plan = make_plan(bundled, method="last-n", blocks=2)
     pruned = prune(bundled, plan)
-    results = eval(pruned, against=bundled, texts=windows, batch_size=2)
+    results = eval(pruned, against=bundled, texts=windows, options=RunOptions(batch_size=2))
     for result, model in zip(results, (pruned, bundled), strict=True):
         with torch.no_grad():
             loss = model.module(input_ids=windows.tokens, labels=windows.tokens).loss

@@ -10,8 +10,8 @@ import torch
 from secateur import eval, make_plan, open_model, prune
 from secateur.errors import InputError, NumericsError
 from secateur.evaluation import catalogue, cloze
-from secateur.evaluation.evaluate import measure_reference
 from secateur.evaluation.tasks import batch_for
+from secateur.jobs.evaluate import measure_reference
 from tiny_models import save_tiny
 
 QUESTIONS = [

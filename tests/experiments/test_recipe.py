@@ -8,7 +8,7 @@ from secateur.data.sources import text_names
 from secateur.errors import InputError
 from secateur.experiments.grid import rows_of
 from secateur.experiments.recipe import Recipe, Study, read_recipe
-from secateur.healing.heal import find_healing_recipe
+from secateur.jobs.heal import find_healing_recipe
 from secateur.methods.sequence import read_sequence, whole_budget
 from secateur.settings import read_settings
 

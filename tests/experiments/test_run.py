@@ -61,7 +61,7 @@ def test_both_models_are_measured_on_the_same_text(run, recipe, tmp_path, window
     results = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert [one["role"] for one in results] == ["model", "against"]
     pruned = secateur.open_model(tmp_path / "run" / "cut")
-    assert results[0]["value"] == pytest.approx(secateur.eval(pruned, texts=window_file, windows=None)[0].value)
+    assert results[0]["value"] == pytest.approx(secateur.evaluate(pruned, texts=window_file, windows=None)[0].value)
 
 
 def test_what_a_later_stage_needs_is_made_again(run, recipe, tmp_path):

@@ -9,8 +9,6 @@ import pytest
 
 import secateur
 from secateur.errors import InputError
-from secateur.experiments import queue as jobs
-from secateur.experiments import queue as local
 from secateur.experiments.grid import rows_of, study_of
 from secateur.experiments.queue import Job, run_job
 from secateur.experiments.state import CELLS, State
@@ -116,7 +114,7 @@ def test_a_healed_cell_takes_over_the_cut(study):
 def test_a_cell_is_measured_like_a_run_of_its_own(study, window_file):
     _, (cells, _), folder = study
     cut = secateur.open_model(folder / CELLS / "last-n-40" / "cut")
-    assert cells[0].perplexity == pytest.approx(secateur.eval(cut, texts=window_file, windows=None)[0].value)
+    assert cells[0].perplexity == pytest.approx(secateur.evaluate(cut, texts=window_file, windows=None)[0].value)
     (dense,) = [json.loads(line) for line in (folder / "dense" / "results.jsonl").read_text().splitlines()]
     (own,) = [json.loads(line) for line in (folder / CELLS / "last-n-40" / "results.jsonl").read_text().splitlines()]
     assert (dense["role"], own["role"]) == ("against", "model")

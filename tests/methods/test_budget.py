@@ -5,11 +5,15 @@ import pytest
 from oracles import draw_windows
 from secateur import make_plan
 from secateur.errors import InputError
-from secateur.methods.budget import choose_blocks, read_budget
-from secateur.plan.quantities import read_count, read_fraction
+from secateur.methods.budget import Budget, choose_blocks
+from secateur.plan.amount import Amount, read_count, read_fraction
 
 SIZES = (10, 10, 20, 10, 30, 10)  # parameters of six blocks
 TOTAL = 200
+
+
+def budget(**amount):
+    return Budget.of(Amount.of(amount))
 
 
 def growing(*blocks):
@@ -21,7 +25,7 @@ CANDIDATES = growing(0, 1, 2, 3, 4)  # 10, 20, 40, 50, 80 parameters
 
 
 def chosen(candidates=CANDIDATES, **amount):
-    return choose_blocks(read_budget(**amount), iter(candidates), SIZES, TOTAL, len(candidates))
+    return choose_blocks(budget(**amount), iter(candidates), SIZES, TOTAL, len(candidates))
 
 
 # Reading
@@ -33,7 +37,7 @@ def chosen(candidates=CANDIDATES, **amount):
 )
 def test_fractions(text, value):
     assert read_fraction(text) == pytest.approx(value)
-    assert read_budget(remove=text).describe() == {"remove": pytest.approx(value)}
+    assert budget(remove=text).describe() == {"remove": pytest.approx(value)}
 
 
 @pytest.mark.parametrize(
@@ -85,19 +89,19 @@ def test_counts_out_of_range(text):
 
 def test_one_amount_is_asked_for():
     with pytest.raises(InputError, match="no amount given: say one of remove"):
-        read_budget()
+        budget()
     with pytest.raises(InputError, match=r"several amounts given \(blocks, remove\)"):
-        read_budget(blocks=1, remove=0.5)
+        budget(blocks=1, remove=0.5)
     with pytest.raises(InputError, match=r"several amounts given \(blocks, remove, target_params\)"):
-        read_budget(blocks=0, remove=0.5, target_params="1B")
+        budget(blocks=0, remove=0.5, target_params="1B")
     with pytest.raises(InputError, match="blocks=-1"):
-        read_budget(blocks=-1)
+        budget(blocks=-1)
 
 
 def test_only_no_blocks_is_nothing():
-    assert read_budget(blocks=0).is_zero
-    assert not read_budget(blocks=1).is_zero
-    assert not read_budget(remove=0.001).is_zero
+    assert budget(blocks=0).is_zero
+    assert not budget(blocks=1).is_zero
+    assert not budget(remove=0.001).is_zero
 
 
 # Taking
@@ -161,7 +165,7 @@ def test_a_target_is_never_missed_by_a_little():
     sizes, total = (1_000_000,) * 6, 8_000_000
     for blocks in range(1, 5):
         target = total - blocks * 1_000_000 - 1
-        found = choose_blocks(read_budget(target_params=target), growing(0, 1, 2, 3, 4), sizes, total, 5)
+        found = choose_blocks(budget(target_params=target), growing(0, 1, 2, 3, 4), sizes, total, 5)
         assert total - sum(sizes[block] for block in found) <= target
 
 
@@ -190,12 +194,12 @@ def test_candidates_are_read_only_as_far_as_needed():
         yield from CANDIDATES[:3]
         raise AssertionError("asked for more than needed")
 
-    assert choose_blocks(read_budget(blocks=2), candidates(), SIZES, TOTAL, 5) == CANDIDATES[1]
-    assert choose_blocks(read_budget(blocks=3), candidates(), SIZES, TOTAL, 5) == CANDIDATES[2]
+    assert choose_blocks(budget(blocks=2), candidates(), SIZES, TOTAL, 5) == CANDIDATES[1]
+    assert choose_blocks(budget(blocks=3), candidates(), SIZES, TOTAL, 5) == CANDIDATES[2]
     alike = (10,) * 6
-    assert choose_blocks(read_budget(remove=0.1), candidates(), alike, 100, 5) == CANDIDATES[0]
-    assert choose_blocks(read_budget(remove=0.3), candidates(), alike, 100, 5) == CANDIDATES[2]
-    assert choose_blocks(read_budget(target_params=70), candidates(), alike, 100, 5) == CANDIDATES[2]
+    assert choose_blocks(budget(remove=0.1), candidates(), alike, 100, 5) == CANDIDATES[0]
+    assert choose_blocks(budget(remove=0.3), candidates(), alike, 100, 5) == CANDIDATES[2]
+    assert choose_blocks(budget(target_params=70), candidates(), alike, 100, 5) == CANDIDATES[2]
 
 
 # On models

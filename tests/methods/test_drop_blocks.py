@@ -11,6 +11,7 @@ from secateur.errors import InputError, NumericsError
 from secateur.methods import drop_blocks, replace_blocks
 from secateur.methods.registry import find_method
 from secateur.models.opening import open_model
+from secateur.run_options import RunOptions
 from secateur.scores.measure import score_model
 from secateur.scores.profile import KINDS, Scores
 from tiny_models import build
@@ -372,7 +373,9 @@ def test_nothing_is_measured_for_nothing(name, tiny, monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_plan_says_what_it_was_made_of(method, tiny):
     decoder, windows = tiny("llama"), draw_windows()
-    plan = make_plan(decoder, method=method, blocks=2, texts=windows, seed=7, settings={"protect_first": 1})
+    plan = make_plan(
+        decoder, method=method, blocks=2, texts=windows, settings={"protect_first": 1}, options=RunOptions(seed=7)
+    )
     assert plan.model.fingerprint == decoder.fingerprint
     assert plan.requested == {"blocks": 2}
     assert plan.seed == 7

@@ -14,6 +14,7 @@ from secateur.errors import InputError, ModelError, NumericsError
 from secateur.methods.linear_replacement import best_windows, most_blocks, window_sizes
 from secateur.models.anatomy import find
 from secateur.plan.steps import LinearReplacement, Sizes
+from secateur.run_options import RunOptions
 from secateur.scores.linearity import linear_sums
 from tiny_models import build
 
@@ -65,7 +66,7 @@ def windows_of_text(side=None):
 def test_matrices_are_numpys(name, side, tiny):
     decoder, windows = tiny(name), windows_of_text(side)
     spans = [(1, 1), (3, 5), (2, 6), (7, 7)]
-    found = dict(linear_sums(decoder, windows, spans, batch_size=4))
+    found = dict(linear_sums(decoder, windows, spans, options=RunOptions(batch_size=4)))
     assert set(found) == set(spans)
     for span, ridge in itertools.product(spans, (1e-3, 0.1)):
         turn, error = plain_fit(decoder, windows, *span, ridge)
@@ -78,7 +79,8 @@ def test_matrices_are_numpys(name, side, tiny):
 def test_a_skeleton_finds_the_same(name, tiny):
     windows, spans = windows_of_text("left"), [(1, 2), (2, 2), (4, 6)]
     memory, skeleton = (
-        dict(linear_sums(tiny(name, skeleton=light), windows, spans, batch_size=2)) for light in (False, True)
+        dict(linear_sums(tiny(name, skeleton=light), windows, spans, options=RunOptions(batch_size=2)))
+        for light in (False, True)
     )
     assert all(torch.equal(memory[span].result(0.01), skeleton[span].result(0.01)) for span in spans)
     assert no_real_parameters(tiny(name, skeleton=True).module)

@@ -14,6 +14,7 @@ from secateur.errors import InputError, ModelError, NumericsError, TrainingWarni
 from secateur.methods.replace_blocks import training_windows
 from secateur.models.anatomy import find
 from secateur.plan.steps import ReplaceBlocks
+from secateur.run_options import RunOptions
 from secateur.surgery.depth.blocks import keep_blocks
 from secateur.surgery.depth.replacement import network_config, new_network, with_network
 from secateur.training.pairs import PairRegression, pair_bytes, store_pairs
@@ -175,7 +176,7 @@ def test_the_language_modelling_loss_trains_the_network_alone(name, tiny):
 def test_pairs_on_disk_are_the_states(tiny):
     decoder, windows = tiny("llama", skeleton=True), windows_of_text("right")
     states = plain_states(tiny("llama"), windows.tokens, windows.mask)
-    pairs = store_pairs(decoder, windows, (2, 4), batch_size=4)
+    pairs = store_pairs(decoder, windows, (2, 4), options=RunOptions(batch_size=4))
     real = windows.mask
     for stored, state in ((pairs.entering, states[2]), (pairs.leaving, states[5])):
         assert stored.dtype == torch.bfloat16
@@ -251,12 +252,12 @@ def test_what_it_is_trained_on(tiny_folder, tiny, tmp_path):
     record = prune(decoder, plan).history[-1]["training (mse)"]
     assert record["tokens"] == 19 * 16, "20 windows of the calibration text, one held back"
     given = windows_of_text()
-    from secateur.methods.method import Evidence
+    from secateur.methods.method import Measurements
     from secateur.methods.replace_blocks import StreamlineSettings
 
-    evidence = Evidence(decoder, given)
-    assert training_windows(evidence, StreamlineSettings(), 400) is given
-    named = training_windows(evidence, StreamlineSettings(train_texts=str(text)), 400)
+    measurements = Measurements(decoder, given)
+    assert training_windows(measurements, StreamlineSettings(), 400) is given
+    named = training_windows(measurements, StreamlineSettings(train_texts=str(text)), 400)
     assert len(named) == 20
     with pytest.raises(InputError, match="1 window to train on; some must be held back"):
         cut(tiny("llama"), Windows.of(given.tokens[:1]))
@@ -277,16 +278,16 @@ def test_a_killed_run_goes_on_and_gives_the_same(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(PairRegression, "forward", killed)
     with pytest.raises(KeyboardInterrupt):
-        prune(decoder, plan, texts=windows, work=tmp_path / "work")
+        prune(decoder, plan, texts=windows, options=RunOptions(work=tmp_path / "work"))
     begun = len(calls)
-    resumed = prune(decoder, plan, texts=windows, work=tmp_path / "work")
+    resumed = prune(decoder, plan, texts=windows, options=RunOptions(work=tmp_path / "work"))
     monkeypatch.undo()
     assert begun < len(calls) < 2 * begun + 8
     assert torch.equal(logits(resumed, windows), logits(whole, windows))
     assert resumed.fingerprint == whole.fingerprint
     other = plan_for(decoder, windows, **settings | {"clip": 1.0})
     with pytest.raises(InputError, match="holds a run of another recipe"):
-        prune(decoder, other, texts=windows, work=tmp_path / "work")
+        prune(decoder, other, texts=windows, options=RunOptions(work=tmp_path / "work"))
 
 
 def test_nan_keeps_the_last_good_network_and_says_so(tiny, monkeypatch):

@@ -13,6 +13,7 @@ from secateur.calibration.walk import mean_loss
 from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, TextsWarning
 from secateur.methods.slice_hidden import normalised, rounded_width, slice_fractions
+from secateur.run_options import RunOptions
 from secateur.surgery.hidden.own_bases import slice_by_principal_directions
 
 SLICING = ["slicegpt", "dynamic-slicing", "stock-slicing"]
@@ -259,7 +260,7 @@ def test_texts_that_cannot_be_found_again(plan, tiny):
 
 
 def test_texts_are_found_again_by_name(bundled):
-    plan = make_plan(bundled, method="slicegpt", slice=0.3, windows=2, seq_len=32, seed=4)
+    plan = make_plan(bundled, method="slicegpt", slice=0.3, windows=2, seq_len=32, options=RunOptions(seed=4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pruned = prune(bundled, plan)

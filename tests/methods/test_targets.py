@@ -11,16 +11,20 @@ from secateur.cli.tables import plan_summary
 from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.evaluation.timing import BlockTimes
-from secateur.methods import sliced_speed as sliced_speed
 from secateur.methods import cost as scales
-from secateur.methods.budget import read_budget
+from secateur.methods import sliced_speed as sliced_speed
+from secateur.methods.budget import Budget
 from secateur.methods.cost import memory_cost
 from secateur.models.widths import cache_size
-from secateur.plan.quantities import gigabytes, read_bytes, read_factor
+from secateur.plan.amount import Amount, gigabytes, read_bytes, read_factor
 from tiny_models import VOCABULARY, build
 
 WINDOWS = Windows.of(torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1)))
 METHODS = ("last-n", "sleb", "swm", "replaceme", "slicegpt", "stock-slicing")
+
+
+def budget(**amount):
+    return Budget.of(Amount.of(amount))
 
 
 def bytes_of(decoder, context):
@@ -150,6 +154,6 @@ def test_reading():
         with pytest.raises(InputError, match="target-speedup"):
             read_factor(wrong)
     with pytest.raises(InputError, match="only beside target-memory"):
-        read_budget(remove=0.2, context=128)
+        budget(remove=0.2, context=128)
     with pytest.raises(InputError, match="several amounts"):
-        read_budget(target_memory="1GB", target_speedup=1.2)
+        budget(target_memory="1GB", target_speedup=1.2)

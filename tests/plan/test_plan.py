@@ -13,6 +13,7 @@ from secateur.methods.planning import model_ref
 from secateur.models.opening import open_model
 from secateur.plan.plan import ModelRef
 from secateur.plan.steps import DropBlocks
+from secateur.run_options import RunOptions
 from tiny_models import build
 
 REF = ModelRef(
@@ -32,7 +33,7 @@ def plan_for(decoder, *steps):
 @pytest.fixture
 def written(tiny, tmp_path):
     """A plan file, and a function that edits its JSON."""
-    plan = make_plan(tiny("llama"), method="shortgpt", blocks=2, texts=draw_windows(), seed=3)
+    plan = make_plan(tiny("llama"), method="shortgpt", blocks=2, texts=draw_windows(), options=RunOptions(seed=3))
     path = tmp_path / "plan.json"
     plan.write(path)
 

@@ -50,7 +50,7 @@ def _write_cell(study, name, model, made, texts, *, plan, where="cut"):
     folder.mkdir(parents=True)
     plan.write(folder / "plan.json")
     secateur.save(made, folder / where, check=False)
-    results = secateur.eval(made, against=model, texts=texts)
+    results = secateur.evaluate(made, against=model, texts=texts)
     answered = [
         dataclasses.replace(one, task="cloze", measure=measure, value=value, spread={"stderr": 0.1})
         for one in results

@@ -13,6 +13,7 @@ from oracles import draw_windows, loss_without, plain_states
 from secateur.calibration import walk as stream
 from secateur.errors import InputError, NumericsError
 from secateur.models.opening import open_model
+from secateur.run_options import RunOptions
 from secateur.scores.measure import score_model, weight_magnitudes
 from secateur.scores.profile import KINDS, ONE_PASS, Scores
 from tiny_models import build
@@ -87,7 +88,7 @@ def test_cheap_scores_cost_one_walk(skeleton, tiny, monkeypatch):
     runs = []
     plain = stream.run_block
     monkeypatch.setattr(stream, "run_block", lambda block, *rest: (runs.append(block), plain(block, *rest))[1])
-    score_model(tiny("llama", skeleton=skeleton), draw_windows(), ONE_PASS, batch_size=2)
+    score_model(tiny("llama", skeleton=skeleton), draw_windows(), ONE_PASS, options=RunOptions(batch_size=2))
     assert len(runs) == 2 * 8
 
 
@@ -119,7 +120,9 @@ def test_magnitudes_in_half_precision_are_summed_in_full(dtype, tiny_folder):
 
 def test_seed_draws_the_tokens_of_cka(tiny):
     windows = draw_windows(windows=9, positions=60)
-    first, again, other = (score_model(tiny("llama", blocks=2), windows, ["cka"], seed=seed) for seed in (0, 0, 1))
+    first, again, other = (
+        score_model(tiny("llama", blocks=2), windows, ["cka"], options=options) for seed in (0, 0, 1)
+    )
     assert first.cka_linear == again.cka_linear
     assert first.cka_linear != other.cka_linear
 

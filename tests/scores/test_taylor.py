@@ -10,6 +10,7 @@ from secateur.calibration.store import StateStore
 from secateur.calibration.walk import mean_loss
 from secateur.errors import NumericsError
 from secateur.models.opening import open_model
+from secateur.run_options import RunOptions
 from secateur.scores.taylor import scored_weights, taylor
 from tiny_models import build
 
@@ -22,7 +23,9 @@ MODES = pytest.mark.parametrize("skeleton", [False, True], ids=["memory", "skele
 def test_against_a_plain_backward_pass(name, per_window, tiny):
     windows = draw_windows()
     expected = plain_taylor(build(name), windows, per_window=per_window)
-    assert taylor(tiny(name), windows, per_window=per_window, batch_size=2) == pytest.approx(expected, rel=1e-4)
+    assert taylor(tiny(name), windows, per_window=per_window, options=RunOptions(batch_size=2)) == pytest.approx(
+        expected, rel=1e-4
+    )
     if not per_window or name == "llama":
         skeleton = tiny(name, skeleton=True)
         assert taylor(skeleton, windows, per_window=per_window) == pytest.approx(expected, rel=1e-4)
@@ -48,17 +51,19 @@ def test_products_cancel_over_windows_before_the_absolute_value(tiny):
 @pytest.mark.parametrize("batch_size", [1, 3, 4, None])
 def test_batches_do_not_change_the_score(batch_size, tiny):
     windows = draw_windows(side="right")
-    expected = taylor(tiny("llama"), windows, batch_size=2)
-    assert taylor(tiny("llama"), windows, batch_size=batch_size) == pytest.approx(expected, rel=1e-4)
+    expected = taylor(tiny("llama"), windows, options=RunOptions(batch_size=2))
+    assert taylor(tiny("llama"), windows, options=options) == pytest.approx(expected, rel=1e-4)
 
 
 @MODES
 def test_with_states_on_disk(skeleton, tiny, monkeypatch):
     windows = draw_windows()
-    expected = taylor(tiny("llama"), windows, batch_size=2)
+    expected = taylor(tiny("llama"), windows, options=RunOptions(batch_size=2))
     stores = []
     monkeypatch.setattr("secateur.scores.taylor.open_store", lambda _: stores.append(StateStore(0)) or stores[-1])
-    assert taylor(tiny("llama", skeleton=skeleton), windows, batch_size=2) == pytest.approx(expected, rel=1e-6)
+    assert taylor(tiny("llama", skeleton=skeleton), windows, options=RunOptions(batch_size=2)) == pytest.approx(
+        expected, rel=1e-6
+    )
     assert len(stores) == 1
     assert not list(stores[0].keys())
 

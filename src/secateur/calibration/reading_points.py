@@ -18,7 +18,7 @@ from secateur.data.windows import Windows
 from secateur.models.anatomy import present
 from secateur.models.decoder import Decoder
 from secateur.models.forward import inputs_of
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 
 Visit = Callable[[int, torch.Tensor], None]
 """Called with the number of a point and states (tokens, D) that stand there."""
@@ -36,8 +36,7 @@ def visit_reading_points(
     visit: Visit,
     *,
     after_block: Callable[[int], None] = lambda _: None,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
+    options: RunOptions = DEFAULTS,
 ) -> None:
     """Walk the windows through the model and show the states at every reading point.
 
@@ -56,8 +55,8 @@ def visit_reading_points(
         visit(point, centred(decoder, _of_real_tokens(hidden, batch)))
 
     with open_store(decoder) as store:
-        batches = stored_start(decoder, windows, store, batch_size)
-        for index in progress(range(decoder.block_count), "walking the blocks", decoder.block_count):
+        batches = stored_start(decoder, windows, store, options.batch_size)
+        for index in options.progress(range(decoder.block_count), "walking the blocks", decoder.block_count):
             with decoder.block(index) as block:
                 for batch in batches:
                     hidden = store.get(batch.index)
@@ -72,9 +71,7 @@ def visit_reading_points(
 
 
 @torch.no_grad()
-def visit_gradients(
-    decoder: Decoder, windows: Windows, visit: Visit, *, batch_size: int | None = None, progress: Progress = SILENT
-) -> None:
+def visit_gradients(decoder: Decoder, windows: Windows, visit: Visit, *, options: RunOptions = DEFAULTS) -> None:
     """Show the gradient of the loss by the state at every reading point, (tokens, D), from the last point down.
 
     Raises:
@@ -87,12 +84,12 @@ def visit_gradients(
         visit(point, centred(decoder, _of_real_tokens(gradient, batch).float() / predictions))
 
     with open_store(decoder) as kept:
-        batches = walk_blocks(decoder, windows, kept, batch_size=batch_size, progress=progress)
+        batches = walk_blocks(decoder, windows, kept, options=options)
         predictions = loss_gradients(decoder, batches, kept)
         for batch in batches:
             shown(points * decoder.block_count, kept.get(("gradient", batch.index)), batch)
         order = list(reversed(range(decoder.block_count)))
-        for index in progress(order, "walking back through the blocks", len(order)):
+        for index in options.progress(order, "walking back through the blocks", len(order)):
             with decoder.block(index) as block, torch.enable_grad():
                 for batch in batches:
                     within = back_through(decoder, index, batch, kept, entering=norms_within(decoder, block))

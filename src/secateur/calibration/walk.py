@@ -19,7 +19,7 @@ from secateur.distributed import add_up
 from secateur.errors import InputError, NumericsError
 from secateur.models.decoder import Decoder
 from secateur.models.forward import Call, capture, logits, require_finite, run_block, same_calls
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 
 _LOGIT_BYTES = 64 << 20
 _NOT_PREDICTED = -100
@@ -129,12 +129,7 @@ def through_block(decoder: Decoder, index: int, batches: Iterable[Batch], store:
 
 @torch.no_grad()
 def states_by_batch(
-    decoder: Decoder,
-    windows: Windows,
-    *,
-    batch_size: int | None = None,
-    store: StateStore | None = None,
-    progress: Progress = SILENT,
+    decoder: Decoder, windows: Windows, *, store: StateStore | None = None, options: RunOptions = DEFAULTS
 ) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
     """Return each batch with its L+1 residual states X⁰ … X^L, each (windows, positions, d).
 
@@ -145,12 +140,14 @@ def states_by_batch(
         NumericsError: a state holds NaN or infinity at a real token.
     """
     if not decoder.is_skeleton:
-        count = -(-len(windows) // batch_size_for(decoder, windows, batch_size))
-        for batch, hidden in progress(start(decoder, windows, batch_size), "walking the windows", count):
+        count = -(-len(windows) // batch_size_for(decoder, windows, options.batch_size))
+        for batch, hidden in options.progress(
+            start(decoder, windows, options.batch_size), "walking the windows", count
+        ):
             yield batch, _all_states(decoder, batch, hidden)
         return
     with _given_or_new(store, decoder) as kept:
-        batches = walk_blocks(decoder, windows, kept, batch_size=batch_size, progress=progress)
+        batches = walk_blocks(decoder, windows, kept, options=options)
         for batch in batches:
             keys = [(batch.index, depth) for depth in range(decoder.block_count + 1)]
             yield batch, [kept.get(key) for key in keys]
@@ -160,13 +157,7 @@ def states_by_batch(
 
 @torch.no_grad()
 def walk_blocks(
-    decoder: Decoder,
-    windows: Windows,
-    store: StateStore,
-    *,
-    batch_size: int | None = None,
-    only_last: bool = False,
-    progress: Progress = SILENT,
+    decoder: Decoder, windows: Windows, store: StateStore, *, only_last: bool = False, options: RunOptions = DEFAULTS
 ) -> list[Batch]:
     """Take all batches through one block after the other; states stay in the store under (batch, depth).
 
@@ -175,8 +166,8 @@ def walk_blocks(
     Raises:
         NumericsError: a state holds NaN or infinity at a real token.
     """
-    batches = stored_start(decoder, windows, store, batch_size, key=lambda batch: (batch.index, 0))
-    for index in progress(range(decoder.block_count), "walking the blocks", decoder.block_count):
+    batches = stored_start(decoder, windows, store, options.batch_size, key=lambda batch: (batch.index, 0))
+    for index in options.progress(range(decoder.block_count), "walking the blocks", decoder.block_count):
         with decoder.block(index):
             for batch in batches:
                 store.put((batch.index, index + 1), step(decoder, index, batch, store.get((batch.index, index))))
@@ -186,19 +177,13 @@ def walk_blocks(
 
 
 @torch.no_grad()
-def mean_loss(
-    decoder: Decoder,
-    windows: Windows,
-    *,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
-) -> float:
+def mean_loss(decoder: Decoder, windows: Windows, *, options: RunOptions = DEFAULTS) -> float:
     """Mean next-token loss in nats over all predictions of all windows.
 
     Raises:
         NumericsError: NaN or infinity on the way.
     """
-    return mean_loss_of(decoder, last_states(decoder, windows, batch_size, progress))
+    return mean_loss_of(decoder, last_states(decoder, windows, options))
 
 
 def mean_loss_of(decoder: Decoder, last: Iterable[tuple[Batch, torch.Tensor]], *, shared: bool = False) -> float:
@@ -250,7 +235,7 @@ def perplexity_of(loss: float) -> float:
 
 @torch.no_grad()
 def last_states(
-    decoder: Decoder, windows: Windows, batch_size: int | None = None, progress: Progress = SILENT
+    decoder: Decoder, windows: Windows, options: RunOptions = DEFAULTS
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Return each batch with what leaves the last block, before the final norm; head and norm are present meanwhile.
 
@@ -258,14 +243,16 @@ def last_states(
         NumericsError: a state holds NaN or infinity at a real token.
     """
     if not decoder.is_skeleton:
-        count = -(-len(windows) // batch_size_for(decoder, windows, batch_size))
-        for batch, hidden in progress(start(decoder, windows, batch_size), "reading the windows", count):
+        count = -(-len(windows) // batch_size_for(decoder, windows, options.batch_size))
+        for batch, hidden in options.progress(
+            start(decoder, windows, options.batch_size), "reading the windows", count
+        ):
             for index in range(decoder.block_count):
                 hidden = step(decoder, index, batch, hidden)
             yield batch, hidden
         return
     with open_store(decoder) as store:
-        batches = walk_blocks(decoder, windows, store, batch_size=batch_size, only_last=True, progress=progress)
+        batches = walk_blocks(decoder, windows, store, only_last=True, options=options)
         with decoder.outer():
             for batch in batches:
                 yield batch, store.get((batch.index, decoder.block_count))

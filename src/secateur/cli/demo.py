@@ -13,15 +13,17 @@ from secateur.checkpoints.folders import replacing
 from secateur.checkpoints.save import save
 from secateur.cli.tables import plan_summary, results_table, scores_table
 from secateur.data.texts import windows_for
-from secateur.evaluation.evaluate import eval as evaluate
 from secateur.evaluation.results import append_results
+from secateur.jobs.evaluate import evaluate
+from secateur.jobs.plan import make_plan
+from secateur.jobs.prune import prune
 from secateur.jobs.runs import run_folder, write_marker
-from secateur.methods.planning import make_plan, prune
+from secateur.jobs.score import score
 from secateur.models.decoder import Decoder
 from secateur.models.fetch import BUNDLED
 from secateur.models.opening import open_model
 from secateur.progress import SILENT, Progress
-from secateur.scores.measure import score
+from secateur.run_options import RunOptions
 from secateur.scores.pictures import draw_scores
 
 PROMPT = '''class Stack:
@@ -52,20 +54,22 @@ def demo(
         show(f"1. Open: a trained Llama of {model.block_count} blocks and {model.parameter_count:,} parameters.")
         windows = windows_for(model, None, windows=32)
         show(f"2. Score: {len(windows)} windows of {windows.seq_len} tokens of Python's standard library.")
-        scores = score(model, texts=windows, progress=progress)
+        scores = score(model, texts=windows, options=RunOptions(progress=progress))
         scores.write(part / "scores.json")
         draw_scores(scores, part)
         show(scores_table(scores))
         show("3. Plan: which blocks a matrix can stand in for, about 25 % of all parameters; nothing is trained.")
-        plan = make_plan(model, method="replaceme", remove=0.25, texts=windows, scores=scores, progress=progress)
+        plan = make_plan(
+            model, method="replaceme", remove=0.25, texts=windows, scores=scores, options=RunOptions(progress=progress)
+        )
         plan.write(part / "plan.json")
         show(plan_summary(plan))
         show("4. Prune: cut, save, and reopen in a fresh process that knows nothing of secateur.")
-        pruned = prune(model, plan, progress=progress)
+        pruned = prune(model, plan, options=RunOptions(progress=progress))
         record = save(pruned, part / "cut")
         show(f"   {record['check']['architecture']} of {record['blocks']} blocks: same logits, same generation.")
         show("5. Compare on modules that neither training nor scoring has seen.")
-        results = evaluate(pruned, against=model, windows=64, progress=progress)
+        results = evaluate(pruned, against=model, windows=64, options=RunOptions(progress=progress))
         append_results(part / "results.jsonl", results)
         show(results_table(results))
         for name, one in {"dense": model, "pruned": pruned}.items():

@@ -9,10 +9,12 @@ import typer
 from secateur.checkpoints.folders import check_target
 from secateur.cli.options import Asking, HeldOut, Opening, grouped, whole_numbers
 from secateur.cli.tables import results_tables, showing_progress
-from secateur.cli.terminal import DryRun, Json, ModelArg, Out, announce, announce_whole, err, keep, opened, target
-from secateur.evaluation.evaluate import eval as eval_model
-from secateur.evaluation.speed import BATCHES, NEW_TOKENS
-from secateur.evaluation.speed import bench as bench_models
+from secateur.cli.terminal import DryRun, Json, ModelArg, Out, announce, err, keep, opened, target
+from secateur.evaluation.speed import BATCHES, NEW_TOKENS, Timing
+from secateur.jobs.bench import BenchJob
+from secateur.jobs.evaluate import EvaluateJob
+from secateur.run_options import RunOptions
+from secateur.settings import read_settings
 
 
 @grouped
@@ -28,35 +30,23 @@ def evaluate(
 ) -> None:
     """Measure perplexity on held-out text, or tasks (or both), of the model and of the dense one in one run."""
     folder = target(out, model, "eval")
-    whole = asking.tasks is not None
+    asked = asking.request()
+    whole = asked is not None
     decoder = opened(opening, model, only_shapes=dry_run, whole=whole)
     dense = opened(opening, against, only_shapes=dry_run, whole=whole) if against else None
-    both = [one for one in (decoder, dense) if one is not None]
-    for one in both:
-        check_target(folder, reads=one.folder)
-    windows = reading.held_out(decoder) if asking.tasks is None or reading.texts is not None else None
-    if windows is not None:
-        announce(decoder, windows, 1.0 + (dense.parameter_count / decoder.parameter_count if dense else 0.0))
-    if asking.tasks is not None:
-        announce_whole(both, f"tasks: {asking.tasks}")
-    if dry_run:
-        return
+    for one in (decoder, dense):
+        if one is not None:
+            check_target(folder, reads=one.folder)
     with showing_progress(err) as progress:
-        results = eval_model(
-            decoder,
-            against=dense,
-            texts=windows,
-            tasks=asking.tasks,
-            limit=asking.limit,
-            shots=asking.shots,
-            stability=asking.stability,
-            seed=reading.seed,
-            batch_size=reading.batch_size,
-            progress=progress,
-        )
+        options = reading.options(progress)
+        job = EvaluateJob.prepare(decoder, against=dense, **reading.fields(), tasks=asked, options=options)
+        announce(job.cost())
+        if dry_run:
+            return
+        results = job.run()
     details: dict[str, Any] = {"model": model, "against": against, "tasks": asking.tasks}
-    if windows is not None:
-        details["texts"] = windows.describe()
+    if job.windows is not None:
+        details["texts"] = job.windows.describe()
     keep(results, folder, "eval", details, results_tables(results), as_json=as_json)
 
 
@@ -79,26 +69,24 @@ def bench(
 ) -> None:
     """Measure speed and memory beside the dense model: reading, writing, first token, peak, cache."""
     folder = target(out, model, "bench")
-    sizes = whole_numbers(batch_sizes, "--batch-sizes")
-    lengths = None if prompts is None else whole_numbers(prompts, "--prompts")
+    asked = {
+        "batch_sizes": tuple(whole_numbers(batch_sizes, "--batch-sizes")),
+        "prompts": None if prompts is None else tuple(whole_numbers(prompts, "--prompts")),
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "warmup": warmup,
+    }
+    timing = read_settings("bench", Timing, asked)
     decoder = opened(opening, model, only_shapes=dry_run, whole=True)
     dense = opened(opening, against, only_shapes=dry_run, whole=True) if against else None
-    both = [one for one in (decoder, dense) if one is not None]
-    for one in both:
-        check_target(folder, reads=one.folder)
-    announce_whole(both, f"batch sizes {batch_sizes}, {warmup} + {repeats} rounds")
-    if dry_run:
-        return
+    for one in (decoder, dense):
+        if one is not None:
+            check_target(folder, reads=one.folder)
     with showing_progress(err) as progress:
-        results = bench_models(
-            decoder,
-            against=dense,
-            batch_sizes=sizes,
-            prompts=lengths,
-            new_tokens=new_tokens,
-            repeats=repeats,
-            warmup=warmup,
-            seed=seed,
-            progress=progress,
-        )
+        options = RunOptions(seed=seed, progress=progress)
+        job = BenchJob.prepare(decoder, against=dense, timing=timing, options=options)
+        announce(job.cost())
+        if dry_run:
+            return
+        results = job.run()
     keep(results, folder, "bench", {"model": model, "against": against}, results_tables(results), as_json=as_json)

@@ -14,14 +14,14 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from secateur.data.texts import windows_for
-from secateur.data.windows import Windows
 from secateur.errors import InputError
-from secateur.healing.heal import training_data
-from secateur.healing.recipes import Data
+from secateur.evaluation.tasks import TaskRequest
+from secateur.healing.data import TrainingTexts
 from secateur.models.decoder import Decoder
-from secateur.models.opening import open_model
-from secateur.plan.quantities import read_count
+from secateur.models.opening import open_model, open_shapes
+from secateur.plan.amount import Amount
+from secateur.progress import Progress
+from secateur.run_options import RunOptions
 from secateur.scores.profile import Scores
 
 Setting = Annotated[
@@ -55,7 +55,8 @@ class Opening:
             skeleton = False
         elif thin and not self.allow_pickle:
             skeleton = True
-        return open_model(source, **asdict(self) | {"skeleton": skeleton}, shapes_only=only_shapes)
+        opening = open_shapes if only_shapes else open_model
+        return opening(source, **asdict(self) | {"skeleton": skeleton})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,10 @@ class Reading:
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0
     batch_size: Annotated[int | None, typer.Option(help="Windows per batch. (default: by the device)")] = None
 
+    def options(self, progress: Progress, work: Path | None = None) -> RunOptions:
+        """Return how the run goes."""
+        return RunOptions(batch_size=self.batch_size, seed=self.seed, progress=progress, work=work)
+
     def beside_a_plan(self) -> list[str]:
         """List those of these options that were given and that a plan says already."""
         plain = Reading()
@@ -87,11 +92,9 @@ class Reading:
         """
         return read_windows(self.windows, "--windows")
 
-    def calibration(self, decoder: Decoder, *, pack: bool = True) -> Windows:
-        """Open the calibration part of the texts for a model."""
-        return windows_for(
-            decoder, self.texts, windows=self.window_count, seq_len=self.seq_len, seed=self.seed, pack=pack
-        )
+    def fields(self) -> dict[str, Any]:
+        """Return what is read, by the names that jobs take."""
+        return {"texts": self.texts, "windows": self.window_count, "seq_len": self.seq_len}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +102,6 @@ class HeldOut(Reading):
     """Which held-out texts are read."""
 
     windows: Annotated[str, typer.Option(help="Number of windows of held-out text, or 'all'.")] = "64"
-
-    def held_out(self, decoder: Decoder) -> Windows:
-        """Open the held-out part of the texts for a model."""
-        return windows_for(decoder, self.texts, windows=self.window_count, seq_len=self.seq_len, split="held-out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +117,18 @@ class Asking:
     stability: Annotated[
         bool, typer.Option("--stability", help="How much is answered as --against answers it, and answer flips.")
     ] = False
+
+    def request(self) -> TaskRequest | None:
+        """Return what is asked; None where no task is named.
+
+        Raises:
+            InputError: an unknown task, a number out of range, or stability without tasks.
+        """
+        if self.tasks is not None:
+            return TaskRequest.of(self.tasks, limit=self.limit, shots=self.shots, stability=self.stability)
+        if self.stability:
+            raise InputError("stability is measured on tasks; name some, such as stdlib-cloze.")
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,20 +159,19 @@ class Learning:
         """Return the settings as typed."""
         return read_pairs(self.set_)
 
-    def data(self, decoder: Decoder) -> Data:
-        """Open what the model learns from."""
-        return training_data(
-            decoder,
-            self.texts,
-            int(read_count(self.tokens, "tokens")),
-            instructions=self.instructions,
-            seq_len=self.seq_len,
-            seed=self.seed,
+    def options(self, progress: Progress, work: Path) -> RunOptions:
+        """Return how the run goes."""
+        return RunOptions(seed=self.seed, progress=progress, work=work)
+
+    def data(self) -> TrainingTexts:
+        """Return what the model learns from."""
+        return TrainingTexts(
+            source=self.texts, tokens=self.tokens, instructions=self.instructions, seq_len=self.seq_len
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Amount:
+class AmountOptions:
     """How much goes, and the method's own settings."""
 
     remove: Annotated[str | None, typer.Option(help="Share of all parameters to remove: 25% or 0.25.")] = None
@@ -182,17 +192,13 @@ class Amount:
     set_: Setting = None
     scores: Annotated[Path | None, typer.Option(help="scores.json measured before on this model.")] = None
 
-    def wanted(self) -> dict[str, Any]:
-        """Return the amount by the names `make_plan` takes, all but one of them None."""
-        return {
-            "remove": self.remove,
-            "target_params": self.target_params,
-            "target_memory": self.target_memory,
-            "context": self.context,
-            "target_speedup": self.target_speedup,
-            "blocks": self.blocks,
-            "slice": self.slice_,
-        }
+    def amount(self) -> Amount:
+        """Return the amount.
+
+        Raises:
+            InputError: several, or a value out of range.
+        """
+        return Amount.of({name: getattr(self, option) for name, option in _AMOUNTS.items()})
 
     def settings(self) -> dict[str, Any]:
         """Return the method's settings as typed."""
@@ -200,12 +206,26 @@ class Amount:
 
     def given(self) -> list[str]:
         """List those of these options that were given."""
-        named = [name for name, value in self.wanted().items() if value is not None]
+        named = [
+            name.replace("slicing", "slice") for name, option in _AMOUNTS.items() if getattr(self, option) is not None
+        ]
         return [f"--{name.replace('_', '-')}" for name in (*named, *(["set"] if self.set_ else []))]
 
     def known_scores(self) -> Scores | None:
         """Read the scores file, if one was named."""
         return Scores.read(self.scores) if self.scores else None
+
+
+_AMOUNTS = {
+    "remove": "remove",
+    "target_params": "target_params",
+    "target_memory": "target_memory",
+    "context": "context",
+    "target_speedup": "target_speedup",
+    "blocks": "blocks",
+    "slicing": "slice_",
+}
+"""Fields of an amount, and the options that give them."""
 
 
 def read_windows(text: str, option: str) -> int | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,25 +16,26 @@ from rich.markup import escape
 from secateur.checkpoints.folders import check_target, replacing
 from secateur.checkpoints.save import save
 from secateur.cli.demo import demo as run_demo
-from secateur.cli.options import Amount, Learning, Opening, Reading, grouped
+from secateur.cli.options import AmountOptions, Learning, Opening, Reading, grouped
 from secateur.cli.tables import healing_table, plan_summary, scores_table, showing_progress
 from secateur.cli.terminal import DryRun, Json, ModelArg, Out, announce, answer, err, opened, out_console, target
 from secateur.distributed import is_main_process, process_count
 from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
-from secateur.files import replace_file, require_room
-from secateur.healing.heal import find_healing_recipe, require_in_memory
-from secateur.healing.heal import heal as heal_model
+from secateur.files import replace_file
+from secateur.healing.recipes import find_healing_recipe
+from secateur.jobs.heal import HealJob, dense_source, require_origin
+from secateur.jobs.plan import PlanJob
+from secateur.jobs.prune import PruneJob
 from secateur.jobs.runs import run_folder, training_folder, write_marker
-from secateur.methods.planning import make_plan, windows_of_plan
-from secateur.methods.planning import prune as prune_model
-from secateur.methods.sequence import read_sequence
+from secateur.jobs.score import ScoreJob
 from secateur.models.decoder import Decoder
 from secateur.models.dtypes import dtype_named
-from secateur.plan.plan import Plan, plans_in
+from secateur.plan.plan import Plan
 from secateur.plan.steps import MergeBlocks
-from secateur.scores.measure import score as score_model
+from secateur.progress import Progress
 from secateur.scores.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
+from secateur.training.trainer import Tracking
 
 
 @grouped
@@ -56,26 +57,18 @@ def score(
     kinds = _kinds(also or [])
     folder = target(out, model, "score")
     decoder = opened(opening, model, only_shapes=dry_run)
-    windows = reading.calibration(decoder, pack=pack)
-    forwards = 1.1 + ("perplexity" in kinds) * (decoder.block_count / 2 + 1) + 4 * ("taylor" in kinds)
-    announce(decoder, windows, forwards)
-    if dry_run:
-        return
     with showing_progress(err) as progress:
-        scores = score_model(
-            decoder,
-            texts=windows,
-            kinds=kinds,
-            seed=reading.seed,
-            batch_size=reading.batch_size,
-            progress=progress,
-        )
+        job = ScoreJob.prepare(decoder, **reading.fields(), pack=pack, kinds=kinds, options=reading.options(progress))
+        announce(job.cost())
+        if dry_run:
+            return
+        scores = job.run()
     if not is_main_process():
         return
     with replacing(folder) as part:
         scores.write(part / "scores.json")
         drawn = [path.name for path in draw_scores(scores, part)]
-        write_marker(part, "score", {"model": model, "texts": windows.describe()})
+        write_marker(part, "score", {"model": model, "texts": job.windows.describe()})
     answer(scores.model_dump(mode="json"), scores_table(scores), as_json=as_json)
     err.print(f"Written: [bold]{escape(str(folder))}[/]/scores.json, {', '.join(drawn)}")
 
@@ -84,7 +77,7 @@ def score(
 def plan(
     model: ModelArg,
     method: Annotated[str, typer.Option(help="See `secateur methods`; several in order: swm:0.5,slicegpt:0.5.")],
-    amount: Amount,
+    amount: AmountOptions,
     reading: Reading,
     opening: Opening,
     out: Annotated[
@@ -99,15 +92,18 @@ def plan(
         _require_plan(file)
     decoder = opened(opening, model, only_shapes=dry_run)
     work = training_folder(file)
-    with _keeping(work, file):
-        made = _decide(decoder, method, amount, reading, dry_run=dry_run, work=work)
-    if made is None:
-        return
+    with _keeping(work, file), showing_progress(err) as progress:
+        job = _plan_job(decoder, method, amount, reading, progress=progress, work=work)
+        announce(job.cost())
+        if dry_run:
+            return
+        with _saying_warnings():
+            made = job.run()
     if not is_main_process():
         return
     replace_file(file, made.to_json())
     shutil.rmtree(work, ignore_errors=True)
-    _draw_merged(decoder, made, amount, reading, file.with_name("windows.png"))
+    _draw_merged(job, made, file.with_name("windows.png"))
     answer(made.model_dump(mode="json"), plan_summary(made), as_json=as_json)
     err.print(f"Written: [bold]{escape(str(file))}[/]\nTo apply it: secateur prune {model} --plan {file} -o FOLDER")
 
@@ -115,7 +111,7 @@ def plan(
 @grouped
 def prune(
     model: ModelArg,
-    amount: Amount,
+    amount: AmountOptions,
     reading: Reading,
     opening: Opening,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan made by `secateur plan`.")] = None,
@@ -142,15 +138,28 @@ def prune(
     decoder = opened(opening, model, only_shapes=dry_run)
     check_target(folder, reads=decoder.folder)
     work = training_folder(folder)
-    with _keeping(work, folder):
-        if method is not None:
-            made = _decide(decoder, method, amount, reading, dry_run=dry_run, work=work)
+    with _keeping(work, folder), showing_progress(err) as progress:
         if made is None:
-            return
-        err.print(plan_summary(made))
-        pruned = _apply(decoder, made, reading, dry_run=dry_run, work=work)
-    if pruned is None:
-        return
+            assert method is not None, "either a plan or a method was given"
+            planning = _plan_job(decoder, method, amount, reading, progress=progress, work=work)
+            announce(planning.cost())
+            if dry_run:
+                return
+            with _saying_warnings():
+                made = planning.run()
+            err.print(plan_summary(made))
+            texts = planning.windows
+            cutting = PruneJob.prepare(decoder, made, texts=texts, options=reading.options(progress, work))
+            announce(dataclasses.replace(cutting.cost(), models=(), reads="", notes=()))
+        else:
+            err.print(plan_summary(made))
+            with _saying_warnings():
+                cutting = PruneJob.prepare(decoder, made, texts=reading.texts, options=reading.options(progress, work))
+            announce(cutting.cost())
+            if dry_run:
+                return
+        with _saying_warnings(without=TextsWarning):
+            pruned = cutting.run()
     if not is_main_process():
         return
     with err.status("saving, and reopening in a fresh process" if check else "saving"):
@@ -171,38 +180,29 @@ def heal(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Train a pruned model to get back what the cut has cost; killed and started again, it goes on."""
+    """Train a pruned model to get back what the cut has cost; killed and started again, it resumes."""
     recipe = find_healing_recipe(learning.with_)
     folder = target(out, model, "heal")
     decoder = opened(opening, model, only_shapes=dry_run, whole=recipe.whole)
     check_target(folder, reads=decoder.folder)
-    require_in_memory(recipe, decoder)
-    named = learning.teacher or _dense_of(decoder)
-    thin = "top" in learning.settings()  # what it says is written down first, block by block
-    teacher = opened(opening, named, only_shapes=dry_run, thin=thin) if recipe.teacher else None
-    if teacher is not None:
-        check_target(folder, reads=teacher.folder)
-        if learning.teacher is None:
-            _require_origin(decoder, teacher)
-    data = learning.data(decoder)
-    announce(decoder, data, recipe.passes)
-    if dry_run:
-        return
+    teacher = _teacher(decoder, learning, opening, folder, dry_run=dry_run) if recipe.teacher else None
     work = training_folder(folder)
-    err.print(f"{recipe.name}: {recipe.summary}. Killed, and started again with -o {folder}, it goes on.")
-    with _saying_warnings(), showing_progress(err) as progress:
-        healed = heal_model(
+    with showing_progress(err) as progress:
+        job = HealJob.prepare(
             decoder,
             by=recipe.name,
-            texts=data,
+            texts=learning.data(),
             teacher=teacher,
             settings=learning.settings(),
-            seed=learning.seed,
-            trackers=tuple(learning.track or ()),
-            tracking=folder.with_name(f"{folder.name}.tracking"),
-            work=work,
-            progress=progress,
+            tracking=Tracking(trackers=tuple(learning.track or ()), folder=folder.with_name(f"{folder.name}.tracking")),
+            options=learning.options(progress, work),
         )
+        announce(job.cost())
+        if dry_run:
+            return
+        err.print(f"{recipe.name}: {recipe.summary}. Killed, and started again with -o {folder}, it resumes.")
+        with _saying_warnings():
+            healed = job.run()
     if not is_main_process():
         return
     with err.status("saving, and reopening in a fresh process" if check else "saving"):
@@ -220,100 +220,40 @@ def demo(out: Out = None) -> None:
         run_demo(folder, show=out_console.print, progress=progress)
 
 
-def _dense_of(decoder: Decoder) -> str:
-    """Name the model that a pruned one was made from; itself where nothing is known."""
-    first = next(iter(plans_in(decoder.history)), None)
-    return first.model.source if first else decoder.source
+def _teacher(decoder: Decoder, learning: Learning, opening: Opening, folder: Path, *, dry_run: bool) -> Decoder:
+    """Open the dense model: the one that was named, or what the pruned one was made from."""
+    thin = "top" in learning.settings()  # what it says is written down first, block by block
+    named = learning.teacher or dense_source(decoder)
+    teacher = opened(opening, named, only_shapes=dry_run, thin=thin)
+    check_target(folder, reads=teacher.folder)
+    if learning.teacher is None:
+        require_origin(decoder, teacher)
+    return teacher
 
 
-def _require_origin(decoder: Decoder, teacher: Decoder) -> None:
-    """Refuse a teacher nobody named that is not the model the first plan was made for.
-
-    Raises:
-        InputError: with both names.
-    """
-    first = next(iter(plans_in(decoder.history)), None)
-    if first is not None and first.model.fingerprint != teacher.fingerprint:
-        raise InputError(
-            f"{teacher.source}: is no longer the model that {decoder.source} was pruned from; name the one to learn "
-            "from with --teacher."
-        )
-
-
-def _decide(
-    decoder: Decoder, method: str, amount: Amount, reading: Reading, *, dry_run: bool, work: Path
-) -> Plan | None:
-    """Make a plan, the estimate printed first; None where only the estimate was asked for."""
-    parts = read_sequence(method, amount.settings())
-    known = amount.known_scores()
-    windows = None
-    if any(part.method.needs_texts(part.settings) for part in parts):
-        windows = reading.calibration(decoder)
-        if known is not None and known.fingerprint == decoder.fingerprint and not known.are_of(windows):
-            err.print(f"[yellow]warning:[/] {amount.scores}: scores of other texts; they are measured anew.")
-            known = None
-        gone = amount.blocks if amount.blocks is not None else decoder.block_count // 4
-        each = (part.method.forwards(decoder.block_count, gone, part.settings) for part in parts)
-        announce(decoder, windows, 0.0 if known and len(parts) == 1 else sum(each))
-    if dry_run:
-        return None
-    with _saying_warnings(), showing_progress(err) as progress:
-        return make_plan(
+def _plan_job(
+    decoder: Decoder, method: str, amount: AmountOptions, reading: Reading, *, progress: Progress, work: Path
+) -> PlanJob:
+    with _saying_warnings():
+        return PlanJob.prepare(
             decoder,
             method=method,
-            **amount.wanted(),
-            texts=windows,
-            seed=reading.seed,
-            batch_size=reading.batch_size,
+            amount=amount.amount(),
+            **reading.fields(),
             settings=amount.settings(),
-            scores=known,
-            work=work,
-            progress=progress,
+            scores=amount.known_scores(),
+            options=reading.options(progress, work),
         )
-
-
-def _apply(decoder: Decoder, made: Plan, reading: Reading, *, dry_run: bool, work: Path) -> Decoder | None:
-    """Apply a plan, the estimate printed first if it measures; None where only the estimate was asked for."""
-    windows = None
-    if any(step.measures for step in made.steps):
-        with _saying_warnings():
-            windows = windows_of_plan(decoder, made, reading.texts)
-        for step in made.steps:
-            kept = step.disk_bytes(decoder.hidden_size, skeleton=decoder.by_blocks)
-            if kept:
-                err.print(f"{step.method}: {kept / 2**30:,.2f} GiB of hidden states go to {tempfile.gettempdir()}")
-        forwards = sum(step.forwards(windows.token_count) for step in made.steps)
-        announce(decoder, windows, forwards, beside=_new_bytes(decoder, made))
-    if dry_run:
-        return None
-    with _saying_warnings(without=TextsWarning), showing_progress(err) as progress:
-        return prune_model(decoder, made, texts=windows, batch_size=reading.batch_size, work=work, progress=progress)
-
-
-def _new_bytes(decoder: Decoder, made: Plan) -> int:
-    """Count what new weights take in memory beside the old ones; those of a skeleton go to disk, where room must be.
-
-    Raises:
-        OSError: there is no room for them.
-    """
-    if not any(step.rebuilds for step in made.steps):
-        return 0
-    if not decoder.by_blocks:
-        return made.parameters_after * decoder.module.dtype.itemsize
-    needed = made.parameters_after * decoder.saved_dtype.itemsize
-    err.print(f"{needed / 2**30:,.2f} GiB of new weights go to {tempfile.gettempdir()}, until the result is saved")
-    require_room(Path(tempfile.gettempdir()), needed, "the new weights")
-    return 0
 
 
 @contextmanager
 def _keeping(work: Path, out: Path) -> Iterator[None]:
-    """Say how to go on where the block is interrupted and something is kept to go on from."""
+    """Say how to resume where the block is interrupted and something is kept to resume from."""
     try:
         yield
     except KeyboardInterrupt:
         if work.is_dir():
-            err.print(f"Stopped. What was done is kept: started again with -o {escape(str(out))}, it goes on.")
+            err.print(f"Stopped. What was done is kept: started again with -o {escape(str(out))}, it resumes.")
         raise
 
 
@@ -331,23 +271,17 @@ def _saying_warnings(without: type[SecateurWarning] | None = None) -> Iterator[N
                     err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
 
 
-def _draw_merged(decoder: Decoder, made: Plan, amount: Amount, reading: Reading, path: Path) -> None:
+def _draw_merged(job: PlanJob, made: Plan, path: Path) -> None:
     """Draw the windows that a plan merges on the model's CKA map, measured now where no scores file holds it."""
     windows = [window for step in made.steps[:1] if isinstance(step, MergeBlocks) for window in step.windows]
-    if not windows or process_count() > 1:
+    if not windows or process_count() > 1 or job.windows is None:
         return
     try:
-        known = amount.known_scores()
+        known = job.scores
         if known is None or not known.has(["cka"]):
             with showing_progress(err) as progress:
-                known = score_model(
-                    decoder,
-                    texts=reading.calibration(decoder),
-                    kinds=("cka",),
-                    seed=reading.seed,
-                    batch_size=reading.batch_size,
-                    progress=progress,
-                )
+                options = dataclasses.replace(job.options, progress=progress)
+                known = ScoreJob.prepare(job.model, texts=job.windows, kinds=("cka",), options=options).run()
         draw_windows(known, windows, path)
     except SecateurError as error:
         err.print(f"[yellow]note:[/] no picture of the windows: {escape(str(error))}")

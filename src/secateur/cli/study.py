@@ -13,15 +13,13 @@ from rich.table import Table
 
 from secateur.cli.options import Asking, Opening, Reading, grouped, read_pairs, read_windows
 from secateur.cli.tables import showing_progress
-from secateur.cli.terminal import DryRun, Json, ModelArg, Out, answer, err
+from secateur.cli.terminal import DryRun, Json, ModelArg, Out, announce, answer, err
 from secateur.errors import InputError, unknown
-from secateur.experiments.grid import rows_of, study_of
+from secateur.experiments.grid import study_of
 from secateur.experiments.outcome import CellOutcome
 from secateur.experiments.recipe import Recipe, Study, read_recipe
-from secateur.experiments.run import require_runnable
-from secateur.experiments.run import run as run_recipe
-from secateur.experiments.stages_run import open_shapes
-from secateur.experiments.study import ENGINES
+from secateur.experiments.run import RunJob
+from secateur.experiments.study import Queue
 from secateur.jobs.runs import run_folder
 from secateur.methods.sequence import names_in
 
@@ -37,15 +35,13 @@ class Queueing:
     workers: Annotated[int | None, typer.Option(help="Processes at a time. (default: one per GPU, or one)")] = None
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the checkpoints of measured cells.")] = True
 
-    def settings(self) -> dict[str, Any]:
-        """Return these by the names `run` takes.
+    def queue(self) -> Queue:
+        """Return the queue.
 
         Raises:
-            InputError: an unknown engine.
+            InputError: an unknown engine, or no worker.
         """
-        if self.on not in ENGINES:
-            raise unknown("engine", self.on, list(ENGINES))
-        return asdict(self)
+        return Queue(**asdict(self))
 
 
 @grouped
@@ -98,7 +94,7 @@ def compare(
         [_healing(name, heal_tokens, heal_texts) for name in _listed(heal)],
         {name: value for name, value in settings.items() if value is not None},
     )
-    _go(study, out or run_folder(model, "compare"), queueing, dry_run=dry_run, as_json=as_json)
+    _run(study, out or run_folder(model, "compare"), queueing, dry_run=dry_run, as_json=as_json)
 
 
 @grouped
@@ -113,28 +109,28 @@ def run(
     read = read_recipe(recipe)
     kind = "compare" if isinstance(read, Study) else "run"
     folder = out or run_folder(read.model, f"{recipe.stem}-{kind}")
-    _go(read, folder, queueing, dry_run=dry_run, as_json=as_json)
+    _run(read, folder, queueing, dry_run=dry_run, as_json=as_json)
 
 
-def _go(asked: Recipe | Study, folder: Path, queueing: Queueing, *, dry_run: bool, as_json: bool) -> None:
+def _run(asked: Recipe | Study, folder: Path, queueing: Queueing, *, dry_run: bool, as_json: bool) -> None:
     """Say what is about to be done, do it, and show what came of it.
 
     Exit code 1 where no cell came to an end.
     """
-    queue = queueing.settings()
-    _announce(asked)
-    if dry_run:
-        return
-    err.print(f"Finished stages are kept in {escape(str(folder))}; started again with -o there, it goes on.")
     with showing_progress(err) as progress:
-        outcomes = run_recipe(
+        job = RunJob.prepare(
             asked,
             folder,
-            **queue,
+            queue=queueing.queue(),
             stage=lambda name: err.print(f"{name} …"),
             finished=lambda cell: err.print(_line(cell), markup=False, highlight=False),
             progress=progress,
         )
+        announce(job.cost())
+        if dry_run:
+            return
+        err.print(f"Finished stages are kept in {escape(str(folder))}; started again with -o there, it resumes.")
+        outcomes = job.run()
     answer([one.as_dict() for one in outcomes], _table(outcomes), as_json=as_json)
     failed = [one for one in outcomes if one.failed]
     if failed:
@@ -142,26 +138,6 @@ def _go(asked: Recipe | Study, folder: Path, queueing: Queueing, *, dry_run: boo
     err.print(f"Written: [bold]{escape(str(folder))}[/]\nTo read it in a browser: secateur report {folder}")
     if len(failed) == len(outcomes):
         raise typer.Exit(1)
-
-
-def _announce(asked: Recipe | Study) -> None:
-    """Say what a recipe comes to: cells, and what their checkpoints take on the disk."""
-    require_runnable(asked)
-    dense = open_shapes(asked)
-    err.print(f"{asked.model}: {dense.parameter_count:,} parameters, {dense.block_count} blocks")
-    if isinstance(asked, Recipe):
-        err.print(f"{asked.prune.method}, then {', '.join(_stages(asked))}")
-        return
-    rows = rows_of(asked)
-    cells = sum(map(len, rows))
-    most = cells * dense.checkpoint_bytes / 2**30
-    err.print(f"{cells} cells: {', '.join(cell.name for row in rows for cell in row)}")
-    err.print(f"each: {', '.join(_stages(rows[0][0].recipe))}; at most {most:,.2f} GiB on the disk (--no-keep: less)")
-
-
-def _stages(recipe: Recipe) -> list[str]:
-    asked = {"heal": recipe.heal, "eval": recipe.eval, "bench": recipe.bench, "generate": recipe.generate}
-    return ["prune", *(name for name, section in asked.items() if section is not None)]
 
 
 def _listed(text: str) -> list[str]:

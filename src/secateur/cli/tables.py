@@ -15,8 +15,8 @@ from rich.text import Text
 from secateur.calibration.walk import perplexity_of
 from secateur.evaluation.results import Result
 from secateur.methods.registry import METHODS
+from secateur.plan.amount import gigabytes
 from secateur.plan.plan import Candidate, Plan, Search
-from secateur.plan.quantities import gigabytes
 from secateur.plan.steps import AnyStep
 from secateur.progress import Progress
 from secateur.scores.profile import Scores

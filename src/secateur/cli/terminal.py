@@ -15,8 +15,7 @@ from secateur.checkpoints.folders import check_target, replacing
 from secateur.cli.options import Opening
 from secateur.distributed import is_main_process
 from secateur.evaluation.results import Result, append_results
-from secateur.healing.recipes import Data
-from secateur.jobs.cost import estimate
+from secateur.jobs.cost import JobCost
 from secateur.jobs.runs import run_folder, write_marker
 from secateur.models.decoder import Decoder
 
@@ -42,28 +41,12 @@ def target(out: Path | None, model: str, command: str) -> Path:
     return folder
 
 
-def announce(decoder: Decoder, windows: Data, forwards: float, *, beside: int = 0) -> None:
-    """Say what is about to happen and what it needs, so many bytes beside the model counted."""
-    needs = estimate(decoder, windows.token_count, forwards, beside=beside)
-    how = "skeleton, block by block" if decoder.by_blocks else "in memory"
-    err.print(
-        f"{decoder.source}: {decoder.parameter_count:,} parameters, {decoder.block_count} blocks, {how}, "
-        f"{decoder.module.dtype} on {decoder.device}".replace("torch.", "")
-    )
-    err.print(f"{len(windows)} windows of {windows.seq_len} tokens of {windows.source}; {needs.sentence()}")
-    for note in windows.notes:
+def announce(cost: JobCost) -> None:
+    """Say what is about to happen and what it needs."""
+    for line in cost.lines():
+        err.print(escape(line))
+    for note in cost.notes:
         err.print(f"[yellow]note:[/] {note}")
-
-
-def announce_whole(models: Sequence[Decoder], what: str) -> None:
-    """Say what is about to be done with models that are in memory, and what they take there."""
-    for one in models:
-        needs = estimate(one, 0, 0.0, whole=True)
-        err.print(
-            f"{one.source}: {one.parameter_count:,} parameters, {one.block_count} blocks, {one.module.dtype} on "
-            f"{one.device}; about {needs.memory / 2**30:.1f} GiB".replace("torch.", "")
-        )
-    err.print(what)
 
 
 def answer(data: Any, table: RenderableType | None, *, as_json: bool) -> None:

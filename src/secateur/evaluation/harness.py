@@ -37,6 +37,7 @@ from secateur.evaluation import cloze
 from secateur.evaluation.catalogue import find_task
 from secateur.evaluation.stability import Answer, Outcome
 from secateur.progress import Progress
+from secateur.run_options import DEFAULTS, RunOptions
 
 _CHUNK_BATCHES = 8
 """Batches between two ticks of the progress bar."""
@@ -152,9 +153,7 @@ def run_tasks(
     *,
     limit: int | None,
     shots: int | None,
-    seed: int,
-    batch_size: int,
-    progress: Progress,
+    options: RunOptions = DEFAULTS,
 ) -> list[Outcome]:
     """Put the questions of all tasks to a model.
 
@@ -163,7 +162,7 @@ def run_tasks(
         NumericsError: NaN or infinity among the answers.
     """
     with _quiet():
-        model = _Model(module, copy.deepcopy(tokenizer), batch_size, progress)
+        model = _Model(module, copy.deepcopy(tokenizer), options.batch_size or 1, options.progress)
         try:
             found = lm_eval.simple_evaluate(
                 model=model,
@@ -173,10 +172,10 @@ def run_tasks(
                 limit=limit,
                 log_samples=True,
                 bootstrap_iters=0,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+                random_seed=options.seed,
+                numpy_random_seed=options.seed,
+                torch_random_seed=options.seed,
+                fewshot_random_seed=options.seed,
             )
         except (ValueError, KeyError, NotImplementedError) as error:
             raise InputError(f"the harness cannot run this: {first_line(error)}") from error

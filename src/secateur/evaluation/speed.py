@@ -1,4 +1,4 @@
-"""Speed and memory of a model, and of the one it is compared with: in turn, in one process (METHODS §10).
+"""Speed and memory of a model, and of the one it is compared with: in turn, in one process .
 
 Round by round each model answers the same requests, the first model of a round being the last of the round before, so
 that what slows the machine down meets both. Figures are medians over rounds, ratios are taken within rounds.
@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from secateur.errors import InputError
 from secateur.evaluation.results import Result, result_of
 from secateur.evaluation.timing import Lap, Request, answer, peak_memory
 from secateur.models.decoder import Decoder
-from secateur.progress import SILENT, Progress
+from secateur.run_options import RunOptions
 
 PROMPTS = (128, 512)
 BATCHES = (1, 8)
@@ -35,55 +36,47 @@ SPEEDS: dict[str, Callable[[Lap, Request], float]] = {
 """Measures of one request: tokens per second of reading and of writing, and seconds until the first new token."""
 
 
-def bench(
-    model: Decoder,
-    *,
-    against: Decoder | None = None,
-    batch_sizes: Sequence[int] = BATCHES,
-    prompts: Sequence[int] | None = None,
-    new_tokens: int = NEW_TOKENS,
-    repeats: int = 5,
-    warmup: int = 1,
-    seed: int = 0,
-    progress: Progress = SILENT,
-) -> list[Result]:
-    """Measure how fast a model reads a prompt and writes, and what memory it takes, beside the dense model.
+class Timing(BaseModel):
+    """Which requests are timed, and how often.
 
-    Args:
-        model: the open model; a skeleton is read into memory for this.
-        against: the dense model, measured in turn with it.
+    Attributes:
         batch_sizes: sequences at a time.
         prompts: tokens of a prompt; None takes 128 and 512, as far as the models' positions allow.
         new_tokens: tokens written after the prompt, with the cache.
         repeats: rounds that count.
         warmup: rounds before them that do not.
-        seed: of the prompts, which are random tokens.
-        progress: shows how far it is.
+    """
 
-    Returns:
-        For each batch size and prompt length, and each model: tokens/s of prefill and decode, seconds to the first
-        token, bytes at the peak. Then for each model: cache bytes per token, bytes of the checkpoint, parameters.
-        `ratio` is to the dense model in the same round.
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_sizes: tuple[int, ...] = Field(default=BATCHES, min_length=1)
+    prompts: tuple[int, ...] | None = None
+    new_tokens: int = Field(default=NEW_TOKENS, ge=2)
+    repeats: int = Field(default=5, ge=1)
+    warmup: int = Field(default=1, ge=0)
+
+
+def measure_speed(model: Decoder, against: Decoder | None, timing: Timing, options: RunOptions) -> list[Result]:
+    """Time a model, and in turn with it the one it is compared with; see `secateur.bench`.
 
     Raises:
-        InputError: a number below 1, or more tokens than a model has positions.
+        InputError: more tokens than a model has positions.
         ModelError: a model without a key/value cache.
     """
-    if repeats < 1 or warmup < 0 or new_tokens < 2:
-        raise InputError("repeats must be at least 1, warm-up rounds 0 or more, new tokens at least 2.")
+    new_tokens, repeats, warmup = timing.new_tokens, timing.repeats, timing.warmup
     models = {"model": model} | ({"against": against} if against is not None else {})
     requests = [
         Request(batch, prompt, new_tokens)
-        for batch in batch_sizes
-        for prompt in (prompts if prompts is not None else _prompts_that_fit(models.values(), new_tokens))
+        for batch in timing.batch_sizes
+        for prompt in (timing.prompts if timing.prompts is not None else _prompts_that_fit(models.values(), new_tokens))
     ]
     if not requests:
         raise InputError("no batch size or no prompt length given.")
-    tokens = {(role, asked): asked.tokens(one, seed) for role, one in models.items() for asked in requests}
+    tokens = {(role, asked): asked.tokens(one, options.seed) for role, one in models.items() for asked in requests}
     results: list[Result] = []
     with ExitStack() as open_models:
         modules = {role: open_models.enter_context(one.whole()) for role, one in models.items()}
-        rounds = progress(range(warmup + repeats), "measuring speed", warmup + repeats)
+        rounds = options.progress(range(warmup + repeats), "measuring speed", warmup + repeats)
         laps = {asked: {role: list[Lap]() for role in models} for asked in requests}
         for number in rounds:
             for asked in requests:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.errors import InputError
@@ -12,7 +13,7 @@ from secateur.evaluation.results import Result, result_of
 from secateur.evaluation.stability import Outcome, accuracy, flips, stability
 from secateur.models.decoder import Decoder
 from secateur.models.opening import free_memory
-from secateur.progress import Progress
+from secateur.run_options import DEFAULTS, RunOptions
 
 AVERAGE = "average"
 PER_TOKEN = "acc_per_token"
@@ -23,16 +24,49 @@ _LENGTH = 1024
 _SHARE_OF_MEMORY = 0.4
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskRequest:
+    """Which tasks are put to a model, and how.
+
+    Attributes:
+        names: of tasks, `commonsense` and the like spelled out.
+        limit: questions per task; None asks all.
+        shots: examples shown before each question; None as each task says.
+        stability: measure how much of what the dense model answers is answered the same way, and how many answers
+            change.
+    """
+
+    names: tuple[str, ...]
+    limit: int | None = None
+    shots: int | None = None
+    stability: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        tasks: str | Sequence[str] | TaskRequest,
+        *,
+        limit: int | None = None,
+        shots: int | None = None,
+        stability: bool = False,
+    ) -> TaskRequest:
+        """Read names, separated by commas or in a list.
+
+        Raises:
+            InputError: an unknown task, or a number out of range.
+        """
+        if isinstance(tasks, TaskRequest):
+            return tasks
+        if limit is not None and limit < 1:
+            raise InputError(f"limit {limit}: must be at least 1.")
+        if shots is not None and shots < 0:
+            raise InputError(f"shots {shots}: must be 0 or more.")
+        names = task_names(tasks) if isinstance(tasks, str) else task_names(",".join(tasks))
+        return cls(names=tuple(names), limit=limit, shots=shots, stability=stability)
+
+
 def ask_tasks(
-    models: Mapping[str, Decoder],
-    tasks: str | Sequence[str],
-    *,
-    limit: int | None,
-    shots: int | None,
-    stability: bool,
-    seed: int,
-    batch_size: int | None,
-    progress: Progress,
+    models: Mapping[str, Decoder], asked: TaskRequest, *, options: RunOptions = DEFAULTS
 ) -> dict[str, list[Outcome]]:
     """Put the same questions to every model, by role (`model`, `against`); gives an outcome for each task.
 
@@ -42,18 +76,14 @@ def ask_tasks(
     """
     from secateur.evaluation import harness  # here: it takes seconds to import, and most commands do not need it
 
-    for what, number in (("limit", limit), ("batch size", batch_size)):
-        if number is not None and number < 1:
-            raise InputError(f"{what} {number}: must be at least 1.")
-    if shots is not None and shots < 0:
-        raise InputError(f"shots {shots}: must be 0 or more.")
-    names = task_names(tasks) if isinstance(tasks, str) else task_names(",".join(tasks))
+    if options.batch_size is not None and options.batch_size < 1:
+        raise InputError(f"batch size {options.batch_size}: must be at least 1.")
     first = next(iter(models.values()))
     if first.tokenizer is None:
         raise InputError(f"{first.source}: tasks need a tokenizer, and there is none; give one (--tokenizer).")
-    loaded = harness.load_tasks(names, first.tokenizer)
+    loaded = harness.load_tasks(list(asked.names), first.tokenizer)
     without = [one.task_name for one in loaded if not harness.has_options(one)]
-    if stability and without:
+    if asked.stability and without:
         raise InputError(
             f"{without[0]} has no options to choose among, so stability means nothing there; leave it out."
         )
@@ -64,11 +94,9 @@ def ask_tasks(
                 module,
                 first.tokenizer,
                 loaded,
-                limit=limit,
-                shots=shots,
-                seed=seed,
-                batch_size=batch_size or batch_for(model),
-                progress=progress,
+                limit=asked.limit,
+                shots=asked.shots,
+                options=replace(options, batch_size=options.batch_size or batch_for(model)),
             )
     return outcomes
 

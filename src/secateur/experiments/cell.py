@@ -17,7 +17,7 @@ from secateur.errors import SecateurError
 from secateur.evaluation.reference import ANSWERS, Reference
 from secateur.experiments.queue import DONE
 from secateur.experiments.recipe import Recipe, read_recipe
-from secateur.experiments.stages import go
+from secateur.experiments.stages import run_stages
 from secateur.experiments.stages_run import Run, Shared
 from secateur.experiments.state import CELLS, DENSE, RECIPE, SCORES, State
 from secateur.scores.profile import Scores
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
         sibling = cells / given.first if given.first != name else None
         try:
             run = open_run(given.study, name, sibling)
-            for _stage in go(run, given.stages.split(",") if given.stages else None):
+            for _stage in run_stages(run, given.stages.split(",") if given.stages else None):
                 pass
         except Exception as error:  # noqa: BLE001 - noted in the cell's state; the others go on
             if not isinstance(error, SecateurError):

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from secateur.errors import InputError
 from secateur.experiments.recipe import Common, Cut, Entry, Healing, Recipe, Study, as_recipe
-from secateur.healing.heal import find_healing_recipe
+from secateur.healing.data import TrainingTexts
+from secateur.healing.recipes import find_healing_recipe
 from secateur.methods.sequence import Part, names_in, read_sequence
-from secateur.plan.quantities import read_count, read_fraction
 from secateur.settings import read_settings
 
 
@@ -40,7 +39,7 @@ def rows_of(study: Study) -> list[list[Cell]]:
     rows = []
     for entry in _entries(study):
         for amount in study.compare.remove:
-            base = f"{_method_name(entry)}-{100 * read_fraction(amount):g}"
+            base = f"{_method_name(entry)}-{100 * amount:g}"
             cut = Cut(method=entry.method, remove=amount, settings=entry.settings)
             row = []
             for healing in study.compare.heal:
@@ -71,9 +70,7 @@ def check_healing(asked: Healing) -> None:
         InputError: an unknown way of healing or setting, no number of tokens, or instructions without texts.
     """
     read_settings(f"heal --with {asked.with_}", find_healing_recipe(asked.with_).settings, asked.settings)
-    read_count(asked.tokens, "tokens")
-    if asked.instructions and asked.texts is None:
-        raise InputError("heal: instruction data have to be named (texts: alpaca, or a jsonl file).")
+    TrainingTexts(source=asked.texts, tokens=asked.tokens, instructions=asked.instructions).check()
 
 
 def _entries(study: Study) -> list[Entry]:

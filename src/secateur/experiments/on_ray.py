@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 
 import ray
 
-from secateur.experiments.queue import Job, run_job
+from secateur.experiments.queue import CellGroup, run_group
 from secateur.experiments.state import CELLS, State
 
 
-def run_jobs(jobs: Sequence[Job], workers: int | None, address: str | None = None) -> Iterator[Job]:
-    """Run jobs on the cluster at an address, or on one started here; yields each when it is over.
+def run_groups(groups: Sequence[CellGroup], workers: int | None, address: str | None = None) -> Iterator[CellGroup]:
+    """Run groups on the cluster at an address, or on one started here; yields each when it is over.
 
     Args:
-        jobs: what is to be run.
+        groups: what is to be run.
         workers: how many at a time; None leaves it to the cluster: one per GPU, or per core where it has none.
         address: of the cluster (`auto` finds the one this machine belongs to); None starts one here.
     """
@@ -26,27 +26,27 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, address: str | None = Non
     )
     try:
         gpus = ray.cluster_resources().get("GPU", 0) > 0
-        remote = ray.remote(run_job).options(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0)
-        left = list(jobs)
-        running: dict[ray.ObjectRef, Job] = {}
+        remote = ray.remote(run_group).options(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0)
+        left = list(groups)
+        running: dict[ray.ObjectRef, CellGroup] = {}
         while left or running:
             while left and (workers is None or len(running) < workers):
-                job = left.pop(0)
-                running[remote.remote(job, {})] = job
+                group = left.pop(0)
+                running[remote.remote(group, {})] = group
             (done, *_), _ = ray.wait(list(running))
-            job = running.pop(done)
+            group = running.pop(done)
             try:
                 ray.get(done)
             except ray.exceptions.RayError as error:
-                _note_loss(job, error)
-            yield job
+                _note_loss(group, error)
+            yield group
     finally:
         ray.shutdown()
 
 
-def _note_loss(job: Job, error: Exception) -> None:
-    """Note that the worker with a job was lost; a cell that was over is found to be so when the study is run again."""
-    for name in job.cells:
-        state = State.of(job.study / CELLS / name)
+def _note_loss(group: CellGroup, error: Exception) -> None:
+    """Note that the worker of a group was lost; a cell that was over is found when the study is run again."""
+    for name in group.cells:
+        state = State.of(group.study / CELLS / name)
         if state.failed is None:
             state.fail("process", error)

@@ -1,7 +1,7 @@
-"""A job: some cells of a study, run one after the other in a process of their own.
+"""A group is some cells of a study, run one after the other in a process of their own.
 
 Memory is free again when the process ends, and what kills one cell (the system, for want of memory) is noted and
-stops no other. A job runs wherever the study's folder can be reached.
+stops no other. A group runs wherever the study's folder can be reached.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from secateur.experiments.state import CELLS, State
 
 LOG = "log.txt"
 DONE = "finished"
-"""What a job's process prints, with the name of a cell, when it has done or failed it."""
+"""What a group's process prints, with the name of a cell, when it has done or failed it."""
 
 
 @dataclass(frozen=True)
-class Job:
+class CellGroup:
     """Some cells of a study.
 
     Attributes:
@@ -43,25 +43,25 @@ class Job:
     stages: tuple[str, ...] | None = None
 
 
-def run_job(
-    job: Job,
+def run_group(
+    group: CellGroup,
     environment: Mapping[str, str],
     started: Callable[[subprocess.Popen[str]], object] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run a job until every cell of it is done or noted as failed.
+    """Run a group until every cell of it is done or noted as failed.
 
     Args:
-        job: the cells.
+        group: the cells.
         environment: what its processes find in theirs besides, such as the device they may use.
         started: told of each process, which leads a group of its own.
         stopped: whether the study was stopped, so that a process that ended has not failed.
     """
-    left = job.cells
+    left = group.cells
     while left:
-        with (job.study / CELLS / left[0] / LOG).open("a", encoding="utf-8") as log:
-            command = [sys.executable, "-m", "secateur.experiments.cell", str(job.study), *left]
-            command += ["--first", job.first] + (["--stages", ",".join(job.stages)] if job.stages else [])
+        with (group.study / CELLS / left[0] / LOG).open("a", encoding="utf-8") as log:
+            command = [sys.executable, "-m", "secateur.experiments.cell", str(group.study), *left]
+            command += ["--first", group.first] + (["--stages", ",".join(group.stages)] if group.stages else [])
             process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
@@ -78,7 +78,7 @@ def run_job(
         over = [line.removeprefix(f"{DONE} ") for line in output.splitlines() if line.startswith(f"{DONE} ")]
         left = tuple(name for name in left if name not in over)
         if left:
-            _note_death(job.study / CELLS / left[0], code)
+            _note_death(group.study / CELLS / left[0], code)
             left = left[1:]
 
 
@@ -95,8 +95,8 @@ def default_workers(device: str) -> int:
     return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, device: str = "auto") -> Iterator[Job]:
-    """Run jobs; yields each when it is over. What still runs when this is left is stopped.
+def run_groups(groups: Sequence[CellGroup], workers: int, device: str = "auto") -> Iterator[CellGroup]:
+    """Run groups; yields each when it is over. What still runs when this is left is stopped.
 
     One worker sees all devices. Several share the GPUs out among them, where no one is named; or the cores.
     """
@@ -106,16 +106,16 @@ def run_jobs(jobs: Sequence[Job], workers: int, device: str = "auto") -> Iterato
     running: set[subprocess.Popen[str]] = set()
     stop = threading.Event()
 
-    def work(job: Job) -> Job:
+    def work(group: CellGroup) -> CellGroup:
         slot = slots.get()
         try:
-            run_job(job, slot, running.add, stop.is_set)
+            run_group(group, slot, running.add, stop.is_set)
         finally:
             slots.put(slot)
-        return job
+        return group
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, job) for job in jobs]
+        futures = [pool.submit(work, group) for group in groups]
         try:
             for future in as_completed(futures):
                 yield future.result()

@@ -13,8 +13,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.errors import InputError, unknown
-
-Amount = float | str
+from secateur.evaluation.speed import Timing
+from secateur.evaluation.tasks import TaskRequest
+from secateur.healing.data import TrainingTexts
+from secateur.plan.amount import Amount, Fraction
+from secateur.progress import Progress
+from secateur.run_options import RunOptions
 
 
 class Section(BaseModel):
@@ -27,22 +31,19 @@ class Section(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
 
-class Cut(Section):
+class Cut(Section, Amount):
     """What goes, and by which method; as `secateur plan` takes it."""
 
     method: str
-    remove: Amount | None = None
-    target_params: Amount | None = None
-    target_memory: Amount | None = None
-    context: int | None = None
-    target_speedup: Amount | None = None
-    blocks: int | None = None
-    slice: Amount | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
 
-    def amount(self) -> dict[str, Any]:
-        """Return the amount by the names `make_plan` takes, all but one of them None."""
-        return self.model_dump(exclude={"method", "settings"})
+    def amount(self) -> Amount:
+        """Return the amount alone.
+
+        Raises:
+            InputError: several amounts.
+        """
+        return Amount.of({name: getattr(self, name) for name in Amount.model_fields})
 
 
 class Healing(Section):
@@ -54,6 +55,13 @@ class Healing(Section):
     instructions: bool = False
     seq_len: int | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
+
+    def data(self, common: Common) -> TrainingTexts:
+        """Return what is learnt from: by default what the recipe reads."""
+        seq_len = self.seq_len or (None if self.instructions else common.seq_len)
+        return TrainingTexts(
+            source=self.texts or common.texts, tokens=self.tokens, instructions=self.instructions, seq_len=seq_len
+        )
 
 
 class Measuring(Section):
@@ -73,15 +81,21 @@ class Measuring(Section):
             raise ValueError("stability is measured on tasks; name some, such as stdlib-cloze")
         return self
 
+    def request(self) -> TaskRequest | None:
+        """Return what is asked; None where no task is named.
 
-class Timing(Section):
+        Raises:
+            InputError: an unknown task.
+        """
+        if self.tasks is None:
+            return None
+        return TaskRequest.of(self.tasks, limit=self.limit, shots=self.shots, stability=self.stability)
+
+
+class SpeedSection(Section, Timing):
     """How speed and memory are measured; as `secateur bench` takes it."""
 
-    batch_sizes: tuple[int, ...] = (1,)
-    prompts: tuple[int, ...] | None = None
-    new_tokens: int = Field(32, ge=2)
-    repeats: int = Field(5, ge=1)
-    warmup: int = Field(1, ge=0)
+    batch_sizes: tuple[int, ...] = Field(default=(1,), min_length=1)
 
 
 class Samples(Section):
@@ -110,7 +124,7 @@ class Common(Section):
     allow_pickle: bool = False
     check: bool = True
     eval: Measuring | None = Measuring()
-    bench: Timing | None = None
+    bench: SpeedSection | None = None
     generate: Samples | None = None
 
     def opening(self) -> dict[str, Any]:
@@ -120,27 +134,21 @@ class Common(Section):
 
     def reading(self) -> dict[str, Any]:
         """Return what the model is measured on to decide, by the names `make_plan` and `score` take."""
-        return {
-            "texts": self.texts,
-            "windows": count_of(self.windows),
-            "seq_len": self.seq_len,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-        }
+        return {"texts": self.texts, "windows": count_of(self.windows), "seq_len": self.seq_len}
 
     def measuring(self) -> dict[str, Any]:
-        """Return what is measured, by the names `eval` takes; `stability` is left out."""
+        """Return what is measured, by the names `evaluate` takes."""
         asked = self.eval or Measuring()
         return {
             "texts": asked.texts or self.texts,
             "windows": count_of(asked.windows),
             "seq_len": asked.seq_len or self.seq_len,
-            "tasks": asked.tasks,
-            "limit": asked.limit,
-            "shots": asked.shots,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
+            "tasks": asked.request(),
         }
+
+    def options(self, progress: Progress, work: Path | None = None) -> RunOptions:
+        """Return how runs go."""
+        return RunOptions(batch_size=self.batch_size, seed=self.seed, progress=progress, work=work)
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML."""
@@ -166,7 +174,7 @@ class Grid(Section):
     """Methods × amounts × ways of healing; `none` among the latter leaves the cut as it is."""
 
     methods: tuple[str | Entry, ...] = Field(min_length=1)
-    remove: tuple[Amount, ...] = Field(min_length=1)
+    remove: tuple[Fraction, ...] = Field(min_length=1)
     heal: tuple[Literal["none"] | Healing, ...] = ("none",)
 
 
@@ -231,7 +239,7 @@ def _keys_at(kind: type[Section], place: tuple[Any, ...]) -> list[str]:
         "prune": Cut,
         "heal": Healing,
         "eval": Measuring,
-        "bench": Timing,
+        "bench": SpeedSection,
         "generate": Samples,
         "compare": Grid,
         "Entry": Entry,

@@ -3,30 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import InputError
-from secateur.evaluation.catalogue import require_known
 from secateur.experiments.grid import check_healing, rows_of, study_of
 from secateur.experiments.outcome import CellOutcome, outcome_of
 from secateur.experiments.recipe import Recipe, Study, read_recipe
-from secateur.experiments.stages import go
-from secateur.experiments.stages_run import Run
-from secateur.experiments.study import Engine, begin, run_study
+from secateur.experiments.stages import run_stages
+from secateur.experiments.stages_run import Run, open_shapes_of
+from secateur.experiments.study import HERE, Queue, begin, run_study
+from secateur.jobs.cost import JobCost, describe_model
+from secateur.jobs.job import Job
 from secateur.jobs.runs import run_folder
 from secateur.methods.sequence import read_sequence, whole_budget
 from secateur.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class RunJob(Job[list[CellOutcome]]):
+    """A recipe, or a whole study, to be run in a folder.
+
+    Attributes:
+        recipe: what is asked for.
+        folder: where it is written; stages that are finished there with the same settings are skipped.
+        queue: where the cells of a study run, and what stays of them.
+        stage: told the name of each stage of a single run before it begins.
+        finished: told of each cell of a study when it is over.
+        progress: shows how far it is.
+    """
+
+    recipe: Recipe | Study
+    folder: Path
+    queue: Queue
+    stage: Callable[[str], object]
+    finished: Callable[[CellOutcome], object]
+    progress: Progress
+
+    @classmethod
+    def prepare(
+        cls,
+        recipe: Recipe | Study | str | Path,
+        out: str | Path | None = None,
+        *,
+        queue: Queue = HERE,
+        stage: Callable[[str], object] = lambda _: None,
+        finished: Callable[[CellOutcome], object] = lambda _: None,
+        progress: Progress = SILENT,
+    ) -> RunJob:
+        """Read a request; arguments and errors as for `run`."""
+        asked = recipe if isinstance(recipe, Recipe | Study) else read_recipe(recipe)
+        _require_runnable(asked)
+        if isinstance(asked, Recipe) and queue != HERE:
+            raise InputError("a single run has no cells: --on, --address, --workers and --no-keep are for studies.")
+        command = "compare" if isinstance(asked, Study) else "run"
+        folder = Path(out) if out is not None else run_folder(asked.model, command)
+        return cls(asked, folder, queue, stage, finished, progress)
+
+    def cost(self) -> JobCost:
+        """Return what a recipe comes to: cells, and what their checkpoints take on the disk."""
+        dense = open_shapes_of(self.recipe)
+        if isinstance(self.recipe, Recipe):
+            what = (f"{self.recipe.prune.method}, then {', '.join(_stages(self.recipe))}",)
+            return JobCost(models=(describe_model(dense), *what))
+        rows = rows_of(self.recipe)
+        cells = [cell.name for row in rows for cell in row]
+        most = len(cells) * dense.checkpoint_bytes / 2**30
+        each = ", ".join(_stages(rows[0][0].recipe))
+        lines = f"{len(cells)} cells: {', '.join(cells)}"
+        room = f"each: {each}; at most {most:,.2f} GiB on the disk (--no-keep: less)"
+        return JobCost(models=(describe_model(dense), lines), disk=(room,))
+
+    def run(self) -> list[CellOutcome]:
+        """Run what is not finished."""
+        if isinstance(self.recipe, Study):
+            return run_study(self.recipe, self.folder, queue=self.queue, finished=self.finished, progress=self.progress)
+        begin(self.folder, "run", self.recipe.to_yaml(), {"model": self.recipe.model})
+        for name in run_stages(Run(self.recipe, self.folder, progress=self.progress)):
+            self.stage(name)
+        return [outcome_of(self.folder)]
 
 
 def run(
     recipe: Recipe | Study | str | Path,
     out: str | Path | None = None,
     *,
-    on: Engine = "local",
-    address: str | None = None,
-    workers: int | None = None,
-    keep: bool = True,
+    queue: Queue = HERE,
     stage: Callable[[str], object] = lambda _: None,
     finished: Callable[[CellOutcome], object] = lambda _: None,
     progress: Progress = SILENT,
@@ -38,48 +101,19 @@ def run(
     Args:
         recipe: the recipe, or its YAML file.
         out: folder to write; None makes a new one under `secateur-runs/`.
-        on, address, workers, keep, finished: for a study, see `compare`.
+        queue: for a study: where its cells run, and what stays of them.
         stage: told the name of each stage of a single run before it begins.
+        finished: told of each cell of a study when it is over.
         progress: shows how far it is.
 
     Returns:
         What came of the run, or of each cell of the study, with its folder.
 
     Raises:
-        InputError: an unknown key, method or setting, or a folder that is none of ours.
+        InputError: an unknown key, method or setting, or a folder secateur did not create.
         SecateurError: a stage of a single run cannot be done. In a study that is noted in the cell's folder.
     """
-    asked = recipe if isinstance(recipe, Recipe | Study) else read_recipe(recipe)
-    require_runnable(asked)
-    command = "compare" if isinstance(asked, Study) else "run"
-    folder = Path(out) if out is not None else run_folder(asked.model, command)
-    if isinstance(asked, Study):
-        return run_study(
-            asked, folder, on=on, address=address, workers=workers, keep=keep, finished=finished, progress=progress
-        )
-    if on != "local" or address is not None or workers is not None or not keep:
-        raise InputError("a single run has no cells: --on, --address, --workers and --no-keep are for studies.")
-    begin(folder, command, asked.to_yaml(), {"model": asked.model})
-    for name in go(Run(asked, folder, progress=progress)):
-        stage(name)
-    return [outcome_of(folder)]
-
-
-def require_runnable(asked: Recipe | Study) -> None:
-    """Find mistakes in a recipe before anything is done.
-
-    Raises:
-        InputError: an unknown method, way of healing, task or setting, or an amount that is none.
-    """
-    if isinstance(asked, Study):
-        rows_of(asked)
-    else:
-        parts = read_sequence(asked.prune.method, asked.prune.settings)
-        whole_budget(parts, asked.prune.amount())
-        if asked.heal is not None:
-            check_healing(asked.heal)
-    if asked.eval is not None and asked.eval.tasks is not None:
-        require_known(asked.eval.tasks if isinstance(asked.eval.tasks, str) else ",".join(asked.eval.tasks))
+    return RunJob.prepare(recipe, out, queue=queue, stage=stage, finished=finished, progress=progress).run()
 
 
 def compare(
@@ -89,10 +123,7 @@ def compare(
     remove: Sequence[float | str],
     heal: Sequence[str | dict[str, Any]] = (),
     out: str | Path | None = None,
-    on: Engine = "local",
-    address: str | None = None,
-    workers: int | None = None,
-    keep: bool = True,
+    queue: Queue = HERE,
     finished: Callable[[CellOutcome], object] = lambda _: None,
     progress: Progress = SILENT,
     **settings: Any,
@@ -105,10 +136,7 @@ def compare(
         remove: shares of all parameters, 0.25 or "25%".
         heal: `none`, or `{"with": "lora", "tokens": "1M", …}`; nothing is `none`.
         out: folder to write; None makes a new one. Finished stages of an earlier study there are not done again.
-        on: `local`: a queue over the devices here; `ray`: over a cluster, every node of which sees the folder.
-        address: of the Ray cluster; None starts one here.
-        workers: processes at a time; None is one per GPU, or one.
-        keep: whether the checkpoints stay when they are measured.
+        queue: where the cells run, and what stays of them.
         finished: told of each cell when it is over.
         progress: shows how far it is.
         settings: what else a recipe may say: `texts`, `windows`, `seed`, `eval`, `bench`, `generate`, …
@@ -117,8 +145,30 @@ def compare(
         What came of each cell, failed ones included.
 
     Raises:
-        InputError: an unknown method, setting or amount, or a folder that is none of ours.
+        InputError: an unknown method, setting or amount, or a folder secateur did not create.
         SecateurError: the dense model cannot be opened or measured.
     """
     study = study_of(model, list(methods), list(remove), list(heal), settings)
-    return run(study, out, on=on, address=address, workers=workers, keep=keep, finished=finished, progress=progress)
+    return run(study, out, queue=queue, finished=finished, progress=progress)
+
+
+def _require_runnable(asked: Recipe | Study) -> None:
+    """Find mistakes in a recipe before anything is done.
+
+    Raises:
+        InputError: an unknown method, way of healing, task or setting, or an amount that is none.
+    """
+    if isinstance(asked, Study):
+        rows_of(asked)
+    else:
+        parts = read_sequence(asked.prune.method, asked.prune.settings)
+        whole_budget(parts, asked.prune.amount())
+        if asked.heal is not None:
+            check_healing(asked.heal)
+    if asked.eval is not None:
+        asked.eval.request()
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    asked = {"heal": recipe.heal, "eval": recipe.eval, "bench": recipe.bench, "generate": recipe.generate}
+    return ["prune", *(name for name, section in asked.items() if section is not None)]

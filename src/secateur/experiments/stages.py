@@ -14,23 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoints.save import save
-from secateur.evaluation.evaluate import eval as evaluate
 from secateur.evaluation.reference import RESULTS
 from secateur.evaluation.results import write_results
 from secateur.evaluation.samples import write_samples
-from secateur.evaluation.speed import bench
 from secateur.experiments.recipe import Samples
 from secateur.experiments.stages_run import Run
 from secateur.experiments.state import CUT, PLAN, SAMPLES, SPEEDS
 from secateur.files import replace_file
-from secateur.healing.heal import find_healing_recipe, heal
-from secateur.methods.planning import make_plan, prune
+from secateur.healing.recipes import find_healing_recipe
+from secateur.jobs.bench import bench
+from secateur.jobs.evaluate import evaluate
+from secateur.jobs.heal import heal
+from secateur.jobs.plan import PlanJob
+from secateur.jobs.prune import prune
 from secateur.models.decoder import Decoder
 from secateur.plan.plan import Plan
-from secateur.plan.quantities import read_count
 
 
-def go(run: Run, only: Collection[str] | None = None) -> Iterator[str]:
+def run_stages(run: Run, only: Collection[str] | None = None) -> Iterator[str]:
     """Do what is pending; yields the name of each stage before it begins.
 
     Raises:
@@ -55,16 +56,15 @@ def go(run: Run, only: Collection[str] | None = None) -> Iterator[str]:
 
 def _plan(run: Run) -> dict[str, Any]:
     cut = run.recipe.prune
-    plan = make_plan(
+    plan = PlanJob.prepare(
         run.open_dense(),
         method=cut.method,
-        **cut.amount(),
+        amount=cut.amount(),
         **run.recipe.reading(),
         settings=cut.settings,
         scores=run.shared.scores,
-        work=run.work("training", "plan"),
-        progress=run.progress,
-    )
+        options=run.recipe.options(run.progress, run.work("training", "plan")),
+    ).run()
     replace_file(run.folder / PLAN, plan.to_json())
     return {"removed": plan.removed_fraction}
 
@@ -74,9 +74,7 @@ def _prune(run: Run) -> dict[str, Any]:
     pruned = prune(
         run.open_dense(),
         Plan.read(run.folder / PLAN),
-        batch_size=run.recipe.batch_size,
-        work=work,
-        progress=run.progress,
+        options=run.recipe.options(run.progress, work),
     )
     save(pruned, run.folder / CUT, check=run.recipe.check)
     shutil.rmtree(work, ignore_errors=True)
@@ -93,16 +91,10 @@ def _heal(run: Run) -> dict[str, Any]:
     healed = heal(
         run.open(run.cut(), **({"skeleton": False} if recipe.whole and run.recipe.skeleton is None else {})),
         by=asked.with_,
-        texts=asked.texts or run.recipe.texts,
-        tokens=int(read_count(asked.tokens, "tokens")),
-        instructions=asked.instructions,
-        seq_len=asked.seq_len or (None if asked.instructions else run.recipe.seq_len),
+        texts=asked.data(run.recipe),
         teacher=run.open_dense() if recipe.teacher else None,
         settings=asked.settings,
-        seed=run.recipe.seed,
-        batch_size=run.recipe.batch_size,
-        work=work,
-        progress=run.progress,
+        options=run.recipe.options(run.progress, work),
     )
     save(healed, run.healed, check=run.recipe.check)
     shutil.rmtree(work, ignore_errors=True)
@@ -110,15 +102,12 @@ def _heal(run: Run) -> dict[str, Any]:
 
 
 def _eval(run: Run) -> dict[str, Any]:
-    asked = run.recipe.eval
-    assert asked is not None, "the stage is only there where measuring is asked for"
     against = run.against()
     results = evaluate(
         run.final(),
         against=against,
         **run.recipe.measuring(),
-        stability=asked.stability,
-        progress=run.progress,
+        options=run.recipe.options(run.progress),
     )
     own = [one for one in results if one.role == "model" or isinstance(against, Decoder)]
     write_results(run.folder / RESULTS, own)
@@ -131,9 +120,8 @@ def _bench(run: Run) -> dict[str, Any]:
     results = bench(
         run.final(),
         against=run.open_dense(),
-        **asked.model_dump(),
-        seed=run.recipe.seed,
-        progress=run.progress,
+        timing=asked,
+        options=run.recipe.options(run.progress),
     )
     write_results(run.folder / SPEEDS, results)
     return {}

@@ -16,7 +16,7 @@ from secateur.experiments.recipe import Common, Recipe
 from secateur.experiments.state import CUT, HEALED, PLAN, SAMPLES, SPEEDS, State
 from secateur.models.decoder import Decoder
 from secateur.models.fetch import fetch
-from secateur.models.opening import open_model
+from secateur.models.opening import open_model, open_shapes
 from secateur.progress import SILENT, Progress
 from secateur.scores.profile import Scores
 from secateur.versions import digest, versions
@@ -162,17 +162,17 @@ def fingerprint_of(recipe: Common) -> str:
     """Return the fingerprint of a recipe's model, without reading its weights where it can be helped."""
     asked = recipe.opening()
     fetch(recipe.model, **{name: asked[name] for name in ("revision", "trust_remote_code", "allow_pickle")})
-    return open_shapes(recipe).fingerprint
+    return open_shapes_of(recipe).fingerprint
 
 
-def open_shapes(recipe: Common) -> Decoder:
+def open_shapes_of(recipe: Common) -> Decoder:
     """Open a recipe's model without reading its weights, where they are not pickled."""
-    return open_model(recipe.model, **recipe.opening(), shapes_only=True)
+    return open_shapes(recipe.model, **recipe.opening())
 
 
 def _keys(recipe: Recipe, fingerprint: str) -> dict[str, str]:
     """Say for each stage that is asked for what it depends on: settings so far, and for measurements the software."""
-    read = (recipe.reading(), stamp_of(recipe.texts))
+    read = (recipe.reading(), recipe.seed, recipe.batch_size, stamp_of(recipe.texts))
     plan = digest(fingerprint, recipe.opening(), read, recipe.prune.model_dump(mode="json"))
     keys = {"plan": plan, "prune": digest(plan, recipe.check)}
     final = keys["prune"]
@@ -190,4 +190,4 @@ def _keys(recipe: Recipe, fingerprint: str) -> dict[str, str]:
 def measuring_key(recipe: Common) -> str:
     """Say what a measurement depends on besides the model."""
     asked = recipe.measuring()
-    return digest(asked, stamp_of(asked["texts"]), recipe.eval is not None and recipe.eval.stability, versions())
+    return digest(asked, recipe.seed, recipe.batch_size, stamp_of(asked["texts"]), versions())

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,23 +15,23 @@ from accelerate.utils.memory import clear_device_cache
 
 from secateur.checkpoints.folders import MARKER, check_target
 from secateur.data.local_files import stamp_of
-from secateur.errors import InputError
-from secateur.evaluation.evaluate import measure_reference
+from secateur.errors import InputError, unknown
 from secateur.experiments import queue as local
 from secateur.experiments.grid import Cell, parts_of, rows_of
 from secateur.experiments.outcome import CellOutcome, outcome_of
-from secateur.experiments.queue import Job
+from secateur.experiments.queue import CellGroup
 from secateur.experiments.recipe import Study
 from secateur.experiments.stages import keep_samples
 from secateur.experiments.stages_run import Run, fingerprint_of, measuring_key
 from secateur.experiments.state import CELLS, CUT, DENSE, HEALED, RECIPE, SAMPLES, SCORES, State
 from secateur.files import replace_file
+from secateur.jobs.evaluate import measure_reference
 from secateur.jobs.runs import write_marker
+from secateur.jobs.score import score
 from secateur.models.decoder import Decoder
 from secateur.models.fetch import BUNDLED
 from secateur.models.opening import open_model
 from secateur.progress import SILENT, Progress
-from secateur.scores.measure import score
 from secateur.scores.pictures import draw_scores
 from secateur.scores.profile import ONE_PASS, Kind
 from secateur.versions import digest
@@ -39,14 +40,42 @@ Engine = Literal["local", "ray"]
 ENGINES = get_args(Engine)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Queue:
+    """Where the cells of a study run, and what stays of them.
+
+    Attributes:
+        on: `local`: a queue over the devices here; `ray`: over a cluster, every node of which sees the folder.
+        address: of the Ray cluster; None starts one here.
+        workers: processes at a time; None is one per GPU, or one.
+        keep: whether the checkpoints stay when they are measured.
+    """
+
+    on: Engine = "local"
+    address: str | None = None
+    workers: int | None = None
+    keep: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: an unknown engine, or no worker.
+        """
+        if self.on not in ENGINES:
+            raise unknown("engine", self.on, list(ENGINES))
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"workers {self.workers}: must be at least 1.")
+
+
+HERE = Queue()
+
+
 def run_study(
     study: Study,
     folder: Path,
     *,
-    on: Engine = "local",
-    address: str | None = None,
-    workers: int | None = None,
-    keep: bool = True,
+    queue: Queue = HERE,
     finished: Callable[[CellOutcome], object] = lambda _: None,
     progress: Progress = SILENT,
 ) -> list[CellOutcome]:
@@ -54,20 +83,15 @@ def run_study(
 
     Args:
         study: the grid and how its cells are measured.
-        folder: where it is written; an earlier study there is gone on with.
-        on: `local`, or `ray` for a cluster.
-        address: of the Ray cluster; None starts one here.
-        workers: processes at a time; None is one per GPU, or one.
-        keep: whether the checkpoints stay when they are measured.
+        folder: where it is written; an earlier study there is resumed.
+        queue: where the cells run, and what stays of them.
         finished: told of each cell when it is over.
         progress: shows how far it is.
 
     Raises:
-        InputError: an unknown method or setting, a folder that is none of ours, or texts that cannot be had.
+        InputError: an unknown method or setting, a folder secateur did not create, or texts that cannot be had.
         SecateurError: the dense model cannot be opened or measured. What goes wrong in a cell is noted there.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"workers {workers}: must be at least 1.")
     study, folder = _placed(study), folder.resolve()
     rows = rows_of(study)
     kinds = _kinds(study)
@@ -76,23 +100,29 @@ def run_study(
     _share(study, folder, fingerprint, kinds, progress)
     for cell in (cell for row in rows for cell in row):
         begin(folder / CELLS / cell.name, "run", cell.recipe.to_yaml(), {"model": study.model})
-    count = workers or (local.default_workers(study.device) if on == "local" else None)
+    count = queue.workers or (local.default_workers(study.device) if queue.on == "local" else None)
     phases = _phases(rows[0][0], count)
     for number, stages in enumerate(phases):
         names = [_pending(row, folder, fingerprint, stages, failed=number == 0) for row in rows]
-        jobs = [Job(folder, row[0].name, cells, stages) for row, cells in zip(rows, names, strict=True) if cells]
+        groups = [
+            CellGroup(folder, row[0].name, cells, stages) for row, cells in zip(rows, names, strict=True) if cells
+        ]
         what, at_a_time = "cells", count
         if number:  # one process for all: there is nothing to run beside it, and starting one takes seconds
-            cells = tuple(name for job in jobs for name in job.cells)
-            what, at_a_time, jobs = "speed of all cells", 1, [Job(folder, cells[0], cells, stages)] if cells else []
-        for job in progress(_queue(on, jobs, at_a_time, address, study.device), what, len(jobs)):
-            for name in job.cells:
+            cells = tuple(name for group in groups for name in group.cells)
+            what, at_a_time, groups = (
+                "speed of all cells",
+                1,
+                [CellGroup(folder, cells[0], cells, stages)] if cells else [],
+            )
+        for group in progress(_run_groups(queue, groups, at_a_time, study.device), what, len(groups)):
+            for name in group.cells:
                 outcome = outcome_of(folder / CELLS / name)
                 if number == 0 or outcome.failed:
                     finished(outcome)
-            if not keep and len(phases) == 1:
-                _discard(next(row for row in rows if row[0].name == job.first), folder, fingerprint)
-    if not keep:
+            if not queue.keep and len(phases) == 1:
+                _discard(next(row for row in rows if row[0].name == group.first), folder, fingerprint)
+    if not queue.keep:
         for row in rows:
             _discard(row, folder, fingerprint)
     return [outcome_of(folder / CELLS / cell.name) for row in rows for cell in row]
@@ -147,15 +177,14 @@ def _share(study: Study, folder: Path, fingerprint: str, kinds: tuple[Kind, ...]
 
     with stage("scores", study.reading(), stamp_of(study.texts), kinds) as pending:
         if pending:
-            scores = score(dense(), **study.reading(), kinds=kinds, progress=progress)
+            scores = score(dense(), **study.reading(), kinds=kinds, options=study.options(progress))
             scores.write(folder / SCORES)
             draw_scores(scores, folder)
     (folder / DENSE).mkdir(exist_ok=True)
     if study.eval is not None:
         with stage("dense", measuring_key(study)) as pending:
             if pending:
-                stable = study.eval.stability
-                found = measure_reference(dense(), **study.measuring(), stability=stable, progress=progress)
+                found = measure_reference(dense(), **study.measuring(), options=study.options(progress))
                 found.write(folder / DENSE)
     if study.generate is not None:
         with stage("generate", study.generate.model_dump(mode="json"), study.measuring()["texts"]) as pending:
@@ -192,11 +221,11 @@ def _discard(row: Sequence[Cell], folder: Path, fingerprint: str) -> None:
             shutil.rmtree(folder / CELLS / cell.name / name, ignore_errors=True)
 
 
-def _queue(on: Engine, jobs: Sequence[Job], workers: int | None, address: str | None, device: str) -> Iterator[Job]:
-    if on == "local":
-        return local.run_jobs(jobs, workers or 1, device)
+def _run_groups(queue: Queue, groups: Sequence[CellGroup], workers: int | None, device: str) -> Iterator[CellGroup]:
+    if queue.on == "local":
+        return local.run_groups(groups, workers or 1, device)
     try:
         from secateur.experiments import on_ray
     except ImportError as error:
         raise InputError("ray is not installed: pip install 'secateur[ray]'.") from error
-    return on_ray.run_jobs(jobs, workers, address)
+    return on_ray.run_groups(groups, workers, queue.address)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from secateur.calibration.walk import open_store
 from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.models.decoder import Decoder
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.depth.blocks import with_block_tensors
 from secateur.training.data import WindowData, split_off_validation
 from secateur.training.pairs import BlockNetwork, PairData, PairRegression, Rows, StoredPairs
 from secateur.training.settings import Outcome, TrainingSettings
-from secateur.training.trainer import train
+from secateur.training.trainer import TrainingRun, train
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,7 @@ def heal_blocks(
     settings: TrainingSettings,
     *,
     recipe: dict[str, Any],
-    seed: int = 0,
-    folder: Path | None = None,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
+    options: RunOptions = DEFAULTS,
 ) -> tuple[Decoder, dict[int, Outcome]]:
     """Let every block that a cut touched learn the dense model's states; gives the healed model and how each went.
 
@@ -95,10 +91,8 @@ def heal_blocks(
         windows: what is learnt from; some are held back.
         settings: of each block's training.
         recipe: data that tell this run from another.
-        seed: of the order of the windows.
-        folder: where states to go on from are kept, a folder within it for each block.
-        batch_size: windows per batch of the walks.
-        progress: shows how far it is.
+        options: seed of the order of the windows, batch size of the walks; within its work folder a folder for each
+            block.
 
     Raises:
         InputError: the models have other widths, or no block was touched.
@@ -116,10 +110,10 @@ def heal_blocks(
     folded = pruned.anatomy.family is not dense.anatomy.family
     outcomes: dict[int, Outcome] = {}
     with open_store(pruned) as states, open_store(dense) as targets:
-        student = Rows.start(pruned, windows, states, batch_size)
-        teacher = Rows.start(dense, windows, targets, batch_size)
+        student = Rows.start(pruned, windows, states, options.batch_size)
+        teacher = Rows.start(dense, windows, targets, options.batch_size)
         depths = _advancing(teacher)
-        for block in progress(range(max(todo) + 1), "healing block by block", max(todo) + 1):
+        for block in options.progress(range(max(todo) + 1), "healing block by block", max(todo) + 1):
             if block in todo:
                 next(depth for depth in depths if depth == todo[block])
                 student.write(pairs.entering)
@@ -132,12 +126,9 @@ def heal_blocks(
                         PairData(WindowData(windows, numbers), pairs, numbers),
                         PairData(WindowData(windows, held_back), pairs, held_back),
                         settings,
+                        TrainingRun(recipe=recipe | {"block": block}, what=f"block {block}"),
                         device=pruned.device,
-                        recipe=recipe | {"block": block},
-                        seed=seed,
-                        folder=None if folder is None else folder / f"block-{block}",
-                        what=f"block {block}",
-                        progress=progress,
+                        options=options.within(f"block-{block}"),
                     )
                 student.decoder = _with_block(student.decoder, block, network.block)
             student.through(block)

@@ -17,7 +17,7 @@ from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.models.decoder import Decoder
 from secateur.models.forward import logits
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.training.data import IGNORED, WindowData, targets_of
 from secateur.training.mapped import MappedTensors
 
@@ -125,8 +125,7 @@ class TeacherScores(MappedTensors):
         *,
         top: int,
         temperature: float = 1.0,
-        batch_size: int | None = None,
-        progress: Progress = SILENT,
+        options: RunOptions = DEFAULTS,
     ) -> None:
         """Run the teacher over all windows; a skeleton holds one block at a time.
 
@@ -139,7 +138,7 @@ class TeacherScores(MappedTensors):
         self.scores = self.tensor("scores", shape, torch.float16)
         self.tokens = self.tensor("tokens", shape, torch.int32)
         rows = 0
-        for batch, hidden in last_states(teacher, windows, batch_size, progress):
+        for batch, hidden in last_states(teacher, windows, options):
             for some, part in parts_of(teacher, batch):
                 found = logits(teacher, hidden[some], part.tokens, part.mask).float() / temperature
                 best = found.log_softmax(-1).topk(shape[2], dim=-1)

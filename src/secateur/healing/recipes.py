@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 from torch.utils.data import Dataset
 
 from secateur.data.windows import Windows
-from secateur.errors import InputError
+from secateur.errors import InputError, unknown
 from secateur.healing.blockwise import heal_blocks
+from secateur.healing.data import Data
 from secateur.healing.distill import Distillation, TaughtData, TeacherScores, require_same_vocabulary
 from secateur.healing.instructions import InstructionData
 from secateur.models.decoder import Decoder
 from secateur.plan.plan import blocks_kept_by
-from secateur.progress import Progress
+from secateur.run_options import RunOptions
 from secateur.training.data import LanguageModelling, WindowData, split_off_validation
 from secateur.training.settings import TrainingSettings
 from secateur.training.sharding import whole_parameters
-from secateur.training.trainer import train
+from secateur.training.trainer import Tracking, TrainingRun, train
 from secateur.training.weights import Prepared, Trained, prepare
-
-Data = Windows | InstructionData
 
 
 class HealingSettings(TrainingSettings):
@@ -75,21 +73,17 @@ class DistillSettings(LoraSettings):
 
 
 @dataclass
-class Job:
+class HealingRun:
     """One healing: who learns what from what.
 
     Attributes:
         decoder: the pruned model.
-        teacher: the dense model, for the rungs that have one.
+        teacher: the dense model, for the recipes that have one.
         data: windows of text, or examples.
         settings: of the recipe.
-        recipe: data that tell this healing from another.
-        seed: of everything drawn.
-        folder: for states to go on from.
-        trackers: of Accelerate.
-        tracking: folder for what they write.
-        batch_size: windows per batch of walks without gradients.
-        progress: shows how far it is.
+        recipe: data that distinguish this healing from another.
+        tracking: where curves go besides.
+        options: batch size of walks without gradients, seed, progress, folder for states.
         facts: filled with what the record says of how it went.
     """
 
@@ -98,12 +92,8 @@ class Job:
     data: Data
     settings: Any
     recipe: dict[str, Any]
-    seed: int
-    folder: Path | None
-    trackers: tuple[str, ...]
-    tracking: Path
-    batch_size: int | None
-    progress: Progress
+    tracking: Tracking
+    options: RunOptions
     facts: dict[str, Any]
 
     def need_teacher(self) -> Decoder:
@@ -146,38 +136,32 @@ class Job:
             data,
             held_out,
             self.settings.training(self.decoder.hidden_size, per_width),
+            TrainingRun(recipe=self.recipe, what="healing", units=list(prepared.blocks), tracking=self.tracking),
             device=self.decoder.device,
-            recipe=self.recipe,
-            seed=self.seed,
-            folder=self.folder,
-            units=list(prepared.blocks),
-            trackers=self.trackers,
-            tracking=self.tracking,
-            what="healing",
-            progress=self.progress,
+            options=self.options,
         )
         self.facts |= {"trained_weights": prepared.trained, **outcome.describe(), "curve": outcome.sketch()}
         return prepared.finish(whole_parameters(prepared.module))
 
 
-def _prepared(job: Job, which: Trained) -> tuple[Prepared, float]:
+def _prepared(job: HealingRun, which: Trained) -> tuple[Prepared, float]:
     """Make what is trained ready; gives it with its highest rate times the hidden size."""
     settings = job.settings
     if which != "lora":
         return prepare(job.decoder, which, mixed=settings.evens_out(job.decoder.device)), _RATE
     updates = {"rank": settings.rank, "alpha": settings.alpha, "dropout": settings.dropout}
-    return prepare(job.decoder, which, **updates, seed=job.seed), _LORA_RATE
+    return prepare(job.decoder, which, **updates, seed=job.options.seed), _LORA_RATE
 
 
-def _by_language(which: Trained) -> Callable[[Job], Decoder]:
-    def heal(job: Job) -> Decoder:
+def _by_language(which: Trained) -> Callable[[HealingRun], Decoder]:
+    def heal(job: HealingRun) -> Decoder:
         prepared, rate = _prepared(job, which)
         return job.run(prepared, LanguageModelling(prepared.module), *job.items(), rate)
 
     return heal
 
 
-def _by_distillation(job: Job) -> Decoder:
+def _by_distillation(job: HealingRun) -> Decoder:
     teacher, settings = job.need_teacher(), job.settings
     require_same_vocabulary(job.decoder, teacher)
     kept: tuple[int, ...] = ()
@@ -195,8 +179,7 @@ def _by_distillation(job: Job) -> Decoder:
             windows,
             top=settings.top,
             temperature=settings.temperature,
-            batch_size=job.batch_size,
-            progress=job.progress,
+            options=job.options,
         )
         numbers, held_back = split_off_validation(windows)
         data = TaughtData(WindowData(windows, numbers), said)
@@ -214,7 +197,7 @@ def _by_distillation(job: Job) -> Decoder:
     return job.run(prepared, objective, data, held_out, rate)
 
 
-def _by_blocks(job: Job) -> Decoder:
+def _by_blocks(job: HealingRun) -> Decoder:
     teacher = job.need_teacher()
     healed, outcomes = heal_blocks(
         job.decoder,
@@ -223,10 +206,7 @@ def _by_blocks(job: Job) -> Decoder:
         job.need_windows(),
         job.settings.training(job.decoder.hidden_size, _RATE),
         recipe=job.recipe,
-        seed=job.seed,
-        folder=job.folder,
-        batch_size=job.batch_size,
-        progress=job.progress,
+        options=job.options,
     )
     job.facts |= {"blocks": {str(block): outcome.describe() for block, outcome in outcomes.items()}}
     job.facts["tokens"] = sum(outcome.tokens for outcome in outcomes.values())
@@ -254,7 +234,7 @@ class HealingRecipe:
     name: str
     summary: str
     settings: type[HealingSettings]
-    heal: Callable[[Job], Decoder]
+    heal: Callable[[HealingRun], Decoder]
     teacher: bool = False
     whole: bool = True
     passes: float = 3.0
@@ -296,3 +276,26 @@ HEALING_RECIPES: Mapping[str, HealingRecipe] = {
         ),
     )
 }
+
+
+def find_healing_recipe(name: str) -> HealingRecipe:
+    """Return the recipe of this name.
+
+    Raises:
+        InputError: no such recipe; the known ones are named.
+    """
+    if name not in HEALING_RECIPES:
+        raise unknown("way of healing", name, list(HEALING_RECIPES))
+    return HEALING_RECIPES[name]
+
+
+def require_in_memory(recipe: HealingRecipe, model: Decoder) -> None:
+    """Refuse a model that is read block by block where all of it is trained.
+
+    Raises:
+        InputError: saying what else can be done.
+    """
+    if recipe.whole and model.by_blocks:
+        raise InputError(
+            f"{recipe.name} needs the whole model in memory; open it with --in-memory, or heal with blocks."
+        )

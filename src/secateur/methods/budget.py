@@ -1,14 +1,18 @@
-"""One budget for all methods: how much has to go, and the candidate that comes closest (METHODS §9)."""
+"""One budget for all methods: how much has to go, and the candidate that comes closest.
+
+A fraction is of all parameters, embeddings and shortcut matrices included, measured on the result (tied tensors count
+once). `remove` takes the closest non-zero cut; targets take the largest model that stays within them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from secateur.errors import InputError
 from secateur.methods.cost import Cost
-from secateur.plan.quantities import gigabytes, read_bytes, read_count, read_factor, read_fraction
+from secateur.plan.amount import Amount, gigabytes
 
 Native = Literal["blocks", "slice", "ratio"]
 """What a method counts in by itself."""
@@ -45,6 +49,16 @@ class Budget:
     cost: Cost | None = None
     is_rest: bool = False
 
+    @classmethod
+    def of(cls, amount: Amount) -> Budget:
+        """Return the budget of an amount.
+
+        Raises:
+            InputError: no amount was given, or several.
+        """
+        name, value = amount.require_one()
+        return cls(cast(Aim, name), value, context=amount.context)
+
     @property
     def is_zero(self) -> bool:
         """Whether nothing is to go, which is legal only in a method's own unit."""
@@ -78,62 +92,6 @@ class Budget:
         if self.aim == "target_speedup":
             return f"target-speedup={self.value:g}"
         return f"target-params={self.value:,.0f}"
-
-
-def read_budget(
-    blocks: int | None = None,
-    remove: float | str | None = None,
-    target_params: float | str | None = None,
-    slice: float | str | None = None,
-    target_memory: float | str | None = None,
-    target_speedup: float | str | None = None,
-    context: int | None = None,
-) -> Budget:
-    """Read the one amount that was given.
-
-    Args:
-        blocks: number of blocks to take out; 0 changes nothing.
-        remove: fraction of all parameters, 0.25 or "25%".
-        target_params: parameters to stay at or below, 5500000000 or "5.5B".
-        slice: fraction of the hidden directions to slice away, 0.2 or "20%"; 0 changes nothing.
-        target_memory: bytes of weights and cache to stay at or below, 12000000000 or "12GB".
-        target_speedup: how many times as fast, 1.3.
-        context: tokens in the cache that `target_memory` counts.
-
-    Raises:
-        InputError: none or several given, or a value out of range.
-    """
-    given = {
-        "blocks": blocks,
-        "slice": slice,
-        "remove": remove,
-        "target_params": target_params,
-        "target_memory": target_memory,
-        "target_speedup": target_speedup,
-    }
-    named = {name: value for name, value in given.items() if value is not None}
-    if len(named) != 1:
-        what = "no amount given" if not named else f"several amounts given ({', '.join(named)})"
-        raise InputError(
-            f"{what}: say one of remove (25%), target-params (5.5B), target-memory (12GB), target-speedup (1.3), "
-            "blocks (4) or slice (20%)."
-        )
-    if context is not None and (target_memory is None or context < 1):
-        raise InputError(f"context={context}: a number of tokens from 1 up, and only beside target-memory.")
-    if blocks is not None:
-        if blocks < 0:
-            raise InputError(f"blocks={blocks}: must be 0 or more.")
-        return Budget("blocks", blocks)
-    if slice is not None:
-        return Budget("slice", read_fraction(slice, "slice", zero=True))
-    if remove is not None:
-        return Budget("remove", read_fraction(remove))
-    if target_memory is not None:
-        return Budget("target_memory", read_bytes(target_memory), context=context)
-    if target_speedup is not None:
-        return Budget("target_speedup", read_factor(target_speedup))
-    assert target_params is not None
-    return Budget("target_params", read_count(target_params))
 
 
 def choose_blocks(

@@ -20,7 +20,7 @@ from pydantic import Field
 from secateur.calibration.walk import open_store
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
-from secateur.methods.method import Evidence, Method, Settings
+from secateur.methods.method import Measurements, Method, Settings
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import DropBlocks
 from secateur.scores.profile import Kind
@@ -76,53 +76,55 @@ class SlebSettings(Settings):
     protect_last: int = Field(1, ge=0, description="how many of the last blocks are never touched")
 
 
-def by_block_influence(evidence: Evidence, settings: Settings, _budget: Budget) -> Candidates:
+def by_block_influence(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
     """Rank by BI(l) = 1 − E cos(X^l, X^{l+1}), smallest first."""
-    influence = evidence.scores("cosine").block_influence
+    influence = measurements.scores("cosine").block_influence
     assert influence is not None
     return _lowest_first(influence, settings.free_blocks(len(influence)))
 
 
-def by_angle(evidence: Evidence, settings: WindowSettings, _budget: Budget) -> Candidates:
+def by_angle(measurements: Measurements, settings: WindowSettings, _budget: Budget) -> Candidates:
     """For each length take the window with the smallest angular distance A(l, n)."""
-    scores = evidence.scores("angular")
-    free = settings.free_blocks(evidence.decoder.block_count)
+    scores = measurements.scores("angular")
+    free = settings.free_blocks(measurements.decoder.block_count)
     for length in range(1, len(free) + 1):
         angles = scores.window_angle(length)
         yield _window(min(_starts(free, length), key=lambda start: angles[start]), length)
 
 
-def deepest(evidence: Evidence, settings: Settings, _budget: Budget) -> Candidates:
+def deepest(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
     """Take the last blocks that are not protected."""
-    free = settings.free_blocks(evidence.decoder.block_count)
+    free = settings.free_blocks(measurements.decoder.block_count)
     for length in range(1, len(free) + 1):
         yield tuple(free[len(free) - length :])
 
 
-def by_shortened_criterion(evidence: Evidence, settings: ShortenedSettings, _budget: Budget) -> Candidates:
+def by_shortened_criterion(measurements: Measurements, settings: ShortenedSettings, _budget: Budget) -> Candidates:
     """Rank by removal perplexity, Taylor or magnitude, smallest first, in one shot."""
     if settings.criterion == "ppl":
-        values = evidence.scores("perplexity").removal_perplexity
+        values = measurements.scores("perplexity").removal_perplexity
     elif settings.criterion == "taylor" and settings.per_window:
-        windows = evidence.need_windows()
-        values = tuple(taylor(evidence.decoder, windows, per_window=True, progress=evidence.progress))
+        windows = measurements.need_windows()
+        values = tuple(taylor(measurements.decoder, windows, per_window=True, options=measurements.options))
     elif settings.criterion == "taylor":
-        values = evidence.scores("taylor").taylor
+        values = measurements.scores("taylor").taylor
     else:
-        values = evidence.scores("magnitude").magnitude
+        values = measurements.scores("magnitude").magnitude
     assert values is not None
     return _lowest_first(values, settings.free_blocks(len(values)))
 
 
-def greedily(evidence: Evidence, settings: Settings, _budget: Budget) -> Candidates:
+def greedily(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
     """Again and again skip the block whose absence costs least, on the model without those already skipped."""
-    free = list(settings.free_blocks(evidence.decoder.block_count))
-    with open_store(evidence.decoder) as store:
-        known = evidence.measured.setdefault("loss without blocks", {})
-        probe = RemovalProbe(evidence.decoder, evidence.need_windows(), store, evidence.batch_size, known)
+    free = list(settings.free_blocks(measurements.decoder.block_count))
+    with open_store(measurements.decoder) as store:
+        known = measurements.cache.setdefault("loss without blocks", {})
+        probe = RemovalProbe(
+            measurements.decoder, measurements.need_windows(), store, measurements.options.batch_size, known
+        )
         gone: tuple[int, ...] = ()
         while free:
-            trials = evidence.progress(list(free), f"leaving out block {len(gone) + 1}", len(free))
+            trials = measurements.options.progress(list(free), f"leaving out block {len(gone) + 1}", len(free))
             losses = {block: probe.loss((*gone, block)) for block in trials}
             best = min(losses, key=lambda block: (losses[block], block))
             gone = (*gone, best)
@@ -132,12 +134,12 @@ def greedily(evidence: Evidence, settings: Settings, _budget: Budget) -> Candida
 
 
 def _decide(
-    name: str, candidates: Callable[[Evidence, Any, Budget], Candidates]
+    name: str, candidates: Callable[[Measurements, Any, Budget], Candidates]
 ) -> Callable[..., Sequence[DropBlocks]]:
     """Make the deciding function of a method from its candidates."""
 
-    def decide(evidence: Evidence, settings: Any, budget: Budget) -> Sequence[DropBlocks]:
-        decoder = evidence.decoder
+    def decide(measurements: Measurements, settings: Any, budget: Budget) -> Sequence[DropBlocks]:
+        decoder = measurements.decoder
         if not budget.is_zero:
             require_one_basis(decoder)
         free = settings.free_blocks(decoder.block_count)
@@ -148,7 +150,7 @@ def _decide(
             )
         blocks: tuple[int, ...] = ()
         if not budget.is_zero:
-            found = (one for one in candidates(evidence, settings, budget) if len(one) <= most)
+            found = (one for one in candidates(measurements, settings, budget) if len(one) <= most)
             blocks = choose_blocks(budget, found, decoder.block_parameter_counts(), decoder.parameter_count, most)
         return (DropBlocks(method=name, settings=settings.model_dump(exclude_none=True), blocks=blocks),)
 
@@ -225,9 +227,9 @@ METHODS = (
 )
 
 
-def apply(evidence: Evidence, step: DropBlocks) -> Decoder:
+def apply(measurements: Measurements, step: DropBlocks) -> Decoder:
     """Take the step's blocks out."""
-    return keep_blocks(evidence.decoder, step.kept(evidence.decoder.block_count))
+    return keep_blocks(measurements.decoder, step.kept(measurements.decoder.block_count))
 
 
 APPLY = {"drop-blocks": apply}

@@ -21,7 +21,7 @@ from secateur.methods.uniform_widths import TOLD, AllWidths
 from secateur.models.decoder import Decoder
 from secateur.models.widths import BlockWidths, block_widths
 from secateur.plan.steps import Widths, WidthSizes
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.unit_scores import fluctuation, z_scores
 from secateur.surgery.width.coupling import Part
 from secateur.surgery.width.pruning import measure_inputs, units_of, writer_weights
@@ -44,13 +44,7 @@ class Profile:
 
 @torch.no_grad()
 def fluctuation_profiles(
-    decoder: Decoder,
-    windows: Windows,
-    free: range,
-    *,
-    heads: bool,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
+    decoder: Decoder, windows: Windows, free: range, *, heads: bool, options: RunOptions = DEFAULTS
 ) -> dict[int, Profile]:
     """Measure the z-scored fluctuation of the units of the free blocks, on the dense model.
 
@@ -60,8 +54,8 @@ def fluctuation_profiles(
     found = {}
     parts: list[Part] = ["heads", "channels"] if heads else ["channels"]
     with open_store(decoder) as store:
-        batches = stored_start(decoder, windows, store, batch_size)
-        for index in progress(range(free.stop), "walking the blocks", free.stop):
+        batches = stored_start(decoder, windows, store, options.batch_size)
+        for index in options.progress(range(free.stop), "walking the blocks", free.stop):
             with decoder.block(index):
                 if index in free:
                     sums = measure_inputs(decoder, index, parts, batches, store, gram=False)

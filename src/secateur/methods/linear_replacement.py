@@ -24,7 +24,7 @@ from pydantic import Field
 
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks, weigh
-from secateur.methods.method import Evidence, Method, Settings
+from secateur.methods.method import Measurements, Method, Settings
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import LinearReplacement, Span
 from secateur.scores.linearity import linear_sums
@@ -56,7 +56,9 @@ class LinearReplacementSettings(Settings):
         return None if self.window is None else Budget("blocks", self.window, knob="window")
 
 
-def decide(evidence: Evidence, settings: LinearReplacementSettings, budget: Budget) -> Sequence[LinearReplacement]:
+def decide(
+    measurements: Measurements, settings: LinearReplacementSettings, budget: Budget
+) -> Sequence[LinearReplacement]:
     """Choose the windows.
 
     Raises:
@@ -66,7 +68,7 @@ def decide(evidence: Evidence, settings: LinearReplacementSettings, budget: Budg
     """
     if budget.is_zero:
         return ()
-    decoder = evidence.decoder
+    decoder = measurements.decoder
     require_plain_mlp_output(decoder)
     free = settings.free_blocks(decoder.block_count)
     most = most_blocks(len(free), settings.max_window)
@@ -79,7 +81,7 @@ def decide(evidence: Evidence, settings: LinearReplacementSettings, budget: Budg
 
     def windows_for(count: int) -> tuple[Span, ...]:
         sizes = window_sizes(count, settings.longest(count, len(free)))
-        costs = _costs(evidence, settings, free, sizes)
+        costs = _costs(measurements, settings, free, sizes)
         if settings.choose == "error":
             errors.update(costs)
         return best_windows(free, sizes, costs)
@@ -156,26 +158,20 @@ def best_windows(free: range, sizes: tuple[int, ...], costs: Mapping[Span, float
 
 
 def _costs(
-    evidence: Evidence, settings: LinearReplacementSettings, free: range, sizes: tuple[int, ...]
+    measurements: Measurements, settings: LinearReplacementSettings, free: range, sizes: tuple[int, ...]
 ) -> dict[Span, float]:
     """Return what each window of these sizes costs, by the measure that was chosen."""
     spans = [
         (low, low + size - 1) for size in sorted(set(sizes)) for low in range(free.start + 1, free.stop - size + 1)
     ]
     if settings.choose == "error":
-        known = evidence.measured.setdefault(("least-squares error", settings.ridge), {})
+        known = measurements.cache.setdefault(("least-squares error", settings.ridge), {})
         unknown = [span for span in spans if span not in known]
         if unknown:
-            sums = linear_sums(
-                evidence.decoder,
-                evidence.need_windows(),
-                unknown,
-                batch_size=evidence.batch_size,
-                progress=evidence.progress,
-            )
+            sums = linear_sums(measurements.decoder, measurements.need_windows(), unknown, options=measurements.options)
             known.update({span: one.error(one.result(settings.ridge)) for span, one in sums})
         return {span: known[span] for span in spans}
-    scores = evidence.scores(settings.choose)
+    scores = measurements.scores(settings.choose)
     if settings.choose == "cosine":
         return {(low, high): 1 - scores.window_cosine(high - low + 1)[low] for low, high in spans}
     return {(low, high): scores.window_angle(high - low + 1)[low] for low, high in spans}
@@ -197,14 +193,12 @@ METHODS = (
 )
 
 
-def apply(evidence: Evidence, step: LinearReplacement) -> Decoder:
+def apply(measurements: Measurements, step: LinearReplacement) -> Decoder:
     """Measure the matrices and put them in the place of the step's windows."""
-    decoder = evidence.decoder
+    decoder = measurements.decoder
     step.kept(decoder.block_count)
     require_plain_mlp_output(decoder)
-    sums = linear_sums(
-        decoder, evidence.need_windows(), step.windows, batch_size=evidence.batch_size, progress=evidence.progress
-    )
+    sums = linear_sums(decoder, measurements.need_windows(), step.windows, options=measurements.options)
     return replace_linearly(decoder, {span: one.result(step.ridge) for span, one in sums})
 
 

@@ -30,7 +30,7 @@ from secateur.calibration.store import StateStore
 from secateur.calibration.walk import open_store
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
-from secateur.methods.method import Evidence, Method, Settings
+from secateur.methods.method import Measurements, Method, Settings
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import MergeBlocks, Rule
 from secateur.scores.merge_similarity import Merged, MergeProbe
@@ -136,7 +136,7 @@ def _promise(left: int, right: int) -> tuple[bool, int]:
     return (left > 0) == (right > 0), min(abs(left), abs(right))
 
 
-def decide(evidence: Evidence, settings: MergeSettings, budget: Budget) -> Sequence[MergeBlocks]:
+def decide(measurements: Measurements, settings: MergeSettings, budget: Budget) -> Sequence[MergeBlocks]:
     """Find the windows.
 
     Raises:
@@ -144,8 +144,8 @@ def decide(evidence: Evidence, settings: MergeSettings, budget: Budget) -> Seque
         ModelError: the model is sliced.
         NumericsError: NaN or infinity while measuring.
     """
-    require_one_basis(evidence.decoder)
-    influence = _influence(evidence, settings) if not budget.is_zero else ()
+    require_one_basis(measurements.decoder)
+    influence = _influence(measurements, settings) if not budget.is_zero else ()
     step = MergeBlocks(
         method="swm",
         settings=settings.model_dump(exclude_none=True),
@@ -156,7 +156,7 @@ def decide(evidence: Evidence, settings: MergeSettings, budget: Budget) -> Seque
     )
     if budget.is_zero:
         return (step,)
-    decoder = evidence.decoder
+    decoder = measurements.decoder
     free = settings.free_blocks(decoder.block_count)
     lows = range(free.start, max(free.start, free.stop - 1))
     fitting = {low for low in lows if alike(decoder, low, across_types=settings.across_types)}
@@ -165,16 +165,16 @@ def decide(evidence: Evidence, settings: MergeSettings, budget: Budget) -> Seque
     with _open_store(decoder) as store:
         probe = MergeProbe(
             decoder,
-            evidence.need_windows(),
+            measurements.need_windows(),
             store,
             lambda window: shares_for(settings.rule, window, influence),
             lows,
-            evidence.batch_size,
-            evidence.measured.setdefault(("similarity of merged", settings.model_dump_json()), {}),
+            measurements.options.batch_size,
+            measurements.cache.setdefault(("similarity of merged", settings.model_dump_json()), {}),
         )
 
         def run(threshold: float) -> Slide:
-            order = evidence.progress(reversed(lows), f"threshold {threshold:.4f}", len(lows))
+            order = measurements.options.progress(reversed(lows), f"threshold {threshold:.4f}", len(lows))
             return slide(probe.similarity, fitting.__contains__, order, threshold)
 
         if budget.aim == "own":
@@ -233,10 +233,10 @@ def _between(one: Slide) -> float:
     return (max(one.floor, _ALL) + min(one.ceiling, _NONE)) / 2
 
 
-def _influence(evidence: Evidence, settings: MergeSettings) -> tuple[float, ...]:
+def _influence(measurements: Measurements, settings: MergeSettings) -> tuple[float, ...]:
     if settings.rule != "weighted":
         return ()
-    found = evidence.scores("cosine").block_influence
+    found = measurements.scores("cosine").block_influence
     assert found is not None
     return found
 
@@ -273,10 +273,10 @@ METHODS = (
 )
 
 
-def apply(evidence: Evidence, step: MergeBlocks) -> Decoder:
+def apply(measurements: Measurements, step: MergeBlocks) -> Decoder:
     """Merge the step's windows."""
-    step.kept(evidence.decoder.block_count)
-    return merge_windows(evidence.decoder, step.windows, step.rule, step.influence, across_types=step.across_types)
+    step.kept(measurements.decoder.block_count)
+    return merge_windows(measurements.decoder, step.windows, step.rule, step.influence, across_types=step.across_types)
 
 
 APPLY = {"merge-blocks": apply}

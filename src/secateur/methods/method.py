@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,8 +14,9 @@ from secateur.errors import InputError
 from secateur.methods.budget import Budget, Native
 from secateur.methods.cost import SpeedModel
 from secateur.models.decoder import Decoder
+from secateur.plan.plan import Search
 from secateur.plan.steps import AnyStep
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.measure import score_model
 from secateur.scores.profile import Kind, Scores
 from secateur.settings import read_settings
@@ -49,44 +49,31 @@ class Settings(MethodSettings):
 
 
 @dataclass
-class Evidence:
+class Measurements:
     """What a method may look at to decide; scores are measured once, when first asked for.
 
     Attributes:
         decoder: the model.
         windows: calibration windows, None where the method needs none.
+        options: batch size, seed, progress, and the folder in which training and searches keep their states.
         known: scores measured earlier for this model and these windows.
-        work: folder in which training and searches keep what they go on from after a kill; None keeps none.
-        facts: what deciding or applying found out, by name: `search` goes into the plan, what applying a step
-            measured into the record of the result.
-        measured: what was measured on this model and these windows and may be asked for again, by what it is.
+        cache: what was measured on this model and these windows and may be asked for again, by what it is.
     """
 
     decoder: Decoder
     windows: Windows | None
+    options: RunOptions = DEFAULTS
     known: Scores | None = None
-    batch_size: int | None = None
-    seed: int = 0
-    progress: Progress = field(default=SILENT)
-    work: Path | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    measured: dict[Hashable, Any] = field(default_factory=dict)
+    cache: dict[Hashable, Any] = field(default_factory=dict)
 
-    def of(self, decoder: Decoder) -> Evidence:
-        """Return the evidence on another model: what was measured on this one does not count there."""
-        return replace(self, decoder=decoder, known=None, measured={})
+    def on(self, decoder: Decoder) -> Measurements:
+        """Return measurements of another model on the same windows: nothing measured on this one counts there."""
+        return replace(self, decoder=decoder, known=None, cache={})
 
     def scores(self, *kinds: Kind) -> Scores:
         """Return scores that hold at least these kinds."""
         if self.known is None or not self.known.has(kinds):
-            self.known = score_model(
-                self.decoder,
-                self.windows,
-                kinds,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                progress=self.progress,
-            )
+            self.known = score_model(self.decoder, self.windows, kinds, options=self.options)
         return self.known
 
     def need_windows(self) -> Windows:
@@ -100,6 +87,32 @@ class Evidence:
         return self.windows
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What a method decided.
+
+    Attributes:
+        steps: the steps of the plan, in order.
+        search: how they were found, where that was done by trying.
+    """
+
+    steps: tuple[AnyStep, ...]
+    search: Search | None = None
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What came of a step.
+
+    Attributes:
+        decoder: the new model.
+        facts: what applying it found out, by name, for the record of the result.
+    """
+
+    decoder: Decoder
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One way to prune.
@@ -109,12 +122,14 @@ class Method:
         summary: one line for `secateur methods`.
         paper: authors, year, title.
         settings: its settings and their defaults.
-        decide: evidence, settings and budget to the steps of a plan.
+        decide: measurements, settings and budget to the steps of a plan.
         native: what it counts in by itself: whole blocks, directions sliced away, or a share of what is inside blocks;
             None where only amounts common to all methods make sense.
         needs_texts: whether the model is measured on texts to decide or to apply, given its settings.
         forwards: what deciding costs, in plain forward passes over the windows, given the number of blocks, the
             number to go, and the settings.
+        apply_forwards: what applying its steps costs, in the same passes, given the settings and the tokens of all
+            windows; what a plan's steps say of themselves counts once there is one.
         scores: given its settings, the scores that deciding reads and that no single pass gives; a study measures them
             once for all amounts.
         speed_model: given its settings, how fast the models run that it makes without taking blocks out; None where
@@ -125,16 +140,18 @@ class Method:
     summary: str
     paper: str
     settings: type[MethodSettings]
-    decide: Callable[[Evidence, Any, Budget], Sequence[AnyStep]]
+    decide: Callable[[Measurements, Any, Budget], Sequence[AnyStep] | Decision]
     native: Native | None = "blocks"
     needs_texts: Callable[[Any], bool] = lambda _: True
     forwards: Callable[[int, int, Any], float] = lambda _blocks, _gone, _settings: 1.0
+    apply_forwards: Callable[[Any, int], float] = lambda _settings, _tokens: 0.0
     scores: Callable[[Any], tuple[Kind, ...]] = lambda _: ()
     speed_model: Callable[[Any], SpeedModel] | None = None
 
-    def steps(self, evidence: Evidence, settings: Any, budget: Budget) -> tuple[AnyStep, ...]:
-        """Decide; of several processes all go on with what the first has decided."""
-        return from_main_process(tuple(self.decide(evidence, settings, budget)))
+    def decision(self, measurements: Measurements, settings: Any, budget: Budget) -> Decision:
+        """Decide; of several processes all continue with what the main one decided."""
+        found = self.decide(measurements, settings, budget)
+        return from_main_process(found if isinstance(found, Decision) else Decision(tuple(found)))
 
     def speed_model_of(self, settings: Any) -> SpeedModel | None:
         """Return how the models run that it makes with these settings; None where time follows size."""

@@ -25,7 +25,7 @@ from secateur.errors import InputError, ModelError
 from secateur.methods import slice_hidden
 from secateur.methods.budget import Budget
 from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
-from secateur.methods.method import Evidence, Method
+from secateur.methods.method import Measurements, Method
 from secateur.methods.slice_hidden import rounded_width
 from secateur.methods.uniform_widths import (
     Candidates,
@@ -55,13 +55,13 @@ _OBS_BATCHES = 128
 """Costs are computed anew this often while all units of a projection would go."""
 
 
-def decide_evenly(method: str, choose: Choice) -> Callable[[Evidence, EvenSettings, Budget], Sequence[PruneWidth]]:
+def decide_evenly(method: str, choose: Choice) -> Callable[[Measurements, EvenSettings, Budget], Sequence[PruneWidth]]:
     """Make the function that keeps the same widths in all free blocks."""
 
-    def decide(evidence: Evidence, settings: EvenSettings, budget: Budget) -> Sequence[PruneWidth]:
+    def decide(measurements: Measurements, settings: EvenSettings, budget: Budget) -> Sequence[PruneWidth]:
         if budget.is_zero:
             return ()
-        decoder = evidence.decoder
+        decoder = measurements.decoder
         require_width_prunable(decoder)
         free = settings.free_blocks(decoder.block_count)
         candidates = Candidates(decoder, free, settings.heads, settings.rounding)
@@ -94,23 +94,23 @@ def decide_evenly(method: str, choose: Choice) -> Callable[[Evidence, EvenSettin
 _decide_minitron_blocks = decide_evenly("minitron-width", "magnitude")
 
 
-def decide_minitron(evidence: Evidence, settings: MinitronSettings, budget: Budget) -> Sequence[AnyStep]:
+def decide_minitron(measurements: Measurements, settings: MinitronSettings, budget: Budget) -> Sequence[AnyStep]:
     """Keep the hidden directions of largest activations first if asked for, then narrow what that leaves.
 
     Raises:
         InputError: the hidden directions alone are more than the budget.
         ModelError: no stock model can hold fewer hidden directions.
     """
-    decoder, whole = evidence.decoder, evidence.decoder.parameter_count
+    decoder, whole = measurements.decoder, measurements.decoder.parameter_count
     if budget.is_zero:
         return ()
     require_width_prunable(decoder)
     if not settings.hidden:
-        return _decide_minitron_blocks(evidence, settings, budget)
+        return _decide_minitron_blocks(measurements, settings, budget)
     first = _fewer_directions(decoder, settings)
     if budget.knob == "hidden":
         return (first,)
-    after = evidence.of(slice_hidden.apply(evidence, first))
+    after = measurements.on(slice_hidden.apply(measurements, first))
     left = after.decoder.parameter_count
     if budget.aim in ("remove", "target_params"):
         wanted = whole * (1 - budget.value) if budget.aim == "remove" else budget.value
@@ -144,7 +144,7 @@ def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidd
     )
 
 
-def decide_flap(evidence: Evidence, settings: FlapSettings, budget: Budget) -> Sequence[PruneWidth]:
+def decide_flap(measurements: Measurements, settings: FlapSettings, budget: Budget) -> Sequence[PruneWidth]:
     """Let every free block find its width by one threshold.
 
     Raises:
@@ -154,7 +154,7 @@ def decide_flap(evidence: Evidence, settings: FlapSettings, budget: Budget) -> S
     """
     if budget.is_zero:
         return ()
-    decoder = evidence.decoder
+    decoder = measurements.decoder
     require_width_prunable(decoder)
     free = settings.free_blocks(decoder.block_count)
     if not free:
@@ -164,11 +164,10 @@ def decide_flap(evidence: Evidence, settings: FlapSettings, budget: Budget) -> S
     multiple = rounding_for(decoder, free, settings.rounding)
     profiles = fluctuation_profiles(
         decoder,
-        evidence.need_windows(),
+        measurements.need_windows(),
         free,
         heads=settings.heads == "even" and not reason_against_heads(decoder),
-        batch_size=evidence.batch_size,
-        progress=evidence.progress,
+        options=measurements.options,
     )
     widths, unrounded = Thresholds(profiles, dense, sizes, multiple, decoder.parameter_count).meet(budget)
     return (
@@ -188,7 +187,7 @@ def decide_flap(evidence: Evidence, settings: FlapSettings, budget: Budget) -> S
     )
 
 
-def apply(evidence: Evidence, step: PruneWidth) -> Decoder:
+def apply(measurements: Measurements, step: PruneWidth) -> Decoder:
     """Narrow as the step says; which units stay is measured on the texts.
 
     Raises:
@@ -196,20 +195,19 @@ def apply(evidence: Evidence, step: PruneWidth) -> Decoder:
         ModelError: the family cannot be narrowed.
         NumericsError: NaN or infinity on the way.
     """
-    decoder = evidence.decoder
+    decoder = measurements.decoder
     if width_sizes(decoder, stock=step.stock, bias=step.bias) != step.sizes:
         raise InputError("this narrowing step was made for a model of another shape; make a new plan for this one.")
     return prune_width(
         decoder,
-        evidence.need_windows(),
+        measurements.need_windows(),
         step.widths,
-        _chooser(evidence, step.choose),
+        _chooser(measurements, step.choose),
         stock=step.stock,
         repair=step.repair,
         bias=step.bias,
         gram=step.repair or step.choose == "brain-surgeon",
-        batch_size=evidence.batch_size,
-        progress=evidence.progress,
+        options=measurements.options,
     )
 
 
@@ -220,7 +218,7 @@ _SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {
 }
 
 
-def _chooser(evidence: Evidence, choose: Choice) -> Choose:
+def _chooser(measurements: Measurements, choose: Choice) -> Choose:
     """Make the function that says which units stay."""
     if choose == "brain-surgeon":
         return _surgeon
@@ -233,16 +231,14 @@ def _chooser(evidence: Evidence, choose: Choice) -> Choose:
             return best_units(score(weight, sums).view(*units.shape[:2], -1).sum(dim=-1), keep)
 
         return by_score
-    taylor = taylor_by_unit(
-        evidence.decoder, evidence.need_windows(), batch_size=evidence.batch_size, progress=evidence.progress
-    )
+    taylor = taylor_by_unit(measurements.decoder, measurements.need_windows(), options=measurements.options)
 
     def by_taylor(place: Place, _: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
         heads, channels = taylor[place.block]
         if place.part == "channels":
             scores = channels[place.expert][None]
         else:
-            scores = _of_head_units(heads, block_widths(evidence.decoder, place.block), pens=len(units))
+            scores = _of_head_units(heads, block_widths(measurements.decoder, place.block), pens=len(units))
         return best_units(scores.to(sums.total.device), keep)
 
     return by_taylor

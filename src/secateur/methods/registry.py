@@ -15,9 +15,10 @@ from secateur.methods import (
     replace_blocks,
     slice_hidden,
 )
-from secateur.methods.method import Evidence, Method
+from secateur.methods.method import Applied, Measurements, Method
 from secateur.methods.search import auto
 from secateur.models.decoder import Decoder
+from secateur.plan.steps import AnyStep as Step
 
 _FILES: tuple[ModuleType, ...] = (
     drop_blocks,
@@ -28,14 +29,25 @@ _FILES: tuple[ModuleType, ...] = (
     prune_width,
 )
 
-APPLY: dict[str, Callable[[Evidence, Any], Decoder]] = {
+APPLY: dict[str, Callable[[Measurements, Any], Decoder | Applied]] = {
     kind: edit for file in _FILES for kind, edit in file.APPLY.items()
 }
-"""How each kind of step is applied: evidence, whose decoder is the model before it, and the step, to the new model."""
+"""How each kind of step is applied: from measurements of the model before it, and the step, to the new model."""
 
 _SINGLE: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
 
-METHODS: dict[str, Method] = _SINGLE | {"auto": auto.method_over(_SINGLE, APPLY)}
+
+def apply_step(measurements: Measurements, step: Step) -> Applied:
+    """Apply one step to the model that `measurements` are of.
+
+    Raises:
+        InputError: the step cannot be applied to this model.
+    """
+    found = APPLY[step.kind](measurements, step)
+    return found if isinstance(found, Applied) else Applied(found)
+
+
+METHODS: dict[str, Method] = _SINGLE | {"auto": auto.method_over(_SINGLE, apply_step)}
 
 
 def find_method(name: str) -> Method:

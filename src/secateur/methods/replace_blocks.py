@@ -20,13 +20,14 @@ from torch.utils.data import Dataset
 from secateur.data.texts import windows_for
 from secateur.data.windows import Windows
 from secateur.errors import InputError
-from secateur.methods.budget import Budget, choose_blocks, choose_size, read_count
+from secateur.methods.budget import Budget, choose_blocks, choose_size
 from secateur.methods.drop_blocks import WindowSettings
-from secateur.methods.method import Evidence, Method
+from secateur.methods.method import Applied, Measurements, Method
 from secateur.modeling import SecateurConfig
 from secateur.modeling.modeling_secateur import SecateurDecoderLayer
 from secateur.models.decoder import Decoder
 from secateur.models.forward import Call
+from secateur.plan.amount import read_count
 from secateur.plan.steps import DropBlocks, ReplaceBlocks, Sizes, Span
 from secateur.scores.profile import Scores
 from secateur.surgery.assembly import Tensors
@@ -36,7 +37,7 @@ from secateur.surgery.hidden.folding import stream_sizes
 from secateur.training.data import LanguageModelling, WindowData, split_off_validation
 from secateur.training.pairs import BlockNetwork, PairData, PairRegression, store_pairs
 from secateur.training.settings import TrainingSettings, warn_of
-from secateur.training.trainer import train
+from secateur.training.trainer import TrainingRun, train
 from secateur.training.weights import in_float32
 
 Loss = Literal["mse", "lm", "mse+lm"]
@@ -68,7 +69,9 @@ class StreamlineSettings(WindowSettings, TrainingSettings):
         return TrainingSettings(**{name: getattr(self, name) for name in TrainingSettings.model_fields})
 
 
-def decide(evidence: Evidence, settings: StreamlineSettings, budget: Budget) -> Sequence[DropBlocks | ReplaceBlocks]:
+def decide(
+    measurements: Measurements, settings: StreamlineSettings, budget: Budget
+) -> Sequence[DropBlocks | ReplaceBlocks]:
     """Choose the window.
 
     Raises:
@@ -77,7 +80,7 @@ def decide(evidence: Evidence, settings: StreamlineSettings, budget: Budget) -> 
     """
     if budget.is_zero:
         return ()
-    decoder = evidence.decoder
+    decoder = measurements.decoder
     require_one_basis(decoder)
     free = settings.free_blocks(decoder.block_count)
     extra = 0 if settings.network == "none" else 1
@@ -87,7 +90,7 @@ def decide(evidence: Evidence, settings: StreamlineSettings, budget: Budget) -> 
         raise InputError(
             f"streamline: {held} {decoder.block_count} blocks are protected; lower protect_first or protect_last."
         )
-    cosines = evidence.scores("cosine")
+    cosines = measurements.scores("cosine")
 
     def window(gone: int) -> Span:
         length = gone + extra
@@ -144,8 +147,9 @@ class _MlpNetwork(nn.Module):
 class _Training:
     """Makes the network of one step, trains it, and puts it in."""
 
-    def __init__(self, evidence: Evidence, step: ReplaceBlocks) -> None:
-        self.evidence, self.step, self.decoder = evidence, step, evidence.decoder
+    def __init__(self, measurements: Measurements, step: ReplaceBlocks) -> None:
+        self.measurements, self.step, self.decoder = measurements, step, measurements.decoder
+        self.facts: dict[str, Any] = {}
         self.settings = StreamlineSettings.model_validate(step.settings)
         self.low, self.high = step.window
         self.config: SecateurConfig | None = None
@@ -158,7 +162,7 @@ class _Training:
                 f"loss={self.settings.loss}: the language-modelling loss needs the whole model in memory; open it "
                 "with --in-memory, or take loss=mse."
             )
-        self.windows = training_windows(evidence, self.settings, step.train_tokens)
+        self.windows = training_windows(measurements, self.settings, step.train_tokens)
         self.numbers, self.held_back = split_off_validation(self.windows)
 
     def result(self) -> Decoder:
@@ -173,7 +177,7 @@ class _Training:
 
     def _new_network(self) -> BlockNetwork | _MlpNetwork:
         if self.config is not None:
-            return _MlpNetwork(new_network(self.config, self.low, self.decoder.device, self.evidence.seed))
+            return _MlpNetwork(new_network(self.config, self.low, self.decoder.device, self.measurements.options.seed))
         with self.decoder.block(self.low) as block:
             return BlockNetwork.copy_of(block)
 
@@ -183,13 +187,7 @@ class _Training:
         objective = PairRegression(self.decoder, self.step.window, network, folded=self.config is not None)
         data, held_out = self._items(self.numbers), self._items(self.held_back)
         if self.settings.pairs == "disk" or (self.settings.pairs is None and self.decoder.is_skeleton):
-            pairs = store_pairs(
-                self.decoder,
-                self.windows,
-                self.step.window,
-                batch_size=self.evidence.batch_size,
-                progress=self.evidence.progress,
-            )
+            pairs = store_pairs(self.decoder, self.windows, self.step.window, options=self.measurements.options)
             data, held_out = PairData(data, pairs, self.numbers), PairData(held_out, pairs, self.held_back)
         with self.decoder.outer(head=False):
             self._train("mse", objective, data, held_out)
@@ -210,25 +208,22 @@ class _Training:
 
     def _train(self, loss: str, objective: nn.Module, data: Any, held_out: Any) -> None:
         """Run the loop, in a folder of its own where the caller keeps states."""
-        work = self.evidence.work
+        recipe = {
+            "model": self.decoder.fingerprint,
+            "step": self.step.model_dump(mode="json"),
+            "loss": loss,
+            "texts": self.windows.fingerprint,
+        }
         outcome = train(
             objective,
             data,
             held_out,
             self.settings.training(),
+            TrainingRun(recipe=recipe, what=f"training what stands in for blocks {self.low} to {self.high}"),
             device=self.decoder.device,
-            recipe={
-                "model": self.decoder.fingerprint,
-                "step": self.step.model_dump(mode="json"),
-                "loss": loss,
-                "texts": self.windows.fingerprint,
-            },
-            seed=self.evidence.seed,
-            folder=None if work is None else work / f"{self.decoder.fingerprint[:12]}-{loss}",
-            what=f"training what stands in for blocks {self.low} to {self.high}",
-            progress=self.evidence.progress,
+            options=self.measurements.options.within(f"{self.decoder.fingerprint[:12]}-{loss}"),
         )
-        self.evidence.facts[f"training ({loss})"] = outcome.describe()
+        self.facts[f"training ({loss})"] = outcome.describe()
         warn_of(outcome.describe(), f"training what stands in for blocks {self.low} to {self.high} ({loss})")
 
     def _put_in(self, tensors: Tensors) -> Decoder:
@@ -244,7 +239,7 @@ class _Training:
         return with_block_tensors(shorter, [(self.low, stored)], edit)
 
 
-def training_windows(evidence: Evidence, settings: StreamlineSettings, tokens: int) -> Windows:
+def training_windows(measurements: Measurements, settings: StreamlineSettings, tokens: int) -> Windows:
     """Open the texts a network is trained on: those named, else more of what the calibration texts are from.
 
     Windows that were given as tokens cannot be opened for more and are taken as they are.
@@ -252,15 +247,15 @@ def training_windows(evidence: Evidence, settings: StreamlineSettings, tokens: i
     Raises:
         InputError: the texts cannot be opened, or there is too little of them.
     """
-    calibration = evidence.need_windows()
+    calibration = measurements.need_windows()
     if settings.train_texts is None and calibration.given:
         return calibration
     return windows_for(
-        evidence.decoder,
+        measurements.decoder,
         settings.train_texts or calibration.source,
         windows=max(2, tokens // calibration.seq_len),
         seq_len=calibration.seq_len,
-        seed=evidence.seed,
+        seed=measurements.options.seed,
     )
 
 
@@ -279,15 +274,16 @@ METHODS = (
 )
 
 
-def apply(evidence: Evidence, step: ReplaceBlocks) -> Decoder:
+def apply(measurements: Measurements, step: ReplaceBlocks) -> Applied:
     """Train the network that stands in for the step's window, and put it there.
 
     Raises:
         InputError: the step is for another model, there is too little text, or the model is not whole in memory.
         NumericsError: the loss became NaN before anything was gained.
     """
-    step.kept(evidence.decoder.block_count)
-    return _Training(evidence, step).result()
+    step.kept(measurements.decoder.block_count)
+    training = _Training(measurements, step)
+    return Applied(training.result(), training.facts)
 
 
 APPLY = {"replace-blocks": apply}

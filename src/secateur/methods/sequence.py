@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import InputError, unknown
-from secateur.methods.budget import Budget, already, read_budget
+from secateur.methods.budget import Budget, already
 from secateur.methods.method import Method, MethodSettings
 from secateur.methods.registry import find_method
+from secateur.plan.amount import Amount
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,16 @@ def _share(text: str, spec: str) -> float:
     return share
 
 
-def whole_budget(parts: tuple[Part, ...], amounts: dict[str, Any]) -> Budget:
-    """Return what is to go altogether: the one amount given, or what a setting of a single method asks for.
-
-    Of `amounts`, by the names `read_budget` takes, all but one are None; all are where a setting says it.
+def whole_budget(parts: tuple[Part, ...], amount: Amount) -> Budget:
+    """Return what is to go altogether: the amount given, or what a setting of a single method asks for.
 
     Raises:
         InputError: no amount or two, or one that these methods do not count in.
     """
-    own = [amount for part in parts if (amount := part.settings.own_amount()) is not None]
-    if own and (len(parts) > 1 or any(amount is not None for amount in amounts.values())):
+    own = [setting for part in parts if (setting := part.settings.own_amount()) is not None]
+    if own and (len(parts) > 1 or amount.given):
         raise InputError(f"{own[0].knob} and another amount contradict each other; give one of them.")
-    budget = own[0] if own else read_budget(**amounts)
+    budget = own[0] if own else Budget.of(amount)
     if budget.aim in ("blocks", "slice", "ratio"):
         if len(parts) > 1:
             raise InputError(f"several methods share one budget: give remove or target-params, not {budget.aim}.")

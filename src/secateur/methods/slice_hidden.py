@@ -18,7 +18,7 @@ from pydantic import Field
 
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_size
-from secateur.methods.method import Evidence, Method, MethodSettings
+from secateur.methods.method import Measurements, Method, MethodSettings
 from secateur.methods.sliced_speed import speed_with_own_bases, speed_with_shared_bases
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import SliceHidden, StreamSizes
@@ -132,25 +132,27 @@ def rounded_width(fraction: float, width: int, rounding: int) -> int:
     return min(width, max(rounding, int(((1 - fraction) * width + 1e-9) // rounding) * rounding))
 
 
-def decide_constant(evidence: Evidence, settings: ConstantSettings, budget: Budget) -> Sequence[SliceHidden]:
+def decide_constant(measurements: Measurements, settings: ConstantSettings, budget: Budget) -> Sequence[SliceHidden]:
     """Keep the same number of directions in every block."""
     if budget.is_zero:
         return ()
-    sizes = stream_sizes(folded_config(evidence.decoder))
-    widths = _constant_widths(sizes, settings.rounding, budget, evidence.decoder.parameter_count)
+    sizes = stream_sizes(folded_config(measurements.decoder))
+    widths = _constant_widths(sizes, settings.rounding, budget, measurements.decoder.parameter_count)
     return (_own_bases("slicegpt", settings.model_dump(), widths, sizes),)
 
 
-def decide_by_redundancy(evidence: Evidence, settings: DynamicSettings, budget: Budget) -> Sequence[SliceHidden]:
+def decide_by_redundancy(
+    measurements: Measurements, settings: DynamicSettings, budget: Budget
+) -> Sequence[SliceHidden]:
     """Slice redundant blocks more; with `slice_base="auto"` the base that measures best on the texts.
 
     Every base that is tried removes at least as many parameters as constant slicing, which is tried too.
     """
     if budget.is_zero:
         return ()
-    decoder = evidence.decoder
+    decoder = measurements.decoder
     sizes = stream_sizes(folded_config(decoder))
-    cosines = evidence.scores("cosine").cosine
+    cosines = measurements.scores("cosine").cosine
     assert cosines is not None
     redundancy = normalised([cosines[block][block + 1] for block in range(decoder.block_count)], settings.normalise)
     search = _Search(redundancy, sizes, settings, decoder.parameter_count)
@@ -162,14 +164,9 @@ def decide_by_redundancy(evidence: Evidence, settings: DynamicSettings, budget: 
     trials = list(search.trials(budget))
     losses = [
         slice_by_principal_directions(
-            decoder,
-            evidence.need_windows(),
-            widths,
-            signals=settings.signals,
-            batch_size=evidence.batch_size,
-            progress=evidence.progress,
+            decoder, measurements.need_windows(), widths, signals=settings.signals, options=measurements.options
         )[1]
-        for _, _, widths in evidence.progress(trials, "trying slice bases", len(trials))
+        for _, _, widths in measurements.options.progress(trials, "trying slice bases", len(trials))
     ]
     best = min(range(len(trials)), key=lambda place: losses[place])
     mean, base, widths = trials[best]
@@ -224,9 +221,9 @@ class _Search:
         return tuple(rounded_width(one, self._sizes.width, self._settings.rounding) for one in fractions)
 
 
-def decide_shared(evidence: Evidence, settings: StockSettings, budget: Budget) -> Sequence[SliceHidden]:
+def decide_shared(measurements: Measurements, settings: StockSettings, budget: Budget) -> Sequence[SliceHidden]:
     """Keep one width everywhere; where several bases are asked for, put their borders where the states change most."""
-    decoder = evidence.decoder
+    decoder = measurements.decoder
     if settings.bases > decoder.block_count:
         raise InputError(f"bases={settings.bases}: the model has only {decoder.block_count} blocks.")
     if budget.is_zero:
@@ -239,11 +236,10 @@ def decide_shared(evidence: Evidence, settings: StockSettings, budget: Budget) -
     if settings.bases > 1:
         starts = find_borders(
             decoder,
-            evidence.need_windows(),
+            measurements.need_windows(),
             settings.bases,
             signals=settings.signals,
-            batch_size=evidence.batch_size,
-            progress=evidence.progress,
+            options=measurements.options,
         )
 
     def step(width: int) -> SliceHidden:
@@ -285,32 +281,25 @@ def _own_bases(method: str, settings: dict[str, Any], widths: Widths, sizes: Str
     return SliceHidden(method=method, settings=settings, widths=widths, head_width=sizes.width, sizes=sizes)
 
 
-def apply(evidence: Evidence, step: SliceHidden) -> Decoder:
+def apply(measurements: Measurements, step: SliceHidden) -> Decoder:
     """Slice as the step says; bases are measured on the texts, after rotation alone was seen to change nothing.
 
     Raises:
         InputError: the step was made for a model of another shape.
         ModelError: the family cannot be sliced.
     """
-    decoder = evidence.decoder
+    decoder = measurements.decoder
     sizes = stock_stream_sizes(decoder) if step.stock else stream_sizes(folded_config(decoder))
     if sizes != step.sizes:
         raise InputError("this slicing step was made for a model of another shape; make a new plan for this one.")
     require_invariance(decoder)
-    windows, settings = evidence.need_windows(), step.settings
+    windows, settings = measurements.need_windows(), step.settings
     if step.bases is None:
         return slice_by_principal_directions(
-            decoder,
-            windows,
-            step.widths,
-            signals=settings.get("signals", "raw"),
-            batch_size=evidence.batch_size,
-            progress=evidence.progress,
+            decoder, windows, step.widths, signals=settings.get("signals", "raw"), options=measurements.options
         )[0]
     if step.coordinates:
-        bases = find_coordinates(
-            decoder, windows, step.head_width, batch_size=evidence.batch_size, progress=evidence.progress
-        )
+        bases = find_coordinates(decoder, windows, step.head_width, options=measurements.options)
     else:
         bases = find_bases(
             decoder,
@@ -319,8 +308,7 @@ def apply(evidence: Evidence, step: SliceHidden) -> Decoder:
             step.bases,
             signals=settings.get("signals", "normed"),
             sensitivity=settings.get("sensitivity", True),
-            batch_size=evidence.batch_size,
-            progress=evidence.progress,
+            options=measurements.options,
         )
     return slice_with_shared_bases(
         decoder,
@@ -328,8 +316,7 @@ def apply(evidence: Evidence, step: SliceHidden) -> Decoder:
         bases,
         stock=step.stock,
         reconstruct=settings.get("reconstruct", True),
-        batch_size=evidence.batch_size,
-        progress=evidence.progress,
+        options=measurements.options,
     )
 
 

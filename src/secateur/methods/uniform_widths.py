@@ -13,10 +13,11 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from secateur.errors import InputError, ModelError
-from secateur.methods.budget import Budget, choose_size, read_fraction
+from secateur.methods.budget import Budget, choose_size
 from secateur.methods.method import Settings
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
+from secateur.plan.amount import read_fraction
 from secateur.plan.steps import Widths
 from secateur.surgery.width.target import dense_widths, reason_against_heads, stock_config, width_sizes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ def open_model(
     device: str = "auto",
     revision: str | None = None,
     skeleton: bool | None = None,
-    shapes_only: bool = False,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -63,9 +63,6 @@ def open_model(
         revision: branch, tag or commit on the hub.
         skeleton: read each block's weights when its turn comes and let them go afterwards. None decides by the
             memory that is free.
-        shapes_only: read no weights (unless they are pickled and here), to say what a job would need; of a model on the
-            hub they are not fetched, and without them its fingerprint is empty. `by_blocks` of the decoder tells
-            whether the job will read them block by block.
         tokenizer: another tokenizer than the checkpoint's: a folder, a hub name, or the object.
         trust_remote_code: allow code that comes with the checkpoint to run.
         allow_pickle: accept pickled weights, which can run code when loaded.
@@ -76,30 +73,72 @@ def open_model(
     """
     if isinstance(source, PreTrainedModel):
         return _wrap(source, tokenizer, trust_remote_code=trust_remote_code)
-    folder = fetch(
+    return _open(
         str(source),
-        revision=revision,
-        weights=not shapes_only,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
+        _Opening(dtype, device, revision, skeleton, tokenizer, trust_remote_code, allow_pickle),
+        shapes_only=False,
     )
-    here = not shapes_only or local_folder(str(source)) is not None or has_all_weights(folder)
+
+
+def open_shapes(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    skeleton: bool | None = None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Decoder:
+    """Open a model without reading its weights (unless they are pickled and here), to say what a job would need.
+
+    Of a model on the hub they are not fetched, and without them its fingerprint is empty. `by_blocks` of the decoder
+    tells whether the job will read them block by block. Arguments and errors as for `open_model`.
+    """
+    opening = _Opening(dtype, device, revision, skeleton, tokenizer, trust_remote_code, allow_pickle)
+    return _open(str(source), opening, shapes_only=True)
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """How a model is opened: the arguments of `open_model`."""
+
+    dtype: str
+    device: str
+    revision: str | None
+    skeleton: bool | None
+    tokenizer: str | PreTrainedTokenizerBase | None
+    trust_remote_code: bool
+    allow_pickle: bool
+
+
+def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
+    skeleton, trusted = asked.skeleton, asked.trust_remote_code
+    folder = fetch(
+        source,
+        revision=asked.revision,
+        weights=not shapes_only,
+        trust_remote_code=trusted,
+        allow_pickle=asked.allow_pickle,
+    )
+    here = not shapes_only or local_folder(source) is not None or has_all_weights(folder)
     if here:
-        refuse_files(folder, allow_pickle=allow_pickle)
-    config = read_config(folder, str(source), trust_remote_code=trust_remote_code)
-    family = _family(config, str(source), trust_remote_code=trust_remote_code)
+        refuse_files(folder, allow_pickle=asked.allow_pickle)
+    config = read_config(folder, source, trust_remote_code=trusted)
+    family = _family(config, source, trust_remote_code=trusted)
     saved = _saved_dtype(config, folder)
-    place = _device(device)
-    arithmetic = _arithmetic(dtype, saved, place)
+    place = _device(asked.device)
+    arithmetic = _arithmetic(asked.dtype, saved, place)
     pickled = here and not has_safetensors(folder)
-    everywhere = _all_gpus() if device == "auto" and place.type == "cuda" and launched() == 1 else [place]
+    everywhere = _all_gpus() if asked.device == "auto" and place.type == "cuda" and launched() == 1 else [place]
     if skeleton is None and here:
         skeleton = not pickled and _too_large(_bytes_in(folder, saved, arithmetic), everywhere)
     if skeleton and pickled:
         raise InputError(f"{source}: a skeleton reads safetensors only; open this model without it.")
     thin = skeleton or (shapes_only and not pickled)
     if thin:
-        module = empty_model(config, arithmetic, place, trust_remote_code=trust_remote_code)
+        module = empty_model(config, arithmetic, place, trust_remote_code=trusted)
         shards = Shards.of(folder, family.blocks, place) if here else Shards(folder, family.blocks, device=place)
         if skeleton is None:
             skeleton = _too_large(module.num_parameters() * arithmetic.itemsize, everywhere)
@@ -110,21 +149,21 @@ def open_model(
             config,
             arithmetic,
             "auto" if spread else place,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trusted,
             pickled=pickled,
         )
         shards = None
     return Decoder(
         module=module.eval().requires_grad_(False),
-        tokenizer=_tokenizer(tokenizer or folder, trust_remote_code=trust_remote_code),
+        tokenizer=_tokenizer(asked.tokenizer or folder, trust_remote_code=trusted),
         anatomy=resolve(module, family),
-        source=_shown(str(source)),
+        source=_shown(source),
         folder=folder,
         fingerprint=_fingerprint(folder, module, pickled=pickled) if here else "",
         saved_dtype=saved,
         shards=shards,
         shapes_only=thin and not skeleton,
-        other_tokenizer=tokenizer is not None,
+        other_tokenizer=asked.tokenizer is not None,
         history=_history(folder),
     )
 

@@ -20,18 +20,13 @@ from secateur.calibration.walk import Batch, open_store, step, stored_start
 from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import Span
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.depth.linear_replacement import without_mlp
 
 
 @torch.no_grad()
 def linear_sums(
-    decoder: Decoder,
-    windows: Windows,
-    spans: Collection[Span],
-    *,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
+    decoder: Decoder, windows: Windows, spans: Collection[Span], *, options: RunOptions = DEFAULTS
 ) -> Iterator[tuple[Span, LinearSums]]:
     """Gather, for each window of blocks, the normal equations of the matrix that is to stand in for it.
 
@@ -50,9 +45,11 @@ def linear_sums(
     """
     before = {low - 1 for low, _ in spans}
     with open_store(decoder) as store:
-        batches = stored_start(decoder, share_of(windows), store, batch_size, key=lambda batch: (batch.index, 0))
+        batches = stored_start(
+            decoder, share_of(windows), store, options.batch_size, key=lambda batch: (batch.index, 0)
+        )
         depths = range(max(high for _, high in spans) + 1)
-        for index in progress(depths, "walking the blocks", len(depths)):
+        for index in options.progress(depths, "walking the blocks", len(depths)):
             with decoder.block(index):
                 for batch in batches:
                     _advance(decoder, index, batch, store, keep_part=index in before)

@@ -10,59 +10,18 @@ import torch
 from secateur.calibration.shares import share_of, token_numbers
 from secateur.calibration.statistics import AngularSums, CkaSums, CosineSums, real_tokens
 from secateur.calibration.walk import check_windows, open_store, perplexity_of, states_by_batch
-from secateur.data.texts import Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.distributed import process_count
 from secateur.errors import InputError, ModelError, NumericsError, unknown
 from secateur.models.decoder import Decoder
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.profile import KINDS, ONE_PASS, Kind, Matrix, Scores
 from secateur.scores.removal import RemovalProbe
 from secateur.scores.taylor import scored_weights, taylor
 
 
-def score(
-    model: Decoder,
-    *,
-    texts: Texts = None,
-    windows: int | None = 32,
-    seq_len: int | None = None,
-    kinds: Sequence[Kind] = ONE_PASS,
-    seed: int = 0,
-    pack: bool = True,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
-) -> Scores:
-    """Measure where a model is redundant.
-
-    Args:
-        model: the open model.
-        texts: what it is measured on: see `secateur texts`; None is `python-stdlib`.
-        windows: number of windows; None takes all.
-        seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
-        kinds: what to measure, of `cosine`, `angular`, `magnitude`, `cka` (these four in one pass), `perplexity`
-            (with each block left out) and `taylor` (backward passes).
-        seed: draws documents, and the tokens that CKA looks at.
-        pack: join documents into full windows; False puts one document in each window, padded.
-        batch_size: windows per batch; None chooses by the device.
-        progress: shows how far it is.
-
-    Raises:
-        InputError: an unknown kind, or unusable texts.
-        NumericsError: NaN or infinity; it never becomes a score.
-    """
-    used = windows_for(model, texts, windows=windows, seq_len=seq_len, seed=seed, pack=pack)
-    return score_model(model, used, kinds, batch_size=batch_size, seed=seed, progress=progress)
-
-
 def score_model(
-    decoder: Decoder,
-    windows: Windows | None,
-    kinds: Sequence[Kind] = ONE_PASS,
-    *,
-    batch_size: int | None = None,
-    seed: int = 0,
-    progress: Progress = SILENT,
+    decoder: Decoder, windows: Windows | None, kinds: Sequence[Kind] = ONE_PASS, *, options: RunOptions = DEFAULTS
 ) -> Scores:
     """Measure scores of a decoder; all kinds of `ONE_PASS` together cost one walk.
 
@@ -93,11 +52,11 @@ def score_model(
                 "score the dense model."
             )
         if set(kinds) & set(ONE_PASS):
-            found |= _one_pass(decoder, windows, kinds, batch_size, seed, progress)
+            found |= _one_pass(decoder, windows, kinds, options)
         if "perplexity" in kinds:
-            found |= _removal_perplexity(decoder, windows, batch_size, progress)
+            found |= _removal_perplexity(decoder, windows, options)
         if "taylor" in kinds:
-            found["taylor"] = tuple(taylor(decoder, windows, batch_size=batch_size, progress=progress))
+            found["taylor"] = tuple(taylor(decoder, windows, options=options))
     elif set(kinds) - {"magnitude"}:
         raise InputError(f"{', '.join(kinds)}: these scores need texts.")
     texts = None if windows is None else windows.describe()
@@ -105,19 +64,14 @@ def score_model(
 
 
 def _one_pass(
-    decoder: Decoder,
-    windows: Windows,
-    kinds: Sequence[Kind],
-    batch_size: int | None,
-    seed: int,
-    progress: Progress,
+    decoder: Decoder, windows: Windows, kinds: Sequence[Kind], options: RunOptions = DEFAULTS
 ) -> dict[str, Any]:
     states_count = decoder.block_count + 1
     cosine = CosineSums(states_count)
     angular = AngularSums(states_count)
     numbers = token_numbers(windows) if process_count() > 1 else None
-    cka = CkaSums(windows.token_count, seed=seed, numbers=numbers) if "cka" in kinds else None
-    for batch, states in states_by_batch(decoder, share_of(windows), batch_size=batch_size, progress=progress):
+    cka = CkaSums(windows.token_count, seed=options.seed, numbers=numbers) if "cka" in kinds else None
+    for batch, states in states_by_batch(decoder, share_of(windows), options=options):
         flat = real_tokens(states, batch.mask)
         cosine.update(flat)
         angular.update(states, batch.mask)
@@ -140,14 +94,14 @@ def _one_pass(
     return found
 
 
-def _removal_perplexity(
-    decoder: Decoder, windows: Windows, batch_size: int | None, progress: Progress
-) -> dict[str, Any]:
+def _removal_perplexity(decoder: Decoder, windows: Windows, options: RunOptions = DEFAULTS) -> dict[str, Any]:
     with open_store(decoder) as store:
-        probe = RemovalProbe(decoder, windows, store, batch_size)
+        probe = RemovalProbe(decoder, windows, store, options.batch_size)
         whole = perplexity_of(probe.loss(()))
         blocks = range(decoder.block_count)
-        each = [perplexity_of(probe.loss((b,))) for b in progress(blocks, "leaving out each block", len(blocks))]
+        each = [
+            perplexity_of(probe.loss((b,))) for b in options.progress(blocks, "leaving out each block", len(blocks))
+        ]
     return {"perplexity": whole, "removal_perplexity": tuple(each)}
 
 

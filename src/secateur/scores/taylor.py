@@ -22,7 +22,7 @@ from secateur.data.windows import Windows
 from secateur.errors import NumericsError
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.width.coupling import couplings_of, sums_by_unit
 
 Saliencies = dict[str, torch.Tensor]
@@ -30,12 +30,7 @@ Saliencies = dict[str, torch.Tensor]
 
 
 def taylor(
-    decoder: Decoder,
-    windows: Windows,
-    *,
-    per_window: bool = False,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
+    decoder: Decoder, windows: Windows, *, per_window: bool = False, options: RunOptions = DEFAULTS
 ) -> list[float]:
     """Return the Taylor score of each block; the loss is the mean over all predicted tokens.
 
@@ -48,12 +43,12 @@ def taylor(
         parts = [one.abs().sum(dtype=torch.float64).cpu() for one in found.values()]
         scores[index] += float(torch.stack(parts).sum())
 
-    visit_saliencies(decoder, windows, add, per_window=per_window, batch_size=batch_size, progress=progress)
+    visit_saliencies(decoder, windows, add, per_window=per_window, options=options)
     return scores
 
 
 def taylor_by_unit(
-    decoder: Decoder, windows: Windows, *, batch_size: int | None = None, progress: Progress = SILENT
+    decoder: Decoder, windows: Windows, *, options: RunOptions = DEFAULTS
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return `Σ |w · Σ_batches ∂L/∂w|` over the weights of each unit of each block.
 
@@ -71,7 +66,7 @@ def taylor_by_unit(
         couplings = couplings_of(decoder.block_list[index], decoder.anatomy.family, widths)
         scores[index] = sums_by_unit({name: one.abs() for name, one in found.items()}, couplings, widths)
 
-    visit_saliencies(decoder, windows, add, batch_size=batch_size, progress=progress)
+    visit_saliencies(decoder, windows, add, options=options)
     return [scores[index] for index in range(decoder.block_count)]
 
 
@@ -81,20 +76,19 @@ def visit_saliencies(
     visit: Callable[[int, Saliencies], None],
     *,
     per_window: bool = False,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
+    options: RunOptions = DEFAULTS,
 ) -> None:
     """Show each block's number and saliencies, from the last block down; `per_window` shows those of each window.
 
     Raises:
         NumericsError: NaN or infinity in the forward or backward pass.
     """
-    size = 1 if per_window else batch_size
+    size = 1 if per_window else options.batch_size
     with open_store(decoder) as kept:
-        batches = walk_blocks(decoder, windows, kept, batch_size=size, progress=progress)
+        batches = walk_blocks(decoder, windows, kept, options=RunOptions(batch_size=size, progress=options.progress))
         predictions = loss_gradients(decoder, batches, kept)
         order = list(reversed(range(decoder.block_count)))
-        for index in progress(order, "walking back through the blocks", len(order)):
+        for index in options.progress(order, "walking back through the blocks", len(order)):
             for found in _saliencies(decoder, index, batches, kept, predictions, per_window=per_window):
                 if not all(bool(torch.isfinite(one).all()) for one in found.values()):
                     raise NumericsError(f"NaN or infinity in the Taylor scores of block {index}; try --dtype float32.")

@@ -23,7 +23,7 @@ from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.models.forward import Call, capture, run_block
 from secateur.plan.steps import Span
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.training.mapped import MappedTensors
 
 
@@ -52,9 +52,7 @@ class StoredPairs(MappedTensors):
 
 
 @torch.no_grad()
-def store_pairs(
-    decoder: Decoder, windows: Windows, window: Span, *, batch_size: int | None = None, progress: Progress = SILENT
-) -> StoredPairs:
+def store_pairs(decoder: Decoder, windows: Windows, window: Span, *, options: RunOptions = DEFAULTS) -> StoredPairs:
     """Walk a model up to the end of a window of blocks and keep the states at both its ends.
 
     Raises:
@@ -64,8 +62,8 @@ def store_pairs(
     low, high = window
     pairs = StoredPairs(len(windows), windows.seq_len, decoder.hidden_size)
     with open_store(decoder) as store:
-        walk = Rows.start(decoder, windows, store, batch_size)
-        for index in progress(range(high + 1), "keeping hidden states", high + 1):
+        walk = Rows.start(decoder, windows, store, options.batch_size)
+        for index in options.progress(range(high + 1), "keeping hidden states", high + 1):
             if index == low:
                 walk.write(pairs.entering)
             walk.through(index)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from secateur.errors import InputError, NumericsError
+from secateur.errors import InputError, NumericsError, unknown
 from secateur.modeling import SecateurExperts
-from secateur.progress import SILENT, Progress
+from secateur.progress import Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.training.run_folder import RunFolder, read
 from secateur.training.settings import Outcome, Status, TrainingSettings
 from secateur.training.sharding import shard, sharding_asked, sync_gradients, whole
@@ -47,13 +49,62 @@ _TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """Where curves go besides the log.
+
+    Attributes:
+        trackers: Accelerate's: tensorboard, mlflow, wandb.
+        folder: for what trackers write.
+    """
+
+    trackers: tuple[str, ...] = ()
+    folder: Path | None = None
+
+
+UNTRACKED = Tracking()
+
+
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse trackers that cannot be used.
+
+    Raises:
+        InputError: an unknown one, or one that is not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown("tracker", name, list(TRACKERS))
+        if find_spec(name) is None:
+            raise InputError(f"{name} is not installed: pip install 'secateur[{name}]'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """One run of the trainer, apart from how it goes.
+
+    Attributes:
+        recipe: data that distinguish this run from another; settings and seed are added.
+        what: said by the progress bar.
+        units: parts of the module, such as blocks, that are gathered one by one where the launcher asked for sharding
+            (FSDP2); afterwards the module's parameters stay divided (`sharding.whole_parameters`).
+        tracking: where curves go besides.
+    """
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    what: str = "training"
+    units: Sequence[nn.Module] = ()
+    tracking: Tracking = UNTRACKED
+
+
 def accelerator_for(
     objective: nn.Module,
     device: torch.device,
     settings: TrainingSettings,
     seed: int = 0,
-    trackers: Sequence[str] = (),
-    logging: Path | None = None,
+    tracking: Tracking = UNTRACKED,
 ) -> Accelerator:
     """Make the accelerator of a run; launched by `accelerate launch`, it knows the other processes."""
     AcceleratorState._reset_state()  # else the precision of an earlier run in this process would stay
@@ -65,8 +116,8 @@ def accelerator_for(
         mixed_precision="bf16" if settings.autocasts(device) else "no",
         cpu=device.type == "cpu",
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed),
-        log_with=list(trackers) or None,
-        project_dir=logging,
+        log_with=list(tracking.trackers) or None,
+        project_dir=tracking.folder,
     )
 
 
@@ -75,16 +126,10 @@ def train(
     data: Dataset[Batch],
     held_out: Dataset[Batch],
     settings: TrainingSettings,
+    run: TrainingRun,
     *,
     device: torch.device,
-    recipe: dict[str, Any],
-    seed: int = 0,
-    folder: Path | None = None,
-    units: Sequence[nn.Module] = (),
-    trackers: Sequence[str] = (),
-    tracking: Path | None = None,
-    what: str = "training",
-    progress: Progress = SILENT,
+    options: RunOptions = DEFAULTS,
 ) -> Outcome:
     """Train what requires gradients in a module; afterwards it holds the best state that was seen.
 
@@ -93,26 +138,20 @@ def train(
         data: items by number, dicts of tensors of equal shapes; each has `tokens` (T,).
         held_out: items of the same kind that are never trained on.
         settings: how it goes.
+        run: what distinguishes it, how it is called, and where its curves go.
         device: where it runs.
-        recipe: data that tell this run from another; settings and seed are added.
-        seed: of the order of the data and of everything drawn.
-        folder: where the run keeps its state; one that holds the same run goes on where that was killed. None keeps
-            nothing beyond the call.
-        units: parts of the module, such as blocks, that are gathered one by one where the launcher asked for sharding
-            (FSDP2); afterwards the module's parameters stay divided (`sharding.whole_parameters`).
-        trackers: Accelerate's: tensorboard, mlflow, wandb.
-        tracking: folder for what trackers write.
-        what: said by the progress bar.
-        progress: shows how far it is.
+        options: the seed of the order of the data and of everything drawn; the work folder where the run keeps its
+            state (one that holds the same run resumes where that was killed; None keeps nothing beyond the call).
 
     Raises:
         InputError: too little data, or the folder holds another run.
         NumericsError: the loss became NaN or infinite before anything was gained.
     """
-    if sharding_asked() and units:
-        shard(objective, units)
-    accelerator = accelerator_for(objective, device, settings, seed, trackers, tracking)
-    recipe = recipe | {"training": settings.model_dump(), "seed": seed}
+    folder, seed = options.work, options.seed
+    if sharding_asked() and run.units:
+        shard(objective, run.units)
+    accelerator = accelerator_for(objective, device, settings, seed, run.tracking)
+    recipe = run.recipe | {"training": settings.model_dump(), "seed": seed}
     made: list[RunFolder | None] = [None]
     if accelerator.is_main_process:
         made = [RunFolder(folder, recipe)]
@@ -120,13 +159,13 @@ def train(
         path = [made[0].path if made[0] else None]
         broadcast_object_list(path)
         made = [made[0] or RunFolder(path[0], recipe, writes=False)]
-    run = made[0]
-    assert run is not None
-    run.lasting = folder is not None
+    states = made[0]
+    assert states is not None
+    states.lasting = folder is not None
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(seed + accelerator.process_index)
-        return _Run(objective, data, held_out, settings, accelerator, run, what, progress, bool(trackers)).go()
+        return _Run(objective, data, held_out, settings, accelerator, states, run, options.progress).train()
 
 
 class _Run:
@@ -140,12 +179,11 @@ class _Run:
         settings: TrainingSettings,
         accelerator: Accelerator,
         folder: RunFolder,
-        what: str,
+        run: TrainingRun,
         progress: Progress,
-        tracked: bool,
     ) -> None:
         self.accelerator, self.folder, self.settings, self.progress = accelerator, folder, settings, progress
-        self.status, self.tracked = Status(what), tracked
+        self.status, self.tracked = Status(run.what), bool(run.tracking.trackers)
         self.held_out = held_out
         available = _length(data)
         self.batch_size = settings.windows_per_step(available, accelerator.num_processes)
@@ -181,7 +219,7 @@ class _Run:
         fitting = max(1, _TOKENS_PER_FORWARD.get(accelerator.device.type, 4096) // length)
         self.micro = settings.micro_batch or fitting
 
-    def go(self) -> Outcome:
+    def train(self) -> Outcome:
         """Train to the end, from the beginning or from where a killed run was."""
         outcome, accelerator = self.outcome, self.accelerator
         if self.tracked:

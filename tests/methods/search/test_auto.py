@@ -16,12 +16,13 @@ from secateur.methods import linear_replacement as linear_replacement
 from secateur.methods import method
 from secateur.methods.budget import Budget
 from secateur.methods.cost import memory_cost
-from secateur.methods.method import Evidence
+from secateur.methods.method import Measurements
 from secateur.methods.registry import APPLY, find_method
 from secateur.methods.search import auto, trials
 from secateur.methods.search.auto import front
 from secateur.methods.search.splits import Split, all_splits, search
 from secateur.progress import SILENT
+from secateur.run_options import RunOptions
 from secateur.scores.merge_similarity import MergeProbe
 from secateur.scores.removal import RemovalProbe
 from tiny_models import VOCABULARY
@@ -128,7 +129,7 @@ def test_a_cut_is_made_once_and_no_plan_is_measured_twice(tiny, monkeypatch):
 def test_same_seed_same_plan(tiny):
     def plan(seed):
         settings = {"trials": 6, "depth": "none,shortgpt,last-n", "width": "none,obs-width,wanda-sp"}
-        return make_plan(tiny("llama"), method="auto", remove=0.4, texts=WINDOWS, settings=settings, seed=seed)
+        return make_plan(tiny("llama"), method="auto", remove=0.4, texts=WINDOWS, settings=settings, options=options)
 
     once = plan(1)
     assert plan(1) == once
@@ -177,7 +178,13 @@ def test_a_search_for_a_target_goes_on_too(tiny, monkeypatch, tmp_path):
     def plan():
         bytes_left = 0.7 * memory_cost(decoder, 64).total
         return make_plan(
-            decoder, method="auto", target_memory=bytes_left, context=64, texts=WINDOWS, settings=BRIEF, work=tmp_path
+            decoder,
+            method="auto",
+            target_memory=bytes_left,
+            context=64,
+            texts=WINDOWS,
+            settings=BRIEF,
+            options=RunOptions(work=tmp_path),
         )
 
     once, measured = plan(), counting_losses(monkeypatch)
@@ -197,13 +204,20 @@ def test_a_log_that_cannot_be_written_stops_the_search(tiny, tmp_path):
     work = tmp_path / "file"
     work.write_text("")
     with pytest.raises(InputError, match=r"streamline-0-none.json: cannot be written"):
-        make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF, work=work)
+        make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF, options=options)
 
 
 def test_what_could_not_be_made_is_not_tried_again(tiny, monkeypatch, tmp_path):
     def plan():
         settings = {"depth": "none,replaceme,shortgpt", "width": "none", "trials": 50}
-        return make_plan(tiny("gemma2"), method="auto", remove=0.3, texts=WINDOWS, settings=settings, work=tmp_path)
+        return make_plan(
+            tiny("gemma2"),
+            method="auto",
+            remove=0.3,
+            texts=WINDOWS,
+            settings=settings,
+            options=RunOptions(work=tmp_path),
+        )
 
     once = plan()
     assert [one.depth for one in once.search.candidates if one.refused] == ["replaceme"]
@@ -214,7 +228,9 @@ def test_what_could_not_be_made_is_not_tried_again(tiny, monkeypatch, tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"steps": [], "parameters": 3}', '{"steps": [{"kind": "x"}]}'])
 def test_what_cannot_be_read_of_a_search_is_measured_again(tiny, monkeypatch, tmp_path, text):
     def plan():
-        return make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF, work=tmp_path)
+        return make_plan(
+            tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF, options=RunOptions(work=tmp_path)
+        )
 
     once = plan()
     (damaged,) = tmp_path.glob("search-*/none-0-obs-width.json")
@@ -380,11 +396,11 @@ def test_what_was_measured_for_one_number_of_blocks_serves_the_next(tiny, monkey
     monkeypatch.setattr(probe, "_measure", measure)
     method = find_method(name)
     settings = method.read_settings({})
-    evidence = Evidence(tiny("llama"), WINDOWS)
-    found = [method.decide(evidence, settings, Budget("blocks", count))[0] for count in (1, 3, 2)]
+    measurements = Measurements(tiny("llama"), WINDOWS)
+    found = [method.decide(measurements, settings, Budget("blocks", count))[0] for count in (1, 3, 2)]
     assert len(seen) == len(set(seen))
     assert [len(step.kept(8)) for step in found] == [7, 5, 6]
-    alone = method.decide(Evidence(tiny("llama"), WINDOWS), settings, Budget("blocks", 1))[0]
+    alone = method.decide(Measurements(tiny("llama"), WINDOWS), settings, Budget("blocks", 1))[0]
     assert alone == found[0]
 
 
@@ -397,8 +413,8 @@ def test_errors_of_windows_are_measured_once(tiny, monkeypatch):
 
     monkeypatch.setattr(linear_replacement, "linear_sums", sums)
     method = find_method("replaceme")
-    evidence = Evidence(tiny("llama"), WINDOWS)
-    found = [method.decide(evidence, method.read_settings({}), Budget("blocks", count))[0] for count in (1, 2, 3)]
+    measurements = Measurements(tiny("llama"), WINDOWS)
+    found = [method.decide(measurements, method.read_settings({}), Budget("blocks", count))[0] for count in (1, 2, 3)]
     assert len(asked) == len(set(asked)) == 7
     assert [len(step.windows) for step in found] == [1, 2, 3]
 

@@ -12,6 +12,7 @@ from secateur.data.texts import open_texts
 from secateur.data.windows import Windows
 from secateur.errors import NumericsError
 from secateur.models.opening import open_model
+from secateur.run_options import RunOptions
 from secateur.surgery.hidden.own_bases import slice_by_principal_directions
 from tiny_models import OTHER_FAMILIES, VARIANTS, build
 
@@ -92,7 +93,10 @@ def test_every_block_has_the_width_it_was_given(name, small):
 
 def test_batches_do_not_change_what_is_kept(small):
     decoder, windows = small("llama"), draw_windows(side="left")
-    losses = [slice_by_principal_directions(decoder, windows, UNEVEN, batch_size=size)[1] for size in (1, 3, 4)]
+    losses = [
+        slice_by_principal_directions(decoder, windows, UNEVEN, options=RunOptions(batch_size=size))[1]
+        for size in (1, 3, 4)
+    ]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 

@@ -10,12 +10,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from oracles import draw_windows, forward, no_real_parameters, plain_loss, predictions, token_losses, walk
-from secateur.surgery import hidden
 from secateur.calibration.reading_points import points_per_block, visit_gradients, visit_reading_points
 from secateur.data.texts import open_texts
 from secateur.errors import ModelError, NumericsError
 from secateur.models.anatomy import find, present
 from secateur.models.opening import open_model
+from secateur.run_options import RunOptions
+from secateur.surgery import hidden
 from secateur.surgery.hidden.directions import (
     Covariance,
     Reconstruction,
@@ -239,7 +240,7 @@ def test_blocks_are_announced_when_all_batches_have_passed(small):
         draw_windows(),
         lambda point, _: events.append(point),
         after_block=lambda index: events.append(f"block {index}"),
-        batch_size=2,
+        options=RunOptions(batch_size=2),
     )
     assert events[:7] == [0, 1, 0, 1, "block 0", 2, 3]
     assert events[-3:] == ["block 3", 8, 8]

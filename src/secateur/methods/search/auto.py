@@ -25,11 +25,10 @@ from pydantic import Field
 from secateur.calibration.walk import mean_loss
 from secateur.errors import InputError, ModelError, SecateurError, unknown
 from secateur.methods.budget import Budget, already
-from secateur.methods.method import Evidence, Method, MethodSettings
+from secateur.methods.method import Decision, Measurements, Method, MethodSettings
 from secateur.methods.search.splits import Split, all_splits, search
 from secateur.methods.search.trials import FAILURES, Apply, Made, Member, Steps, TrialLog, Trials
 from secateur.plan.plan import Candidate, Search
-from secateur.plan.steps import AnyStep
 
 _NONE = "none"
 _TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}
@@ -111,9 +110,9 @@ def _member(method: Method, given: dict[str, Any]) -> Member:
 
 
 def decide(
-    known: Mapping[str, Method], apply: Apply, evidence: Evidence, settings: AutoSettings, budget: Budget
-) -> Sequence[AnyStep]:
-    """Try candidates; gives the steps of the best, and leaves the record in `evidence.facts["search"]`.
+    known: Mapping[str, Method], apply: Apply, measurements: Measurements, settings: AutoSettings, budget: Budget
+) -> Decision:
+    """Try candidates; return the steps of the best, and the record of all.
 
     Raises:
         InputError: no candidate meets the budget, a setting names what cannot take part, or there is one window.
@@ -121,19 +120,25 @@ def decide(
         NumericsError: the dense model, or every candidate, has no loss.
     """
     members = _members(settings, known)
-    whole = evidence.decoder.parameter_count if budget.cost is None else budget.cost.total
+    whole = measurements.decoder.parameter_count if budget.cost is None else budget.cost.total
     if budget.limit(whole) >= whole:
         raise InputError(already(budget, whole))
-    fitted, held_back = evidence.need_windows().split_off(settings.held_back)
-    dense_loss = mean_loss(evidence.decoder, held_back, batch_size=evidence.batch_size)
-    to_fit = dataclasses.replace(evidence, windows=fitted, known=None, measured={})  # scores are of all windows
+    fitted, held_back = measurements.need_windows().split_off(settings.held_back)
+    dense_loss = mean_loss(measurements.decoder, held_back, options=measurements.options)
+    to_fit = dataclasses.replace(measurements, windows=fitted, known=None, cache={})  # scores are of all windows
     trials = Trials(to_fit, held_back, budget, members, apply)
-    log = TrialLog(evidence, settings.model_dump(mode="json"), repr(budget))
+    log = TrialLog(measurements, settings.model_dump(mode="json"), repr(budget))
     tried = _Tried(trials, log, skip_hopeless=settings.skip_hopeless)
     splits = all_splits(settings.side("depth"), settings.side("width"), trials.most_blocks())
-    search(splits, tried.measure, trials=settings.trials, seed=evidence.seed, progress=evidence.progress)
+    search(
+        splits,
+        tried.measure,
+        trials=settings.trials,
+        seed=measurements.options.seed,
+        progress=measurements.options.progress,
+    )
     best, steps = tried.best()
-    evidence.facts["search"] = Search(
+    record = Search(
         fitted=len(fitted),
         held_back=len(held_back),
         dense_loss=round(dense_loss, 6),
@@ -142,7 +147,7 @@ def decide(
         best=best,
         settings=settings.model_dump(mode="json"),
     )
-    return steps
+    return Decision(steps, record)
 
 
 class _Tried:

@@ -16,7 +16,7 @@ from secateur.distributed import from_main_process, is_main_process
 from secateur.errors import InputError, ModelError, NumericsError, SecateurError
 from secateur.files import replace_file
 from secateur.methods.budget import Budget, weigh
-from secateur.methods.method import Evidence, Method
+from secateur.methods.method import Applied, Measurements, Method
 from secateur.methods.search.splits import Split
 from secateur.methods.targets import with_cost
 from secateur.models.decoder import Decoder
@@ -27,7 +27,7 @@ SLACK = 0.05
 """Share of what is to be removed by which a candidate may miss it."""
 
 Steps = tuple[AnyStep, ...]
-Apply = Mapping[str, Callable[[Evidence, Any], Decoder]]
+Apply = Callable[[Measurements, Any], Applied]
 
 
 class Member(NamedTuple):
@@ -36,9 +36,9 @@ class Member(NamedTuple):
     method: Method
     settings: Any
 
-    def decide(self, evidence: Evidence, budget: Budget) -> Steps:
+    def decide(self, measurements: Measurements, budget: Budget) -> Steps:
         """Return the steps with which it meets a budget."""
-        return self.method.steps(evidence, self.settings, budget)
+        return self.method.decision(measurements, self.settings, budget).steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Cut:
     Attributes:
         steps: how it was made.
         kept: blocks of the dense model that are left.
-        evidence: about it.
+        measurements: about it.
     """
 
     steps: Steps
     kept: tuple[int, ...]
-    evidence: Evidence
+    measurements: Measurements
 
 
 class Made(NamedTuple):
@@ -78,12 +78,17 @@ class Trials:
     """Makes and measures candidates; nothing twice."""
 
     def __init__(
-        self, evidence: Evidence, held_back: Windows, budget: Budget, members: Mapping[str, Member], apply: Apply
+        self,
+        measurements: Measurements,
+        held_back: Windows,
+        budget: Budget,
+        members: Mapping[str, Member],
+        apply: Apply,
     ) -> None:
         """Start with the dense model.
 
         Args:
-            evidence: about it, with the windows that candidates are fitted to.
+            measurements: about it, with the windows that candidates are fitted to.
             held_back: windows that losses are of.
             budget: what every candidate has to meet.
             members: methods that take part, by name.
@@ -91,15 +96,15 @@ class Trials:
         """
         self._budget, self._held_back = budget, held_back
         self._members, self._apply = members, apply
-        self._dense = Cut((), tuple(range(evidence.decoder.block_count)), evidence)
+        self._dense = Cut((), tuple(range(measurements.decoder.block_count)), measurements)
         self._cuts: dict[tuple[str, int], Cut] = {}
-        self._evidence = {evidence.decoder.fingerprint: evidence}
+        self._evidence = {measurements.decoder.fingerprint: measurements}
         self._made: dict[tuple[str, str | None], Made] = {}
-        self._whole = evidence.decoder.parameter_count if budget.cost is None else budget.cost.total
+        self._whole = measurements.decoder.parameter_count if budget.cost is None else budget.cost.total
 
     def most_blocks(self) -> int:
         """Count how many blocks can go so that something is left for the other method to do."""
-        decoder = self._dense.evidence.decoder
+        decoder = self._dense.measurements.decoder
         weights, whole = weigh(self._budget, decoder.block_parameter_counts(), decoder.parameter_count)
         lightest = sorted(weights)
         wanted = whole - self._largest()
@@ -114,7 +119,7 @@ class Trials:
             NumericsError: NaN or infinity on the way.
         """
         cut = self._dense if split.depth is None else self._without_blocks(split.depth, split.blocks)
-        key = (cut.evidence.decoder.fingerprint, split.width)
+        key = (cut.measurements.decoder.fingerprint, split.width)
         if key not in self._made:
             self._made[key] = self._measured(cut, split.width)
         made = self._made[key]
@@ -123,28 +128,28 @@ class Trials:
     def _without_blocks(self, name: str, blocks: int) -> Cut:
         """Take out so many blocks, or, where nothing comes after, as many as the budget asks for."""
         if (name, blocks) not in self._cuts:
-            member, dense = self._members[name], self._dense.evidence
+            member, dense = self._members[name], self._dense.measurements
             steps = member.decide(dense, Budget("blocks", blocks)) if blocks else self._meet(self._dense, member)
             self._cuts[name, blocks] = self._after(steps, dense)
         return self._cuts[name, blocks]
 
-    def _after(self, steps: Steps, evidence: Evidence) -> Cut:
+    def _after(self, steps: Steps, measurements: Measurements) -> Cut:
         kept = self._dense.kept
         for step in steps:
             kept = tuple(kept[place] for place in step.kept(len(kept)))
-            left = self._apply[step.kind](evidence, step)
-            evidence = self._evidence.setdefault(left.fingerprint, evidence.of(left))
-        return Cut(steps, kept, evidence)
+            left = self._apply(measurements, step).decoder
+            measurements = self._evidence.setdefault(left.fingerprint, measurements.on(left))
+        return Cut(steps, kept, measurements)
 
     def _measured(self, cut: Cut, width: str | None) -> Made:
-        evidence, steps = cut.evidence, Steps()
-        decoder = evidence.decoder
+        measurements, steps = cut.measurements, Steps()
+        decoder = measurements.decoder
         if width is not None:
             steps = self._meet(cut, self._members[width])
             for step in steps:
-                decoder = self._apply[step.kind](evidence, step)
-                evidence = evidence.of(decoder)
-        loss = from_main_process(mean_loss(decoder, self._held_back, batch_size=evidence.batch_size))
+                decoder = self._apply(measurements, step).decoder
+                measurements = measurements.on(decoder)
+        loss = from_main_process(mean_loss(decoder, self._held_back, options=measurements.options))
         gone = len(self._dense.kept) - decoder.block_count
         enough = width is not None or self._is_enough(cut)
         return Made(steps, decoder.parameter_count, gone, loss, enough)
@@ -158,21 +163,21 @@ class Trials:
         Raises:
             InputError: it cannot, or the model is as small as that already.
         """
-        evidence = cut.evidence
-        now = evidence.decoder.parameter_count
+        measurements = cut.measurements
+        now = measurements.decoder.parameter_count
         if self._is_enough(cut):
             raise InputError("with these blocks gone nothing is left to do.")
         if self._budget.aim != "remove":
-            return member.decide(evidence, self._weighed(cut, member))
+            return member.decide(measurements, self._weighed(cut, member))
         wanted = self._budget.limit(self._whole)
-        steps = member.decide(evidence, Budget("remove", 1 - wanted / now))
-        if _left(evidence.decoder, steps) <= self._largest():
+        steps = member.decide(measurements, Budget("remove", 1 - wanted / now))
+        if _left(measurements.decoder, steps) <= self._largest():
             return steps
-        return member.decide(evidence, Budget("target_params", wanted))
+        return member.decide(measurements, Budget("target_params", wanted))
 
     def _weighed(self, cut: Cut, member: Member | None = None) -> Budget:
         """Return a target, in bytes or seconds weighed for a model at hand and the method that cuts it next."""
-        decoder, cost = cut.evidence.decoder, self._budget.cost
+        decoder, cost = cut.measurements.decoder, self._budget.cost
         if cost is None:
             return self._budget
         speed_model = member.method.speed_model_of(member.settings) if member else None
@@ -188,7 +193,7 @@ class Trials:
 
     def _is_enough(self, cut: Cut) -> bool:
         cost = self._weighed(cut).cost
-        return (cut.evidence.decoder.parameter_count if cost is None else cost.total) <= self._largest()
+        return (cut.measurements.decoder.parameter_count if cost is None else cost.total) <= self._largest()
 
 
 def _left(decoder: Decoder, steps: Steps) -> int:
@@ -208,19 +213,19 @@ _STEPS: TypeAdapter[Steps] = TypeAdapter(Steps)
 class TrialLog:
     """Candidates and what came of them, one small file each; of several processes the first reads and writes."""
 
-    def __init__(self, evidence: Evidence, *asked: Any) -> None:
+    def __init__(self, measurements: Measurements, *asked: Any) -> None:
         """Open the log of one search; without a folder to work in nothing is kept.
 
         Args:
-            evidence: about the dense model, with all calibration windows.
+            measurements: about the dense model, with all calibration windows.
             asked: what else the search depends on: settings, amount.
         """
         self._folder: Path | None = None
-        if evidence.work is not None:
-            decoder, windows = evidence.decoder, evidence.need_windows()
+        if measurements.options.work is not None:
+            decoder, windows = measurements.decoder, measurements.need_windows()
             place = (str(decoder.module.dtype), decoder.device.type)
-            key = digest(decoder.fingerprint, place, windows.fingerprint, evidence.seed, versions(), *asked)
-            self._folder = evidence.work / f"search-{key}"
+            key = digest(decoder.fingerprint, place, windows.fingerprint, measurements.options.seed, versions(), *asked)
+            self._folder = measurements.options.work / f"search-{key}"
 
     def known(self, split: Split) -> Made | SecateurError | None:
         """Return what came of a candidate when it was tried before; None if it was not, or its file is damaged."""

@@ -28,7 +28,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
 from secateur.models.forward import require_finite
 from secateur.models.shards import OUTER
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.assembly import Assembly, Tensors
 from secateur.surgery.hidden.directions import Covariance, Directions, Signals, principal_directions, times
 from secateur.surgery.hidden.folding import (
@@ -99,8 +99,7 @@ def slice_by_principal_directions(
     widths: Sequence[int],
     *,
     signals: Signals = "raw",
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
+    options: RunOptions = DEFAULTS,
 ) -> tuple[Decoder, float]:
     """Slice with a basis of its own at every reading point, measured on the model as sliced so far (SliceGPT).
 
@@ -125,16 +124,16 @@ def slice_by_principal_directions(
     assembly = empty_sliced(decoder, [*every, decoder.hidden_size], [True] * len(every))
     windows = share_of(windows)
     with open_store(decoder) as store:
-        entering = _dense_start(decoder, windows, store, batch_size, signals)
+        entering = _dense_start(decoder, windows, store, options.batch_size, signals)
         first = principal_directions(entering)[:, : every[0]]
         put_tables(assembly, first)
-        batches = [batch for batch, _ in start(assembly.decoder, windows, batch_size)]
+        batches = [batch for batch, _ in start(assembly.decoder, windows, options.batch_size)]
         assembly.finish(OUTER)
         put_head(assembly, None)
         assembly.finish(OUTER)
         walk = _Pass(assembly, store, batches, signals)
         kept = [imprint_of(first)]
-        for index in progress(range(decoder.block_count), "slicing block by block", decoder.block_count):
+        for index in options.progress(range(decoder.block_count), "slicing block by block", decoder.block_count):
             following = widths[index + 1] if index + 1 < len(widths) else None
             first = _slice_block(walk, index, first, widths[index], following)
             assembly.finish(index)

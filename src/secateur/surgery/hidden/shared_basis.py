@@ -20,7 +20,7 @@ from secateur.calibration.statistics import device_with_float64
 from secateur.data.windows import Windows
 from secateur.models.anatomy import find, present
 from secateur.models.decoder import Decoder
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.hidden.directions import (
     Covariance,
     Directions,
@@ -117,8 +117,7 @@ def slice_with_shared_bases(
     *,
     stock: bool,
     reconstruct: bool = True,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
+    options: RunOptions = DEFAULTS,
 ) -> Decoder:
     """Slice with the given bases.
 
@@ -153,7 +152,7 @@ def slice_with_shared_bases(
     def after_block(index: int) -> None:
         target.block(index, [fits.pop(points * index + one).reading() for one in range(points)])
 
-    visit_reading_points(decoder, windows, visit, after_block=after_block, batch_size=batch_size, progress=progress)
+    visit_reading_points(decoder, windows, visit, after_block=after_block, options=options)
     return target.finish(fits.pop(head).reading())
 
 
@@ -165,8 +164,7 @@ def find_bases(
     *,
     signals: Signals = "normed",
     sensitivity: bool = True,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
+    options: RunOptions = DEFAULTS,
 ) -> SharedBases:
     """Measure the bases.
 
@@ -189,24 +187,17 @@ def find_bases(
         return lambda point, states: sums[basis_of(starts, point // points)].update(states)
 
     covariances = [Covariance(decoder.hidden_size, signals) for _ in starts]
-    visit_reading_points(decoder, windows, into(covariances), batch_size=batch_size, progress=progress)
+    visit_reading_points(decoder, windows, into(covariances), options=options)
     if not sensitivity:
         found = [principal_directions(one.matrix())[:, :width] for one in covariances]
         return SharedBases(starts, tuple(found))
     gradients = [Covariance(decoder.hidden_size) for _ in starts]
-    visit_gradients(decoder, windows, into(gradients), batch_size=batch_size, progress=progress)
+    visit_gradients(decoder, windows, into(gradients), options=options)
     pairs = zip(covariances, gradients, strict=True)
     return SharedBases(starts, tuple(sensitive_directions(c.matrix(), g.matrix(), width) for c, g in pairs))
 
 
-def find_coordinates(
-    decoder: Decoder,
-    windows: Windows,
-    width: int,
-    *,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
-) -> SharedBases:
+def find_coordinates(decoder: Decoder, windows: Windows, width: int, *, options: RunOptions = DEFAULTS) -> SharedBases:
     """Keep the directions of the stream as they are, those of the largest activations (Minitron, METHODS §8).
 
     A direction's activation is the mean over tokens of its absolute value as the norms of attention and MLP give it,
@@ -223,20 +214,14 @@ def find_coordinates(
         scale = norms[point % points].weight.to(states.device, torch.float32) + (family.norm == "rms-plus-one")
         sizes.add_((unit_scale(states.float()) * scale).abs().sum(dim=0).cpu().double())
 
-    visit_reading_points(decoder, windows, visit, batch_size=batch_size, progress=progress)
+    visit_reading_points(decoder, windows, visit, options=options)
     largest = sizes.argsort(descending=True, stable=True)[:width].sort().values
     directions = torch.eye(len(sizes), dtype=torch.float64)[:, largest]
     return SharedBases((0,), (directions.to(device_with_float64(decoder.device)),))
 
 
 def find_borders(
-    decoder: Decoder,
-    windows: Windows,
-    count: int,
-    *,
-    signals: Signals = "normed",
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
+    decoder: Decoder, windows: Windows, count: int, *, signals: Signals = "normed", options: RunOptions = DEFAULTS
 ) -> tuple[int, ...]:
     """Return the first block of each of `count` bases: borders where neighbouring covariances differ most.
 
@@ -261,6 +246,6 @@ def find_borders(
         last.append(shape)
         current = Covariance(decoder.hidden_size, signals)
 
-    visit_reading_points(decoder, windows, visit, after_block=after_block, batch_size=batch_size, progress=progress)
+    visit_reading_points(decoder, windows, visit, after_block=after_block, options=options)
     farthest = sorted(distances, key=lambda block: (-distances[block], block))[: count - 1]
     return (0, *sorted(farthest))

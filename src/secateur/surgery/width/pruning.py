@@ -27,7 +27,7 @@ from secateur.models.anatomy import find, present
 from secateur.models.decoder import Decoder
 from secateur.models.widths import BlockWidths, block_widths
 from secateur.plan.steps import Widths
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.width.coupling import Kept, Part
 from secateur.surgery.width.repair import rewritten
 from secateur.surgery.width.target import WidthAssembly
@@ -87,8 +87,7 @@ def prune_width(
     repair: bool = True,
     bias: bool = False,
     gram: bool = True,
-    batch_size: int | None = None,
-    progress: Progress = SILENT,
+    options: RunOptions = DEFAULTS,
 ) -> Decoder:
     """Narrow every block.
 
@@ -110,8 +109,8 @@ def prune_width(
     """
     target = WidthAssembly(decoder, widths, stock=stock, bias=bias)
     with open_store(decoder) as store:
-        batches = stored_start(decoder, windows, store, batch_size)
-        for index in progress(range(decoder.block_count), "narrowing block by block", decoder.block_count):
+        batches = stored_start(decoder, windows, store, options.batch_size)
+        for index in options.progress(range(decoder.block_count), "narrowing block by block", decoder.block_count):
             with decoder.block(index):
                 walk = _Block(decoder, index, widths[index], batches, store, target, repair, bias, gram)
                 walk.narrow(choose)

@@ -1,0 +1,172 @@
+"""Measure how good a model still is, beside the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from secateur.data.texts import Texts, windows_for
+from secateur.data.windows import Windows
+from secateur.errors import InputError
+from secateur.evaluation.perplexity import measure_perplexity
+from secateur.evaluation.reference import Reference
+from secateur.evaluation.results import Result
+from secateur.evaluation.tasks import TaskRequest, ask_tasks, task_results
+from secateur.jobs.cost import JobCost, cost_of, describe_model, memory_of
+from secateur.jobs.job import Job
+from secateur.models.decoder import Decoder
+from secateur.run_options import DEFAULTS, RunOptions
+
+Tasks = str | Sequence[str] | TaskRequest | None
+"""Names of tasks, or a request that says how many questions, or None."""
+
+
+@dataclass(frozen=True)
+class EvaluateJob(Job[list[Result]]):
+    """Measurements of a model and of the one it is compared with.
+
+    Attributes:
+        model: the open model; None measures the dense one alone.
+        against: the dense model, or what it came to when it was measured before; None compares with nothing.
+        windows: held-out windows for perplexity; None measures none.
+        tasks: what is asked; None asks nothing.
+        options: how the run goes.
+    """
+
+    model: Decoder | None
+    against: Decoder | Reference | None
+    windows: Windows | None
+    tasks: TaskRequest | None
+    options: RunOptions
+
+    @classmethod
+    def prepare(
+        cls,
+        model: Decoder,
+        *,
+        against: Decoder | Reference | None = None,
+        texts: Texts = None,
+        windows: int | None = 64,
+        seq_len: int | None = None,
+        tasks: Tasks = None,
+        options: RunOptions = DEFAULTS,
+    ) -> EvaluateJob:
+        """Read a request; arguments and errors as for `evaluate`."""
+        asked = None if tasks is None else TaskRequest.of(tasks)
+        if isinstance(against, Decoder):
+            require_same_vocabulary(model, against)
+        if asked is not None and asked.stability and against is None:
+            raise InputError("stability compares two models; name the dense one (--against).")
+        used = None
+        if asked is None or texts is not None:
+            used = windows_for(model, texts, windows=windows, seq_len=seq_len, split="held-out")
+        return cls(model, against, used, asked, options)
+
+    @property
+    def models(self) -> dict[str, Decoder]:
+        """The models that are measured, by role."""
+        both = {"model": self.model, "against": self.against}
+        return {role: one for role, one in both.items() if isinstance(one, Decoder)}
+
+    def cost(self) -> JobCost:
+        """Return what measuring takes."""
+        models = list(self.models.values())
+        first = models[0]
+        if self.windows is None:
+            whole = sum(memory_of(one, 0, whole=True) for one in models)
+            names = ", ".join(self.tasks.names) if self.tasks else ""
+            return JobCost(models=tuple(map(describe_model, models)), reads=f"tasks: {names}", memory=whole)
+        passes = sum(one.parameter_count / first.parameter_count for one in models)
+        return cost_of(first, self.windows, {"": passes}, also=models[1:])
+
+    def run(self) -> list[Result]:
+        """Measure."""
+        known = self.against if isinstance(self.against, Reference) else Reference()
+        asked: list[Result] = []
+        if self.tasks is not None:
+            outcomes = ask_tasks(self.models, self.tasks, options=self.options)
+            own = outcomes.get("model", [])
+            before = (outcomes.get("against") or known.answers_to(own)) if self.tasks.stability else None
+            asked = task_results(self.models, outcomes, limit=self.tasks.limit, stable_to=before)
+            asked += known.results_on(own)
+        if self.windows is None:
+            return asked
+        read = [measure_perplexity(one, role, self.windows, self.options) for role, one in self.models.items()]
+        return read + known.perplexity_on(self.windows) + asked
+
+
+def evaluate(
+    model: Decoder,
+    *,
+    against: Decoder | Reference | None = None,
+    texts: Texts = None,
+    windows: int | None = 64,
+    seq_len: int | None = None,
+    tasks: Tasks = None,
+    options: RunOptions = DEFAULTS,
+) -> list[Result]:
+    """Measure perplexity on held-out text, and tasks, of a model and of the one it is compared with, in one run.
+
+    Args:
+        model: the open model.
+        against: the dense model to compare with, which must read the same tokens; or what it came to, measured before
+            (`measure_reference`) on the same texts and questions.
+        texts: see `secateur texts`; the held-out part is taken where a source has one. None is `python-stdlib`, or
+            no text where tasks are named.
+        windows: number of windows; None takes all the text there is.
+        seq_len: tokens per window; None takes 512, or the models' positions if those are fewer.
+        tasks: names such as `stdlib-cloze`, `commonsense` (the seven of the papers) or `piqa,arc_easy`, any of
+            lm-evaluation-harness, and folders with tasks in its form; or a `TaskRequest` that says how many questions
+            and whether stability is measured. A skeleton is read into memory for them.
+        options: seed of the choice of examples, windows or questions per batch, progress.
+
+    Returns:
+        One result per number: perplexity of the model, then of the one it is compared with; then task by task.
+
+    Raises:
+        InputError: unusable texts, an unknown task or one without options for stability, data that cannot be had, or
+            models with different vocabularies.
+        NumericsError: NaN or infinity on the way; it never becomes a number.
+    """
+    return EvaluateJob.prepare(
+        model, against=against, texts=texts, windows=windows, seq_len=seq_len, tasks=tasks, options=options
+    ).run()
+
+
+def require_same_vocabulary(model: Decoder, against: Decoder) -> None:
+    """Refuse two models that do not read the same tokens.
+
+    Raises:
+        InputError: naming both.
+    """
+    if model.tokenizer is None or against.tokenizer is None:
+        return
+    if model.tokenizer.get_vocab() != against.tokenizer.get_vocab():
+        raise InputError(
+            f"{model.source} and {against.source} have different vocabularies; their results cannot be compared."
+        )
+
+
+def measure_reference(
+    model: Decoder,
+    *,
+    texts: Texts = None,
+    windows: int | None = 64,
+    seq_len: int | None = None,
+    tasks: Tasks = None,
+    options: RunOptions = DEFAULTS,
+) -> Reference:
+    """Measure the dense model once for many that are compared with it; arguments as for `evaluate`.
+
+    Perplexity is always measured, tasks where some are named; with stability all of them must have options.
+
+    Raises:
+        InputError, NumericsError: as `evaluate`.
+    """
+    used = windows_for(model, texts, windows=windows, seq_len=seq_len, split="held-out")
+    results = [measure_perplexity(model, "against", used, options)]
+    if tasks is None:
+        return Reference(tuple(results))
+    asked, models = TaskRequest.of(tasks), {"against": model}
+    outcomes = ask_tasks(models, asked, options=options)
+    return Reference((*results, *task_results(models, outcomes, limit=asked.limit)), tuple(outcomes["against"]))

@@ -1,0 +1,176 @@
+"""Decide what to cut, with any method."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+from secateur.data.texts import Texts, windows_for
+from secateur.data.windows import Windows
+from secateur.errors import InputError, TextsWarning
+from secateur.jobs.cost import JobCost, cost_of, describe_model
+from secateur.jobs.job import Job
+from secateur.methods.budget import Budget
+from secateur.methods.method import Measurements
+from secateur.methods.planning import decide, model_ref
+from secateur.methods.sequence import Part, read_sequence, whole_budget
+from secateur.models.decoder import Decoder
+from secateur.plan.amount import Amount, AmountFields
+from secateur.plan.plan import Plan
+from secateur.run_options import DEFAULTS, RunOptions
+from secateur.scores.profile import Scores
+from secateur.versions import __version__
+
+
+@dataclass(frozen=True)
+class PlanJob(Job[Plan]):
+    """A decision to be made for one model.
+
+    Attributes:
+        model: the open model; it is not changed.
+        method: the methods as they were named.
+        parts: the methods with their settings and shares.
+        budget: what is to go altogether.
+        windows: what the model is measured on; None where nothing is measured.
+        scores: scores of this model and these texts, measured before; None measures them.
+        options: how the run goes.
+    """
+
+    model: Decoder
+    method: str
+    parts: tuple[Part, ...]
+    budget: Budget
+    windows: Windows | None
+    scores: Scores | None
+    options: RunOptions
+
+    @classmethod
+    def prepare(
+        cls,
+        model: Decoder,
+        *,
+        method: str,
+        amount: Amount,
+        texts: Texts = None,
+        windows: int | None = 32,
+        seq_len: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        scores: Scores | None = None,
+        options: RunOptions = DEFAULTS,
+    ) -> PlanJob:
+        """Read a request; arguments and errors as for `make_plan`. Scores of other texts are dropped with a warning."""
+        parts = read_sequence(method, dict(settings or {}))
+        budget = whole_budget(parts, amount)
+        if scores is not None and model.fingerprint and scores.fingerprint != model.fingerprint:
+            raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
+        used: Windows | None = None
+        if any(part.method.needs_texts(part.settings) for part in parts) and not budget.is_zero:
+            used = windows_for(model, texts, windows=windows, seq_len=seq_len, seed=options.seed)
+            if scores is not None and not scores.are_of(used):
+                source = (scores.texts or {}).get("source")
+                warnings.warn(f"the scores are of other texts ({source}) and are measured anew", TextsWarning, 2)
+                scores = None
+        return cls(model, method, parts, budget, used, scores, options)
+
+    def forwards(self) -> float:
+        """Plain forward passes over the windows that deciding amounts to."""
+        if self.scores is not None and len(self.parts) == 1:
+            return 0.0
+        gone = expected_blocks(self.budget, self.model)
+        return sum(
+            part.method.forwards(self.model.block_count, round(part.share * gone), part.settings) for part in self.parts
+        )
+
+    def apply_forwards(self) -> float:
+        """Plain forward passes that applying such a plan amounts to, before there is one."""
+        if self.windows is None:
+            return 0.0
+        tokens = self.windows.token_count
+        return sum(part.method.apply_forwards(part.settings, tokens) for part in self.parts)
+
+    def cost(self) -> JobCost:
+        """Return what deciding takes, and what applying the plan will."""
+        if self.windows is None:
+            return JobCost(models=(describe_model(self.model),), reads="nothing is measured")
+        return cost_of(self.model, self.windows, {"plan": self.forwards(), "apply": self.apply_forwards()})
+
+    def run(self) -> Plan:
+        """Decide."""
+        decided = decide(self.parts, self.budget, Measurements(self.model, self.windows, self.options, self.scores))
+        methods = {"methods": self.method} if len(self.parts) > 1 else {}
+        return Plan(
+            version=__version__,
+            model=model_ref(self.model),
+            requested=self.budget.describe() | methods,
+            texts=None if self.windows is None else self.windows.describe(),
+            seed=self.options.seed,
+            steps=decided.decision.steps,
+            counts_on=decided.counted,
+            search=decided.decision.search,
+        )
+
+
+def make_plan(
+    model: Decoder,
+    *,
+    method: str,
+    texts: Texts = None,
+    windows: int | None = 32,
+    seq_len: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    scores: Scores | None = None,
+    options: RunOptions = DEFAULTS,
+    **amount: Unpack[AmountFields],
+) -> Plan:
+    """Decide what to cut.
+
+    Args:
+        model: the open model; it is not changed.
+        method: a name of `secateur methods`, such as `streamline`; or several that are applied one after the other,
+            each with its share of what is to go: `swm:0.5,slicegpt:0.5`.
+        texts: what the model is measured on: see `secateur texts`; None is `python-stdlib`.
+        windows: number of windows; None takes all.
+        seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
+        settings: the method's own settings by name; of several methods as `swm.rule`.
+        scores: scores of this model measured earlier, so that they are not measured again.
+        options: seed, batch size, progress, and the work folder in which a search keeps what it measured, and training
+            its states (of methods that are not the last).
+        amount: exactly one of `remove` (fraction of all parameters, 0.25 or "25%"), `target_params` ("5.5B"),
+            `target_memory` ("12GB", of weights and the cache of one sequence of `context` tokens), `target_speedup`
+            (1.3, by block times measured now on the model's device), `blocks` (4) and `slicing` ("20%" of the hidden
+            directions); or none, where one of the method's own settings is an amount, such as `window`.
+
+    Raises:
+        InputError: an unknown method or setting, an amount that cannot be reached, unusable texts, or scores
+            of another model.
+        NumericsError: NaN or infinity while measuring.
+    """
+    return PlanJob.prepare(
+        model,
+        method=method,
+        amount=Amount.of(amount),
+        texts=texts,
+        windows=windows,
+        seq_len=seq_len,
+        settings=settings,
+        scores=scores,
+        options=options,
+    ).run()
+
+
+def expected_blocks(budget: Budget, model: Decoder) -> int:
+    """Return about how many blocks' worth of parameters a budget removes, for an estimate of cost."""
+    inside = model.block_parameter_counts()
+    total, each = model.parameter_count, sum(inside) / len(inside)
+    value = budget.value
+    gone = {
+        "blocks": lambda: value,
+        "remove": lambda: value * total / each,
+        "target_params": lambda: (total - value) / each,
+        "target_memory": lambda: (total - value / model.saved_dtype.itemsize) / each,
+        "target_speedup": lambda: (1 - 1 / value) * len(inside),
+    }
+    wanted = gone[budget.aim]() if budget.aim in gone else len(inside) / 4
+    return max(0, min(len(inside) - 1, round(wanted)))

@@ -1,0 +1,110 @@
+"""Apply a plan."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from secateur.data.texts import Texts
+from secateur.data.windows import Windows
+from secateur.files import require_room
+from secateur.jobs.cost import JobCost, cost_of, describe_model
+from secateur.jobs.job import Job
+from secateur.methods.method import Measurements
+from secateur.methods.planning import apply_plan, require_made_for, windows_of_plan
+from secateur.models.decoder import Decoder
+from secateur.plan.plan import Plan
+from secateur.run_options import DEFAULTS, RunOptions
+
+
+@dataclass(frozen=True)
+class PruneJob(Job[Decoder]):
+    """A plan to be applied.
+
+    Attributes:
+        model: the model it was made for; it stays as it is.
+        plan: the plan.
+        windows: what its edits are measured on; None where none of them measures.
+        options: how the run goes; the seed is the plan's.
+    """
+
+    model: Decoder
+    plan: Plan
+    windows: Windows | None
+    options: RunOptions
+
+    @classmethod
+    def prepare(
+        cls,
+        model: Decoder,
+        plan: Plan | str | Path,
+        *,
+        texts: Texts = None,
+        options: RunOptions = DEFAULTS,
+    ) -> PruneJob:
+        """Read a request; arguments and errors as for `prune`."""
+        plan = plan if isinstance(plan, Plan) else Plan.read(plan)
+        if model.fingerprint:  # weights that are not here have none yet
+            require_made_for(plan, model)
+        windows = windows_of_plan(model, plan, texts) if any(step.measures for step in plan.steps) else None
+        return cls(model, plan, windows, replace(options, seed=plan.seed))
+
+    def cost(self) -> JobCost:
+        """Return what applying takes.
+
+        Raises:
+            OSError: the disk has no room for the new weights.
+        """
+        disk = list(self._kept_on_disk())
+        if self.windows is None:
+            return JobCost(models=(describe_model(self.model),), reads="nothing is measured", disk=tuple(disk))
+        forwards = sum(step.forwards(self.windows.token_count) for step in self.plan.steps)
+        beside = 0 if self.model.by_blocks else self._new_bytes(self.model.module.dtype.itemsize)
+        return cost_of(self.model, self.windows, {"apply": forwards}, beside=beside, disk=disk)
+
+    def run(self) -> Decoder:
+        """Apply the plan."""
+        return apply_plan(self.plan, Measurements(self.model, self.windows, self.options))
+
+    def _new_bytes(self, itemsize: int) -> int:
+        """Bytes of weights that are made anew, beside the old ones."""
+        rebuilt = any(step.rebuilds for step in self.plan.steps)
+        return self.plan.parameters_after * itemsize if rebuilt else 0
+
+    def _kept_on_disk(self) -> list[str]:
+        lines = []
+        for step in self.plan.steps:
+            kept = step.disk_bytes(self.model.hidden_size, skeleton=self.model.by_blocks)
+            if kept:
+                lines.append(f"{step.method}: {kept / 2**30:,.2f} GiB of hidden states go to {tempfile.gettempdir()}")
+        needed = self._new_bytes(self.model.saved_dtype.itemsize) if self.model.by_blocks else 0
+        if needed:
+            require_room(Path(tempfile.gettempdir()), needed, "the new weights")
+            lines.append(
+                f"{needed / 2**30:,.2f} GiB of new weights go to {tempfile.gettempdir()}, until the result is saved"
+            )
+        return lines
+
+
+def prune(
+    model: Decoder,
+    plan: Plan | str | Path,
+    *,
+    texts: Texts = None,
+    options: RunOptions = DEFAULTS,
+) -> Decoder:
+    """Apply a plan; the given model stays as it is and shares its weights with the result where it can.
+
+    Args:
+        model: the model the plan was made for.
+        plan: the plan, or the path of a plan file.
+        texts: what edits that measure are measured on; None takes what the plan names. Others than the plan was
+            made on give a warning.
+        options: batch size, progress, and the work folder in which what is trained keeps its states; the seed is the
+            plan's.
+
+    Raises:
+        InputError: the plan is for another model, cannot be applied to this one, or needs texts that are gone.
+    """
+    return PruneJob.prepare(model, plan, texts=texts, options=options).run()

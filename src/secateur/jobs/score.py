@@ -1,0 +1,92 @@
+"""Measure where a model is redundant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from secateur.data.texts import Texts, windows_for
+from secateur.data.windows import Windows
+from secateur.errors import unknown
+from secateur.jobs.cost import JobCost, cost_of
+from secateur.jobs.job import Job
+from secateur.models.decoder import Decoder
+from secateur.run_options import DEFAULTS, RunOptions
+from secateur.scores.measure import score_model
+from secateur.scores.profile import KINDS, ONE_PASS, Kind, Scores
+
+
+@dataclass(frozen=True)
+class ScoreJob(Job[Scores]):
+    """Scores of one model on some windows.
+
+    Attributes:
+        model: the open model.
+        windows: what it is measured on.
+        kinds: what is measured.
+        options: how the run goes.
+    """
+
+    model: Decoder
+    windows: Windows
+    kinds: tuple[Kind, ...]
+    options: RunOptions
+
+    @classmethod
+    def prepare(
+        cls,
+        model: Decoder,
+        *,
+        texts: Texts = None,
+        windows: int | None = 32,
+        seq_len: int | None = None,
+        pack: bool = True,
+        kinds: Sequence[Kind] = ONE_PASS,
+        options: RunOptions = DEFAULTS,
+    ) -> ScoreJob:
+        """Read a request; arguments and errors as for `score`."""
+        for kind in kinds:
+            if kind not in KINDS:
+                raise unknown("score", kind, list(KINDS))
+        used = windows_for(model, texts, windows=windows, seq_len=seq_len, seed=options.seed, pack=pack)
+        return cls(model, used, tuple(kinds), options)
+
+    def cost(self) -> JobCost:
+        """Return what measuring takes."""
+        removal = (self.model.block_count / 2 + 1) * ("perplexity" in self.kinds)
+        return cost_of(self.model, self.windows, {"": 1.1 + removal + 4 * ("taylor" in self.kinds)})
+
+    def run(self) -> Scores:
+        """Measure."""
+        return score_model(self.model, self.windows, self.kinds, options=self.options)
+
+
+def score(
+    model: Decoder,
+    *,
+    texts: Texts = None,
+    windows: int | None = 32,
+    seq_len: int | None = None,
+    pack: bool = True,
+    kinds: Sequence[Kind] = ONE_PASS,
+    options: RunOptions = DEFAULTS,
+) -> Scores:
+    """Measure where a model is redundant.
+
+    Args:
+        model: the open model.
+        texts: what it is measured on: see `secateur texts`; None is `python-stdlib`.
+        windows: number of windows; None takes all.
+        seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
+        pack: join documents into full windows; False puts one document in each window, padded.
+        kinds: what to measure, of `cosine`, `angular`, `magnitude`, `cka` (these four in one pass), `perplexity`
+            (with each block left out) and `taylor` (backward passes).
+        options: seed of the documents and of the tokens that CKA looks at, batch size, progress.
+
+    Raises:
+        InputError: an unknown kind, or unusable texts.
+        NumericsError: NaN or infinity; it never becomes a score.
+    """
+    return ScoreJob.prepare(
+        model, texts=texts, windows=windows, seq_len=seq_len, pack=pack, kinds=kinds, options=options
+    ).run()
