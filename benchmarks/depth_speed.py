@@ -5,6 +5,7 @@ from __future__ import annotations
 from common import keep, random_llama
 
 import secateur
+from secateur.evaluation.speed import Timing
 from secateur.evaluation.timing import Request, time_blocks
 from secateur.models.decoder import Decoder
 
@@ -27,7 +28,9 @@ def main(repeats: int = 11) -> None:
     for gone in (3, 6):
         cut = secateur.prune(dense, secateur.make_plan(dense, method="last-n", blocks=gone))
         promise = promised(dense, gone)
-        results = secateur.bench(cut, against=dense, batch_sizes=[1], prompts=[128], new_tokens=32, repeats=repeats)
+        results = secateur.bench(
+            cut, against=dense, timing=Timing(batch_sizes=[1], prompts=[128], new_tokens=32, repeats=repeats)
+        )
         for phase, speedup in promise.items():
             (measured,) = [r for r in results if r.role == "model" and r.measure == f"{phase}_tokens_per_second"]
             assert measured.ratio is not None

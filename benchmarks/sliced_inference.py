@@ -28,7 +28,7 @@ def main(length: int = 512, tokens: int = 32, rounds: int = 7) -> None:
     calibration = random_windows(4, 256)
     prompt = random_windows(1, length).tokens
     for method in ("slicegpt", "stock-slicing"):
-        plan = secateur.make_plan(dense, method=method, slice=0.25, texts=calibration)
+        plan = secateur.make_plan(dense, method=method, texts=calibration, slicing=0.25)
         sliced = secateur.prune(dense, plan, texts=calibration)
         setting = {"method": method, "slice": 0.25, "removed": round(plan.removed_fraction, 3), "rounds": rounds}
         for what, how in (("reading", reading), ("writing", lambda model, text: writing(model, text, tokens))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from common import keep
 
 import secateur
+from secateur.evaluation.tasks import TaskRequest
 
 CUTS = (("sleb", 2, {}), ("last-n", 2, {}), ("streamline", 4, {"network": "none"}))
 
@@ -15,7 +16,7 @@ def main() -> None:
     for method, blocks, settings in CUTS:
         plan = secateur.make_plan(model, method=method, blocks=blocks, settings=settings)
         pruned = secateur.prune(model, plan)
-        results = secateur.evaluate(pruned, against=model, tasks="stdlib-cloze", stability=True)
+        results = secateur.evaluate(pruned, against=model, tasks=TaskRequest.of("stdlib-cloze", stability=True))
         for role, name in (("against", "dense"), ("model", method)):
             own = [one for one in results if one.role == role]
             found = {one.measure: round(one.value, 4) for one in own}

@@ -13,6 +13,7 @@ from secateur.calibration.statistics import AngularSums, CkaSums, CosineSums, re
 from secateur.calibration.walk import states_by_batch
 from secateur.data.windows import Windows
 from secateur.errors import InputError, NumericsError
+from secateur.run_options import RunOptions
 
 # The formulas
 
@@ -109,7 +110,7 @@ def last_arrays(decoder, windows):
 def fed(decoder, windows, batch_size, *, cka_size=16):
     cosines, angles = CosineSums(decoder.block_count + 1), AngularSums(decoder.block_count + 1)
     cka = CkaSums(windows.token_count, size=cka_size)
-    for batch, states in states_by_batch(decoder, windows, options=options):
+    for batch, states in states_by_batch(decoder, windows, options=RunOptions(batch_size=batch_size)):
         flat = real_tokens(states, batch.mask)
         cosines.update(flat)
         angles.update(states, batch.mask)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from secateur import eval, make_plan, open_model, prune
+from secateur import evaluate, make_plan, open_model, prune
 from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.evaluation.results import append_results
@@ -14,7 +14,7 @@ from tiny_models import save_tiny
 
 
 def test_bundled_perplexity_is_the_published_one(bundled):
-    (result,) = eval(bundled, windows=16, seq_len=512)
+    (result,) = evaluate(bundled, windows=16, seq_len=512)
     used = result.texts
     assert used["windows"] == 16
     assert "held-out" in used["fingerprint"]
@@ -25,7 +25,7 @@ def test_against_a_plain_forward(bundled):
     windows = Windows.of(torch.randint(0, 4096, (3, 64), generator=torch.Generator().manual_seed(0)))
     plan = make_plan(bundled, method="last-n", blocks=2)
     pruned = prune(bundled, plan)
-    results = eval(pruned, against=bundled, texts=windows, options=RunOptions(batch_size=2))
+    results = evaluate(pruned, against=bundled, texts=windows, options=RunOptions(batch_size=2))
     for result, model in zip(results, (pruned, bundled), strict=True):
         with torch.no_grad():
             loss = model.module(input_ids=windows.tokens, labels=windows.tokens).loss
@@ -37,11 +37,11 @@ def test_models_with_different_vocabularies_are_not_compared(bundled, tmp_path):
     other = open_model(save_tiny("llama", tmp_path / "other", tokenizer=True))
     windows = Windows.of(torch.zeros((2, 16), dtype=torch.long))
     with pytest.raises(InputError, match="different vocabularies"):
-        eval(bundled, against=other, texts=windows)
+        evaluate(bundled, against=other, texts=windows)
 
 
 def test_results_are_added_line_by_line(bundled, tmp_path):
     windows = Windows.of(torch.zeros((1, 16), dtype=torch.long))
     for _ in range(2):
-        append_results(tmp_path / "results.jsonl", eval(bundled, texts=windows))
+        append_results(tmp_path / "results.jsonl", evaluate(bundled, texts=windows))
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2

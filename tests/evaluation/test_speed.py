@@ -5,6 +5,7 @@ import torch
 
 from secateur import bench, make_plan, open_model, prune
 from secateur.errors import InputError
+from secateur.evaluation.speed import Timing
 from secateur.evaluation.timing import Request, answer, peak_memory, time_blocks
 from secateur.models.widths import cache_numbers, cache_size
 from tiny_models import FAMILIES, VARIANTS, VOCABULARY, build
@@ -35,7 +36,7 @@ def test_every_family_answers_and_its_cache_is_known_from_shapes(name):
 def test_two_models_in_turn(tiny):
     dense = tiny("llama")
     cut = prune(dense, make_plan(dense, method="last-n", blocks=4))
-    results = bench(cut, against=dense, batch_sizes=[1, 2], prompts=[8], new_tokens=3, repeats=3)
+    results = bench(cut, against=dense, timing=Timing(batch_sizes=[1, 2], prompts=[8], new_tokens=3, repeats=3))
     assert {one.measure for one in results} == EVERY
     assert len(results) == 2 * (2 * 4 + 3)
     found = {(one.role, one.measure, one.settings.get("batch")): one for one in results}
@@ -57,7 +58,7 @@ def test_two_models_in_turn(tiny):
 def test_a_sliced_model_and_a_skeleton(tiny):
     for name in ("secateur", "qwen3_moe-mixed"):
         skeleton = tiny(name, skeleton=True)
-        results = bench(skeleton, batch_sizes=[1], new_tokens=2, repeats=1, warmup=0)
+        results = bench(skeleton, timing=Timing(batch_sizes=[1], new_tokens=2, repeats=1, warmup=0))
         assert {one.measure for one in results} == EVERY
         assert all(one.ratio is None and one.value > 0 for one in results)
         assert all(parameter.is_meta for parameter in skeleton.module.parameters())

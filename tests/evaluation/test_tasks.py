@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from secateur import eval, make_plan, open_model, prune
+from secateur import evaluate, make_plan, open_model, prune
 from secateur.errors import InputError, NumericsError
 from secateur.evaluation import catalogue, cloze
-from secateur.evaluation.tasks import batch_for
+from secateur.evaluation.tasks import TaskRequest, batch_for
 from secateur.jobs.evaluate import measure_reference
 from tiny_models import save_tiny
 
@@ -101,7 +101,9 @@ def picked(decoder, *, per_token):
 
 
 def test_a_folder_of_tasks_gives_what_plain_forwards_give(folder, pair):
-    results = eval(pair[0], against=pair[1], tasks=f"{folder}/choice.yaml,{folder}/again.yaml", stability=True)
+    results = evaluate(
+        pair[0], against=pair[1], tasks=TaskRequest.of(f"{folder}/choice.yaml,{folder}/again.yaml", stability=True)
+    )
     found = {(one.task, one.role, one.measure): one.value for one in results}
     right = [row["answer"] for row in QUESTIONS]
     chosen = {}
@@ -121,13 +123,13 @@ def test_a_folder_of_tasks_gives_what_plain_forwards_give(folder, pair):
 
 def test_a_skeleton_is_read_for_it_and_let_go(folder, pair, tiny):
     skeleton = tiny("llama", tokenizer=True, skeleton=True)
-    (memory, *_), (read, *_) = (eval(one, tasks=f"{folder}/choice.yaml") for one in (pair[1], skeleton))
+    (memory, *_), (read, *_) = (evaluate(one, tasks=f"{folder}/choice.yaml") for one in (pair[1], skeleton))
     assert read.value == memory.value
     assert all(parameter.is_meta for parameter in skeleton.module.parameters())
 
 
 def test_the_bundled_task_is_far_above_chance_and_a_model_is_itself(bundled):
-    results = eval(bundled, against=bundled, tasks=cloze.NAME, limit=24, stability=True)
+    results = evaluate(bundled, against=bundled, tasks=TaskRequest.of(cloze.NAME, limit=24, stability=True))
     found = {(one.role, one.measure): one.value for one in results}
     assert found["model", "acc"] == found["against", "acc"] > 0.5, "chance is 0.25"
     assert found["model", "stability"] == 1
@@ -136,15 +138,20 @@ def test_the_bundled_task_is_far_above_chance_and_a_model_is_itself(bundled):
 
 def test_nothing_but_ours_is_printed(folder, pair, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)  # where there is no git
-    eval(pair[0], tasks=str(folder / "choice.yaml"), limit=2)
+    evaluate(pair[0], tasks=TaskRequest.of(str(folder / "choice.yaml"), limit=2))
     assert capfd.readouterr() == ("", "")
 
 
 def test_tasks_alone_read_no_text_and_both_can_be_had(folder, pair, tmp_path):
-    only = eval(pair[0], tasks=str(folder / "rolling.yaml"), limit=2)
+    only = evaluate(pair[0], tasks=TaskRequest.of(str(folder / "rolling.yaml"), limit=2))
     assert {one.task for one in only} == {"plain_text"}
     (tmp_path / "some.txt").write_text("some text " * 40)
-    both = eval(pair[0], texts=str(tmp_path / "some.txt"), seq_len=16, tasks=str(folder / "rolling.yaml"), limit=2)
+    both = evaluate(
+        pair[0],
+        texts=str(tmp_path / "some.txt"),
+        seq_len=16,
+        tasks=TaskRequest.of(str(folder / "rolling.yaml"), limit=2),
+    )
     assert [one.measure for one in both] == ["perplexity", *(one.measure for one in only)]
 
 
@@ -167,13 +174,13 @@ def test_nan_is_never_an_answer(folder, tmp_path):
     (tmp_path / "writing.yaml").write_text(WRITING)
     for task, what in ((folder / "choice.yaml", "answers"), (tmp_path / "writing.yaml", "logits")):
         with pytest.raises(NumericsError, match=f"NaN or infinity in the {what}"):
-            eval(damaged, tasks=str(task))
+            evaluate(damaged, tasks=str(task))
 
 
 def test_several_filters_of_one_metric_are_told_apart(pair, tmp_path):
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     (tmp_path / "writing.yaml").write_text(WRITING + FILTERS)
-    results = eval(pair[0], tasks=str(tmp_path / "writing.yaml"))
+    results = evaluate(pair[0], tasks=str(tmp_path / "writing.yaml"))
     assert {one.measure: (one.value, one.spread) for one in results} == {
         "exact_match,none-matches": (0.0, {"stderr": 0.0}),
         "exact_match,all-match": (1.0, {"stderr": 0.0}),
@@ -182,11 +189,11 @@ def test_several_filters_of_one_metric_are_told_apart(pair, tmp_path):
 
 def test_a_reference_of_other_questions_is_refused(folder, pair):
     cut, dense = pair
-    reference = measure_reference(dense, windows=1, tasks=str(folder / "choice.yaml"), limit=2)
-    found = eval(cut, against=reference, tasks=str(folder / "choice.yaml"), limit=2)
+    reference = measure_reference(dense, windows=1, tasks=TaskRequest.of(str(folder / "choice.yaml"), limit=2))
+    found = evaluate(cut, against=reference, tasks=TaskRequest.of(str(folder / "choice.yaml"), limit=2))
     assert {one.role for one in found} == {"model", "against"}
     with pytest.raises(InputError, match="was not asked the same questions of choice"):
-        eval(cut, against=reference, tasks=str(folder / "choice.yaml"), limit=3)
+        evaluate(cut, against=reference, tasks=TaskRequest.of(str(folder / "choice.yaml"), limit=3))
 
 
 def test_what_cannot_be_asked(folder, pair, tmp_path):
@@ -208,7 +215,7 @@ def test_what_cannot_be_asked(folder, pair, tmp_path):
     ]
     for given, message in cases:
         with pytest.raises(InputError) as error:
-            eval(cut, windows=1, **given)
+            evaluate(cut, windows=1, **given)
         assert message in str(error.value)
 
 

@@ -9,8 +9,9 @@ import pytest
 
 import secateur
 from secateur.errors import InputError
+from secateur.experiments import queue
 from secateur.experiments.grid import rows_of, study_of
-from secateur.experiments.queue import Job, run_job
+from secateur.experiments.queue import CellGroup, run_group
 from secateur.experiments.state import CELLS, State
 
 
@@ -151,11 +152,11 @@ def test_what_kills_a_cell_is_noted_and_the_next_one_runs(tmp_path, monkeypatch)
         f"#!{sys.executable}\nimport os, sys\n"
         "for name in (word for word in sys.argv[4:] if len(word) == 1):\n"
         '    if name == "b": os.kill(os.getpid(), 9)\n'
-        f'    print("{jobs.DONE}", name, flush=True)\n'
+        f'    print("{queue.DONE}", name, flush=True)\n'
     )
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
-    run_job(Job(tmp_path, "a", ("a", "b", "c")), {})
+    run_group(CellGroup(tmp_path, "a", ("a", "b", "c")), {})
     assert "SIGKILL; was there too little memory" in State.of(tmp_path / CELLS / "b").failed["error"]
     assert [State.of(tmp_path / CELLS / name).failed for name in "ac"] == [None, None]
 
@@ -177,9 +178,9 @@ def test_stopping_a_study_ends_its_processes_and_is_no_failure(tmp_path, monkeyp
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(local, "as_completed", interrupted)
+    monkeypatch.setattr(queue, "as_completed", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        list(local.run_jobs([Job(tmp_path, "a", ("a", "b"))], 1))
+        list(queue.run_groups([CellGroup(tmp_path, "a", ("a", "b"))], 1))
     (only,) = map(int, begun.read_text().split())
     with pytest.raises(ProcessLookupError):
         os.kill(only, 0)
@@ -187,9 +188,9 @@ def test_stopping_a_study_ends_its_processes_and_is_no_failure(tmp_path, monkeyp
 
 
 def test_workers_get_the_devices_that_were_given(monkeypatch):
-    monkeypatch.setattr(local.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(queue.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-7")
-    assert [local._environment(number, 2)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["2", "GPU-7"]
-    assert (local.default_workers("auto"), local.default_workers("cuda:1"), local.default_workers("cpu")) == (2, 1, 1)
-    assert local._environment(0, 1) == {}
-    assert "CUDA_VISIBLE_DEVICES" not in local._environment(1, 2, "cuda:1")
+    assert [queue._environment(number, 2)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["2", "GPU-7"]
+    assert (queue.default_workers("auto"), queue.default_workers("cuda:1"), queue.default_workers("cpu")) == (2, 1, 1)
+    assert queue._environment(0, 1) == {}
+    assert "CUDA_VISIBLE_DEVICES" not in queue._environment(1, 2, "cuda:1")

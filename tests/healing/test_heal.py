@@ -20,6 +20,7 @@ from secateur.cli.main import app
 from secateur.data.windows import Windows
 from secateur.errors import InputError, NumericsError, TrainingWarning
 from secateur.healing.blockwise import Lesson, lessons
+from secateur.healing.data import TrainingTexts
 from secateur.healing.distill import Distillation, TeacherScores, teacher_bytes
 from secateur.healing.recipes import HEALING_RECIPES
 from secateur.plan.plan import blocks_kept_by
@@ -337,7 +338,12 @@ def test_only_answers_are_learnt(tiny_folder, tmp_path):
     short = open_instructions(source, tokenizer, examples=9, seq_len=30)
     assert short.notes
     assert len(open_instructions(alpaca, tokenizer, examples=2, seq_len=60)) == 2
-    result = heal(decoder, texts=source, instructions=True, seq_len=60, tokens=600, settings={"batch_size": 1})
+    result = heal(
+        decoder,
+        tokens=600,
+        settings={"batch_size": 1},
+        texts=TrainingTexts(source=source, instructions=True, seq_len=60),
+    )
     assert result.history[-1]["healing"]["texts"]["windows"] == 3
 
 
@@ -353,6 +359,6 @@ def test_data_without_answers(name, content, message, tiny_folder, tmp_path):
     decoder = open_model(tiny_folder("llama", tokenizer=True))
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
-        heal(decoder, texts=str(tmp_path / name), instructions=True, seq_len=40)
+        heal(decoder, texts=TrainingTexts(source=str(tmp_path / name), instructions=True, seq_len=40))
     with pytest.raises(InputError, match="instruction data have to be named"):
-        heal(decoder, instructions=True)
+        heal(decoder, texts=TrainingTexts(instructions=True))

@@ -8,6 +8,7 @@ import torch
 from secateur import heal, make_plan, open_model, prune, score
 from secateur.data.windows import Windows
 from secateur.distributed import is_main_process, process_count
+from secateur.run_options import RunOptions
 from secateur.training import sharding
 from secateur.training import trainer as loop
 
@@ -31,7 +32,9 @@ def statistics(folder, work):
             found[method] = pruned.module(windows.tokens).logits
     settings = {"depth": "none,shortgpt", "width": "none,obs-width", "trials": 5}
     for _ in range(2):  # the second time nothing is measured
-        plan = make_plan(decoder, method="auto", remove=0.3, texts=windows, settings=settings, options=options)
+        plan = make_plan(
+            decoder, method="auto", remove=0.3, texts=windows, settings=settings, options=RunOptions(work=work)
+        )
     found["auto"] = torch.tensor([one.loss for one in plan.search.candidates if one.loss is not None])
     return found
 
@@ -39,7 +42,7 @@ def statistics(folder, work):
 def training(folder, by, work):
     decoder = open_model(folder)
     settings = {"batch_size": 4, "micro_batch": 1, "learning_rate": 1e-3, "evaluations": 2, "clip": 0.5}
-    healed = heal(decoder, by=by, texts=windows_of(84, padded=True), settings=settings, options=options)
+    healed = heal(decoder, by=by, texts=windows_of(84, padded=True), settings=settings, options=RunOptions(work=work))
     curve = [entry["loss"] for entry in healed.history[-1]["healing"]["curve"] if "loss" in entry]
     return {"curve": torch.tensor(curve), "weights": dict(healed.module.named_parameters())}
 

@@ -101,10 +101,10 @@ def test_redundant_blocks_keep_less(bundled):
     step = make_plan(
         bundled,
         method="dynamic-slicing",
-        slice=0.3,
         texts=windows,
         scores=scores,
         settings={"slice_base": "0.1", "rounding": 1, "normalise": "rank"},
+        slicing=0.3,
     ).steps[0]
     expected = slice_fractions(normalised(scores.layer_redundancy, "rank"), 0.3, 0.1)
     assert list(step.widths) == [rounded_width(one, 192, 1) for one in expected]
@@ -161,7 +161,7 @@ def test_the_papers_slice_percentage(bundled):
     windows = Windows.of(torch.arange(3, 67).view(2, 32))
     settings = {"slice_base": 0.1, "slice_percentage": 0.25}
     plan = make_plan(bundled, method="dynamic-slicing", texts=windows, settings=settings)
-    same = make_plan(bundled, method="dynamic-slicing", slice=0.25, texts=windows, settings={"slice_base": 0.1})
+    same = make_plan(bundled, method="dynamic-slicing", texts=windows, settings={"slice_base": 0.1}, slicing=0.25)
     assert plan.steps[0].widths == same.steps[0].widths
     assert plan.requested == {"slice": 0.25}
     with pytest.raises(InputError, match="slice_percentage and another amount contradict"):
@@ -170,7 +170,7 @@ def test_the_papers_slice_percentage(bundled):
 
 def test_depth_methods_do_not_slice(tiny):
     with pytest.raises(InputError, match="shortgpt does not count in slice; give blocks"):
-        make_plan(tiny("llama"), method="shortgpt", slice=0.2, texts=draw_windows())
+        make_plan(tiny("llama"), method="shortgpt", texts=draw_windows(), slicing=0.2)
 
 
 def test_the_automatic_base_is_never_worse_than_constant_slicing(bundled):
@@ -203,7 +203,7 @@ def test_layernorm_models_get_one_basis_and_the_modelling_file(tiny):
 
 @pytest.fixture
 def plan(tiny):
-    return make_plan(tiny("llama"), method="slicegpt", slice=0.25, texts=draw_windows())
+    return make_plan(tiny("llama"), method="slicegpt", texts=draw_windows(), slicing=0.25)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_an_edited_width_is_applied(plan, tiny, tmp_path):
 
 
 def test_a_slicing_step_of_another_shape_is_refused(plan, tiny):
-    other = make_plan(tiny("qwen3"), method="slicegpt", slice=0.25, texts=draw_windows())
+    other = make_plan(tiny("qwen3"), method="slicegpt", texts=draw_windows(), slicing=0.25)
     mixed = other.model_copy(update={"steps": plan.steps})
     with pytest.raises(InputError, match="another shape"):
         prune(tiny("qwen3"), mixed, texts=draw_windows())
@@ -260,7 +260,7 @@ def test_texts_that_cannot_be_found_again(plan, tiny):
 
 
 def test_texts_are_found_again_by_name(bundled):
-    plan = make_plan(bundled, method="slicegpt", slice=0.3, windows=2, seq_len=32, options=RunOptions(seed=4))
+    plan = make_plan(bundled, method="slicegpt", windows=2, seq_len=32, options=RunOptions(seed=4), slicing=0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pruned = prune(bundled, plan)
@@ -277,13 +277,13 @@ def test_a_sliced_model_is_not_cut_again(plan, tiny):
     with pytest.raises(ModelError, match="different bases"):
         score(sliced, texts=draw_windows())
     with pytest.raises(ModelError, match="own form already"):
-        make_plan(sliced, method="slicegpt", slice=0.2, texts=draw_windows())
+        make_plan(sliced, method="slicegpt", texts=draw_windows(), slicing=0.2)
 
 
 def test_a_stock_result_can_be_cut_again(tiny):
     windows = draw_windows()
     sliced = prune(
-        tiny("llama"), make_plan(tiny("llama"), method="stock-slicing", slice=0.25, texts=windows), texts=windows
+        tiny("llama"), make_plan(tiny("llama"), method="stock-slicing", texts=windows, slicing=0.25), texts=windows
     )
     shorter = prune(sliced, make_plan(sliced, method="shortgpt", blocks=2, texts=windows))
     assert (shorter.block_count, shorter.config.hidden_size) == (6, 24)
@@ -296,6 +296,6 @@ def test_a_stock_result_can_be_cut_again(tiny):
 def test_damaged_weights_stop_the_slicing(tiny_folder):
     decoder = open_model(tiny_folder("llama"))
     decoder.module.get_parameter("model.layers.3.mlp.down_proj.weight").data[0, 0] = float("nan")
-    plan = make_plan(decoder, method="slicegpt", slice=0.25, texts=draw_windows())
+    plan = make_plan(decoder, method="slicegpt", texts=draw_windows(), slicing=0.25)
     with pytest.raises(ModelError, match="rotating the hidden states changes the logits by nan"):
         prune(decoder, plan, texts=draw_windows())

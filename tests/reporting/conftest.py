@@ -10,6 +10,7 @@ import pytest
 import secateur
 from secateur.data.windows import Windows
 from secateur.evaluation.results import append_results
+from secateur.evaluation.speed import Timing
 from secateur.jobs.runs import write_marker
 from secateur.reporting.page import report
 from tiny_models import VOCABULARY, save_tiny
@@ -61,7 +62,7 @@ def _write_cell(study, name, model, made, texts, *, plan, where="cut"):
     if not (study / "dense" / "results.jsonl").exists():
         append_results(study / "dense" / "results.jsonl", [o for o in [*results, *answered] if o.role == "against"])
         _write_samples(study / "dense")
-    timed = secateur.bench(made, against=model, batch_sizes=[1], prompts=[4], new_tokens=2, repeats=2)
+    timed = secateur.bench(made, against=model, timing=Timing(batch_sizes=[1], prompts=[4], new_tokens=2, repeats=2))
     append_results(folder / "bench.jsonl", timed)
     _write_samples(folder)
     heal = "heal: {with: lora}\n" if where == "healed" else ""

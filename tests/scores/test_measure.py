@@ -121,7 +121,7 @@ def test_magnitudes_in_half_precision_are_summed_in_full(dtype, tiny_folder):
 def test_seed_draws_the_tokens_of_cka(tiny):
     windows = draw_windows(windows=9, positions=60)
     first, again, other = (
-        score_model(tiny("llama", blocks=2), windows, ["cka"], options=options) for seed in (0, 0, 1)
+        score_model(tiny("llama", blocks=2), windows, ["cka"], options=RunOptions(seed=seed)) for seed in (0, 0, 1)
     )
     assert first.cka_linear == again.cka_linear
     assert first.cka_linear != other.cka_linear

@@ -52,7 +52,9 @@ def test_products_cancel_over_windows_before_the_absolute_value(tiny):
 def test_batches_do_not_change_the_score(batch_size, tiny):
     windows = draw_windows(side="right")
     expected = taylor(tiny("llama"), windows, options=RunOptions(batch_size=2))
-    assert taylor(tiny("llama"), windows, options=options) == pytest.approx(expected, rel=1e-4)
+    assert taylor(tiny("llama"), windows, options=RunOptions(batch_size=batch_size)) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 @MODES

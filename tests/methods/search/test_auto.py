@@ -129,7 +129,9 @@ def test_a_cut_is_made_once_and_no_plan_is_measured_twice(tiny, monkeypatch):
 def test_same_seed_same_plan(tiny):
     def plan(seed):
         settings = {"trials": 6, "depth": "none,shortgpt,last-n", "width": "none,obs-width,wanda-sp"}
-        return make_plan(tiny("llama"), method="auto", remove=0.4, texts=WINDOWS, settings=settings, options=options)
+        return make_plan(
+            tiny("llama"), method="auto", remove=0.4, texts=WINDOWS, settings=settings, options=RunOptions(seed=seed)
+        )
 
     once = plan(1)
     assert plan(1) == once
@@ -204,7 +206,9 @@ def test_a_log_that_cannot_be_written_stops_the_search(tiny, tmp_path):
     work = tmp_path / "file"
     work.write_text("")
     with pytest.raises(InputError, match=r"streamline-0-none.json: cannot be written"):
-        make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF, options=options)
+        make_plan(
+            tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF, options=RunOptions(work=work)
+        )
 
 
 def test_what_could_not_be_made_is_not_tried_again(tiny, monkeypatch, tmp_path):
