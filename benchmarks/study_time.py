@@ -11,6 +11,7 @@ from common import keep
 
 import secateur
 from secateur.experiments.recipe import Study, read_recipe
+from secateur.experiments.study import Queue
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "bundled-study.yaml"
 
@@ -21,7 +22,7 @@ def main(workers: int = 2) -> None:
     assert isinstance(study, Study)
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
-        cells = secateur.run(study, Path(folder) / "study", workers=workers)
+        cells = secateur.run(study, Path(folder) / "study", queue=Queue(workers=workers))
         minutes = (time.perf_counter() - begun) / 60
         secateur.report(Path(folder) / "study")
     keep(

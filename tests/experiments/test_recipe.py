@@ -26,7 +26,7 @@ def file(tmp_path):
 def test_a_run_and_a_study_come_back_as_they_were(file):
     run = read_recipe(file("model: m\nprune: {method: sleb, remove: 20%}\nheal: {with: full, tokens: 3M}\nbench: {}\n"))
     assert isinstance(run, Recipe)
-    assert run.prune.amount()["remove"] == "20%"
+    assert run.prune.amount().remove == 0.2
     assert run.heal.with_ == "full"
     assert run.eval.windows == 64
     assert read_recipe(file(run.to_yaml())) == run

@@ -11,6 +11,7 @@ from secateur.errors import InputError, SecateurError
 from secateur.experiments.recipe import Recipe
 from secateur.experiments.stages_run import Run
 from secateur.experiments.state import State
+from secateur.experiments.study import Queue
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_other_text_in_the_same_file_is_read_again(run, recipe, tmp_path, window
 
 def test_options_of_studies_are_refused(recipe, tmp_path):
     with pytest.raises(InputError, match="a single run has no cells"):
-        secateur.run(recipe(), tmp_path / "run", keep=False)
+        secateur.run(recipe(), tmp_path / "run", queue=Queue(keep=False))
 
 
 def test_mistakes_are_found_before_anything_is_done(recipe, tmp_path):

@@ -13,6 +13,7 @@ from secateur.experiments import queue
 from secateur.experiments.grid import rows_of, study_of
 from secateur.experiments.queue import CellGroup, run_group
 from secateur.experiments.state import CELLS, State
+from secateur.experiments.study import Queue
 
 
 def grid(methods, remove=("10%",), heal=(), **settings):
@@ -74,9 +75,10 @@ def study(tiny_with_tokenizer, window_file, tmp_path_factory):
                 "windows": "all",
                 "eval": {"windows": "all"},
                 "check": False,
+                "dtype": "float32",
                 "out": folder,
                 "finished": lambda cell: told.append(cell.name),
-                "workers": 2,
+                "queue": Queue(workers=2),
             }
             | changes,
         )
@@ -127,7 +129,9 @@ def test_again_only_failed_and_new_cells_run_and_ray_runs_them(study):
     again, (before, _), folder = study
     (folder / CELLS / "last-n-40" / "results.jsonl").touch()
     stamp = (folder / CELLS / "last-n-40" / "plan.json").stat().st_mtime_ns
-    cells, told = again(methods=["last-n"], remove=["40%", "25%", "12%"], heal=(), on="ray", keep=False)
+    cells, told = again(
+        methods=["last-n"], remove=["40%", "25%", "12%"], heal=(), queue=Queue(on="ray", keep=False, workers=2)
+    )
     assert sorted(told) == ["last-n-12", "last-n-25"]
     assert cells[0].perplexity == before[0].perplexity
     assert [cell.failed for cell in cells] == [None] * 3
@@ -140,7 +144,7 @@ def test_a_folder_of_another_command_is_refused(study):
     with pytest.raises(InputError, match="holds what `secateur run` wrote"):
         again(out=folder / CELLS / "last-n-40")
     with pytest.raises(InputError, match="workers 0"):
-        again(workers=0)
+        again(queue=Queue(workers=0))
 
 
 def test_what_kills_a_cell_is_noted_and_the_next_one_runs(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from secateur.healing.distill import Distillation, TeacherScores, teacher_bytes
 from secateur.healing.recipes import HEALING_RECIPES
 from secateur.plan.plan import blocks_kept_by
 from secateur.training.data import LanguageModelling
+from secateur.training.trainer import Tracking
 
 TEXT = draw_windows(windows=5, positions=20)
 WINDOWS = Windows.of(torch.cat((TEXT.tokens, TEXT.tokens[:1])))
@@ -36,6 +37,9 @@ def cut(decoder, method="last-n", amount=None, texts=None, **settings):
     amount = amount or {"blocks": 2}
     plan = make_plan(decoder, method=method, **amount, texts=texts or WINDOWS, settings=settings)
     return prune(decoder, plan, texts=texts or WINDOWS)
+
+
+MISSPELT = Tracking(trackers=("tensorbord",))
 
 
 def healed(decoder, by, **more):
@@ -217,7 +221,11 @@ def test_blocks_of_skeletons(tiny):
         ("distill", {}, "the dense model has to teach here; name it"),
         ("lora", {"texts": Windows.of(WINDOWS.tokens[:1])}, "1 window to train on; some must be held back"),
         ("lora", {"settings": {"batch_size": 50}}, "5 windows to train on and 1 held out are too few"),
-        ("lora", {"trackers": ("tensorbord",)}, "unknown tracker 'tensorbord'. Did you mean 'tensorboard'"),
+        (
+            "lora",
+            {"tracking": Tracking(trackers=("tensorbord",))},
+            "unknown tracker 'tensorbord'. Did you mean 'tensorboard'",
+        ),
         ("lora", {"texts": None, "tokens": 10}, "10 tokens are fewer than two windows"),
     ],
 )
@@ -269,7 +277,7 @@ def test_nan_and_other_recipes(tiny, tmp_path, monkeypatch):
 def test_trackers_that_are_not_installed(tiny, monkeypatch):
     monkeypatch.setattr("secateur.healing.heal.find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"wandb is not installed: pip install 'secateur\[wandb\]'"):
-        healed(cut(tiny("llama")), "lora", trackers=("wandb",))
+        healed(cut(tiny("llama")), "lora", tracking=Tracking(trackers=("wandb",)))
 
 
 def test_killed_by_the_system_and_started_again(tiny_folder, tmp_path):

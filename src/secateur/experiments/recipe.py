@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.errors import InputError, unknown
-from secateur.evaluation.speed import Timing
+from secateur.evaluation.speed import NEW_TOKENS, Timing
 from secateur.evaluation.tasks import TaskRequest
 from secateur.healing.data import TrainingTexts
 from secateur.plan.amount import Amount, Fraction
@@ -96,6 +96,9 @@ class SpeedSection(Section, Timing):
     """How speed and memory are measured; as `secateur bench` takes it."""
 
     batch_sizes: tuple[int, ...] = (1,)
+    new_tokens: int = Field(default=NEW_TOKENS, ge=2)
+    repeats: int = Field(default=5, ge=1)
+    warmup: int = Field(default=1, ge=0)
 
 
 class Samples(Section):
@@ -212,6 +215,8 @@ def as_recipe(data: dict[str, Any], where: str) -> Recipe | Study:
     kind: type[Recipe | Study] = Study if "compare" in data else Recipe
     try:
         return kind.model_validate(data)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     except ValidationError as error:
         raise InputError(f"{where}: {_problem(kind, error)}") from error
 

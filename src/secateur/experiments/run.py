@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import InputError
+from secateur.evaluation.catalogue import require_known
 from secateur.experiments.grid import check_healing, rows_of, study_of
 from secateur.experiments.outcome import CellOutcome, outcome_of
 from secateur.experiments.recipe import Recipe, Study, read_recipe
@@ -165,8 +166,9 @@ def _require_runnable(asked: Recipe | Study) -> None:
         whole_budget(parts, asked.prune.amount())
         if asked.heal is not None:
             check_healing(asked.heal)
-    if asked.eval is not None:
-        asked.eval.request()
+    request = asked.eval.request() if asked.eval is not None else None
+    if request is not None:
+        require_known(",".join(request.names))
 
 
 def _stages(recipe: Recipe) -> list[str]:
