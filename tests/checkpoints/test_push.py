@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 import secateur
 from secateur import make_plan, open_model, prune, push, save
+from secateur.checkpoints.push import CardFacts
 from secateur.data.windows import Windows
 from secateur.errors import InputError, SecateurWarning
 from secateur.evaluation.results import append_results
@@ -38,6 +39,14 @@ class Hub:
         return call
 
 
+@pytest.fixture(autouse=True)
+def hub(monkeypatch):
+    """Stand in for the hub's client."""
+    stand_in = Hub()
+    monkeypatch.setattr("secateur.checkpoints.push.HfApi", lambda: stand_in)
+    return stand_in
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A dense model and its cut, checked, written once."""
@@ -58,11 +67,10 @@ def cut(folders, tmp_path):
     return tmp_path / "cut"
 
 
-def test_all_files_go_with_a_complete_card(cut):
+def test_all_files_go_with_a_complete_card(cut, hub):
     (cut / ".cache").mkdir()
     (cut / ".cache" / "notes").write_text("mine")
-    hub = Hub()
-    said = push(cut, REPO, base_model="them/dense", revision="small", token="secret", api=hub)
+    said = push(cut, REPO, card=CardFacts(base_model="them/dense"), revision="small", token="secret")
     assert hub.calls["create_repo"] == {"private": True, "exist_ok": True, "token": "secret"}
     assert hub.calls["create_branch"]["branch"] == hub.calls["upload_folder"]["revision"] == "small"
     sent = hub.calls["upload_folder"]
@@ -79,11 +87,10 @@ def test_all_files_go_with_a_complete_card(cut):
     assert f'from_pretrained("{REPO}")' in (cut / "README.md").read_text()
 
 
-def test_a_dry_run_sends_and_changes_nothing(cut):
+def test_a_dry_run_sends_and_changes_nothing(cut, hub):
     before = (cut / "README.md").read_bytes()
-    hub = Hub()
     with pytest.warns(SecateurWarning, match="no base model"):
-        said = push(cut, REPO, dry_run=True, api=hub)
+        said = push(cut, REPO, dry_run=True)
     assert hub.calls == {}
     assert said["url"] is None
     assert said["files"]["model.safetensors"] == (cut / "model.safetensors").stat().st_size
@@ -96,7 +103,7 @@ def test_results_are_shown_and_what_a_person_wrote_stays(cut, folders, tmp_path)
     results = secateur.evaluate(open_model(cut), against=open_model(folders / "source"), texts=windows)
     append_results(tmp_path / "results.jsonl", results)
     for repo in ("me/other", REPO):
-        push(cut, repo, results=tmp_path, base_model="them/dense", api=Hub())
+        push(cut, repo, card=CardFacts(results=tmp_path, base_model="them/dense"))
     card = ModelCard.load(cut / "README.md")
     assert card.text.count("Trained with love.") == card.text.count("## Results") == 1
     assert f"| {results[0].value:.4g} | {results[1].value:.4g} |" in card.text
@@ -105,7 +112,7 @@ def test_results_are_shown_and_what_a_person_wrote_stays(cut, folders, tmp_path)
     assert (metric.metric_type, metric.metric_value) == ("perplexity", round(results[0].value, 4))
     append_results(tmp_path / "other.jsonl", secateur.evaluate(open_model(folders / "source"), texts=windows))
     with pytest.raises(InputError, match="measured on another model"):
-        push(cut, REPO, results=tmp_path / "other.jsonl", api=Hub())
+        push(cut, REPO, card=CardFacts(results=tmp_path / "other.jsonl"))
 
 
 def _forget_the_check(folder):
@@ -135,19 +142,20 @@ def _cut_off_the_weights(folder):
         (shutil.rmtree, "no such folder"),
     ],
 )
-def test_what_is_not_a_finished_checkpoint_is_refused(cut, damage, message):
+def test_what_is_not_a_finished_checkpoint_is_refused(cut, damage, message, hub):
     damage(cut)
-    hub = Hub()
     with pytest.raises(InputError, match=message):
-        push(cut, REPO, api=hub)
+        push(cut, REPO)
     assert hub.calls == {}
 
 
-def test_names_and_a_hub_that_refuses(cut):
+def test_names_and_a_hub_that_refuses(cut, hub, monkeypatch):
     for repo in ("no-owner", "a/b/c", "me/-x"):
         with pytest.raises(InputError, match="owner/name"):
             push(cut, repo, dry_run=True)
+    hub.error = LocalTokenNotFoundError("no token")
     with pytest.raises(InputError, match="hf auth login"), pytest.warns(SecateurWarning):
-        push(cut, REPO, api=Hub(LocalTokenNotFoundError("no token")))
+        push(cut, REPO)
+    monkeypatch.undo()
     with pytest.raises(InputError, match="HF_HUB_OFFLINE"), pytest.warns(SecateurWarning):
         push(cut, REPO)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ from secateur.models.shards import open_shard, shard_files
 _CARD = "README.md"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the model card should say that the folder does not know.
+
+    Attributes:
+        results: a `results.jsonl` of this checkpoint (or its folder), to be shown on the card.
+        base_model: name of the dense model on the hub, where the card does not know it.
+    """
+
+    results: str | Path | None = None
+    base_model: str | None = None
+
+
+NO_FACTS = CardFacts()
+
+
 def push(
     folder: str | Path,
     repo: str,
@@ -31,10 +48,8 @@ def push(
     revision: str | None = None,
     token: str | None = None,
     message: str | None = None,
-    results: str | Path | None = None,
-    base_model: str | None = None,
+    card: CardFacts = NO_FACTS,
     dry_run: bool = False,
-    api: HfApi | None = None,
 ) -> dict[str, Any]:
     """Upload a checkpoint folder that secateur wrote and checked to the Hugging Face hub.
 
@@ -48,10 +63,8 @@ def push(
         revision: branch to upload to, made if it is not there; None is `main`.
         token: token that may write; None takes the one that `hf auth login` or `HF_TOKEN` left.
         message: the commit's.
-        results: a `results.jsonl` of this checkpoint (or its folder), to be shown on the card.
-        base_model: name of the dense model on the hub, where the card does not know it.
+        card: what the card should say besides: results, the dense model's name.
         dry_run: only say what would go; nothing is written or sent.
-        api: what talks to the hub.
 
     Returns:
         `repo`, `revision`, `private`, `files` (bytes by name), `bytes` in all, and `url` of the commit, None for a
@@ -63,10 +76,10 @@ def push(
     """
     folder = Path(folder)
     record = _finished(folder)
-    _check_names(repo, base_model)
-    card = _card(folder, record, repo, base_model, results)
+    _check_names(repo, card.base_model)
+    page = _card(folder, record, repo, card)
     files = {name: size for name, size in _files(folder).items() if name != _CARD}
-    files[_CARD] = len(str(card).encode())
+    files[_CARD] = len(str(page).encode())
     said: dict[str, Any] = {
         "repo": repo,
         "revision": revision,
@@ -77,8 +90,8 @@ def push(
     }
     if dry_run:
         return said
-    card.save(folder / _CARD)
-    said["url"] = _upload(api or HfApi(), folder, said, token, message or _message(record))
+    page.save(folder / _CARD)
+    said["url"] = _upload(HfApi(), folder, said, token, message or _message(record))
     return said
 
 
@@ -127,9 +140,7 @@ def _check_names(repo: str, base_model: str | None) -> None:
         raise InputError(f"--base-model {base_model}: name the dense model as on the hub, owner/name.")
 
 
-def _card(
-    folder: Path, record: dict[str, Any], repo: str, base_model: str | None, results: str | Path | None
-) -> ModelCard:
+def _card(folder: Path, record: dict[str, Any], repo: str, facts: CardFacts) -> ModelCard:
     """Complete the folder's card: what a person wrote on it stays."""
     readme = folder / _CARD
     text = readme.read_text(encoding="utf-8") if readme.is_file() else f"---\n---\n\n# {repo.split('/')[1]}\n"
@@ -137,19 +148,19 @@ def _card(
     data: Any = card.data
     data.library_name = data.library_name or "transformers"
     data.tags = list(dict.fromkeys([*(data.tags or []), "secateur", "pruned", *methods_in(record["history"])]))
-    data.base_model = base_model or data.base_model
+    data.base_model = facts.base_model or data.base_model
     if data.base_model and "base_model_relation" not in data:
         data["base_model_relation"] = RELATION
     for missing, what in (("license", "licence"), ("base_model", "base model (--base-model)")):
         if not getattr(data, missing, None):
             said = f"{readme}: the card names no {what}; add it for those who find the model."
             warnings.warn(said, SecateurWarning, stacklevel=3)
-    if results is None:
+    if facts.results is None:
         return card
-    found = read_results(results)
+    found = read_results(facts.results)
     ours = fingerprint.of_folder(folder)
     if not found or any(one.fingerprint != ours for one in found if one.role == "model"):
-        raise InputError(f"{results}: measured on another model than {folder}; give the results of this one.")
+        raise InputError(f"{facts.results}: measured on another model than {folder}; give the results of this one.")
     return with_results(card, found, repo.split("/")[1])
 
 
@@ -183,6 +194,6 @@ def _upload(api: HfApi, folder: Path, said: dict[str, Any], token: str | None, m
     except (HTTPError, OSError) as error:
         raise InputError(
             f"{repo}: the hub did not take it ({first_line(error)}). Log in with `hf auth login`, or set HF_TOKEN to a "
-            "token that may write there; the same command goes on where it stopped."
+            "token that may write there; the same command resumes where it stopped."
         ) from error
     return str(commit.commit_url)

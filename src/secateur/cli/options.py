@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from secateur.errors import InputError
+from secateur.evaluation.speed import BATCHES, NEW_TOKENS, Timing
 from secateur.evaluation.tasks import TaskRequest
 from secateur.healing.data import TrainingTexts
 from secateur.models.decoder import Decoder
@@ -228,6 +229,51 @@ _AMOUNTS = {
 """Fields of an amount, and the options that give them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where the result goes, and how it is told."""
+
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder to write. (default: under secateur-runs/)")
+    ] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would need, and stop.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document for programs.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving(Output):
+    """Where a checkpoint goes, and whether it is proved."""
+
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Reopen the result in a fresh process.")] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """Which requests are timed, and how often."""
+
+    batch_sizes: Annotated[str, typer.Option(help="Sequences at a time: 1,8.")] = ",".join(map(str, BATCHES))
+    prompts: Annotated[
+        str | None, typer.Option(help="Tokens of a prompt: 128,512. (default: these, as far as positions allow)")
+    ] = None
+    new_tokens: Annotated[int, typer.Option(help="Tokens written after the prompt.")] = NEW_TOKENS
+    repeats: Annotated[int, typer.Option(help="Rounds that count.")] = 5
+    warmup: Annotated[int, typer.Option(help="Rounds before them that do not.")] = 1
+
+    def timing(self) -> Timing:
+        """Return the requests and rounds.
+
+        Raises:
+            InputError: a number out of range.
+        """
+        return Timing(
+            batch_sizes=tuple(whole_numbers(self.batch_sizes, "--batch-sizes")),
+            prompts=None if self.prompts is None else tuple(whole_numbers(self.prompts, "--prompts")),
+            new_tokens=self.new_tokens,
+            repeats=self.repeats,
+            warmup=self.warmup,
+        )
+
+
 def read_windows(text: str, option: str) -> int | None:
     """Read a number of windows; None for `all`.
 
@@ -295,7 +341,10 @@ def _options(group: type) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(
-            option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[option.name]
+            option.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if option.default is MISSING else option.default,
+            annotation=hints[option.name],
         )
         for option in fields(group)
     ]

@@ -16,7 +16,7 @@ from rich.markup import escape
 from secateur.checkpoints.folders import check_target, replacing
 from secateur.checkpoints.save import save
 from secateur.cli.demo import demo as run_demo
-from secateur.cli.options import AmountOptions, Learning, Opening, Reading, grouped
+from secateur.cli.options import AmountOptions, Learning, Opening, Output, Reading, Saving, grouped
 from secateur.cli.tables import healing_table, plan_summary, scores_table, showing_progress
 from secateur.cli.terminal import DryRun, Json, ModelArg, Out, announce, answer, err, opened, out_console, target
 from secateur.distributed import is_main_process, process_count
@@ -43,24 +43,22 @@ def score(
     model: ModelArg,
     reading: Reading,
     opening: Opening,
+    output: Output,
     also: Annotated[
         list[str] | None, typer.Option(help="Slower scores besides: perplexity, taylor (repeatable).")
     ] = None,
     pack: Annotated[
         bool, typer.Option("--pack/--no-pack", help="Join documents, or put each in a padded window.")
     ] = True,
-    out: Out = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
 ) -> None:
     """Measure where a model is redundant: a table, pictures, scores.json."""
     kinds = _kinds(also or [])
-    folder = target(out, model, "score")
-    decoder = opened(opening, model, only_shapes=dry_run)
+    folder = target(output.out, model, "score")
+    decoder = opened(opening, model, only_shapes=output.dry_run)
     with showing_progress(err) as progress:
         job = ScoreJob.prepare(decoder, **reading.fields(), pack=pack, kinds=kinds, options=reading.options(progress))
         announce(job.cost())
-        if dry_run:
+        if output.dry_run:
             return
         scores = job.run()
     if not is_main_process():
@@ -69,7 +67,7 @@ def score(
         scores.write(part / "scores.json")
         drawn = [path.name for path in draw_scores(scores, part)]
         write_marker(part, "score", {"model": model, "texts": job.windows.describe()})
-    answer(scores.model_dump(mode="json"), scores_table(scores), as_json=as_json)
+    answer(scores.model_dump(mode="json"), scores_table(scores), as_json=output.as_json)
     err.print(f"Written: [bold]{escape(str(folder))}[/]/scores.json, {', '.join(drawn)}")
 
 
@@ -114,13 +112,10 @@ def prune(
     amount: AmountOptions,
     reading: Reading,
     opening: Opening,
+    saving: Saving,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan made by `secateur plan`.")] = None,
     method: Annotated[str | None, typer.Option(help="Decide and cut in one go: see `secateur methods`.")] = None,
-    out: Out = None,
     save_dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights. (default: as before)")] = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Reopen the result in a fresh process.")] = True,
-    dry_run: DryRun = False,
-    as_json: Json = False,
 ) -> None:
     """Cut, save a folder that plain transformers opens, and prove that it does."""
     if (plan_file is None) == (method is None):
@@ -134,8 +129,8 @@ def prune(
     if save_dtype is not None:
         dtype_named(save_dtype)
     made = Plan.read(plan_file) if plan_file else None
-    folder = target(out, model, "prune")
-    decoder = opened(opening, model, only_shapes=dry_run)
+    folder = target(saving.out, model, "prune")
+    decoder = opened(opening, model, only_shapes=saving.dry_run)
     check_target(folder, reads=decoder.folder)
     work = training_folder(folder)
     with _keeping(work, folder), showing_progress(err) as progress:
@@ -143,7 +138,7 @@ def prune(
             assert method is not None, "either a plan or a method was given"
             planning = _plan_job(decoder, method, amount, reading, progress=progress, work=work)
             announce(planning.cost())
-            if dry_run:
+            if saving.dry_run:
                 return
             with _saying_warnings():
                 made = planning.run()
@@ -156,17 +151,17 @@ def prune(
             with _saying_warnings():
                 cutting = PruneJob.prepare(decoder, made, texts=reading.texts, options=reading.options(progress, work))
             announce(cutting.cost())
-            if dry_run:
+            if saving.dry_run:
                 return
         with _saying_warnings(without=TextsWarning):
             pruned = cutting.run()
     if not is_main_process():
         return
-    with err.status("saving, and reopening in a fresh process" if check else "saving"):
-        record = save(pruned, folder, dtype=save_dtype, check=check)
+    with err.status("saving, and reopening in a fresh process" if saving.check else "saving"):
+        record = save(pruned, folder, dtype=save_dtype, check=saving.check)
     shutil.rmtree(work, ignore_errors=True)
-    answer(record, None, as_json=as_json)
-    proof = "reopened in a fresh process: same logits, same generation" if check else "not checked (--no-check)"
+    answer(record, None, as_json=saving.as_json)
+    proof = "reopened in a fresh process: same logits, same generation" if saving.check else "not checked (--no-check)"
     err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
 
 
@@ -175,17 +170,14 @@ def heal(
     model: ModelArg,
     learning: Learning,
     opening: Opening,
-    out: Out = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Reopen the result in a fresh process.")] = True,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    saving: Saving,
 ) -> None:
     """Train a pruned model to get back what the cut has cost; killed and started again, it resumes."""
     recipe = find_healing_recipe(learning.with_)
-    folder = target(out, model, "heal")
-    decoder = opened(opening, model, only_shapes=dry_run, whole=recipe.whole)
+    folder = target(saving.out, model, "heal")
+    decoder = opened(opening, model, only_shapes=saving.dry_run, whole=recipe.whole)
     check_target(folder, reads=decoder.folder)
-    teacher = _teacher(decoder, learning, opening, folder, dry_run=dry_run) if recipe.teacher else None
+    teacher = _teacher(decoder, learning, opening, folder, dry_run=saving.dry_run) if recipe.teacher else None
     work = training_folder(folder)
     with showing_progress(err) as progress:
         job = HealJob.prepare(
@@ -198,18 +190,18 @@ def heal(
             options=learning.options(progress, work),
         )
         announce(job.cost())
-        if dry_run:
+        if saving.dry_run:
             return
         err.print(f"{recipe.name}: {recipe.summary}. Killed, and started again with -o {folder}, it resumes.")
         with _saying_warnings():
             healed = job.run()
     if not is_main_process():
         return
-    with err.status("saving, and reopening in a fresh process" if check else "saving"):
-        save(healed, folder, check=check)
+    with err.status("saving, and reopening in a fresh process" if saving.check else "saving"):
+        save(healed, folder, check=saving.check)
     shutil.rmtree(work, ignore_errors=True)
     facts = healed.history[-1]["healing"]
-    answer(facts, healing_table(facts), as_json=as_json)
+    answer(facts, healing_table(facts), as_json=saving.as_json)
     err.print(f"Written: [bold]{escape(str(folder))}[/]")
 
 
@@ -238,7 +230,7 @@ def _plan_job(
         return PlanJob.prepare(
             decoder,
             method=method,
-            amount=amount.amount(),
+            **amount.amount().fields(),
             **reading.fields(),
             settings=amount.settings(),
             scores=amount.known_scores(),

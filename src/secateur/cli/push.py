@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,23 +11,33 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from secateur.checkpoints.push import CardFacts
 from secateur.checkpoints.push import push as upload
+from secateur.cli.options import grouped
 from secateur.cli.terminal import DryRun, Json, answer, err
 from secateur.errors import SecateurWarning
 
 
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the model card should say besides."""
+
+    results: Annotated[Path | None, typer.Option(help="results.jsonl of this checkpoint, to be shown on its card.")] = (
+        None
+    )
+    base_model: Annotated[
+        str | None, typer.Option(help="The dense model's name on the hub, where it was opened from a folder.")
+    ] = None
+
+
+@grouped
 def push(
     folder: Annotated[Path, typer.Argument(help="A checkpoint folder that prune or heal wrote.")],
     name: Annotated[str, typer.Argument(help="Its name on the hub: owner/name.")],
+    card: Card,
     public: Annotated[bool, typer.Option("--public/--private", help="Who sees a new repository.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to upload to. (default: main)")] = None,
     message: Annotated[str | None, typer.Option(help="Message of the commit. (default: what was done)")] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="results.jsonl of this checkpoint, to be shown on its card.")
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="The dense model's name on the hub, where it was opened from a folder.")
-    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -39,8 +50,7 @@ def push(
             private=not public,
             revision=revision,
             message=message,
-            results=results,
-            base_model=base_model,
+            card=CardFacts(results=card.results, base_model=card.base_model),
             dry_run=dry_run,
         )
     for warning in caught:

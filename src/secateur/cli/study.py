@@ -11,9 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from secateur.cli.options import Asking, Opening, Reading, grouped, read_pairs, read_windows
+from secateur.cli.options import Asking, Opening, Output, Reading, grouped, read_pairs, read_windows
 from secateur.cli.tables import showing_progress
-from secateur.cli.terminal import DryRun, Json, ModelArg, Out, announce, answer, err
+from secateur.cli.terminal import ModelArg, announce, answer, err
 from secateur.errors import InputError, unknown
 from secateur.experiments.grid import study_of
 from secateur.experiments.outcome import CellOutcome
@@ -44,30 +44,59 @@ class Queueing:
         return Queue(**asdict(self))
 
 
-@grouped
-def compare(
-    model: ModelArg,
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Methods × amounts × ways of healing."""
+
     methods: Annotated[
         str, typer.Option(help="Methods, separated by commas; one after the other: swm:0.5+slicegpt:0.5.")
-    ],
-    remove: Annotated[str, typer.Option(help="Shares of all parameters: 10%,20%,30%.")],
-    reading: Reading,
-    asking: Asking,
-    opening: Opening,
-    queueing: Queueing,
-    heal: Annotated[str, typer.Option(help="Ways of healing, and none: none,lora,distill.")] = "none",
-    heal_tokens: Annotated[str, typer.Option(help="Tokens to heal on, at most.")] = "1M",
-    heal_texts: Annotated[str | None, typer.Option(help="Texts to heal on. (default: --texts)")] = None,
+    ]
+    remove: Annotated[str, typer.Option(help="Shares of all parameters: 10%,20%,30%.")]
+    heal: Annotated[str, typer.Option(help="Ways of healing, and none: none,lora,distill.")] = "none"
+    heal_tokens: Annotated[str, typer.Option(help="Tokens to heal on, at most.")] = "1M"
+    heal_texts: Annotated[str | None, typer.Option(help="Texts to heal on. (default: --texts)")] = None
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A setting of one of the methods (repeatable)."),
-    ] = None,
-    eval_windows: Annotated[str, typer.Option(help="Windows of held-out text for perplexity, or 'all'.")] = "64",
-    bench: Annotated[bool, typer.Option("--bench", help="Measure speed too, when nothing else runs.")] = False,
-    samples: Annotated[int, typer.Option(help="Continuations to keep of each cell; 0 for none.")] = 2,
-    out: Out = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    ] = None
+
+    def rows(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """Return methods, amounts and ways of healing.
+
+        Raises:
+            InputError: a setting of no method of this study.
+        """
+        healing = [_healing(name, self.heal_tokens, self.heal_texts) for name in _listed(self.heal)]
+        return _methods(self.methods, read_pairs(self.set_)), _listed(self.remove), healing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Asking):
+    """How the cells are measured."""
+
+    eval_windows: Annotated[str, typer.Option(help="Windows of held-out text for perplexity, or 'all'.")] = "64"
+    bench: Annotated[bool, typer.Option("--bench", help="Measure speed too, when nothing else runs.")] = False
+    samples: Annotated[int, typer.Option(help="Continuations to keep of each cell; 0 for none.")] = 2
+
+    def sections(self) -> dict[str, Any]:
+        """Return the sections of a recipe."""
+        asked = {name: getattr(self, name) for name in ("tasks", "limit", "shots", "stability")}
+        return {
+            "eval": {"windows": read_windows(self.eval_windows, "--eval-windows") or "all", **asked},
+            "bench": {} if self.bench else None,
+            "generate": {"prompts": self.samples} if self.samples else None,
+        }
+
+
+@grouped
+def compare(
+    model: ModelArg,
+    grid: Grid,
+    reading: Reading,
+    measuring: Measuring,
+    opening: Opening,
+    queueing: Queueing,
+    output: Output,
 ) -> None:
     """Compare methods × amounts × healing on one model: a folder for each cell, finished ones are not done again."""
     settings: dict[str, Any] = {
@@ -77,42 +106,26 @@ def compare(
         "seed": reading.seed,
         "batch_size": reading.batch_size,
         **asdict(opening),
-        "eval": {
-            "windows": read_windows(eval_windows, "--eval-windows") or "all",
-            "tasks": asking.tasks,
-            "limit": asking.limit,
-            "shots": asking.shots,
-            "stability": asking.stability,
-        },
-        "bench": {} if bench else None,
-        "generate": {"prompts": samples} if samples else None,
+        **measuring.sections(),
     }
-    study = study_of(
-        model,
-        _methods(methods, read_pairs(set_)),
-        _listed(remove),
-        [_healing(name, heal_tokens, heal_texts) for name in _listed(heal)],
-        {name: value for name, value in settings.items() if value is not None},
-    )
-    _run(study, out or run_folder(model, "compare"), queueing, dry_run=dry_run, as_json=as_json)
+    said = {name: value for name, value in settings.items() if value is not None}
+    _run(study_of(model, *grid.rows(), said), output.out or run_folder(model, "compare"), queueing, output)
 
 
 @grouped
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/.")],
     queueing: Queueing,
-    out: Out = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    output: Output,
 ) -> None:
     """Run a recipe: prune, heal, measure; or a whole study. Killed and started again, it goes on."""
     read = read_recipe(recipe)
     kind = "compare" if isinstance(read, Study) else "run"
-    folder = out or run_folder(read.model, f"{recipe.stem}-{kind}")
-    _run(read, folder, queueing, dry_run=dry_run, as_json=as_json)
+    folder = output.out or run_folder(read.model, f"{recipe.stem}-{kind}")
+    _run(read, folder, queueing, output)
 
 
-def _run(asked: Recipe | Study, folder: Path, queueing: Queueing, *, dry_run: bool, as_json: bool) -> None:
+def _run(asked: Recipe | Study, folder: Path, queueing: Queueing, output: Output) -> None:
     """Say what is about to be done, do it, and show what came of it.
 
     Exit code 1 where no cell came to an end.
@@ -127,11 +140,11 @@ def _run(asked: Recipe | Study, folder: Path, queueing: Queueing, *, dry_run: bo
             progress=progress,
         )
         announce(job.cost())
-        if dry_run:
+        if output.dry_run:
             return
         err.print(f"Finished stages are kept in {escape(str(folder))}; started again with -o there, it resumes.")
         outcomes = job.run()
-    answer([one.as_dict() for one in outcomes], _table(outcomes), as_json=as_json)
+    answer([one.as_dict() for one in outcomes], _table(outcomes), as_json=output.as_json)
     failed = [one for one in outcomes if one.failed]
     if failed:
         err.print(f"[yellow]{len(failed)} of {len(outcomes)} failed[/]: started again, they are tried again.")

@@ -16,7 +16,7 @@ from secateur.experiments.stages import run_stages
 from secateur.experiments.stages_run import Run, open_shapes_of
 from secateur.experiments.study import HERE, Queue, begin, run_study
 from secateur.jobs.cost import JobCost, describe_model
-from secateur.jobs.job import Job
+from secateur.jobs.job import Job, function_of
 from secateur.jobs.runs import run_folder
 from secateur.methods.sequence import read_sequence, whole_budget
 from secateur.progress import SILENT, Progress
@@ -53,7 +53,25 @@ class RunJob(Job[list[CellOutcome]]):
         finished: Callable[[CellOutcome], object] = lambda _: None,
         progress: Progress = SILENT,
     ) -> RunJob:
-        """Read a request; arguments and errors as for `run`."""
+        """Run a recipe from its file: prune, heal, measure; or a whole study.
+
+        Stages that are finished in the folder with the same settings are skipped.
+
+        Args:
+            recipe: the recipe, or its YAML file.
+            out: folder to write; None makes a new one under `secateur-runs/`.
+            queue: for a study: where its cells run, and what stays of them.
+            stage: told the name of each stage of a single run before it begins.
+            finished: told of each cell of a study when it is over.
+            progress: shows how far it is.
+
+        Returns:
+            What came of the run, or of each cell of the study, with its folder.
+
+        Raises:
+            InputError: an unknown key, method or setting, or a folder secateur did not create.
+            SecateurError: a stage of a single run cannot be done. In a study that is noted in the cell's folder.
+        """
         asked = recipe if isinstance(recipe, Recipe | Study) else read_recipe(recipe)
         _require_runnable(asked)
         if isinstance(asked, Recipe) and queue != HERE:
@@ -86,35 +104,7 @@ class RunJob(Job[list[CellOutcome]]):
         return [outcome_of(self.folder)]
 
 
-def run(
-    recipe: Recipe | Study | str | Path,
-    out: str | Path | None = None,
-    *,
-    queue: Queue = HERE,
-    stage: Callable[[str], object] = lambda _: None,
-    finished: Callable[[CellOutcome], object] = lambda _: None,
-    progress: Progress = SILENT,
-) -> list[CellOutcome]:
-    """Run a recipe from its file: prune, heal, measure; or a whole study.
-
-    Stages that are finished in the folder with the same settings are skipped.
-
-    Args:
-        recipe: the recipe, or its YAML file.
-        out: folder to write; None makes a new one under `secateur-runs/`.
-        queue: for a study: where its cells run, and what stays of them.
-        stage: told the name of each stage of a single run before it begins.
-        finished: told of each cell of a study when it is over.
-        progress: shows how far it is.
-
-    Returns:
-        What came of the run, or of each cell of the study, with its folder.
-
-    Raises:
-        InputError: an unknown key, method or setting, or a folder secateur did not create.
-        SecateurError: a stage of a single run cannot be done. In a study that is noted in the cell's folder.
-    """
-    return RunJob.prepare(recipe, out, queue=queue, stage=stage, finished=finished, progress=progress).run()
+run = function_of(RunJob.prepare, "run")
 
 
 def compare(

@@ -25,7 +25,7 @@ from secateur.healing.recipes import find_healing_recipe
 from secateur.jobs.bench import bench
 from secateur.jobs.evaluate import evaluate
 from secateur.jobs.heal import heal
-from secateur.jobs.plan import PlanJob
+from secateur.jobs.plan import make_plan
 from secateur.jobs.prune import prune
 from secateur.models.decoder import Decoder
 from secateur.plan.plan import Plan
@@ -56,15 +56,15 @@ def run_stages(run: Run, only: Collection[str] | None = None) -> Iterator[str]:
 
 def _plan(run: Run) -> dict[str, Any]:
     cut = run.recipe.prune
-    plan = PlanJob.prepare(
+    plan = make_plan(
         run.open_dense(),
         method=cut.method,
-        amount=cut.amount(),
+        **cut.amount().fields(),
         **run.recipe.reading(),
         settings=cut.settings,
         scores=run.shared.scores,
         options=run.recipe.options(run.progress, run.work("training", "plan")),
-    ).run()
+    )
     replace_file(run.folder / PLAN, plan.to_json())
     return {"removed": plan.removed_fraction}
 

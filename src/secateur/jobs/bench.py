@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from secateur.evaluation.results import Result
 from secateur.evaluation.speed import Timing, measure_speed
 from secateur.jobs.cost import JobCost, describe_model, memory_of
-from secateur.jobs.job import Job
+from secateur.jobs.job import Job, function_of
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 
@@ -37,7 +37,23 @@ class BenchJob(Job[list[Result]]):
         timing: Timing | None = None,
         options: RunOptions = DEFAULTS,
     ) -> BenchJob:
-        """Read a request; arguments and errors as for `bench`."""
+        """Measure how fast a model reads a prompt and writes, and what memory it takes, beside the dense model.
+
+        Args:
+            model: the open model; a skeleton is read into memory for this.
+            against: the dense model, measured in turn with it.
+            timing: batch sizes, lengths of prompts, tokens written, rounds; None takes the defaults of `Timing`.
+            options: seed of the prompts, which are random tokens; progress.
+
+        Returns:
+            For each batch size and prompt length, and each model: tokens/s of prefill and decode, seconds to the first
+            token, bytes at the peak. Then for each model: cache bytes per token, bytes of the checkpoint, parameters.
+            `ratio` is to the dense model in the same round.
+
+        Raises:
+            InputError: more tokens than a model has positions.
+            ModelError: a model without a key/value cache.
+        """
         return cls(model, against, timing or Timing(), options)
 
     def cost(self) -> JobCost:
@@ -53,28 +69,4 @@ class BenchJob(Job[list[Result]]):
         return measure_speed(self.model, self.against, self.timing, self.options)
 
 
-def bench(
-    model: Decoder,
-    *,
-    against: Decoder | None = None,
-    timing: Timing | None = None,
-    options: RunOptions = DEFAULTS,
-) -> list[Result]:
-    """Measure how fast a model reads a prompt and writes, and what memory it takes, beside the dense model.
-
-    Args:
-        model: the open model; a skeleton is read into memory for this.
-        against: the dense model, measured in turn with it.
-        timing: batch sizes, lengths of prompts, tokens written, rounds; None takes the defaults of `Timing`.
-        options: seed of the prompts, which are random tokens; progress.
-
-    Returns:
-        For each batch size and prompt length, and each model: tokens/s of prefill and decode, seconds to the first
-        token, bytes at the peak. Then for each model: cache bytes per token, bytes of the checkpoint, parameters.
-        `ratio` is to the dense model in the same round.
-
-    Raises:
-        InputError: more tokens than a model has positions.
-        ModelError: a model without a key/value cache.
-    """
-    return BenchJob.prepare(model, against=against, timing=timing, options=options).run()
+bench = function_of(BenchJob.prepare, "bench")

@@ -13,7 +13,7 @@ from secateur.evaluation.reference import Reference
 from secateur.evaluation.results import Result
 from secateur.evaluation.tasks import TaskRequest, ask_tasks, task_results
 from secateur.jobs.cost import JobCost, cost_of, describe_model, memory_of
-from secateur.jobs.job import Job
+from secateur.jobs.job import Job, function_of
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 
@@ -51,7 +51,29 @@ class EvaluateJob(Job[list[Result]]):
         tasks: Tasks = None,
         options: RunOptions = DEFAULTS,
     ) -> EvaluateJob:
-        """Read a request; arguments and errors as for `evaluate`."""
+        """Measure perplexity on held-out text, and tasks, of a model and of the one it is compared with, in one run.
+
+        Args:
+            model: the open model.
+            against: the dense model to compare with, which must read the same tokens; or what it came to, measured
+                before (`measure_reference`) on the same texts and questions.
+            texts: see `secateur texts`; the held-out part is taken where a source has one. None is `python-stdlib`, or
+                no text where tasks are named.
+            windows: number of windows; None takes all the text there is.
+            seq_len: tokens per window; None takes 512, or the models' positions if those are fewer.
+            tasks: names such as `stdlib-cloze`, `commonsense` (the seven of the papers) or `piqa,arc_easy`, any of
+                lm-evaluation-harness, and folders with tasks in its form; or a `TaskRequest` that says how many
+                questions and whether stability is measured. A skeleton is read into memory for them.
+            options: seed of the choice of examples, windows or questions per batch, progress.
+
+        Returns:
+            One result per number: perplexity of the model, then of the one it is compared with; then task by task.
+
+        Raises:
+            InputError: unusable texts, an unknown task or one without options for stability, data that cannot be had,
+                or models with different vocabularies.
+            NumericsError: NaN or infinity on the way; it never becomes a number.
+        """
         asked = None if tasks is None else TaskRequest.of(tasks)
         if isinstance(against, Decoder):
             require_same_vocabulary(model, against)
@@ -95,42 +117,7 @@ class EvaluateJob(Job[list[Result]]):
         return read + known.perplexity_on(self.windows) + asked
 
 
-def evaluate(
-    model: Decoder,
-    *,
-    against: Decoder | Reference | None = None,
-    texts: Texts = None,
-    windows: int | None = 64,
-    seq_len: int | None = None,
-    tasks: Tasks = None,
-    options: RunOptions = DEFAULTS,
-) -> list[Result]:
-    """Measure perplexity on held-out text, and tasks, of a model and of the one it is compared with, in one run.
-
-    Args:
-        model: the open model.
-        against: the dense model to compare with, which must read the same tokens; or what it came to, measured before
-            (`measure_reference`) on the same texts and questions.
-        texts: see `secateur texts`; the held-out part is taken where a source has one. None is `python-stdlib`, or
-            no text where tasks are named.
-        windows: number of windows; None takes all the text there is.
-        seq_len: tokens per window; None takes 512, or the models' positions if those are fewer.
-        tasks: names such as `stdlib-cloze`, `commonsense` (the seven of the papers) or `piqa,arc_easy`, any of
-            lm-evaluation-harness, and folders with tasks in its form; or a `TaskRequest` that says how many questions
-            and whether stability is measured. A skeleton is read into memory for them.
-        options: seed of the choice of examples, windows or questions per batch, progress.
-
-    Returns:
-        One result per number: perplexity of the model, then of the one it is compared with; then task by task.
-
-    Raises:
-        InputError: unusable texts, an unknown task or one without options for stability, data that cannot be had, or
-            models with different vocabularies.
-        NumericsError: NaN or infinity on the way; it never becomes a number.
-    """
-    return EvaluateJob.prepare(
-        model, against=against, texts=texts, windows=windows, seq_len=seq_len, tasks=tasks, options=options
-    ).run()
+evaluate = function_of(EvaluateJob.prepare, "evaluate")
 
 
 def require_same_vocabulary(model: Decoder, against: Decoder) -> None:

@@ -12,7 +12,7 @@ from secateur.errors import InputError
 from secateur.healing.data import TrainingTexts, training_data
 from secateur.healing.recipes import Data, HealingRecipe, HealingRun, find_healing_recipe, require_in_memory
 from secateur.jobs.cost import JobCost, cost_of
-from secateur.jobs.job import Job
+from secateur.jobs.job import Job, function_of
 from secateur.models.decoder import Decoder
 from secateur.plan.plan import plans_in
 from secateur.run_options import DEFAULTS, RunOptions
@@ -56,7 +56,27 @@ class HealJob(Job[Decoder]):
         tracking: Tracking = UNTRACKED,
         options: RunOptions = DEFAULTS,
     ) -> HealJob:
-        """Read a request; arguments and errors as for `heal`."""
+        """Train a pruned model, so that it gets back what the cut has cost; the given one stays as it is.
+
+        Args:
+            model: the pruned model (any decoder).
+            by: a recipe: `lora`, `last-layers`, `full`, `distill`, `blocks`.
+            texts: what it learns from: a source as in `secateur texts`, or `TrainingTexts` that say more of it, such as
+                whether they are instruction data; None is `python-stdlib`. One window in twenty is held back to see
+                when to stop.
+            tokens: how many tokens of the source, at most (also "10M"); None is a million, or what `TrainingTexts` say.
+            teacher: the dense model, for `distill` and `blocks`; as a skeleton it is never whole in memory, for which
+                `distill` needs its setting `top`.
+            settings: the recipe's own settings by name.
+            tracking: where curves go besides: tensorboard, mlflow, wandb (not those of `blocks`).
+            options: seed of the order of the data and of everything drawn, batch size of walks without gradients,
+                progress, and the work folder in which states are kept.
+
+        Raises:
+            InputError: an unknown recipe or setting, unusable data, a teacher with another vocabulary, or a work folder
+                with the state of another healing.
+            NumericsError: the loss became NaN before anything was gained.
+        """
         recipe = find_healing_recipe(by)
         read = read_settings(f"heal --with {by}", recipe.settings, dict(settings or {}))
         require_in_memory(recipe, model)
@@ -96,48 +116,7 @@ class HealJob(Job[Decoder]):
         return dataclasses.replace(healed, history=(*self.model.history, entry))
 
 
-def heal(
-    model: Decoder,
-    *,
-    by: str = "lora",
-    texts: TrainingTexts | Data | str | None = None,
-    tokens: int | str | None = None,
-    teacher: Decoder | None = None,
-    settings: Mapping[str, Any] | None = None,
-    tracking: Tracking = UNTRACKED,
-    options: RunOptions = DEFAULTS,
-) -> Decoder:
-    """Train a pruned model, so that it gets back what the cut has cost; the given one stays as it is.
-
-    Args:
-        model: the pruned model (any decoder).
-        by: a recipe: `lora`, `last-layers`, `full`, `distill`, `blocks`.
-        texts: what it learns from: a source as in `secateur texts`, or `TrainingTexts` that say more of it, such as
-            whether they are instruction data; None is `python-stdlib`. One window in twenty is held back to see when to
-            stop.
-        tokens: how many tokens of the source, at most (also "10M"); None is a million, or what `TrainingTexts` say.
-        teacher: the dense model, for `distill` and `blocks`; as a skeleton it is never whole in memory, for which
-            `distill` needs its setting `top`.
-        settings: the recipe's own settings by name.
-        tracking: where curves go besides: tensorboard, mlflow, wandb (not those of `blocks`).
-        options: seed of the order of the data and of everything drawn, batch size of walks without gradients, progress,
-            and the work folder in which states are kept.
-
-    Raises:
-        InputError: an unknown recipe or setting, unusable data, a teacher with another vocabulary, or a work folder
-            with the state of another healing.
-        NumericsError: the loss became NaN before anything was gained.
-    """
-    return HealJob.prepare(
-        model,
-        by=by,
-        texts=texts,
-        tokens=tokens,
-        teacher=teacher,
-        settings=settings,
-        tracking=tracking,
-        options=options,
-    ).run()
+heal = function_of(HealJob.prepare, "heal")
 
 
 def dense_source(model: Decoder) -> str:

@@ -6,12 +6,15 @@ else. `cost` tells what running would take and does nothing; `run` does the work
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Generic, ParamSpec, TypeVar
 
 from secateur.jobs.cost import JobCost
 
 Result = TypeVar("Result")
+Asked = ParamSpec("Asked")
 
 
 class Job(ABC, Generic[Result]):
@@ -32,3 +35,14 @@ class Job(ABC, Generic[Result]):
         Raises:
             SecateurError: as the job's `prepare` says.
         """
+
+
+def function_of(prepare: Callable[Asked, Job[Result]], name: str) -> Callable[Asked, Result]:
+    """Return the function that prepares a job and runs it, with the arguments and documentation of `prepare`."""
+
+    @functools.wraps(prepare)
+    def prepare_and_run(*given: Asked.args, **named: Asked.kwargs) -> Result:
+        return prepare(*given, **named).run()
+
+    prepare_and_run.__name__ = prepare_and_run.__qualname__ = name
+    return prepare_and_run

@@ -11,7 +11,7 @@ from secateur.data.texts import Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import InputError, TextsWarning
 from secateur.jobs.cost import JobCost, cost_of, describe_model
-from secateur.jobs.job import Job
+from secateur.jobs.job import Job, function_of
 from secateur.methods.budget import Budget
 from secateur.methods.method import Measurements
 from secateur.methods.planning import decide, model_ref
@@ -52,17 +52,40 @@ class PlanJob(Job[Plan]):
         model: Decoder,
         *,
         method: str,
-        amount: Amount,
         texts: Texts = None,
         windows: int | None = 32,
         seq_len: int | None = None,
         settings: Mapping[str, Any] | None = None,
         scores: Scores | None = None,
         options: RunOptions = DEFAULTS,
+        **amount: Unpack[AmountFields],
     ) -> PlanJob:
-        """Read a request; arguments and errors as for `make_plan`. Scores of other texts are dropped with a warning."""
+        """Decide what to cut.
+
+        Args:
+            model: the open model; it is not changed.
+            method: a name of `secateur methods`, such as `streamline`; or several that are applied one after the
+                other, each with its share of what is to go: `swm:0.5,slicegpt:0.5`.
+            texts: what the model is measured on: see `secateur texts`; None is `python-stdlib`.
+            windows: number of windows; None takes all.
+            seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
+            settings: the method's own settings by name; of several methods as `swm.rule`.
+            scores: scores of this model measured earlier, so that they are not measured again.
+            options: seed, batch size, progress, and the work folder in which a search keeps what it measured, and
+                training its states (of methods that are not the last). Scores of other texts are dropped with a
+                warning.
+            amount: exactly one of `remove` (fraction of all parameters, 0.25 or "25%"), `target_params` ("5.5B"),
+                `target_memory` ("12GB", of weights and the cache of one sequence of `context` tokens), `target_speedup`
+                (1.3, by block times measured now on the model's device), `blocks` (4) and `slicing` ("20%" of the
+                hidden directions); or none, where one of the method's own settings is an amount, such as `window`.
+
+        Raises:
+            InputError: an unknown method or setting, an amount that cannot be reached, unusable texts, or scores
+                of another model.
+            NumericsError: NaN or infinity while measuring.
+        """
         parts = read_sequence(method, dict(settings or {}))
-        budget = whole_budget(parts, amount)
+        budget = whole_budget(parts, Amount.of(amount))
         if scores is not None and model.fingerprint and scores.fingerprint != model.fingerprint:
             raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
         used: Windows | None = None
@@ -112,52 +135,7 @@ class PlanJob(Job[Plan]):
         )
 
 
-def make_plan(
-    model: Decoder,
-    *,
-    method: str,
-    texts: Texts = None,
-    windows: int | None = 32,
-    seq_len: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-    scores: Scores | None = None,
-    options: RunOptions = DEFAULTS,
-    **amount: Unpack[AmountFields],
-) -> Plan:
-    """Decide what to cut.
-
-    Args:
-        model: the open model; it is not changed.
-        method: a name of `secateur methods`, such as `streamline`; or several that are applied one after the other,
-            each with its share of what is to go: `swm:0.5,slicegpt:0.5`.
-        texts: what the model is measured on: see `secateur texts`; None is `python-stdlib`.
-        windows: number of windows; None takes all.
-        seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
-        settings: the method's own settings by name; of several methods as `swm.rule`.
-        scores: scores of this model measured earlier, so that they are not measured again.
-        options: seed, batch size, progress, and the work folder in which a search keeps what it measured, and training
-            its states (of methods that are not the last).
-        amount: exactly one of `remove` (fraction of all parameters, 0.25 or "25%"), `target_params` ("5.5B"),
-            `target_memory` ("12GB", of weights and the cache of one sequence of `context` tokens), `target_speedup`
-            (1.3, by block times measured now on the model's device), `blocks` (4) and `slicing` ("20%" of the hidden
-            directions); or none, where one of the method's own settings is an amount, such as `window`.
-
-    Raises:
-        InputError: an unknown method or setting, an amount that cannot be reached, unusable texts, or scores
-            of another model.
-        NumericsError: NaN or infinity while measuring.
-    """
-    return PlanJob.prepare(
-        model,
-        method=method,
-        amount=Amount.of(amount),
-        texts=texts,
-        windows=windows,
-        seq_len=seq_len,
-        settings=settings,
-        scores=scores,
-        options=options,
-    ).run()
+make_plan = function_of(PlanJob.prepare, "make_plan")
 
 
 def expected_blocks(budget: Budget, model: Decoder) -> int:

@@ -10,7 +10,7 @@ from secateur.data.texts import Texts
 from secateur.data.windows import Windows
 from secateur.files import require_room
 from secateur.jobs.cost import JobCost, cost_of, describe_model
-from secateur.jobs.job import Job
+from secateur.jobs.job import Job, function_of
 from secateur.methods.method import Measurements
 from secateur.methods.planning import apply_plan, require_made_for, windows_of_plan
 from secateur.models.decoder import Decoder
@@ -43,7 +43,19 @@ class PruneJob(Job[Decoder]):
         texts: Texts = None,
         options: RunOptions = DEFAULTS,
     ) -> PruneJob:
-        """Read a request; arguments and errors as for `prune`."""
+        """Apply a plan; the given model stays as it is and shares its weights with the result where it can.
+
+        Args:
+            model: the model the plan was made for.
+            plan: the plan, or the path of a plan file.
+            texts: what edits that measure are measured on; None takes what the plan names. Others than the plan was
+                made on give a warning.
+            options: batch size, progress, and the work folder in which what is trained keeps its states; the seed is
+                the plan's.
+
+        Raises:
+            InputError: the plan is for another model, cannot be applied to this one, or needs texts that are gone.
+        """
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
         if model.fingerprint:  # weights that are not here have none yet
             require_made_for(plan, model)
@@ -87,24 +99,4 @@ class PruneJob(Job[Decoder]):
         return lines
 
 
-def prune(
-    model: Decoder,
-    plan: Plan | str | Path,
-    *,
-    texts: Texts = None,
-    options: RunOptions = DEFAULTS,
-) -> Decoder:
-    """Apply a plan; the given model stays as it is and shares its weights with the result where it can.
-
-    Args:
-        model: the model the plan was made for.
-        plan: the plan, or the path of a plan file.
-        texts: what edits that measure are measured on; None takes what the plan names. Others than the plan was
-            made on give a warning.
-        options: batch size, progress, and the work folder in which what is trained keeps its states; the seed is the
-            plan's.
-
-    Raises:
-        InputError: the plan is for another model, cannot be applied to this one, or needs texts that are gone.
-    """
-    return PruneJob.prepare(model, plan, texts=texts, options=options).run()
+prune = function_of(PruneJob.prepare, "prune")

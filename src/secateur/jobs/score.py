@@ -9,7 +9,7 @@ from secateur.data.texts import Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import unknown
 from secateur.jobs.cost import JobCost, cost_of
-from secateur.jobs.job import Job
+from secateur.jobs.job import Job, function_of
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.measure import score_model
@@ -44,7 +44,22 @@ class ScoreJob(Job[Scores]):
         kinds: Sequence[Kind] = ONE_PASS,
         options: RunOptions = DEFAULTS,
     ) -> ScoreJob:
-        """Read a request; arguments and errors as for `score`."""
+        """Measure where a model is redundant.
+
+        Args:
+            model: the open model.
+            texts: what it is measured on: see `secateur texts`; None is `python-stdlib`.
+            windows: number of windows; None takes all.
+            seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
+            pack: join documents into full windows; False puts one document in each window, padded.
+            kinds: what to measure, of `cosine`, `angular`, `magnitude`, `cka` (these four in one pass), `perplexity`
+                (with each block left out) and `taylor` (backward passes).
+            options: seed of the documents and of the tokens that CKA looks at, batch size, progress.
+
+        Raises:
+            InputError: an unknown kind, or unusable texts.
+            NumericsError: NaN or infinity; it never becomes a score.
+        """
         for kind in kinds:
             if kind not in KINDS:
                 raise unknown("score", kind, list(KINDS))
@@ -61,32 +76,4 @@ class ScoreJob(Job[Scores]):
         return score_model(self.model, self.windows, self.kinds, options=self.options)
 
 
-def score(
-    model: Decoder,
-    *,
-    texts: Texts = None,
-    windows: int | None = 32,
-    seq_len: int | None = None,
-    pack: bool = True,
-    kinds: Sequence[Kind] = ONE_PASS,
-    options: RunOptions = DEFAULTS,
-) -> Scores:
-    """Measure where a model is redundant.
-
-    Args:
-        model: the open model.
-        texts: what it is measured on: see `secateur texts`; None is `python-stdlib`.
-        windows: number of windows; None takes all.
-        seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
-        pack: join documents into full windows; False puts one document in each window, padded.
-        kinds: what to measure, of `cosine`, `angular`, `magnitude`, `cka` (these four in one pass), `perplexity`
-            (with each block left out) and `taylor` (backward passes).
-        options: seed of the documents and of the tokens that CKA looks at, batch size, progress.
-
-    Raises:
-        InputError: an unknown kind, or unusable texts.
-        NumericsError: NaN or infinity; it never becomes a score.
-    """
-    return ScoreJob.prepare(
-        model, texts=texts, windows=windows, seq_len=seq_len, pack=pack, kinds=kinds, options=options
-    ).run()
+score = function_of(ScoreJob.prepare, "score")

@@ -161,6 +161,18 @@ class Amount(BaseModel):
         named = self.model_dump(by_alias=True, exclude={"context"}, exclude_none=True)
         return dict(sorted(named.items(), key=lambda item: _ORDER.index(item[0])))
 
+    def fields(self) -> AmountFields:
+        """Return the amount as keyword arguments of a function."""
+        return {
+            "remove": self.remove,
+            "target_params": self.target_params,
+            "target_memory": self.target_memory,
+            "context": self.context,
+            "target_speedup": self.target_speedup,
+            "blocks": self.blocks,
+            "slicing": self.slicing,
+        }
+
     def require_at_most_one(self) -> None:
         """Refuse several amounts at once.
 
