@@ -51,8 +51,8 @@ class Registry(Mapping[str, Item], Generic[Item]):
         """
         if name in self._entries:
             raise InputError(
-                f"two {self._what}s are called '{name}': in {self._entries[name].module} and in {module}; rename or "
-                "uninstall one."
+                f"the {self._what} '{name}' is defined twice, in {self._entries[name].module} and in {module}; rename "
+                "or uninstall one of them."
             )
         self._entries[name] = _Entry(item, order, module, len(self._entries))
 

@@ -215,12 +215,13 @@ _FORMS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def results_tables(results: Sequence[Result]) -> RenderableType:
     """Return a table for each kind of result that there is."""
-    perplexities = [one for one in results if one.measure == "perplexity"]
     tasks = [one for one in results if one.task is not None]
     speeds = [one for one in results if one.measure in _FORMS]
-    tables: list[RenderableType] = []
-    if perplexities:
-        tables.append(results_table(perplexities))
+    metrics: dict[str, list[Result]] = {}
+    for one in results:
+        if one.task is None and one.measure not in _FORMS:
+            metrics.setdefault(one.measure, []).append(one)
+    tables: list[RenderableType] = [results_table(measured) for measured in metrics.values()]
     if tasks:
         tables.append(_tasks_table(tasks))
     if speeds:
