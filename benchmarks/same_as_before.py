@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 RECORD = Path(__file__).parent / "results" / "same_as_before.json"
-READING = ["--windows", "8", "--seq-len", "128"]
+EXACT = ["--dtype", "float32"]
+READING = ["--texts", "python-stdlib", "--windows", "8", "--seq-len", "128", *EXACT]
 CASES: dict[str, list[str]] = {
     "shortgpt": [],
     "uidl": [],
@@ -67,8 +68,8 @@ def _cut(method: str) -> dict[str, Any]:
         file, folder = Path(name) / "plan.json", Path(name) / "cut"
         amount = ["--method", method, "--remove", "20%", *CASES[method]]
         plan = _run("plan", "bundled", *amount, *READING, "-o", str(file), "--json")
-        _run("prune", "bundled", "--plan", str(file), "-o", str(folder), "--json")
-        results = _run("eval", str(folder), "--windows", "8", "--seq-len", "128", "-o", f"{name}/eval", "--json")
+        _run("prune", "bundled", "--plan", str(file), "-o", str(folder), *EXACT, "--json")
+        results = _run("eval", str(folder), *READING, "-o", f"{name}/eval", "--json")
     return {
         "parameters": plan["parameters_after"],
         "steps": [

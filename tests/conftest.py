@@ -14,6 +14,7 @@ from secateur.models.opening import open_model
 from tiny_models import VOCABULARY, save_tiny
 
 torch.set_num_threads(1)
+torch.cpu._is_amx_tile_supported = lambda: False  # float32 on every machine, also where bfloat16 is fast
 logging.disable_progress_bar()
 
 

@@ -8,7 +8,7 @@ import secateur
 
 ORDER = [
     {"errors"},
-    {"versions", "files", "settings", "progress", "distributed", "plugins"},
+    {"versions", "files", "settings", "progress", "run_options", "distributed", "plugins"},
     {"plan", "modeling"},
     {"models"},
     {"data"},

@@ -28,9 +28,10 @@ NAMES = pytest.mark.parametrize(
 )
 
 
-def all_states(decoder, windows, **settings):
+def all_states(decoder, windows, batch_size, **more):
     """The states of all windows, one tensor (windows, positions, d) per depth."""
-    parts = [states for _, states in states_by_batch(decoder, windows, **settings)]
+    options = RunOptions(batch_size=batch_size)
+    parts = [states for _, states in states_by_batch(decoder, windows, options=options, **more)]
     return [torch.cat(of_depth) for of_depth in zip(*parts, strict=True)]
 
 

@@ -113,4 +113,4 @@ def test_what_cannot_be_measured(tiny):
         ({"batch_sizes": []}, "no batch size"),
     ):
         with pytest.raises(InputError, match=message):
-            bench(decoder, **given)
+            bench(decoder, timing=Timing(**given))

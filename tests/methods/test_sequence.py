@@ -91,7 +91,7 @@ def test_what_one_part_misses_the_next_makes_up_for():
 
 
 def test_a_rest_too_small_for_the_last_method_is_left(bundled):
-    with pytest.warns(SecateurWarning, match="nothing goes by obs-width"):
+    with pytest.warns(SecateurWarning, match="obs-width skipped: the remaining budget is below half its smallest cut"):
         plan = make_plan(bundled, method="shortgpt:0.9,obs-width:0.1", remove=0.15, texts=WINDOWS)
     assert [step.kind for step in plan.steps] == ["drop-blocks"]
     assert plan.removed_fraction == pytest.approx(0.15, abs=0.01)

@@ -27,8 +27,8 @@ from oracles import draw_tokens, forward, walk
 from secateur import inspect as inspect_model
 from secateur.checkpoints.save import save
 from secateur.errors import InputError, ModelError
-from secateur.jobs.cost import estimate
-from secateur.models.opening import open_model
+from secateur.jobs.cost import memory_of
+from secateur.models.opening import open_model, open_shapes
 from tiny_models import build, build_tokenizer, save_tiny
 
 MODES = pytest.mark.parametrize("skeleton", [False, True], ids=["memory", "skeleton"])
@@ -235,12 +235,12 @@ def test_a_model_is_spread_only_where_one_gpu_is_too_small(folder, monkeypatch, 
 
 
 def test_opened_for_its_shapes_it_says_how_the_job_will_hold_it(folder, monkeypatch):
-    whole = open_model(folder, shapes_only=True)
+    whole = open_shapes(folder)
     assert whole.is_skeleton
     assert not whole.by_blocks
-    assert open_model(folder, shapes_only=True, skeleton=True).by_blocks
+    assert open_shapes(folder, skeleton=True).by_blocks
     monkeypatch.setattr("secateur.models.opening._too_large", lambda *_: True)
-    assert open_model(folder, shapes_only=True).by_blocks
+    assert open_shapes(folder).by_blocks
     assert open_model(folder).by_blocks
     assert not open_model(folder, skeleton=False).by_blocks
 
@@ -361,15 +361,15 @@ def test_no_weights_come_from_the_hub_to_say_what_a_job_needs(hub, folder):
     whole = open_model("owner/model")
     (folder / "model.safetensors").unlink()
     calls.clear()
-    shapes = open_model("owner/model", shapes_only=True)
+    shapes = open_shapes("owner/model")
     assert len(calls) == 1
     assert not any(fnmatch("model.safetensors", pattern) for pattern in calls[0]["allow_patterns"])
     assert shapes.fingerprint == ""
     assert not shapes.by_blocks
     assert shapes.parameter_count == whole.parameter_count
-    assert estimate(shapes, 1000, 1.0).memory == estimate(whole, 1000, 1.0).memory
+    assert memory_of(shapes, 1000) == memory_of(whole, 1000)
     assert inspect_model(shapes)["parameters"] == inspect_model(whole)["parameters"]
-    assert open_model("owner/model", shapes_only=True, skeleton=True).by_blocks
+    assert open_shapes("owner/model", skeleton=True).by_blocks
 
 
 def test_no_weights_come_from_the_hub_for_what_is_refused(hub, folder):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, model_validator
 from transformers import PreTrainedModel
 
 from secateur.errors import InputError
@@ -49,11 +49,19 @@ class Timing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    batch_sizes: tuple[int, ...] = Field(default=BATCHES, min_length=1)
+    batch_sizes: tuple[int, ...] = BATCHES
     prompts: tuple[int, ...] | None = None
-    new_tokens: int = Field(default=NEW_TOKENS, ge=2)
-    repeats: int = Field(default=5, ge=1)
-    warmup: int = Field(default=1, ge=0)
+    new_tokens: int = NEW_TOKENS
+    repeats: int = 5
+    warmup: int = 1
+
+    @model_validator(mode="after")
+    def _possible(self) -> Timing:
+        if self.repeats < 1 or self.warmup < 0 or self.new_tokens < 2:
+            raise InputError("repeats must be at least 1, warm-up rounds 0 or more, new tokens at least 2.")
+        if not self.batch_sizes or self.prompts == ():
+            raise InputError("no batch size or no prompt length given.")
+        return self
 
 
 def measure_speed(model: Decoder, against: Decoder | None, timing: Timing, options: RunOptions) -> list[Result]:
@@ -70,8 +78,6 @@ def measure_speed(model: Decoder, against: Decoder | None, timing: Timing, optio
         for batch in timing.batch_sizes
         for prompt in (timing.prompts if timing.prompts is not None else _prompts_that_fit(models.values(), new_tokens))
     ]
-    if not requests:
-        raise InputError("no batch size or no prompt length given.")
     tokens = {(role, asked): asked.tokens(one, options.seed) for role, one in models.items() for asked in requests}
     results: list[Result] = []
     with ExitStack() as open_models:

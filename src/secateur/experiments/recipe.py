@@ -95,7 +95,7 @@ class Measuring(Section):
 class SpeedSection(Section, Timing):
     """How speed and memory are measured; as `secateur bench` takes it."""
 
-    batch_sizes: tuple[int, ...] = Field(default=(1,), min_length=1)
+    batch_sizes: tuple[int, ...] = (1,)
 
 
 class Samples(Section):

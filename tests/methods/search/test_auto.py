@@ -155,7 +155,8 @@ def counting_losses(monkeypatch, stop_at=None):
 def test_a_search_that_was_stopped_goes_on_and_gives_the_same_plan(tiny, monkeypatch, tmp_path):
     def plan(**more):
         settings = BRIEF | {"trials": 50}
-        return make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=settings, **more)
+        options = RunOptions(**more)
+        return make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=settings, options=options)
 
     whole, undisturbed = counting_losses(monkeypatch), plan()
     monkeypatch.undo()
