@@ -8,7 +8,8 @@ import secateur
 
 ORDER = [
     {"errors"},
-    {"versions", "files", "settings", "progress", "run_options", "distributed", "plugins"},
+    {"versions", "files", "settings", "progress", "distributed", "plugins"},
+    {"run_options"},
     {"plan", "modeling"},
     {"models"},
     {"data"},
