@@ -11,20 +11,10 @@ import pytest
 from safetensors.torch import load_file
 
 import secateur
+from toy_packages import installed
 
 TOY = Path(__file__).parent / "toy_package" / "toy_scale.py"
 SOURCE = Path(secateur.__file__).parents[1]
-
-
-def installed(folder, text, module="toy_scale", group="secateur.methods"):
-    """Write what an installed package is: a module, and a folder that names its entry point."""
-    folder.mkdir(exist_ok=True)
-    (folder / f"{module}.py").write_text(text)
-    facts = folder / f"{module}-1.0.dist-info"
-    facts.mkdir()
-    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text(f"[{group}]\n{module} = {module}\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
