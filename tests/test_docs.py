@@ -3,8 +3,10 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from secateur.jobs.heal import find_healing_recipe
 from secateur.methods.registry import METHODS
 from secateur.methods.sequence import read_sequence
 from secateur.settings import read_settings
+from toy_packages import installed
 
 ROOT = Path(__file__).parents[1]
 BESIDE = [ROOT / "benchmarks" / "README.md", ROOT / "recipes" / "README.md"]
@@ -144,17 +147,42 @@ def test_python_in_the_documentation_is_python(name):
             ast.parse(code)
 
 
-def test_the_worked_example_of_a_method_works(monkeypatch, bundled):
-    written, used = blocks("add-a-method.md")
-    names: dict = {"__name__": "secateur.methods.small_steps"}
-    exec(written, names)
-    (method,) = names["METHODS"]
-    monkeypatch.setitem(METHODS, method.name, method)
-    monkeypatch.setattr(secateur, "open_model", lambda source: bundled)
-    exec(used, names)
+def test_the_worked_example_of_a_method_works(bundled, tmp_path):
+    """Installed as the page says, in a fresh process: the plan is what the score says, and the method is listed."""
+    written, used, _, _ = blocks("add-a-method.md")
+    (entry,) = re.findall(r'^\[project\.entry-points\."(.+)"\]\nsmall_steps = "small_steps"$', PAGE, re.MULTILINE)
+    site = installed(tmp_path / "site", written, "small_steps", entry)
+    shown = "print(json.dumps([plan.steps[0].blocks, pruned.block_count, list(METHODS), nothing.removed_fraction]))"
+    script = f"""import json
+{used}
+from secateur.methods.registry import METHODS
+nothing = secateur.make_plan(model, method="small-steps", blocks=0)
+{shown}"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(Path(secateur.__file__).parents[1])])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    removed, count, names, nothing = json.loads(done.stdout)
     found = secateur.score(bundled, windows=2, kinds=("magnitude",)).relative_magnitude
-    smallest = sorted(range(bundled.block_count - 1), key=lambda block: found[block])[:2]
-    assert names["plan"].steps[0].blocks == tuple(sorted(smallest))
-    assert names["pruned"].block_count == bundled.block_count - 2
-    nothing = secateur.make_plan(bundled, method=method.name, blocks=0)
-    assert nothing.parameters_after == bundled.parameter_count
+    assert removed == sorted(sorted(range(bundled.block_count - 1), key=lambda block: found[block])[:2])
+    assert count == bundled.block_count - 2
+    assert "small-steps" in names
+    assert nothing == 0
+
+
+PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
+
+
+def test_the_step_and_the_metric_of_the_page_are_those_that_are_tested():
+    """The step is the toy's, shortened; the metric runs."""
+    _, _, step, bits = blocks("add-a-method.md")
+    toy = (ROOT / "tests" / "methods" / "toy_package" / "toy_scale.py").read_text()
+    plain = re.sub(r'\n? *"""[^"]*"""\n', "\n", step).replace("\n\n", "\n")
+    code = [line for line in plain.splitlines() if line.strip() and "import" not in line and not line.endswith("...")]
+    assert [line for line in code if line not in toy] == []
+    names: dict = {}
+    exec(bits.replace('@metric("bits-per-token")\n', ""), names)
+    assert callable(names["bits_per_token"])

@@ -8,7 +8,7 @@ import secateur
 
 ORDER = [
     {"errors"},
-    {"versions", "files", "settings", "progress", "distributed"},
+    {"versions", "files", "settings", "progress", "distributed", "plugins"},
     {"run_options"},
     {"plan", "modeling"},
     {"models"},

@@ -8,7 +8,6 @@ import torch
 from oracles import draw_windows, loss_without, plain_states, plain_taylor
 from secateur import make_plan, prune
 from secateur.errors import InputError, NumericsError
-from secateur.methods import drop_blocks, replace_blocks
 from secateur.methods.registry import find_method
 from secateur.models.opening import open_model
 from secateur.run_options import RunOptions
@@ -16,7 +15,7 @@ from secateur.scores.measure import score_model
 from secateur.scores.profile import KINDS, Scores
 from tiny_models import build
 
-METHODS = [method.name for method in (*drop_blocks.METHODS, *replace_blocks.METHODS)]
+METHODS = [*("shortgpt", "uidl", "last-n", "shortened-llama", "sleb"), "streamline"]
 CUT_ALONE = {"streamline": {"network": "none"}}
 """Nothing is put in the place of the blocks."""
 

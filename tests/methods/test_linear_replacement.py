@@ -217,7 +217,7 @@ def test_several_windows(tiny):
     decoder, windows = tiny("llama"), windows_of_text()
     step = found_by(decoder, windows, 3, max_window=2)
     assert sorted(high - low + 1 for low, high in step.windows) == [1, 2]
-    assert len(step.kept(BLOCKS)) == 5
+    assert len(step.kept_blocks(BLOCKS)) == 5
     errors = dict(linear_sums(decoder, windows, step.windows))
     assert step.error == pytest.approx([errors[span].error(errors[span].result(0.1)) for span in step.windows])
 
@@ -348,8 +348,8 @@ def replacing(*windows, **fields):
 
 def test_what_a_step_leaves():
     step = replacing((3, 4), (1, 1))
-    assert step.kept(5) == (0, 2)
-    assert step.left(SIZES) == Sizes((10, 20), 7)
+    assert step.kept_blocks(5) == (0, 2)
+    assert step.sizes_after(SIZES) == Sizes((10, 20), 7)
     assert step.describe() == ("replaces", "1 to 1, 3 to 4 (a matrix each)")
     assert step.measures
 
@@ -366,7 +366,7 @@ def test_what_a_step_leaves():
 )
 def test_steps_that_cannot_be_applied(windows, message):
     with pytest.raises(InputError, match=message):
-        replacing(*windows).left(SIZES)
+        replacing(*windows).sizes_after(SIZES)
 
 
 @pytest.mark.parametrize("fields", [{"ridge": -0.1}, {"ridge": float("nan")}, {"windows": ()}])

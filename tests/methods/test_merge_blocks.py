@@ -381,11 +381,11 @@ def merging(*windows, rule="top", **fields):
 
 def test_what_a_step_leaves():
     step = merging((2, 3), (0, 1))
-    assert step.kept(5) == (0, 2, 4)
-    assert step.left(SIZES) == Sizes((10, 20, 30), 7)
+    assert step.kept_blocks(5) == (0, 2, 4)
+    assert step.sizes_after(SIZES) == Sizes((10, 20, 30), 7)
     assert step.describe() == ("merges", "0 to 1, 2 to 3 (top)")
     assert merging().describe() == ("merges", "nothing")
-    assert merging().kept(3) == (0, 1, 2)
+    assert merging().kept_blocks(3) == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -401,13 +401,13 @@ def test_what_a_step_leaves():
 )
 def test_steps_that_cannot_be_applied(windows, message):
     with pytest.raises(InputError, match=message):
-        merging(*windows).left(SIZES)
+        merging(*windows).sizes_after(SIZES)
 
 
 @pytest.mark.parametrize("influence", [(), (1.0,) * 4, (0.1, 0.2, float("nan"), 0.1, 0.1), (0.1, -1.0, 0.1, 0.1, 0.1)])
 def test_influences_that_cannot_be_used(influence):
     with pytest.raises(InputError, match="by block influence"):
-        merging((0, 1), rule="weighted", influence=influence).kept(5)
+        merging((0, 1), rule="weighted", influence=influence).kept_blocks(5)
 
 
 @pytest.mark.parametrize("rule", ["top", "delta-sum", "mean", "weighted"])

@@ -60,7 +60,7 @@ def test_target_params_stays_below(bundled):
     plan = plan_for(bundled, "minitron-width", {"target_params": "4.9M"}, WINDOWS)
     (step,) = plan.steps
     wider = tuple(one.model_copy(update={"channels": one.channels + 64}) for one in step.widths)
-    assert plan.parameters_after <= 4_900_000 < step.sizes.at(wider).total
+    assert plan.parameters_after <= 4_900_000 < step.sizes.sizes_at(wider).total
 
 
 def test_widths_by_number(tiny):
@@ -257,7 +257,7 @@ def test_coordinates_of_the_largest_activations(tiny):
 
 def test_hidden_directions_go_first_then_channels(tiny):
     plan = plan_for(tiny("llama"), "minitron-width", {"remove": 0.5}, hidden=0.25)
-    assert [step.kind for step in plan.steps] == ["slice-hidden", "narrow-blocks"]
+    assert [step.kind for step in plan.steps] == ["slice-hidden", "prune-width"]
     assert plan.removed_fraction == pytest.approx(0.5, abs=0.02)
     found = prune(tiny("llama"), plan, texts=draw_windows())
     assert type(found.module).__name__ == "LlamaForCausalLM"

@@ -97,7 +97,7 @@ def test_bad_settings(blocks, settings, message, tiny):
 )
 def test_windows_that_cannot_be(window, message):
     with pytest.raises(InputError, match=message):
-        ReplaceBlocks(method="streamline", window=window, network="block", train_tokens=1).kept(8)
+        ReplaceBlocks(method="streamline", window=window, network="block", train_tokens=1).kept_blocks(8)
 
 
 def test_a_plan_for_another_shape_is_refused(tiny):

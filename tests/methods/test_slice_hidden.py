@@ -126,7 +126,7 @@ def test_remove_is_the_closest_true_fraction(method, remove, bundled):
                 update={"widths": (other,) * 12, "head_width": other if step.stock else step.head_width}
             )
             sizes = plan.sizes_after()
-            gone = 1 - near.left(sizes).total / plan.parameters_before
+            gone = 1 - near.sizes_after(sizes).total / plan.parameters_before
             assert abs(gone - remove) >= abs(plan.removed_fraction - remove)
     assert plan.removed_fraction == pytest.approx(
         remove, abs={"slicegpt": 0.03, "dynamic-slicing": 0.005, "stock-slicing": 0.08}[method]
@@ -137,7 +137,7 @@ def test_target_params_stays_below(bundled):
     plan = make_plan(bundled, method="slicegpt", target_params="4.9M", texts=Windows.of([[3, 4, 5, 6]]))
     (step,) = plan.steps
     larger = step.model_copy(update={"widths": tuple(width + 8 for width in step.widths)})
-    assert plan.parameters_after <= 4_900_000 < larger.left(plan.sizes_after()).total
+    assert plan.parameters_after <= 4_900_000 < larger.sizes_after(plan.sizes_after()).total
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_round_trip(written):
     plan, path, _ = written
     assert Plan.read(path) == Plan.read(str(path)) == plan
     data = json.loads(path.read_text())
-    assert data["format"] == 1
+    assert data["format"] == 2
     assert data["steps"][0]["blocks"] == list(plan.steps[0].blocks)
     assert data["parameters_after"] == plan.parameters_after
     assert data["removed_fraction"] == plan.removed_fraction
@@ -154,7 +154,7 @@ def test_a_later_step_may_ask_too_much():
         lambda data: data.update(colour="red"),
         lambda data: data["steps"][0].update(colour="red"),
         lambda data: data["model"].update(colour="red"),
-        lambda data: data.update(format=2),
+        lambda data: data.update(format=3),
         lambda data: data.pop("model"),
         lambda data: data["steps"][0].update(kind="paint"),
         lambda data: data.update(steps="none"),

@@ -24,31 +24,31 @@ DROP = {"kind": "drop-blocks", "method": "sleb"}
 def test_each_kind_of_step():
     kept = ["kept"] * 8
     assert states(plan()) == kept
-    assert states(plan(DROP | {"blocks": [2, 5]})) == [*kept[:2], "dropped", *kept[:2], "dropped", *kept[:2]]
+    assert states(plan(DROP | {"blocks": [2, 5]})) == [*kept[:2], "removed", *kept[:2], "removed", *kept[:2]]
     merged = {"kind": "merge-blocks", "method": "swm", "rule": "delta-sum", "windows": [[1, 3]]}
     assert states(plan(merged)) == ["kept", "merged", "absorbed", "absorbed", *kept[:4]]
-    matrix = {"kind": "linearize-blocks", "method": "replaceme", "ridge": 0.1, "windows": [[3, 4]]}
+    matrix = {"kind": "linear-replacement", "method": "replaceme", "ridge": 0.1, "windows": [[3, 4]]}
     assert states(plan(matrix)) == [*kept[:3], "replaced", "replaced", *kept[:3]]
-    assert picture([plan(matrix)])[4].says == "replaced by a matrix in block 2"
+    assert picture([plan(matrix)])[4].text == "replaced by a matrix in block 2"
     network = {"kind": "replace-blocks", "method": "streamline", "window": [2, 4], "network": "block"}
     assert states(plan(network | {"train_tokens": 9})) == ["kept", "kept", "network", "replaced", "replaced", *kept[:3]]
 
 
 def test_later_steps_and_plans_count_the_blocks_that_are_left():
     both = plan(DROP | {"blocks": [0, 1]}, DROP | {"blocks": [0]})
-    assert states(both)[:4] == ["dropped", "dropped", "dropped", "kept"]
+    assert states(both)[:4] == ["removed", "removed", "removed", "kept"]
     second = plan({"kind": "merge-blocks", "method": "swm", "rule": "top", "windows": [[3, 4]]}, blocks=5)
-    assert states(both, second) == [*["dropped"] * 3, *["kept"] * 3, "merged", "absorbed"]
+    assert states(both, second) == [*["removed"] * 3, *["kept"] * 3, "merged", "absorbed"]
 
 
 def test_widths_that_stay(study):
     (made,) = read_folder(study / "cells" / "flap-10").cells[0].plans
     (step,) = made.steps
-    narrowed = 0
+    reduced = 0
     for block, keep, sizes in zip(picture([made]), step.widths, step.sizes.blocks, strict=True):
-        gone = sizes.at(sizes.dense) - sizes.at(keep)
-        assert block.share == pytest.approx(1 - gone / (sizes.at(sizes.dense) - sizes.fixed))
-        assert block.state == ("narrowed" if gone else "kept")
-        assert not gone or f"{keep.channels} of {sizes.dense.channels} channels" in block.says
-        narrowed += gone > 0
-    assert narrowed
+        gone = sizes.parameters_at(sizes.dense) - sizes.parameters_at(keep)
+        assert block.share == pytest.approx(1 - gone / (sizes.parameters_at(sizes.dense) - sizes.fixed))
+        assert block.state == ("reduced" if gone else "kept")
+        assert not gone or f"{keep.channels} of {sizes.dense.channels} channels" in block.text
+        reduced += gone > 0
+    assert reduced

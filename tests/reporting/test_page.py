@@ -89,9 +89,9 @@ def test_plans_are_drawn_block_by_block(read, study):
     states = [found["class"].split()[1] for found in blocks]
     flap = picture(read_folder(study / "cells" / "flap-10").cells[0].plans)
     assert any(block.share < 1 for block in flap)
-    assert states.count("dropped") == 3
+    assert states.count("removed") == 3
     assert states.count("replaced") == 1
-    assert states.count("narrowed") == sum(block.share < 1 for block in flap)
+    assert states.count("reduced") == sum(block.share < 1 for block in flap)
     assert states.count("absorbed") == 2
 
 

@@ -113,7 +113,7 @@ def _finished(folder: Path) -> dict[str, Any]:
         )
     try:
         methods_in(record["history"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (InputError, KeyError, TypeError) as error:
         raise InputError(f"{folder / MARKER}: not a record of this version; write the folder again.") from error
     if not (record.get("check") or {}).get("passed"):
         raise InputError(

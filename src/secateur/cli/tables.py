@@ -17,7 +17,8 @@ from secateur.evaluation.results import Result
 from secateur.methods.registry import METHODS
 from secateur.plan.amount import gigabytes
 from secateur.plan.plan import Candidate, Plan, Search
-from secateur.plan.steps import AnyStep
+from secateur.plan.step import Step
+from secateur.plan.units import summary
 from secateur.progress import Progress
 from secateur.scores.profile import Scores
 
@@ -84,6 +85,9 @@ def plan_summary(plan: Plan) -> RenderableType:
         settings = ", ".join(f"{name}={value}" for name, value in _unusual(step).items())
         table.add_row("method", step.method + (f" ({settings})" if settings else ""))
         table.add_row(*step.describe())
+    removed = summary(plan.removes())
+    if removed:
+        table.add_row("removes", removed)
     table.add_row("blocks", _strip(plan))
     table.add_row(
         "parameters",
@@ -133,7 +137,7 @@ def _name(one: Candidate) -> str:
     return " + ".join(part for part in (one.depth and f"{one.depth}{blocks}", one.width) if part)
 
 
-def _unusual(step: AnyStep) -> dict[str, Any]:
+def _unusual(step: Step) -> dict[str, Any]:
     """Return the settings of a step that are not the method's defaults."""
     fields = METHODS[step.method].settings.model_fields if step.method in METHODS else {}
     defaults = {name: field.default for name, field in fields.items()}
@@ -211,12 +215,13 @@ _FORMS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def results_tables(results: Sequence[Result]) -> RenderableType:
     """Return a table for each kind of result that there is."""
-    perplexities = [one for one in results if one.measure == "perplexity"]
     tasks = [one for one in results if one.task is not None]
     speeds = [one for one in results if one.measure in _FORMS]
-    tables: list[RenderableType] = []
-    if perplexities:
-        tables.append(results_table(perplexities))
+    metrics: dict[str, list[Result]] = {}
+    for one in results:
+        if one.task is None and one.measure not in _FORMS:
+            metrics.setdefault(one.measure, []).append(one)
+    tables: list[RenderableType] = [results_table(measured) for measured in metrics.values()]
     if tasks:
         tables.append(_tasks_table(tasks))
     if speeds:

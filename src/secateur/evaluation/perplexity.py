@@ -1,14 +1,10 @@
-"""Perplexity: exp of the mean next-token loss over non-overlapping windows.
-
-The text is joined, tokenised once and cut into windows; the last partial window is dropped, and that is said. The
-tokenizer's default beginning-of-sequence token starts each window, so a window of T tokens makes T − 1 predictions.
-"""
+"""The perplexity of one model, as a result."""
 
 from __future__ import annotations
 
-from secateur.calibration.walk import mean_loss, perplexity_of
 from secateur.data.windows import Windows
-from secateur.evaluation.results import Result, result_of
+from secateur.evaluation.metrics.metric import measure
+from secateur.evaluation.results import Result
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 
@@ -19,5 +15,5 @@ def measure_perplexity(model: Decoder, role: str, windows: Windows, options: Run
     Raises:
         NumericsError: NaN or infinity on the way; it never becomes a perplexity.
     """
-    loss = mean_loss(model, windows, options=options)
-    return result_of(model, role, "perplexity", perplexity_of(loss), texts=windows.describe())
+    (result,) = measure(("perplexity",), model, role, windows, options)
+    return result

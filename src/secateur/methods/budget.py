@@ -162,7 +162,7 @@ def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[
     whole: float = total
     if budget.cost is not None:
         blocks = kept if kept is not None else [range(len(budget.cost.blocks))] * len(left)
-        weights = [budget.cost.of(stay, count) for stay, count in zip(blocks, left, strict=True)]
+        weights = [budget.cost.weigh(stay, count) for stay, count in zip(blocks, left, strict=True)]
         whole = budget.cost.total
     smaller = [place for place, weight in enumerate(weights) if weight < whole]
     wanted = budget.limit(whole)

@@ -29,7 +29,7 @@ class Cost:
         blocks: what goes with each block.
         total: what the model weighs.
         dense: what the model weighed before anything went.
-        of: what a model weighs that keeps these blocks and has so many parameters.
+        weigh: what a model weighs that keeps these blocks and has so many parameters.
         facts: what it is counted on, for the plan.
     """
 
@@ -37,7 +37,7 @@ class Cost:
     blocks: tuple[float, ...]
     total: float
     dense: float
-    of: Callable[[Sequence[int], int], float] = field(compare=False, repr=False)
+    weigh: Callable[[Sequence[int], int], float] = field(compare=False, repr=False)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def after(self, kept: Sequence[int], parameters: int) -> Cost:
@@ -45,8 +45,8 @@ class Cost:
         return replace(
             self,
             blocks=tuple(self.blocks[block] for block in kept),
-            total=self.of(kept, parameters),
-            of=lambda stay, count: self.of([kept[place] for place in stay], count),
+            total=self.weigh(kept, parameters),
+            weigh=lambda stay, count: self.weigh([kept[place] for place in stay], count),
         )
 
 
@@ -60,7 +60,7 @@ def memory_cost(decoder: Decoder, context: int) -> Cost:
         blocks=tuple(count * each + held for count, held in zip(decoder.block_parameter_counts(), cache, strict=True)),
         total=total,
         dense=total,
-        of=lambda kept, parameters: parameters * each + sum(cache[block] for block in kept),
+        weigh=lambda kept, parameters: parameters * each + sum(cache[block] for block in kept),
         facts={"context": context, "dtype": str(decoder.saved_dtype).removeprefix("torch.")},
     )
 
@@ -92,7 +92,7 @@ def time_cost(decoder: Decoder, speed_model: SpeedModel | None = None) -> Cost:
         blocks=times.blocks,
         total=times.whole,
         dense=times.whole,
-        of=by_size if curve is None else lambda _, parameters: curve(parameters),
+        weigh=by_size if curve is None else lambda _, parameters: curve(parameters),
         facts={
             "batch": request.batch,
             "prompt": request.prompt,

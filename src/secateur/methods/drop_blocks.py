@@ -13,14 +13,14 @@ before the final norm (released code often takes the last one after it), and tie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from secateur.calibration.walk import open_store
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
-from secateur.methods.method import Measurements, Method, Settings
+from secateur.methods.method import Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import DropBlocks
 from secateur.scores.profile import Kind
@@ -29,6 +29,7 @@ from secateur.scores.taylor import taylor
 from secateur.surgery.depth.blocks import keep_blocks, require_one_basis
 
 Candidates = Iterator[tuple[int, ...]]
+Candidate = TypeVar("Candidate", bound=Callable[[Measurements, Any, Budget], Candidates])
 
 
 class WindowSettings(Settings):
@@ -76,63 +77,6 @@ class SlebSettings(Settings):
     protect_last: int = Field(1, ge=0, description="how many of the last blocks are never touched")
 
 
-def by_block_influence(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
-    """Rank by BI(l) = 1 − E cos(X^l, X^{l+1}), smallest first."""
-    influence = measurements.scores("cosine").block_influence
-    assert influence is not None
-    return _lowest_first(influence, settings.free_blocks(len(influence)))
-
-
-def by_angle(measurements: Measurements, settings: WindowSettings, _budget: Budget) -> Candidates:
-    """For each length take the window with the smallest angular distance A(l, n)."""
-    scores = measurements.scores("angular")
-    free = settings.free_blocks(measurements.decoder.block_count)
-    for length in range(1, len(free) + 1):
-        angles = scores.window_angle(length)
-        yield _window(min(_starts(free, length), key=lambda start: angles[start]), length)
-
-
-def deepest(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
-    """Take the last blocks that are not protected."""
-    free = settings.free_blocks(measurements.decoder.block_count)
-    for length in range(1, len(free) + 1):
-        yield tuple(free[len(free) - length :])
-
-
-def by_shortened_criterion(measurements: Measurements, settings: ShortenedSettings, _budget: Budget) -> Candidates:
-    """Rank by removal perplexity, Taylor or magnitude, smallest first, in one shot."""
-    if settings.criterion == "ppl":
-        values = measurements.scores("perplexity").removal_perplexity
-    elif settings.criterion == "taylor" and settings.per_window:
-        windows = measurements.need_windows()
-        values = tuple(taylor(measurements.decoder, windows, per_window=True, options=measurements.options))
-    elif settings.criterion == "taylor":
-        values = measurements.scores("taylor").taylor
-    else:
-        values = measurements.scores("magnitude").magnitude
-    assert values is not None
-    return _lowest_first(values, settings.free_blocks(len(values)))
-
-
-def greedily(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
-    """Again and again skip the block whose absence costs least, on the model without those already skipped."""
-    free = list(settings.free_blocks(measurements.decoder.block_count))
-    with open_store(measurements.decoder) as store:
-        known = measurements.cache.setdefault("loss without blocks", {})
-        probe = RemovalProbe(
-            measurements.decoder, measurements.need_windows(), store, measurements.options.batch_size, known
-        )
-        gone: tuple[int, ...] = ()
-        while free:
-            trials = measurements.options.progress(list(free), f"leaving out block {len(gone) + 1}", len(free))
-            losses = {block: probe.loss((*gone, block)) for block in trials}
-            best = min(losses, key=lambda block: (losses[block], block))
-            gone = (*gone, best)
-            free.remove(best)
-            probe.fix(gone)
-            yield tuple(sorted(gone))
-
-
 def _decide(
     name: str, candidates: Callable[[Measurements, Any, Budget], Candidates]
 ) -> Callable[..., Sequence[DropBlocks]]:
@@ -157,6 +101,126 @@ def _decide(
     return decide
 
 
+def drop_method(*, name: str, **row: Any) -> Callable[[Candidate], Candidate]:
+    """Register a method whose candidates the decorated function yields; the one that meets the budget is removed.
+
+    Args:
+        name: of the method.
+        row: other fields of `Method`.
+    """
+
+    def register(candidates: Candidate) -> Candidate:
+        method(order=10, name=name, **row)(_decide(name, candidates))
+        return candidates
+
+    return register
+
+
+_UIDL = "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers"
+
+
+@drop_method(
+    name="shortgpt",
+    summary="take out the blocks that change the hidden states least (block influence)",
+    paper="Men et al. 2024, ShortGPT",
+    settings=Settings,
+)
+def by_block_influence(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
+    """Rank by BI(l) = 1 − E cos(X^l, X^{l+1}), smallest first."""
+    influence = measurements.scores("cosine").block_influence
+    assert influence is not None
+    return _lowest_first(influence, settings.free_blocks(len(influence)))
+
+
+@drop_method(
+    name="uidl",
+    summary="take out the window of blocks with the smallest angular distance at the last token",
+    paper=_UIDL,
+    settings=WindowSettings,
+)
+def by_angle(measurements: Measurements, settings: WindowSettings, _budget: Budget) -> Candidates:
+    """For each length take the window with the smallest angular distance A(l, n)."""
+    scores = measurements.scores("angular")
+    free = settings.free_blocks(measurements.decoder.block_count)
+    for length in range(1, len(free) + 1):
+        angles = scores.window_angle(length)
+        yield _window(min(_starts(free, length), key=lambda start: angles[start]), length)
+
+
+@drop_method(
+    name="last-n",
+    summary="take out the deepest blocks but the last; needs no texts",
+    paper=_UIDL + " (its simple strategy)",
+    settings=LastSettings,
+    needs_texts=lambda _: False,
+    forwards=lambda _blocks, _gone, _settings: 0.0,
+)
+def deepest(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
+    """Take the last blocks that are not protected."""
+    free = settings.free_blocks(measurements.decoder.block_count)
+    for length in range(1, len(free) + 1):
+        yield tuple(free[len(free) - length :])
+
+
+def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings) -> float:
+    return {"ppl": (blocks + 1) / 2 + 1, "taylor": 4.0, "magnitude": 0.0}[settings.criterion]
+
+
+def _shortened_scores(settings: ShortenedSettings) -> tuple[Kind, ...]:
+    slow: dict[str, Kind] = {"ppl": "perplexity", "taylor": "taylor"}
+    return (slow[settings.criterion],) if settings.criterion in slow else ()
+
+
+@drop_method(
+    name="shortened-llama",
+    summary="take out the blocks of lowest removal perplexity, Taylor or magnitude, in one shot",
+    paper="Kim et al. 2024, Shortened LLaMA",
+    settings=ShortenedSettings,
+    needs_texts=lambda settings: settings.criterion != "magnitude",
+    forwards=_shortened_forwards,
+    scores=_shortened_scores,
+)
+def by_shortened_criterion(measurements: Measurements, settings: ShortenedSettings, _budget: Budget) -> Candidates:
+    """Rank by removal perplexity, Taylor or magnitude, smallest first, in one shot."""
+    if settings.criterion == "ppl":
+        values = measurements.scores("perplexity").removal_perplexity
+    elif settings.criterion == "taylor" and settings.per_window:
+        windows = measurements.need_windows()
+        values = tuple(taylor(measurements.decoder, windows, per_window=True, options=measurements.options))
+    elif settings.criterion == "taylor":
+        values = measurements.scores("taylor").taylor
+    else:
+        values = measurements.scores("magnitude").magnitude
+    assert values is not None
+    return _lowest_first(values, settings.free_blocks(len(values)))
+
+
+@drop_method(
+    name="sleb",
+    summary="greedily take out the block whose absence costs the least loss, one after the other",
+    paper="Song et al. 2024, SLEB",
+    settings=SlebSettings,
+    forwards=lambda blocks, gone, _settings: 1 + gone * blocks / 2,
+)
+def greedily(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
+    """Again and again skip the block whose absence costs least, on the model without those already skipped."""
+    free = list(settings.free_blocks(measurements.decoder.block_count))
+    with open_store(measurements.decoder) as store:
+        known = measurements.cache.setdefault("loss without blocks", {})
+        probe = RemovalProbe(
+            measurements.decoder, measurements.need_windows(), store, measurements.options.batch_size, known
+        )
+        gone: tuple[int, ...] = ()
+        while free:
+            trials = measurements.options.progress(list(free), f"leaving out block {len(gone) + 1}", len(free))
+            losses = {block: probe.loss((*gone, block)) for block in trials}
+            best = min(losses, key=lambda block: (losses[block], block))
+            gone = (*gone, best)
+            free.remove(best)
+            probe.fix(gone)
+            yield tuple(sorted(gone))
+
+
 def _lowest_first(values: Sequence[float], free: range) -> Candidates:
     order = sorted(free, key=lambda block: (values[block], block))
     for count in range(1, len(order) + 1):
@@ -171,65 +235,7 @@ def _window(start: int, length: int) -> tuple[int, ...]:
     return tuple(range(start, start + length))
 
 
-def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings) -> float:
-    return {"ppl": (blocks + 1) / 2 + 1, "taylor": 4.0, "magnitude": 0.0}[settings.criterion]
-
-
-def _shortened_scores(settings: ShortenedSettings) -> tuple[Kind, ...]:
-    slow: dict[str, Kind] = {"ppl": "perplexity", "taylor": "taylor"}
-    return (slow[settings.criterion],) if settings.criterion in slow else ()
-
-
-_UIDL = "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers"
-
-METHODS = (
-    Method(
-        name="shortgpt",
-        summary="take out the blocks that change the hidden states least (block influence)",
-        paper="Men et al. 2024, ShortGPT",
-        settings=Settings,
-        decide=_decide("shortgpt", by_block_influence),
-    ),
-    Method(
-        name="uidl",
-        summary="take out the window of blocks with the smallest angular distance at the last token",
-        paper=_UIDL,
-        settings=WindowSettings,
-        decide=_decide("uidl", by_angle),
-    ),
-    Method(
-        name="last-n",
-        summary="take out the deepest blocks but the last; needs no texts",
-        paper=_UIDL + " (its simple strategy)",
-        settings=LastSettings,
-        decide=_decide("last-n", deepest),
-        needs_texts=lambda _: False,
-        forwards=lambda _blocks, _gone, _settings: 0.0,
-    ),
-    Method(
-        name="shortened-llama",
-        summary="take out the blocks of lowest removal perplexity, Taylor or magnitude, in one shot",
-        paper="Kim et al. 2024, Shortened LLaMA",
-        settings=ShortenedSettings,
-        decide=_decide("shortened-llama", by_shortened_criterion),
-        needs_texts=lambda settings: settings.criterion != "magnitude",
-        forwards=_shortened_forwards,
-        scores=_shortened_scores,
-    ),
-    Method(
-        name="sleb",
-        summary="greedily take out the block whose absence costs the least loss, one after the other",
-        paper="Song et al. 2024, SLEB",
-        settings=SlebSettings,
-        decide=_decide("sleb", greedily),
-        forwards=lambda blocks, gone, _settings: 1 + gone * blocks / 2,
-    ),
-)
-
-
+@applies(DropBlocks)
 def apply(measurements: Measurements, step: DropBlocks) -> Decoder:
-    """Take the step's blocks out."""
-    return keep_blocks(measurements.decoder, step.kept(measurements.decoder.block_count))
-
-
-APPLY = {"drop-blocks": apply}
+    """Remove the step's blocks."""
+    return keep_blocks(measurements.decoder, step.kept_blocks(measurements.decoder.block_count))

@@ -1,4 +1,4 @@
-"""One threshold for all blocks, so that each finds its own width (FLAP, METHODS §8).
+"""One threshold for all blocks, so that each finds its own width (FLAP, An et al. 2024).
 
 Scores are brought to mean 0 and standard deviation 1 over the channels of one layer, then all units of the model stand
 in one row and those below a threshold go; what the budget counts are their parameters. The scores that decide how many
@@ -103,7 +103,10 @@ class Thresholds:
             InputError: the budget is out of reach.
         """
         if budget.aim == "ratio":
-            inside = sum(self._sizes.blocks[b].at(self._dense[b]) - self._sizes.blocks[b].fixed for b in self._profiles)
+            inside = sum(
+                self._sizes.blocks[b].parameters_at(self._dense[b]) - self._sizes.blocks[b].fixed
+                for b in self._profiles
+            )
             budget = Budget("remove", budget.value * inside / self._total)
         widths, got = self._closest(budget, self._multiple)
         if self._multiple == 1:
@@ -118,7 +121,7 @@ class Thresholds:
         kept = kept[(kept < full).flatten(1).any(dim=1)]
         if not len(kept):
             raise InputError(f"rounding={multiple}: MLPs have no more channels than that.")
-        left = (self._sizes.at(self._dense).total - ((full - kept) * weights).sum(dim=(1, 2))).tolist()
+        left = (self._sizes.sizes_at(self._dense).total - ((full - kept) * weights).sum(dim=(1, 2))).tolist()
         place = choose_size(budget, left, self._total)
         widths = list(self._dense)
         for block, (heads, channels) in zip(self._profiles, kept[place].tolist(), strict=True):

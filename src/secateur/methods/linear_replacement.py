@@ -24,9 +24,9 @@ from pydantic import Field
 
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks, weigh
-from secateur.methods.method import Measurements, Method, Settings
+from secateur.methods.method import Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
-from secateur.plan.steps import LinearReplacement, Span
+from secateur.plan.depth import LinearReplacement, Span, linear_replacement_forwards
 from secateur.scores.linearity import linear_sums
 from secateur.surgery.depth.linear_replacement import replace_linearly, require_plain_mlp_output
 
@@ -56,6 +56,19 @@ class LinearReplacementSettings(Settings):
         return None if self.window is None else Budget("blocks", self.window, knob="window")
 
 
+def _forwards(_blocks: int, _gone: int, settings: LinearReplacementSettings) -> float:
+    return 2.0 if settings.choose == "error" else 1.0
+
+
+@method(
+    order=40,
+    name="replaceme",
+    summary="take out windows of blocks and fold a least-squares matrix for each into the block before it",
+    paper="Shopkhoev et al. 2025, ReplaceMe",
+    settings=LinearReplacementSettings,
+    forwards=_forwards,
+    apply_forwards=lambda _settings, _tokens: linear_replacement_forwards(),
+)
 def decide(
     measurements: Measurements, settings: LinearReplacementSettings, budget: Budget
 ) -> Sequence[LinearReplacement]:
@@ -177,29 +190,11 @@ def _costs(
     return {(low, high): scores.window_angle(high - low + 1)[low] for low, high in spans}
 
 
-def _forwards(_blocks: int, _gone: int, settings: LinearReplacementSettings) -> float:
-    return 2.0 if settings.choose == "error" else 1.0
-
-
-METHODS = (
-    Method(
-        name="replaceme",
-        summary="take out windows of blocks and fold a least-squares matrix for each into the block before it",
-        paper="Shopkhoev et al. 2025, ReplaceMe",
-        settings=LinearReplacementSettings,
-        decide=decide,
-        forwards=_forwards,
-    ),
-)
-
-
+@applies(LinearReplacement)
 def apply(measurements: Measurements, step: LinearReplacement) -> Decoder:
     """Measure the matrices and put them in the place of the step's windows."""
     decoder = measurements.decoder
-    step.kept(decoder.block_count)
+    step.kept_blocks(decoder.block_count)
     require_plain_mlp_output(decoder)
     sums = linear_sums(decoder, measurements.need_windows(), step.windows, options=measurements.options)
     return replace_linearly(decoder, {span: one.result(step.ridge) for span, one in sums})
-
-
-APPLY = {"linearize-blocks": apply}

@@ -30,7 +30,7 @@ from secateur.calibration.store import StateStore
 from secateur.calibration.walk import open_store
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
-from secateur.methods.method import Measurements, Method, Settings
+from secateur.methods.method import Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import MergeBlocks, Rule
 from secateur.scores.merge_similarity import Merged, MergeProbe
@@ -136,6 +136,19 @@ def _promise(left: int, right: int) -> tuple[bool, int]:
     return (left > 0) == (right > 0), min(abs(left), abs(right))
 
 
+def _forwards(blocks: int, _gone: int, settings: MergeSettings) -> float:
+    runs = 1.0 if settings.threshold is not None else 4.0
+    return 1 + runs * blocks / 2
+
+
+@method(
+    order=30,
+    name="swm",
+    summary="merge windows of neighbouring blocks into one each, as long as the final states stay alike",
+    paper="Ding et al. 2025, Sliding-Window Merging",
+    settings=MergeSettings,
+    forwards=_forwards,
+)
 def decide(measurements: Measurements, settings: MergeSettings, budget: Budget) -> Sequence[MergeBlocks]:
     """Find the windows.
 
@@ -256,27 +269,8 @@ def _nothing_to_merge(decoder: Decoder, lows: range) -> str:
     return "swm: neighbouring blocks differ in shape everywhere, so no two of them can become one."
 
 
-def _forwards(blocks: int, _gone: int, settings: MergeSettings) -> float:
-    runs = 1.0 if settings.threshold is not None else 4.0
-    return 1 + runs * blocks / 2
-
-
-METHODS = (
-    Method(
-        name="swm",
-        summary="merge windows of neighbouring blocks into one each, as long as the final states stay alike",
-        paper="Ding et al. 2025, Sliding-Window Merging",
-        settings=MergeSettings,
-        decide=decide,
-        forwards=_forwards,
-    ),
-)
-
-
+@applies(MergeBlocks)
 def apply(measurements: Measurements, step: MergeBlocks) -> Decoder:
     """Merge the step's windows."""
-    step.kept(measurements.decoder.block_count)
+    step.kept_blocks(measurements.decoder.block_count)
     return merge_windows(measurements.decoder, step.windows, step.rule, step.influence, across_types=step.across_types)
-
-
-APPLY = {"merge-blocks": apply}

@@ -1,10 +1,10 @@
-"""What a method is: settings, and a function that decides. How plans are applied is shared."""
+"""What a method is: settings, and a function that decides. Each kind of step is applied by one function for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,7 +15,8 @@ from secateur.methods.budget import Budget, Native
 from secateur.methods.cost import SpeedModel
 from secateur.models.decoder import Decoder
 from secateur.plan.plan import Search
-from secateur.plan.steps import AnyStep
+from secateur.plan.step import AnyStep, Step
+from secateur.plugins import Registry
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.measure import score_model
 from secateur.scores.profile import Kind, Scores
@@ -164,3 +165,41 @@ class Method:
             InputError: an unknown setting (the known ones are named) or a value it cannot take.
         """
         return read_settings(self.name, self.settings, self.settings.gathered(given))
+
+
+METHODS: Registry[Method] = Registry("method", package="secateur.methods", groups=("secateur.methods",))
+"""All methods by name, those of installed packages too."""
+
+Decide = TypeVar("Decide", bound=Callable[..., Sequence[AnyStep] | Decision])
+Apply = TypeVar("Apply", bound=Callable[[Measurements, Any], Decoder | Applied])
+
+APPLY: dict[type[Step], Callable[[Measurements, Any], Decoder | Applied]] = {}
+"""How each kind of step is applied: from measurements of the model before it, and the step, to the new model."""
+
+
+def method(*, order: int = 50, **row: Any) -> Callable[[Decide], Decide]:
+    """Register the decorated deciding function as a method.
+
+    Args:
+        order: its place in listings; methods of the same order stand by file, as the file defines them.
+        row: the other fields of `Method`: name, summary, paper, settings, and what else differs from its defaults.
+    """
+
+    def register(decide: Decide) -> Decide:
+        found = Method(decide=decide, **row)
+        METHODS.add(found.name, found, module=decide.__module__, order=order)
+        return decide
+
+    return register
+
+
+def applies(step: type[Step]) -> Callable[[Apply], Apply]:
+    """Register the decorated function as the one that applies this kind of step."""
+
+    def register(apply: Apply) -> Apply:
+        if step in APPLY:
+            raise InputError(f"{step.__name__} is applied by {APPLY[step].__module__} and by {apply.__module__}.")
+        APPLY[step] = apply
+        return apply
+
+    return register

@@ -16,6 +16,7 @@ from secateur.methods.registry import apply_step
 from secateur.methods.sequence import Part, part_of
 from secateur.methods.targets import expected, with_cost
 from secateur.models.decoder import Decoder
+from secateur.models.widths import unit_counts
 from secateur.plan.plan import ModelRef, Plan
 from secateur.plan.steps import AnyStep
 
@@ -81,6 +82,7 @@ def model_ref(model: Decoder) -> ModelRef:
         family=model.anatomy.family.model_type,
         block_parameters=sizes,
         other_parameters=model.parameter_count - sum(sizes),
+        units=unit_counts(model),
     )
 
 

@@ -1,4 +1,4 @@
-"""Methods that narrow blocks inside: fewer heads, key/value groups and channels of the MLP (METHODS §8, §8b).
+"""Width pruning: methods that remove heads, key/value groups and channels of the MLP.
 
 * FLAP: An et al. 2024, "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (AAAI). Each block
   finds its own width, so the result needs its modelling file.
@@ -25,7 +25,7 @@ from secateur.errors import InputError, ModelError
 from secateur.methods import slice_hidden
 from secateur.methods.budget import Budget
 from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
-from secateur.methods.method import Measurements, Method
+from secateur.methods.method import Measurements, applies, method
 from secateur.methods.slice_hidden import rounded_width
 from secateur.methods.uniform_widths import (
     Candidates,
@@ -37,7 +37,9 @@ from secateur.methods.uniform_widths import (
 )
 from secateur.models.decoder import Decoder
 from secateur.models.widths import BlockWidths, block_widths
-from secateur.plan.steps import AnyStep, Choice, PruneWidth, SliceHidden
+from secateur.plan.hidden import SliceHidden, slicing_forwards
+from secateur.plan.steps import AnyStep, Choice, PruneWidth
+from secateur.plan.width import width_forwards
 from secateur.scores.taylor import taylor_by_unit
 from secateur.scores.unit_scores import best_units, cheapest_to_lose, fluctuation, magnitude, weighted_norm
 from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
@@ -55,7 +57,7 @@ _OBS_BATCHES = 128
 """Costs are computed anew this often while all units of a projection would go."""
 
 
-def decide_evenly(method: str, choose: Choice) -> Callable[[Measurements, EvenSettings, Budget], Sequence[PruneWidth]]:
+def decide_evenly(name: str, choose: Choice) -> Callable[[Measurements, EvenSettings, Budget], Sequence[PruneWidth]]:
     """Make the function that keeps the same widths in all free blocks."""
 
     def decide(measurements: Measurements, settings: EvenSettings, budget: Budget) -> Sequence[PruneWidth]:
@@ -76,7 +78,7 @@ def decide_evenly(method: str, choose: Choice) -> Callable[[Measurements, EvenSe
             return ()
         return (
             PruneWidth(
-                method=method,
+                method=name,
                 settings=settings.model_dump(exclude_none=True),
                 widths=widths,
                 choose=choose,
@@ -91,9 +93,104 @@ def decide_evenly(method: str, choose: Choice) -> Callable[[Measurements, EvenSe
     return decide
 
 
+def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
+    """Register a method that keeps the same widths in all free blocks."""
+    method(
+        order=70,
+        name=name,
+        summary=summary,
+        paper=paper,
+        settings=PrunerSettings if choose == "taylor" else EvenSettings,
+        native="ratio",
+        forwards=lambda _blocks, _gone, _settings: 0.0,
+        apply_forwards=lambda _settings, _tokens: width_forwards(choose),
+    )(decide_evenly(name, choose))
+
+
+@method(
+    order=70,
+    name="flap",
+    summary="channels and heads that fluctuate least, by one threshold for all blocks, with a bias in their place",
+    paper="An et al. 2024, FLAP",
+    settings=FlapSettings,
+    native="ratio",
+    forwards=lambda _blocks, _gone, _settings: 2.0,
+    apply_forwards=lambda _settings, _tokens: width_forwards("fluctuation"),
+)
+def decide_flap(measurements: Measurements, settings: FlapSettings, budget: Budget) -> Sequence[PruneWidth]:
+    """Let every free block find its width by one threshold.
+
+    Raises:
+        InputError: no block is free, or the budget is out of reach.
+        ModelError: the modelling file cannot hold the model.
+        NumericsError: NaN or infinity while measuring.
+    """
+    if budget.is_zero:
+        return ()
+    decoder = measurements.decoder
+    require_width_prunable(decoder)
+    free = settings.free_blocks(decoder.block_count)
+    if not free:
+        raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
+    dense, stock, bias = dense_widths(decoder), names_every_block(decoder), settings.bias == "auto"
+    sizes = width_sizes(decoder, stock=stock, bias=bias)
+    multiple = rounding_for(decoder, free, settings.rounding)
+    profiles = fluctuation_profiles(
+        decoder,
+        measurements.need_windows(),
+        free,
+        heads=settings.heads == "even" and not reason_against_heads(decoder),
+        options=measurements.options,
+    )
+    widths, unrounded = Thresholds(profiles, dense, sizes, multiple, decoder.parameter_count).meet(budget)
+    return (
+        PruneWidth(
+            method="flap",
+            settings=settings.model_dump(exclude_none=True),
+            widths=widths,
+            choose="fluctuation",
+            stock=stock,
+            repair=settings.repair,
+            bias=bias,
+            without_bias=blocks_without_bias(decoder, stock=stock),
+            rounding=multiple,
+            unrounded=unrounded,
+            sizes=sizes,
+        ),
+    )
+
+
+_even_method(
+    "wanda-sp",
+    "channels and heads of the smallest weights times activations, as many in every block",
+    "An et al. 2024, FLAP (after Sun et al. 2024, Wanda)",
+    "weighted-norm",
+)
+_even_method(
+    "llm-pruner",
+    "channels and heads that the loss depends on least to first order; first and last blocks stay",
+    "Ma et al. 2023, LLM-Pruner",
+    "taylor",
+)
+
 _decide_minitron_blocks = decide_evenly("minitron-width", "magnitude")
 
 
+def _minitron_apply_forwards(settings: MinitronSettings, _tokens: int) -> float:
+    sliced = slicing_forwards(shared=True, reconstruct=settings.repair) if settings.hidden else 0.0
+    return sliced + width_forwards("magnitude")
+
+
+@method(
+    order=70,
+    name="minitron-width",
+    summary="channels, heads and hidden directions of the smallest activations; the result is a stock model",
+    paper="Muralidharan et al. 2024, Minitron",
+    settings=MinitronSettings,
+    native="ratio",
+    forwards=lambda _blocks, _gone, settings: 4.0 * bool(settings.hidden),
+    apply_forwards=_minitron_apply_forwards,
+)
 def decide_minitron(measurements: Measurements, settings: MinitronSettings, budget: Budget) -> Sequence[AnyStep]:
     """Keep the hidden directions of largest activations first if asked for, then narrow what that leaves.
 
@@ -140,64 +237,31 @@ def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidd
         bases=(0,),
         stock=True,
         coordinates=True,
+        reconstruct=settings.repair,
         sizes=stock_stream_sizes(decoder),
     )
 
 
-def decide_flap(measurements: Measurements, settings: FlapSettings, budget: Budget) -> Sequence[PruneWidth]:
-    """Let every free block find its width by one threshold.
-
-    Raises:
-        InputError: no block is free, or the budget is out of reach.
-        ModelError: the modelling file cannot hold the model.
-        NumericsError: NaN or infinity while measuring.
-    """
-    if budget.is_zero:
-        return ()
-    decoder = measurements.decoder
-    require_width_prunable(decoder)
-    free = settings.free_blocks(decoder.block_count)
-    if not free:
-        raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
-    dense, stock, bias = dense_widths(decoder), names_every_block(decoder), settings.bias == "auto"
-    sizes = width_sizes(decoder, stock=stock, bias=bias)
-    multiple = rounding_for(decoder, free, settings.rounding)
-    profiles = fluctuation_profiles(
-        decoder,
-        measurements.need_windows(),
-        free,
-        heads=settings.heads == "even" and not reason_against_heads(decoder),
-        options=measurements.options,
-    )
-    widths, unrounded = Thresholds(profiles, dense, sizes, multiple, decoder.parameter_count).meet(budget)
-    return (
-        PruneWidth(
-            method="flap",
-            settings=settings.model_dump(exclude_none=True),
-            widths=widths,
-            choose="fluctuation",
-            stock=stock,
-            repair=settings.repair,
-            bias=bias,
-            without_bias=blocks_without_bias(decoder, stock=stock),
-            rounding=multiple,
-            unrounded=unrounded,
-            sizes=sizes,
-        ),
-    )
+_even_method(
+    "obs-width",
+    "greedily the channels and heads whose absence the others make up for best; the result is a stock model",
+    "secateur's own (docs/methods.md)",
+    "brain-surgeon",
+)
 
 
+@applies(PruneWidth)
 def apply(measurements: Measurements, step: PruneWidth) -> Decoder:
-    """Narrow as the step says; which units stay is measured on the texts.
+    """Prune as the step says; which units stay is measured on the texts.
 
     Raises:
         InputError: the step was made for a model of another shape.
-        ModelError: the family cannot be narrowed.
+        ModelError: the widths of this family cannot be pruned.
         NumericsError: NaN or infinity on the way.
     """
     decoder = measurements.decoder
     if width_sizes(decoder, stock=step.stock, bias=step.bias) != step.sizes:
-        raise InputError("this narrowing step was made for a model of another shape; make a new plan for this one.")
+        raise InputError("this width-pruning step was made for a model of another shape; make a new plan for this one.")
     return prune_width(
         decoder,
         measurements.need_windows(),
@@ -238,73 +302,19 @@ def _chooser(measurements: Measurements, choose: Choice) -> Choose:
         if place.part == "channels":
             scores = channels[place.expert][None]
         else:
-            scores = _of_head_units(heads, block_widths(measurements.decoder, place.block), pens=len(units))
+            scores = _of_head_units(heads, block_widths(measurements.decoder, place.block), groups=len(units))
         return best_units(scores.to(sums.total.device), keep)
 
     return by_taylor
 
 
-def _of_head_units(scores: torch.Tensor, dense: BlockWidths, *, pens: int) -> torch.Tensor:
-    """Return scores (H+G,) as those of query heads, a pen for each group, or in one pen of whole groups."""
-    queries, groups = scores[: dense.heads].view(dense.groups, dense.queries), scores[dense.heads :]
-    return queries if pens == dense.groups else (queries.sum(dim=1) + groups)[None]
+def _of_head_units(scores: torch.Tensor, dense: BlockWidths, *, groups: int) -> torch.Tensor:
+    """Return scores (H+G,) as those of query heads, group by group, or as one group of whole key/value groups."""
+    queries, shared = scores[: dense.heads].view(dense.groups, dense.queries), scores[dense.heads :]
+    return queries if groups == dense.groups else (queries.sum(dim=1) + shared)[None]
 
 
 def _surgeon(_: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
     assert sums.gram is not None
     batch = max(1, units.shape[0] * units.shape[1] // _OBS_BATCHES)
     return cheapest_to_lose(weight, sums.gram, units, keep, batch=batch)
-
-
-def _row(name: str, summary: str, paper: str, choose: Choice) -> Method:
-    return Method(
-        name=name,
-        summary=summary,
-        paper=paper,
-        settings=PrunerSettings if choose == "taylor" else EvenSettings,
-        decide=decide_evenly(name, choose),
-        native="ratio",
-        forwards=lambda _blocks, _gone, _settings: 0.0,
-    )
-
-
-METHODS = (
-    Method(
-        name="flap",
-        summary="channels and heads that fluctuate least, by one threshold for all blocks, with a bias in their place",
-        paper="An et al. 2024, FLAP",
-        settings=FlapSettings,
-        decide=decide_flap,
-        native="ratio",
-        forwards=lambda _blocks, _gone, _settings: 2.0,
-    ),
-    _row(
-        "wanda-sp",
-        "channels and heads of the smallest weights times activations, as many in every block",
-        "An et al. 2024, FLAP (after Sun et al. 2024, Wanda)",
-        "weighted-norm",
-    ),
-    _row(
-        "llm-pruner",
-        "channels and heads that the loss depends on least to first order; first and last blocks stay",
-        "Ma et al. 2023, LLM-Pruner",
-        "taylor",
-    ),
-    Method(
-        name="minitron-width",
-        summary="channels, heads and hidden directions of the smallest activations; the result is a stock model",
-        paper="Muralidharan et al. 2024, Minitron",
-        settings=MinitronSettings,
-        decide=decide_minitron,
-        native="ratio",
-        forwards=lambda _blocks, _gone, settings: 4.0 * bool(settings.hidden),
-    ),
-    _row(
-        "obs-width",
-        "greedily the channels and heads whose absence the others make up for best; the result is a stock model",
-        "secateur's own (docs/methods.md)",
-        "brain-surgeon",
-    ),
-)
-
-APPLY = {"narrow-blocks": apply}

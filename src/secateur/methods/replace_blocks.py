@@ -22,13 +22,14 @@ from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks, choose_size
 from secateur.methods.drop_blocks import WindowSettings
-from secateur.methods.method import Applied, Measurements, Method
+from secateur.methods.method import Applied, Measurements, applies, method
 from secateur.modeling import SecateurConfig
 from secateur.modeling.modeling_secateur import SecateurDecoderLayer
 from secateur.models.decoder import Decoder
 from secateur.models.forward import Call
 from secateur.plan.amount import read_count
-from secateur.plan.steps import DropBlocks, ReplaceBlocks, Sizes, Span
+from secateur.plan.replace import training_forwards
+from secateur.plan.steps import DropBlocks, Loss, Pairs, ReplaceBlocks, Sizes, Span
 from secateur.scores.profile import Scores
 from secateur.surgery.assembly import Tensors
 from secateur.surgery.depth.blocks import keep_blocks, require_one_basis, with_block_tensors
@@ -39,8 +40,6 @@ from secateur.training.pairs import BlockNetwork, PairData, PairRegression, stor
 from secateur.training.settings import TrainingSettings, warn_of
 from secateur.training.trainer import TrainingRun, train
 from secateur.training.weights import in_float32
-
-Loss = Literal["mse", "lm", "mse+lm"]
 
 
 class StreamlineSettings(WindowSettings, TrainingSettings):
@@ -55,7 +54,7 @@ class StreamlineSettings(WindowSettings, TrainingSettings):
     )
     train_texts: str | None = Field(None, description="what the network is trained on; by itself the calibration texts")
     train_tokens: int = Field(1_000_000, ge=1, description="tokens it is trained on, such as 2M (the paper's: 205M)")
-    pairs: Literal["recompute", "disk"] | None = Field(
+    pairs: Pairs | None = Field(
         None, description="hidden states computed anew or kept on disk in bfloat16; by itself on disk for skeletons"
     )
 
@@ -69,6 +68,18 @@ class StreamlineSettings(WindowSettings, TrainingSettings):
         return TrainingSettings(**{name: getattr(self, name) for name in TrainingSettings.model_fields})
 
 
+def _apply_forwards(settings: StreamlineSettings, tokens: int) -> float:
+    return 0.0 if settings.network == "none" else training_forwards(settings.loss, settings.train_tokens, tokens)
+
+
+@method(
+    order=20,
+    name="streamline",
+    summary="take out the window that changes the hidden states least, and train a light network in its place",
+    paper="Chen et al. 2024, LLM-Streamline",
+    settings=StreamlineSettings,
+    apply_forwards=_apply_forwards,
+)
 def decide(
     measurements: Measurements, settings: StreamlineSettings, budget: Budget
 ) -> Sequence[DropBlocks | ReplaceBlocks]:
@@ -110,8 +121,8 @@ def decide(
         if budget.value > most:
             raise InputError(f"blocks={int(budget.value)}: at most {most} blocks can go, one network in their place.")
         return (steps[int(budget.value) - 1],)
-    left = [step.left(Sizes(sizes, total - sum(sizes))).total for step in steps]
-    kept = [step.kept(decoder.block_count) for step in steps]
+    left = [step.sizes_after(Sizes(sizes, total - sum(sizes))).total for step in steps]
+    kept = [step.kept_blocks(decoder.block_count) for step in steps]
     return (steps[choose_size(budget, left, total, kept)],)
 
 
@@ -128,6 +139,8 @@ def _step(decoder: Decoder, settings: StreamlineSettings, window: Span, scores: 
         window=window,
         network=settings.network,
         train_tokens=settings.train_tokens,
+        loss=settings.loss,
+        pairs=settings.pairs,
         cosine=scores.window_cosine(high - low + 1)[low],
         **mlp,
     )
@@ -157,9 +170,9 @@ class _Training:
             self.config = network_config(self.decoder, step.window, step.network, step.inner)
             if stream_sizes(self.config) != step.sizes:
                 raise InputError("this step was made for a model of another shape; make a new plan for this one.")
-        if "lm" in self.settings.loss and self.decoder.is_skeleton:
+        if "lm" in self.step.loss and self.decoder.is_skeleton:
             raise InputError(
-                f"loss={self.settings.loss}: the language-modelling loss needs the whole model in memory; open it "
+                f"loss={self.step.loss}: the language-modelling loss needs the whole model in memory; open it "
                 "with --in-memory, or take loss=mse."
             )
         self.windows = training_windows(measurements, self.settings, step.train_tokens)
@@ -168,10 +181,10 @@ class _Training:
     def result(self) -> Decoder:
         """Train as the step says; gives the model with the network in it."""
         network = self._new_network()
-        if "mse" in self.settings.loss:
+        if "mse" in self.step.loss:
             self._on_pairs(network)
         tensors = _tensors(network.block)
-        if "lm" in self.settings.loss:
+        if "lm" in self.step.loss:
             tensors = self._on_language(tensors)
         return self._put_in(tensors)
 
@@ -186,7 +199,7 @@ class _Training:
         network.requires_grad_(True)
         objective = PairRegression(self.decoder, self.step.window, network, folded=self.config is not None)
         data, held_out = self._items(self.numbers), self._items(self.held_back)
-        if self.settings.pairs == "disk" or (self.settings.pairs is None and self.decoder.is_skeleton):
+        if self.step.stores_pairs(skeleton=self.decoder.is_skeleton):
             pairs = store_pairs(self.decoder, self.windows, self.step.window, options=self.measurements.options)
             data, held_out = PairData(data, pairs, self.numbers), PairData(held_out, pairs, self.held_back)
         with self.decoder.outer(head=False):
@@ -235,7 +248,7 @@ class _Training:
         if self.config is not None:
             return with_network(self.decoder, self.config, self.step.window, tensors, edit)
         stored = {name: one.to(self.decoder.saved_dtype).to(self.decoder.module.dtype) for name, one in tensors.items()}
-        shorter = keep_blocks(self.decoder, self.step.kept(self.decoder.block_count))
+        shorter = keep_blocks(self.decoder, self.step.kept_blocks(self.decoder.block_count))
         return with_block_tensors(shorter, [(self.low, stored)], edit)
 
 
@@ -263,17 +276,7 @@ def _tensors(block: nn.Module) -> Tensors:
     return {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
 
 
-METHODS = (
-    Method(
-        name="streamline",
-        summary="take out the window that changes the hidden states least, and train a light network in its place",
-        paper="Chen et al. 2024, LLM-Streamline",
-        settings=StreamlineSettings,
-        decide=decide,
-    ),
-)
-
-
+@applies(ReplaceBlocks)
 def apply(measurements: Measurements, step: ReplaceBlocks) -> Applied:
     """Train the network that stands in for the step's window, and put it there.
 
@@ -281,9 +284,6 @@ def apply(measurements: Measurements, step: ReplaceBlocks) -> Applied:
         InputError: the step is for another model, there is too little text, or the model is not whole in memory.
         NumericsError: the loss became NaN before anything was gained.
     """
-    step.kept(measurements.decoder.block_count)
+    step.kept_blocks(measurements.decoder.block_count)
     training = _Training(measurements, step)
     return Applied(training.result(), training.facts)
-
-
-APPLY = {"replace-blocks": apply}

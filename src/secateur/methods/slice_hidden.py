@@ -2,9 +2,10 @@
 
 * SliceGPT: Ashkboos et al. 2024, "SliceGPT: Compress Large Language Models by Deleting Rows and Columns".
 * DynamicSlicing: Dumitru et al. 2024, "Change Is the Only Constant: Dynamic LLM Slicing based on Layer
-  Redundancy" (METHODS §7):
+  Redundancy":
   block l loses the fraction `FS(l) = SB + LR(l) · (SP − SB) / mean(LR)`.
-* stock-slicing is ours (METHODS §7b): one basis for the whole model, which therefore stays a stock one.
+* stock-slicing is ours (docs/methods/stock-slicing.md): one basis for the whole model, which therefore stays a stock
+  one.
 
 Legend: SP = mean fraction sliced away, SB = the fraction every block loses, LR = layer redundancy in [0, 1].
 """
@@ -18,11 +19,10 @@ from pydantic import Field
 
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_size
-from secateur.methods.method import Measurements, Method, MethodSettings
+from secateur.methods.method import Measurements, MethodSettings, applies, method
 from secateur.methods.sliced_speed import speed_with_own_bases, speed_with_shared_bases
 from secateur.models.decoder import Decoder
-from secateur.plan.steps import SliceHidden, StreamSizes
-from secateur.surgery.hidden.directions import Signals
+from secateur.plan.hidden import Signals, SliceHidden, StreamSizes, slicing_forwards
 from secateur.surgery.hidden.folding import folded_config, stream_sizes
 from secateur.surgery.hidden.invariance import require_invariance
 from secateur.surgery.hidden.own_bases import slice_by_principal_directions
@@ -132,15 +132,41 @@ def rounded_width(fraction: float, width: int, rounding: int) -> int:
     return min(width, max(rounding, int(((1 - fraction) * width + 1e-9) // rounding) * rounding))
 
 
+def _own_bases_forwards(_settings: Any, _tokens: int) -> float:
+    return slicing_forwards(shared=False)
+
+
+@method(
+    order=60,
+    name="slicegpt",
+    summary="keep the principal directions of the hidden states, the same number in every block",
+    paper="Ashkboos et al. 2024, SliceGPT",
+    settings=ConstantSettings,
+    native="slice",
+    forwards=lambda _blocks, _gone, _settings: 0.0,
+    apply_forwards=_own_bases_forwards,
+    speed_model=speed_with_own_bases,
+)
 def decide_constant(measurements: Measurements, settings: ConstantSettings, budget: Budget) -> Sequence[SliceHidden]:
     """Keep the same number of directions in every block."""
     if budget.is_zero:
         return ()
     sizes = stream_sizes(folded_config(measurements.decoder))
     widths = _constant_widths(sizes, settings.rounding, budget, measurements.decoder.parameter_count)
-    return (_own_bases("slicegpt", settings.model_dump(), widths, sizes),)
+    return (_own_bases("slicegpt", settings, {}, widths, sizes),)
 
 
+@method(
+    order=60,
+    name="dynamic-slicing",
+    summary="as slicegpt, but redundant blocks keep fewer directions",
+    paper="Dumitru et al. 2024, DynamicSlicing",
+    settings=DynamicSettings,
+    native="slice",
+    forwards=lambda _blocks, _gone, settings: 1.0 + 2.0 * len(_BASES_TRIED) * (settings.slice_base == "auto"),
+    apply_forwards=_own_bases_forwards,
+    speed_model=speed_with_own_bases,
+)
 def decide_by_redundancy(
     measurements: Measurements, settings: DynamicSettings, budget: Budget
 ) -> Sequence[SliceHidden]:
@@ -159,7 +185,7 @@ def decide_by_redundancy(
     if settings.slice_base != "auto":
         mean, widths = search.meet(budget, settings.slice_base)
         used: dict[str, Any] = {"slice": round(mean, 6), "slice_base": settings.slice_base}
-        return (_own_bases("dynamic-slicing", settings.model_dump(exclude_none=True) | used, widths, sizes),)
+        return (_own_bases("dynamic-slicing", settings, used, widths, sizes),)
     require_invariance(decoder)
     trials = list(search.trials(budget))
     losses = [
@@ -172,7 +198,7 @@ def decide_by_redundancy(
     mean, base, widths = trials[best]
     tried = {f"{one:.3f}": round(loss, 4) for (_, one, _), loss in zip(trials, losses, strict=True)}
     used = {"slice": round(mean, 6), "slice_base": round(base, 6), "loss_by_slice_base": tried}
-    return (_own_bases("dynamic-slicing", settings.model_dump(exclude_none=True) | used, widths, sizes),)
+    return (_own_bases("dynamic-slicing", settings, used, widths, sizes),)
 
 
 class _Search:
@@ -221,6 +247,19 @@ class _Search:
         return tuple(rounded_width(one, self._sizes.width, self._settings.rounding) for one in fractions)
 
 
+@method(
+    order=60,
+    name="stock-slicing",
+    summary="one basis for the whole model, which stays a stock architecture with a smaller hidden size",
+    paper="secateur's own (docs/methods.md)",
+    settings=StockSettings,
+    native="slice",
+    forwards=lambda _blocks, _gone, settings: 1.0 if settings.bases > 1 else 0.0,
+    apply_forwards=lambda settings, _tokens: slicing_forwards(
+        shared=True, sensitivity=settings.sensitivity, reconstruct=settings.reconstruct
+    ),
+    speed_model=speed_with_shared_bases,
+)
 def decide_shared(measurements: Measurements, settings: StockSettings, budget: Budget) -> Sequence[SliceHidden]:
     """Keep one width everywhere; where several bases are asked for, put their borders where the states change most."""
     decoder = measurements.decoder
@@ -250,13 +289,16 @@ def decide_shared(measurements: Measurements, settings: StockSettings, budget: B
             head_width=width,
             bases=starts,
             stock=stock,
+            signals=settings.signals,
+            sensitivity=settings.sensitivity,
+            reconstruct=settings.reconstruct,
             sizes=sizes,
         )
 
     if budget.aim == "slice":
         return (step(rounded_width(budget.value, sizes.width, rounding)),)
     candidates = [step(width) for width in range(rounding, sizes.width, rounding)]
-    left = [sizes.at(*one.points()).total for one in candidates]
+    left = [sizes.sizes_at(*one.points()).total for one in candidates]
     return (candidates[choose_size(budget, left, decoder.parameter_count)],)
 
 
@@ -272,15 +314,25 @@ def _constant_widths(sizes: StreamSizes, rounding: int, budget: Budget, total: i
 
 def _parameters(sizes: StreamSizes, widths: Widths) -> int:
     """Parameters with a basis of its own at every reading point."""
-    points = [width for width in widths for _ in range(1 if sizes.parallel else 2)] + [sizes.width]
-    return sizes.at(points, [True] * (len(points) - 1)).total
+    points = [width for width in widths for _ in range(sizes.points_per_block)] + [sizes.width]
+    return sizes.sizes_at(points, [True] * (len(points) - 1)).total
 
 
-def _own_bases(method: str, settings: dict[str, Any], widths: Widths, sizes: StreamSizes) -> SliceHidden:
-    settings = {"slice": round(1 - sum(widths) / len(widths) / sizes.width, 6)} | settings
-    return SliceHidden(method=method, settings=settings, widths=widths, head_width=sizes.width, sizes=sizes)
+def _own_bases(
+    name: str, settings: ConstantSettings, found: dict[str, Any], widths: Widths, sizes: StreamSizes
+) -> SliceHidden:
+    sliced = {"slice": round(1 - sum(widths) / len(widths) / sizes.width, 6)}
+    return SliceHidden(
+        method=name,
+        settings=sliced | settings.model_dump(exclude_none=True) | found,
+        widths=widths,
+        head_width=sizes.width,
+        signals=settings.signals,
+        sizes=sizes,
+    )
 
 
+@applies(SliceHidden)
 def apply(measurements: Measurements, step: SliceHidden) -> Decoder:
     """Slice as the step says; bases are measured on the texts, after rotation alone was seen to change nothing.
 
@@ -293,10 +345,10 @@ def apply(measurements: Measurements, step: SliceHidden) -> Decoder:
     if sizes != step.sizes:
         raise InputError("this slicing step was made for a model of another shape; make a new plan for this one.")
     require_invariance(decoder)
-    windows, settings = measurements.need_windows(), step.settings
+    windows = measurements.need_windows()
     if step.bases is None:
         return slice_by_principal_directions(
-            decoder, windows, step.widths, signals=settings.get("signals", "raw"), options=measurements.options
+            decoder, windows, step.widths, signals=step.signals, options=measurements.options
         )[0]
     if step.coordinates:
         bases = find_coordinates(decoder, windows, step.head_width, options=measurements.options)
@@ -306,8 +358,8 @@ def apply(measurements: Measurements, step: SliceHidden) -> Decoder:
             windows,
             step.head_width,
             step.bases,
-            signals=settings.get("signals", "normed"),
-            sensitivity=settings.get("sensitivity", True),
+            signals=step.signals,
+            sensitivity=step.sensitivity,
             options=measurements.options,
         )
     return slice_with_shared_bases(
@@ -315,42 +367,6 @@ def apply(measurements: Measurements, step: SliceHidden) -> Decoder:
         windows,
         bases,
         stock=step.stock,
-        reconstruct=settings.get("reconstruct", True),
+        reconstruct=step.reconstruct,
         options=measurements.options,
     )
-
-
-METHODS = (
-    Method(
-        name="slicegpt",
-        summary="keep the principal directions of the hidden states, the same number in every block",
-        paper="Ashkboos et al. 2024, SliceGPT",
-        settings=ConstantSettings,
-        decide=decide_constant,
-        native="slice",
-        forwards=lambda _blocks, _gone, _settings: 0.0,
-        speed_model=speed_with_own_bases,
-    ),
-    Method(
-        name="dynamic-slicing",
-        summary="as slicegpt, but redundant blocks keep fewer directions",
-        paper="Dumitru et al. 2024, DynamicSlicing",
-        settings=DynamicSettings,
-        decide=decide_by_redundancy,
-        native="slice",
-        forwards=lambda _blocks, _gone, settings: 1.0 + 2.0 * len(_BASES_TRIED) * (settings.slice_base == "auto"),
-        speed_model=speed_with_own_bases,
-    ),
-    Method(
-        name="stock-slicing",
-        summary="one basis for the whole model, which stays a stock architecture with a smaller hidden size",
-        paper="secateur's own (docs/methods.md)",
-        settings=StockSettings,
-        decide=decide_shared,
-        native="slice",
-        forwards=lambda _blocks, _gone, settings: 1.0 if settings.bases > 1 else 0.0,
-        speed_model=speed_with_shared_bases,
-    ),
-)
-
-APPLY = {"slice-hidden": apply}

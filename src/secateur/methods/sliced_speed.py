@@ -70,7 +70,7 @@ def _folded(decoder: Decoder, share: float, *, shortcuts: bool) -> _Sample:
     sizes = stream_sizes(full)
     width = max(8, round(share * sizes.width / 8) * 8)
     head = sizes.width if shortcuts else width
-    each = 1 if sizes.parallel else 2
+    each = sizes.points_per_block
 
     def points(blocks: int) -> list[int]:
         return [width] * (each * blocks) + [head]
@@ -78,15 +78,15 @@ def _folded(decoder: Decoder, share: float, *, shortcuts: bool) -> _Sample:
     small = config_with_blocks(full, family, range(min(_BLOCKS, decoder.block_count)))
     small.widths, small.shortcuts = points(small.num_hidden_layers), [shortcuts] * (each * small.num_hidden_layers)
     every = points(decoder.block_count)
-    return _Sample(small, family, sizes.at(every, [shortcuts] * (len(every) - 1)).total)
+    return _Sample(small, family, sizes.sizes_at(every, [shortcuts] * (len(every) - 1)).total)
 
 
 def _stock(decoder: Decoder, width: int) -> _Sample:
     family, sizes = decoder.anatomy.family, stock_stream_sizes(decoder)
-    each = 1 if sizes.parallel else 2
+    each = sizes.points_per_block
     every = [width] * (each * decoder.block_count + 1)
     small = config_with_blocks(config_of_width(decoder, width), family, range(min(_BLOCKS, decoder.block_count)))
-    return _Sample(small, family, sizes.at(every, [False] * (len(every) - 1)).total)
+    return _Sample(small, family, sizes.sizes_at(every, [False] * (len(every) - 1)).total)
 
 
 def _dense(decoder: Decoder) -> _Sample:

@@ -1,4 +1,4 @@
-"""Amounts that are counted in bytes or seconds: what a model weighs, and what a plan may expect (METHODS §9)."""
+"""Amounts that are counted in bytes or seconds: what a model weighs, and what a plan may expect."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def expected(budget: Budget, decoder: Decoder, steps: Sequence[AnyStep]) -> dict
     inside = decoder.block_parameter_counts()
     sizes = Sizes(inside, decoder.parameter_count - sum(inside))
     for step in steps:
-        kept = tuple(kept[place] for place in step.kept(len(kept)))
-        sizes = step.left(sizes)
-    left = cost.of(kept, sizes.total) if steps else cost.total
+        kept = tuple(kept[place] for place in step.kept_blocks(len(kept)))
+        sizes = step.sizes_after(sizes)
+    left = cost.weigh(kept, sizes.total) if steps else cost.total
     if cost.unit == "bytes":
         return {"bytes": int(left), "dense_bytes": int(cost.dense)} | cost.facts
     return {"speedup": round(cost.dense / left, 4), "seconds": left, "dense_seconds": cost.dense} | cost.facts

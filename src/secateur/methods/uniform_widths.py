@@ -58,7 +58,7 @@ class Candidates:
     Attributes:
         multiple: channels stay in multiples of this.
         stock: whether a stock configuration can name them; else they need the modelling file.
-        sizes: what the parameters of the result stand on.
+        sizes: parameters of the result by unit.
     """
 
     def __init__(self, decoder: Decoder, free: range, heads: Heads, rounding: int | None) -> None:
@@ -150,12 +150,12 @@ class Candidates:
             raise InputError(
                 f"rounding={self.multiple}: MLPs have only {self._dense[self._free[0]].channels} channels."
             )
-        widths = path[choose_size(budget, [self.sizes.at(one).total for one in path], total)]
+        widths = path[choose_size(budget, [self.sizes.sizes_at(one).total for one in path], total)]
         if self.multiple == 1:
             return widths, None
-        fine = [self.sizes.at(one).total for one in self.path(1)]
+        fine = [self.sizes.sizes_at(one).total for one in self.path(1)]
         best = 1 - fine[choose_size(budget, fine, total)] / total
-        got = 1 - self.sizes.at(widths).total / total
+        got = 1 - self.sizes.sizes_at(widths).total / total
         return widths, best if abs(best - got) > TOLD else None
 
     def given(self, ffn: int | None, groups: int | None, queries: int | None) -> AllWidths:

@@ -93,6 +93,11 @@ class Family:
     detected: bool = False
     """True for a row that was guessed from an unknown architecture and proved on a tiny copy."""
 
+    def uses_alibi(self, config: Any) -> bool:
+        """Return whether the positions of a model with this configuration are ALiBi."""
+        flagged = self.alibi_flag is not None and bool(getattr(config, self.alibi_flag, False))
+        return self.positions == "alibi" or flagged or getattr(config, "positions", None) == "alibi"
+
 
 @dataclass(frozen=True)
 class Anatomy:

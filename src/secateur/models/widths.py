@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.models.anatomy import Family, find, present
 from secateur.models.decoder import Decoder
+from secateur.plan.units import UnitKind
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,25 @@ def _channels(block: nn.Module, writers: tuple[str, ...]) -> int:
 def _experts(block: nn.Module, router: tuple[str, ...]) -> int:
     found = next(present(block, router), None)
     return int(found[1].weight.shape[0]) if found else 0
+
+
+def unit_counts(decoder: Decoder) -> dict[UnitKind, tuple[int, ...]]:
+    """Count the units of each block that structured pruning can remove; empty for a family that is only detected."""
+    if decoder.anatomy.family.detected:
+        return {}
+    blocks = [_units(decoder, index) for index in range(decoder.block_count)]
+    return {kind: tuple(one.get(kind, 0) for one in blocks) for kind in UnitKind if any(kind in one for one in blocks)}
+
+
+def _units(decoder: Decoder, index: int) -> dict[UnitKind, int]:
+    """Count the units of one block; it may be an MLP alone."""
+    family, block = decoder.anatomy.family, decoder.block_list[index]
+    units = {UnitKind.MLP: 1, UnitKind.DIRECTION: decoder.hidden_size}
+    if next(present(block, family.attention_out), None) is None:
+        return units | {UnitKind.CHANNEL: _channels(block, family.mlp_out)}
+    found = block_widths(decoder, index)
+    units |= {UnitKind.ATTENTION: 1, UnitKind.QUERY_HEAD: found.heads, UnitKind.KEY_VALUE_GROUP: found.groups}
+    return units | {UnitKind.CHANNEL: found.channels} | ({UnitKind.EXPERT: found.experts} if found.experts else {})
 
 
 def cache_numbers(decoder: Decoder) -> tuple[int, ...]:

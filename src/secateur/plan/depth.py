@@ -1,22 +1,24 @@
-"""Edits of whole blocks: taken out, merged, or replaced by a matrix."""
+"""Edits of whole blocks: removed, merged, or replaced by a matrix."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from secateur.errors import InputError
 from secateur.plan.step import Sizes, Step
+from secateur.plan.units import BlockChange
 
 
 class DropBlocks(Step):
-    """Take blocks out."""
+    """Remove blocks."""
 
     kind: Literal["drop-blocks"] = "drop-blocks"
     blocks: tuple[int, ...]
 
-    def kept(self, count: int) -> tuple[int, ...]:
+    def kept_blocks(self, count: int) -> tuple[int, ...]:
         """Return the blocks that stay, of `count`.
 
         Raises:
@@ -32,13 +34,13 @@ class DropBlocks(Step):
             raise InputError("the plan drops every block; at least one must stay.")
         return stay
 
-    def left(self, sizes: Sizes) -> Sizes:
+    def sizes_after(self, sizes: Sizes) -> Sizes:
         """Return the sizes without the blocks that go."""
-        return Sizes(tuple(sizes.blocks[block] for block in self.kept(len(sizes.blocks))), sizes.other)
+        return sizes.with_blocks(self.kept_blocks(len(sizes.blocks)))
 
     def describe(self) -> tuple[str, str]:
         """Name the blocks that go."""
-        return "takes out", ", ".join(map(str, self.blocks)) or "nothing"
+        return "removes", ", ".join(map(str, self.blocks)) or "nothing"
 
 
 Span = tuple[int, int]
@@ -68,7 +70,7 @@ class MergeBlocks(Step):
     similarity: float | None = None
     threshold: float | None = None
 
-    def kept(self, count: int) -> tuple[int, ...]:
+    def kept_blocks(self, count: int) -> tuple[int, ...]:
         """Return the blocks that stay, of `count`: the lowest of each window, and all outside the windows.
 
         Raises:
@@ -89,14 +91,25 @@ class MergeBlocks(Step):
             _require_influence(self.influence, count)
         return tuple(block for block in range(count) if block not in absorbed)
 
-    def left(self, sizes: Sizes) -> Sizes:
+    def sizes_after(self, sizes: Sizes) -> Sizes:
         """Return the sizes with one block in the place of each window."""
-        return Sizes(tuple(sizes.blocks[block] for block in self.kept(len(sizes.blocks))), sizes.other)
+        return sizes.with_blocks(self.kept_blocks(len(sizes.blocks)))
 
     def describe(self) -> tuple[str, str]:
         """Name the windows."""
         windows = ", ".join(f"{low} to {high}" for low, high in sorted(self.windows))
         return "merges", f"{windows} ({self.rule})" if windows else "nothing"
+
+    def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
+        """Return what becomes of the blocks in the windows."""
+        changes = {}
+        for low, high in self.windows:
+            changes[low] = BlockChange(
+                state="merged", text=f"blocks {numbers[low]} to {numbers[high]} merged into this one"
+            )
+            for place in range(low + 1, high + 1):
+                changes[place] = BlockChange(state="absorbed", text=f"merged into block {numbers[low]}", share=0.0)
+        return changes
 
 
 class LinearReplacement(Step):
@@ -113,12 +126,12 @@ class LinearReplacement(Step):
 
     measures: ClassVar[bool] = True
 
-    kind: Literal["linearize-blocks"] = "linearize-blocks"
+    kind: Literal["linear-replacement"] = "linear-replacement"
     windows: tuple[Span, ...] = Field(min_length=1)
     ridge: float = Field(ge=0, allow_inf_nan=False)
     error: tuple[float, ...] = ()
 
-    def kept(self, count: int) -> tuple[int, ...]:
+    def kept_blocks(self, count: int) -> tuple[int, ...]:
         """Return the blocks that stay, of `count`.
 
         Raises:
@@ -136,13 +149,30 @@ class LinearReplacement(Step):
                 raise InputError(f"the plan replaces blocks {low} to {high}, but the block before them does not stay.")
         return tuple(block for block in range(count) if block not in gone)
 
-    def left(self, sizes: Sizes) -> Sizes:
+    def sizes_after(self, sizes: Sizes) -> Sizes:
         """Return the sizes without the blocks that go."""
-        return Sizes(tuple(sizes.blocks[block] for block in self.kept(len(sizes.blocks))), sizes.other)
+        return sizes.with_blocks(self.kept_blocks(len(sizes.blocks)))
 
     def describe(self) -> tuple[str, str]:
         """Name the windows."""
         return "replaces", ", ".join(f"{low} to {high}" for low, high in sorted(self.windows)) + " (a matrix each)"
+
+    def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
+        """Return what becomes of the blocks in the windows."""
+        return {
+            place: BlockChange(state="replaced", text=f"replaced by a matrix in block {numbers[low - 1]}", share=0.0)
+            for low, high in self.windows
+            for place in range(low, high + 1)
+        }
+
+    def forwards(self, tokens: int) -> float:
+        """One walk that sums up what the matrices are solved from."""
+        return linear_replacement_forwards()
+
+
+def linear_replacement_forwards() -> float:
+    """Return what measuring replacement matrices costs in plain forward passes; products of states are summed too."""
+    return 1.5
 
 
 def require_span(low: int, high: int, count: int, does: str) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from secateur.errors import InputError
 from secateur.plan.step import Sizes, Step
+from secateur.plan.units import BlockChange, Removal, UnitKind
+
+Signals = Literal["raw", "normed"]
+"""States as they are, or scaled to a mean square of 1 as the norm that reads them does."""
 
 
 class StreamSizes(BaseModel):
-    """How many numbers of a model stand on each direction of the residual stream.
+    """Parameters per residual dimension.
 
     A reading point is where a norm reads the stream: attention and MLP of each block (one point where they run side
     by side), last the head. "Rows" are counted per direction: a block's attention that reads with 96 rows has 96 · d
@@ -42,9 +47,14 @@ class StreamSizes(BaseModel):
     head: int
     other_fixed: int
 
-    def at(self, widths: Sequence[int], shortcuts: Sequence[bool]) -> Sizes:
+    @property
+    def points_per_block(self) -> int:
+        """Reading points in each block."""
+        return 1 if self.parallel else 2
+
+    def sizes_at(self, widths: Sequence[int], shortcuts: Sequence[bool]) -> Sizes:
         """Count parameters at these widths of the reading points, with these shortcut matrices between them."""
-        points = 1 if self.parallel else 2
+        points = self.points_per_block
         matrices = [
             before * after * matrix for before, after, matrix in zip(widths, widths[1:], shortcuts, strict=False)
         ]
@@ -73,6 +83,9 @@ class SliceHidden(Step):
         bases: first block of each shared basis; None gives every reading point a basis of its own.
         stock: the result keeps its architecture, with a smaller hidden size.
         coordinates: the basis is the one there is: the directions of largest activations stay.
+        signals: states whose principal directions are measured.
+        sensitivity: of shared bases, directions are weighted by how much the loss depends on them.
+        reconstruct: of shared bases, layers are refitted to read by least squares what the kept directions tell.
         sizes: what stands on the residual stream, in the form the result has.
     """
 
@@ -83,9 +96,12 @@ class SliceHidden(Step):
     bases: tuple[int, ...] | None = None
     stock: bool = False
     coordinates: bool = False
+    signals: Signals = "normed"
+    sensitivity: bool = False
+    reconstruct: bool = False
     sizes: StreamSizes
 
-    def kept(self, count: int) -> tuple[int, ...]:
+    def kept_blocks(self, count: int) -> tuple[int, ...]:
         """All blocks stay.
 
         Raises:
@@ -112,22 +128,36 @@ class SliceHidden(Step):
 
     def points(self) -> tuple[list[int], list[bool]]:
         """Return the widths of all reading points, the head last, and which connections carry a shortcut matrix."""
-        each = 1 if self.sizes.parallel else 2
+        each = self.sizes.points_per_block
         widths = [width for width in self.widths for _ in range(each)] + [self.head_width]
         borders = None if self.bases is None else {each * start - 1 for start in self.bases}
         return widths, [borders is None or one in borders for one in range(len(widths) - 1)]
 
-    def left(self, sizes: Sizes) -> Sizes:
+    def sizes_after(self, sizes: Sizes) -> Sizes:
         """Return the sizes of the sliced model, shortcut matrices and the untied head included."""
-        self.kept(len(sizes.blocks))
-        return self.sizes.at(*self.points())
+        self.kept_blocks(len(sizes.blocks))
+        counted = self.sizes.sizes_at(*self.points())
+        return replace(counted, units={**sizes.units, UnitKind.DIRECTION: self.widths})
+
+    def removes(self, sizes: Sizes) -> tuple[Removal, ...]:
+        """Return the directions that go, block by block."""
+        return tuple(
+            Removal(unit=UnitKind.DIRECTION, count=self.sizes.width - width, total=self.sizes.width, block=block)
+            for block, width in enumerate(self.widths)
+            if width < self.sizes.width
+        )
+
+    def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
+        """Return what becomes of each block; the share is that of its directions."""
+        changes = super().block_changes(sizes, numbers)
+        share = {place: width / self.sizes.width for place, width in enumerate(self.widths)}
+        return {place: replace(change, share=share[place]) for place, change in changes.items()}
 
     def forwards(self, tokens: int) -> float:
-        """One walk that measures and slices, or walks that measure, differentiate and reconstruct."""
-        if self.bases is None:
-            return 2.0
-        sensitivity = not self.coordinates and self.settings.get("sensitivity", True)
-        return 1.5 + 4.0 * sensitivity + 1.5 * self.settings.get("reconstruct", True)
+        """Return what measuring and slicing costs."""
+        return slicing_forwards(
+            shared=self.bases is not None, sensitivity=self.sensitivity, reconstruct=self.reconstruct
+        )
 
     @property
     def rebuilds(self) -> bool:
@@ -151,3 +181,12 @@ class SliceHidden(Step):
             )
             how += ", stock architecture" if self.stock else ", with its modelling file"
         return "keeps", f"{kept} of {width} hidden directions ({share:.1%} sliced away); {how}"
+
+
+def slicing_forwards(*, shared: bool, sensitivity: bool = False, reconstruct: bool = False) -> float:
+    """Return what slicing costs, in plain forward passes.
+
+    With a basis at every reading point one walk measures and slices; shared bases take one that measures, with
+    `sensitivity` a backward pass over all windows, and with `reconstruct` another walk.
+    """
+    return 1.5 + 4.0 * sensitivity + 1.5 * reconstruct if shared else 2.0

@@ -7,14 +7,16 @@ computed again when it is read, so an edited plan cannot contradict itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from secateur.errors import InputError
-from secateur.plan.steps import AnyStep, Sizes
+from secateur.plan.format_1 import from_format_1
+from secateur.plan.step import AnyStep, Sizes
+from secateur.plan.units import BlockChange, Removal, UnitKind
 
 _DERIVED = ("parameters_before", "parameters_after", "removed_fraction")
 
@@ -28,6 +30,7 @@ class ModelRef(BaseModel):
         family: its architecture.
         block_parameters: number of parameters of each block.
         other_parameters: all other parameters, tied tensors counted once.
+        units: how many units each block has, by kind, as far as they are known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +40,18 @@ class ModelRef(BaseModel):
     family: str
     block_parameters: tuple[int, ...]
     other_parameters: int
+    units: dict[UnitKind, tuple[int, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _counts_every_block(self) -> ModelRef:
+        for kind, counts in self.units.items():
+            if len(counts) != len(self.block_parameters):
+                raise InputError(f"the plan counts {kind.plural} of {len(counts)} blocks, not of all the model has.")
+        return self
+
+    def sizes(self) -> Sizes:
+        """Return the sizes of the model."""
+        return Sizes(self.block_parameters, self.other_parameters, self.units)
 
 
 class Candidate(BaseModel):
@@ -103,7 +118,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     version: str
     model: ModelRef
     requested: dict[str, Any] = Field(default_factory=dict)
@@ -115,8 +130,11 @@ class Plan(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _ignore_derived(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if k not in _DERIVED} if isinstance(data, dict) else data
+    def _read_older_and_derived(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = {key: value for key, value in data.items() if key not in _DERIVED}
+        return from_format_1(data) if data.get("format") == 1 else data
 
     @model_validator(mode="after")
     def _applicable(self) -> Plan:
@@ -127,14 +145,36 @@ class Plan(BaseModel):
         """Return the blocks of the original model that are left after all steps."""
         left = tuple(range(len(self.model.block_parameters)))
         for step in self.steps:
-            left = tuple(left[i] for i in step.kept(len(left)))
+            left = tuple(left[i] for i in step.kept_blocks(len(left)))
         return left
+
+    def removes(self) -> tuple[Removal, ...]:
+        """Return the units that go, step by step."""
+        found: list[Removal] = []
+        sizes = self.model.sizes()
+        for step in self.steps:
+            found += step.removes(sizes)
+            sizes = step.sizes_after(sizes)
+        return tuple(found)
+
+    def block_changes(self, numbers: Sequence[int]) -> Iterator[tuple[int, BlockChange]]:
+        """Yield what each step does to each block it changes, by the block's number.
+
+        Args:
+            numbers: the number, in the text too, of each block of the model the plan is for.
+        """
+        sizes, left = self.model.sizes(), list(numbers)
+        for step in self.steps:
+            for place, change in step.block_changes(sizes, left).items():
+                yield left[place], change
+            left = [left[place] for place in step.kept_blocks(len(left))]
+            sizes = step.sizes_after(sizes)
 
     def sizes_after(self) -> Sizes:
         """Return the sizes of the result."""
-        sizes = Sizes(self.model.block_parameters, self.model.other_parameters)
+        sizes = self.model.sizes()
         for step in self.steps:
-            sizes = step.left(sizes)
+            sizes = step.sizes_after(sizes)
         return sizes
 
     @computed_field  # type: ignore[prop-decorator]
@@ -152,7 +192,7 @@ class Plan(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def removed_fraction(self) -> float:
-        """Share of all parameters, embeddings included, that is gone afterwards (METHODS §9)."""
+        """Share of all parameters, embeddings included, that is gone afterwards."""
         return 1 - self.parameters_after / self.parameters_before
 
     def to_json(self) -> str:
@@ -181,12 +221,23 @@ class Plan(BaseModel):
 
 
 def plans_in(history: Iterable[dict[str, Any]]) -> tuple[Plan, ...]:
-    """Return the plans among the entries of a decoder's history, oldest first; other entries tell of healing."""
-    return tuple(Plan.model_validate(entry["plan"]) for entry in history if "plan" in entry)
+    """Return the plans among the entries of a decoder's history, oldest first; other entries tell of healing.
+
+    Raises:
+        InputError: one cannot be read, as of a later format or with steps of a package that is not installed.
+    """
+    return tuple(_recorded(entry["plan"]) for entry in history if "plan" in entry)
+
+
+def _recorded(data: Any) -> Plan:
+    try:
+        return Plan.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"the checkpoint's record holds no valid plan: {'; '.join(_problems(error))}.") from error
 
 
 def blocks_kept_by(history: Iterable[dict[str, Any]], count: int) -> tuple[int, ...]:
-    """Give, for each of the `count` blocks a decoder has, its number in the model its history begins with."""
+    """Return, for each of the `count` blocks a decoder has, its number in the model its history begins with."""
     left = None
     for plan in plans_in(history):
         kept = plan.kept_blocks()

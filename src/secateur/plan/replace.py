@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from secateur.errors import InputError
 from secateur.plan.depth import Span, require_span
 from secateur.plan.hidden import StreamSizes
-from secateur.plan.step import Sizes, Step
+from secateur.plan.step import Sizes, Step, Units
+from secateur.plan.units import BlockChange, UnitKind
 
 Network = Literal["block", "ffn", "swiglu"]
 """What stands in for a window: a block of the same kind, or an MLP of one of two kinds, each with its residual."""
+
+
+Loss = Literal["mse", "lm", "mse+lm"]
+"""What a network is trained on: hidden states, the language-modelling loss, or one after the other."""
+
+Pairs = Literal["recompute", "disk"]
+"""Where the hidden states it is trained on come from: computed anew, or kept on disk."""
 
 
 class ReplaceBlocks(Step):
@@ -20,8 +30,10 @@ class ReplaceBlocks(Step):
         window: first and last block of the window; the network takes the place of the first.
         network: its kind; a block starts from the window's first, an MLP from giving nothing.
         inner: channels of an MLP; 0 for a block.
-        sizes: of a model with an MLP in it, what stands on its residual stream; None for a block.
+        sizes: of a model with an MLP in it, its parameters per residual dimension; None for a block.
         train_tokens: tokens of text it is trained on.
+        loss: what it is trained on.
+        pairs: where its training pairs come from; None keeps those of a skeleton on disk.
         cosine: mean cosine of what enters and what leaves the window, as measured when it was decided.
     """
 
@@ -33,9 +45,11 @@ class ReplaceBlocks(Step):
     inner: int = 0
     sizes: StreamSizes | None = None
     train_tokens: int
+    loss: Loss = "mse"
+    pairs: Pairs | None = None
     cosine: float | None = None
 
-    def kept(self, count: int) -> tuple[int, ...]:
+    def kept_blocks(self, count: int) -> tuple[int, ...]:
         """Return the blocks that stay, of `count`, the first of the window, which becomes the network, among them.
 
         Raises:
@@ -51,23 +65,27 @@ class ReplaceBlocks(Step):
             raise InputError("the plan's sizes are for another number of blocks than its window leaves.")
         return tuple(block for block in range(count) if not low < block <= high)
 
-    def left(self, sizes: Sizes) -> Sizes:
+    def sizes_after(self, sizes: Sizes) -> Sizes:
         """Return the sizes with the network in the window's place; an MLP puts the whole model in its folded form."""
-        kept = self.kept(len(sizes.blocks))
+        kept = self.kept_blocks(len(sizes.blocks))
+        left = sizes.with_blocks(kept)
         if self.sizes is None:
-            return Sizes(tuple(sizes.blocks[block] for block in kept), sizes.other)
-        points = (1 if self.sizes.parallel else 2) * len(kept)
-        return self.sizes.at([self.sizes.width] * (points + 1), [False] * points)
+            return left
+        points = self.sizes.points_per_block * len(kept)
+        counted = self.sizes.sizes_at([self.sizes.width] * (points + 1), [False] * points)
+        return replace(counted, units=_with_mlp(left.units, kept.index(self.window[0]), self.inner))
 
     def forwards(self, tokens: int) -> float:
         """Forward passes for the targets, and forward and backward passes of what is trained, over its own text."""
-        passes = {"mse": 1.0, "lm": 2.5, "mse+lm": 3.5}[self.settings.get("loss", "mse")]
-        return passes * self.train_tokens / tokens
+        return training_forwards(self.loss, self.train_tokens, tokens)
 
     def disk_bytes(self, width: int, *, skeleton: bool) -> int:
         """Bytes of hidden-state pairs kept on disk while it is trained; 0 where they are computed anew."""
-        stored = self.settings.get("pairs") == "disk" or (skeleton and self.settings.get("pairs") is None)
-        return 2 * self.train_tokens * width * 2 if stored else 0
+        return 2 * self.train_tokens * width * 2 if self.stores_pairs(skeleton=skeleton) else 0
+
+    def stores_pairs(self, *, skeleton: bool) -> bool:
+        """Return whether the hidden states it is trained on are kept on disk."""
+        return self.pairs == "disk" or (self.pairs is None and skeleton)
 
     @property
     def rebuilds(self) -> bool:
@@ -78,5 +96,29 @@ class ReplaceBlocks(Step):
         """Name the window and what it becomes."""
         low, high = self.window
         what = "one block" if self.network == "block" else f"one {self.network} of {self.inner} channels"
-        how = self.settings.get("loss", "mse")
-        return "replaces", f"{low} to {high} by {what}, trained on {self.train_tokens:,} tokens ({how} loss)"
+        return "replaces", f"{low} to {high} by {what}, trained on {self.train_tokens:,} tokens ({self.loss} loss)"
+
+    def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
+        """Return what becomes of the blocks of the window."""
+        low, high = self.window
+        what = "one trained block" if self.network == "block" else f"a {self.network} of {self.inner} channels"
+        gone = BlockChange(state="replaced", text=f"replaced by {what} in block {numbers[low]}", share=0.0)
+        first = f"{what} in the place of blocks {numbers[low]} to {numbers[high]}"
+        return {low: BlockChange(state="network", text=first)} | dict.fromkeys(range(low + 1, high + 1), gone)
+
+
+def training_forwards(loss: Loss, train_tokens: int, tokens: int) -> float:
+    """Return what training a network costs, in plain forward passes over windows of `tokens` tokens altogether."""
+    return {"mse": 1.0, "lm": 2.5, "mse+lm": 3.5}[loss] * train_tokens / tokens
+
+
+_INSIDE = {UnitKind.ATTENTION: 0, UnitKind.QUERY_HEAD: 0, UnitKind.KEY_VALUE_GROUP: 0, UnitKind.EXPERT: 0}
+
+
+def _with_mlp(units: Units, place: int, channels: int) -> Units:
+    """Return the units of the blocks when one of them becomes an MLP alone."""
+    own = _INSIDE | {UnitKind.CHANNEL: channels}
+    return {
+        kind: tuple(own.get(kind, count) if block == place else count for block, count in enumerate(counts))
+        for kind, counts in units.items()
+    }

@@ -1,39 +1,36 @@
-"""The edits a plan can hold, as data."""
+"""The edits that come with secateur, and the units they count in."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from secateur.plan.depth import DropBlocks, LinearReplacement, MergeBlocks, Rule, Span
-from secateur.plan.hidden import SliceHidden, StreamSizes
-from secateur.plan.replace import Network, ReplaceBlocks
-from secateur.plan.step import Sizes, Step
+from secateur.plan.hidden import Signals, SliceHidden, StreamSizes
+from secateur.plan.replace import Loss, Network, Pairs, ReplaceBlocks
+from secateur.plan.step import AnyStep, Sizes, Step
+from secateur.plan.units import BlockChange, Removal, UnitKind
 from secateur.plan.width import BlockSizes, Choice, PruneWidth, Widths, WidthSizes
-
-AnyStep = Annotated[
-    DropBlocks | MergeBlocks | LinearReplacement | ReplaceBlocks | SliceHidden | PruneWidth,
-    Field(discriminator="kind"),
-]
-"""Every kind of step a plan file can hold."""
 
 __all__ = [
     "AnyStep",
+    "BlockChange",
     "BlockSizes",
     "Choice",
     "DropBlocks",
     "LinearReplacement",
+    "Loss",
     "MergeBlocks",
     "Network",
+    "Pairs",
     "PruneWidth",
+    "Removal",
     "ReplaceBlocks",
     "Rule",
+    "Signals",
     "Sizes",
     "SliceHidden",
     "Span",
     "Step",
     "StreamSizes",
+    "UnitKind",
     "WidthSizes",
     "Widths",
 ]

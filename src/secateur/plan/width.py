@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.errors import InputError
-from secateur.plan.step import Sizes, Step
+from secateur.plan.step import Sizes, Step, Units
+from secateur.plan.units import BlockChange, Removal, UnitKind
 
 
 class Widths(BaseModel):
@@ -25,9 +28,17 @@ class Widths(BaseModel):
     queries: int = Field(ge=1)
     channels: int = Field(ge=1)
 
+    def units(self) -> dict[UnitKind, int]:
+        """Return how many units of each kind that makes."""
+        return {
+            UnitKind.QUERY_HEAD: self.groups * self.queries,
+            UnitKind.KEY_VALUE_GROUP: self.groups,
+            UnitKind.CHANNEL: self.channels,
+        }
+
 
 class BlockSizes(BaseModel):
-    """What a block's parameters stand on, in the form the result has.
+    """Parameters of a block by unit, in the form the result has.
 
     Attributes:
         dense: widths before anything goes.
@@ -45,23 +56,29 @@ class BlockSizes(BaseModel):
     channel: int
     fixed: int
 
-    def at(self, widths: Widths) -> int:
+    def parameters_at(self, widths: Widths) -> int:
         """Count the parameters of the block at these widths."""
         heads = widths.groups * widths.queries
         return self.fixed + widths.groups * self.group + heads * self.query + widths.channels * self.channel
 
 
 class WidthSizes(BaseModel):
-    """What the parameters of a model stand on: block by block, and outside the blocks."""
+    """Parameters of a model by unit: block by block, and outside the blocks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     blocks: tuple[BlockSizes, ...]
     other: int
 
-    def at(self, widths: tuple[Widths, ...]) -> Sizes:
-        """Count parameters at these widths."""
-        return Sizes(tuple(one.at(own) for one, own in zip(self.blocks, widths, strict=True)), self.other)
+    def sizes_at(self, widths: tuple[Widths, ...]) -> Sizes:
+        """Count parameters and units at these widths."""
+        blocks = tuple(one.parameters_at(own) for one, own in zip(self.blocks, widths, strict=True))
+        counts = [one.units() for one in widths]
+        units: Units = {kind: tuple(one[kind] for one in counts) for kind in _KINDS}
+        return Sizes(blocks, self.other, units)
+
+
+_KINDS = (UnitKind.QUERY_HEAD, UnitKind.KEY_VALUE_GROUP, UnitKind.CHANNEL)
 
 
 Choice = Literal["fluctuation", "weighted-norm", "magnitude", "taylor", "brain-surgeon"]
@@ -83,10 +100,10 @@ class PruneWidth(Step):
         without_bias: blocks in which something that writes has no place for one.
         rounding: channels were rounded to multiples of this.
         unrounded: the fraction of all parameters that would go without that rounding; None where it costs nothing.
-        sizes: what the parameters of the result stand on.
+        sizes: parameters of the result by unit.
     """
 
-    kind: Literal["narrow-blocks"] = "narrow-blocks"
+    kind: Literal["prune-width"] = "prune-width"
     measures: ClassVar[bool] = True
     widths: tuple[Widths, ...]
     choose: Choice
@@ -98,7 +115,7 @@ class PruneWidth(Step):
     unrounded: float | None = None
     sizes: WidthSizes
 
-    def kept(self, count: int) -> tuple[int, ...]:
+    def kept_blocks(self, count: int) -> tuple[int, ...]:
         """All blocks stay.
 
         Raises:
@@ -118,14 +135,33 @@ class PruneWidth(Step):
                 )
         return tuple(range(count))
 
-    def left(self, sizes: Sizes) -> Sizes:
-        """Return the sizes of the narrowed model."""
-        self.kept(len(sizes.blocks))
-        return self.sizes.at(self.widths)
+    def sizes_after(self, sizes: Sizes) -> Sizes:
+        """Return the sizes of the pruned model."""
+        self.kept_blocks(len(sizes.blocks))
+        counted = self.sizes.sizes_at(self.widths)
+        return replace(counted, units={**sizes.units, **counted.units})
+
+    def removes(self, sizes: Sizes) -> tuple[Removal, ...]:
+        """Return the units that go, block by block."""
+        return tuple(
+            Removal(unit=kind, count=total - keep.units()[kind], total=total, block=block)
+            for block, (keep, one) in enumerate(zip(self.widths, self.sizes.blocks, strict=True))
+            for kind, total in one.dense.units().items()
+            if keep.units()[kind] < total
+        )
+
+    def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
+        """Return what becomes of each block; the share is that of the parameters of its units."""
+        shares = [
+            (one.parameters_at(keep) - one.fixed) / max(1, one.parameters_at(one.dense) - one.fixed)
+            for keep, one in zip(self.widths, self.sizes.blocks, strict=True)
+        ]
+        changes = super().block_changes(sizes, numbers)
+        return {place: replace(change, share=shares[place]) for place, change in changes.items()}
 
     def forwards(self, tokens: int) -> float:
-        """Each block is run to measure attention, to measure its MLP and once edited; Taylor scores walk back first."""
-        return 4.0 + 4.0 * (self.choose == "taylor")
+        """Return what measuring and pruning costs."""
+        return width_forwards(self.choose)
 
     @property
     def rebuilds(self) -> bool:
@@ -155,3 +191,12 @@ class PruneWidth(Step):
 def _span(kept: list[int], dense: list[int]) -> str:
     low, high = min(kept), max(kept)
     return f"{low if low == high else f'{low} to {high}'} of {max(dense)}"
+
+
+def width_forwards(choose: Choice) -> float:
+    """Return what width pruning costs, in plain forward passes.
+
+    Each block is run to measure attention, to measure its MLP and once edited; Taylor scores take a backward pass
+    before that.
+    """
+    return 4.0 + 4.0 * (choose == "taylor")

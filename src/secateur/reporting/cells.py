@@ -43,7 +43,15 @@ class Measured:
 
     def perplexity(self) -> Result | None:
         """Return the perplexity; the first where several texts were read."""
-        return next((one for one in self.results if one.measure == "perplexity"), None)
+        return self.metrics().get("perplexity")
+
+    def metrics(self) -> dict[str, Result]:
+        """Return what was measured on held-out text, by metric; the first where several texts were read."""
+        found: dict[str, Result] = {}
+        for one in self.results:
+            if one.task is None and one.texts:
+                found.setdefault(one.measure, one)
+        return found
 
     def tasks(self) -> list[str]:
         """Name the tasks, without their average."""
@@ -59,7 +67,7 @@ class Measured:
         return self._over_tasks(*ACCURACIES)
 
     def stability(self) -> float | None:
-        """Mean stability over the tasks (METHODS §10)."""
+        """Mean stability over the tasks."""
         return self._over_tasks("stability")
 
     def flips(self) -> float | None:

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from secateur.checkpoints.folders import MARKER
 from secateur.errors import InputError, first_line
 from secateur.evaluation.reference import RESULTS
@@ -182,7 +180,7 @@ def _results_in(folder: Path, role: str) -> tuple[Result, ...]:
 def _plans(history: list[dict[str, Any]], checkpoint: Path | None) -> tuple[Plan, ...]:
     try:
         return plans_in(history)
-    except ValidationError as error:
+    except InputError as error:
         raise InputError(
             f"{checkpoint}/{MARKER}: a plan of another version of secateur ({first_line(error)}). "
             "Make the report with the version that wrote it."

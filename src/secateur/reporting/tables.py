@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from secateur.evaluation.results import Result
@@ -59,7 +60,7 @@ _COLUMNS: tuple[_Column, ...] = (
 
 def cells_table(rows: Sequence[Row], front: Sequence[Row]) -> Table:
     """One line per cell; columns that no cell has anything in are left out."""
-    kept = [one for one in _COLUMNS if any(one[2](row) is not None for row in rows)]
+    kept = [one for one in (*_COLUMNS, *_further_metrics(rows)) if any(one[2](row) is not None for row in rows)]
     lines = []
     for row in rows:
         values = [(read(row), show) for _, _, read, show in kept]
@@ -73,6 +74,19 @@ def cells_table(rows: Sequence[Row], front: Sequence[Row]) -> Table:
         )
     columns = tuple((name, says, name not in ("method", "asked", "healing")) for name, says, _, _ in kept)
     return Table(columns=columns, lines=tuple(lines))
+
+
+def _further_metrics(rows: Sequence[Row]) -> Iterator[_Column]:
+    """Yield a column for each metric but perplexity, which has its own."""
+    names = dict.fromkeys(name for row in rows for name in row.cell.measured.metrics())
+    for name in names:
+        if name != "perplexity":
+            yield name, "on held-out text", partial(_metric, name), "{:.3f}".format
+
+
+def _metric(name: str, row: Row) -> float | None:
+    found = row.cell.measured.metrics().get(name)
+    return None if found is None else found.value
 
 
 def tasks_table(contents: Contents, rows: Sequence[Row]) -> Table | None:

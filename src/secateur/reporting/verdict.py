@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from secateur.plan.pareto import pareto_front
 from secateur.reporting.cells import Cell, Contents, Measured
 
 
@@ -104,13 +105,8 @@ def _row(cell: Cell, dense: Measured, *, by_perplexity: bool) -> Row:
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Say of each (cost, cost) point whether no other is at least as low in both and lower in one."""
-    best = math.inf
-    front = [False] * len(points)
-    previous: tuple[float, float] | None = None
-    for number in sorted(range(len(points)), key=lambda one: points[one]):
-        if points[number][1] < best or points[number] == previous:
-            front[number], best, previous = True, points[number][1], points[number]
-    return front
+    front = {points[place] for place in pareto_front(points)}
+    return [point in front for point in points]
 
 
 def rankings(rows: Sequence[Row]) -> list[Ranking]:

@@ -404,7 +404,7 @@ def test_what_was_measured_for_one_number_of_blocks_serves_the_next(tiny, monkey
     measurements = Measurements(tiny("llama"), WINDOWS)
     found = [method.decide(measurements, settings, Budget("blocks", count))[0] for count in (1, 3, 2)]
     assert len(seen) == len(set(seen))
-    assert [len(step.kept(8)) for step in found] == [7, 5, 6]
+    assert [len(step.kept_blocks(8)) for step in found] == [7, 5, 6]
     alone = method.decide(Measurements(tiny("llama"), WINDOWS), settings, Budget("blocks", 1))[0]
     assert alone == found[0]
 

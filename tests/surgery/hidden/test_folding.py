@@ -178,7 +178,7 @@ def test_sizes_on_the_stream_are_the_true_parameter_counts(name, small):
         config.widths, config.shortcuts = widths, shortcuts
         with torch.device("meta"):
             module = SecateurForCausalLM(config)
-        sizes = stream_sizes(config).at(widths, shortcuts)
+        sizes = stream_sizes(config).sizes_at(widths, shortcuts)
         assert sizes.blocks == tuple(map(count_parameters, module.model.layers))
         assert sizes.total == count_parameters(module)
 
@@ -187,7 +187,7 @@ def test_sizes_with_norms_over_heads_are_the_true_parameter_counts():
     config = folded_config(varied("cohere", use_qk_norm=True))
     with torch.device("meta"):
         module = SecateurForCausalLM(config)
-    assert stream_sizes(config).at(config.widths, config.shortcuts).total == count_parameters(module)
+    assert stream_sizes(config).sizes_at(config.widths, config.shortcuts).total == count_parameters(module)
 
 
 @pytest.mark.parametrize("heads", [4, 6, 8, 12])

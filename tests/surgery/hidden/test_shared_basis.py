@@ -361,7 +361,7 @@ def test_a_stock_result_is_of_the_same_class_and_reloads(name, small, tmp_path):
     assert type(stock.module) is type(decoder.module)
     assert stock.config.hidden_size == stock.hidden_size == 24
     assert decoder.config.hidden_size == 32
-    counted = stock_stream_sizes(decoder).at([24] * (2 * BLOCKS + 1), [False] * (2 * BLOCKS))
+    counted = stock_stream_sizes(decoder).sizes_at([24] * (2 * BLOCKS + 1), [False] * (2 * BLOCKS))
     assert counted.blocks == stock.block_parameter_counts()
     assert counted.total == stock.parameter_count
     stock.module.save_pretrained(tmp_path)

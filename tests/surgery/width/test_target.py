@@ -54,7 +54,7 @@ def with_zeros(decoder, widths):
 
 def narrowed_and_expected(decoder, widths, *, stock):
     found = prune_width(decoder, draw_windows(2, 8), widths, last_units, stock=stock, repair=False)
-    assert found.parameter_count == width_sizes(decoder, stock=stock).at(widths).total
+    assert found.parameter_count == width_sizes(decoder, stock=stock).sizes_at(widths).total
     tokens = draw_tokens(2, 12, seed=3)
     torch.testing.assert_close(
         forward(found.module, tokens), forward(with_zeros(decoder, widths), tokens), rtol=1e-3, atol=2e-4

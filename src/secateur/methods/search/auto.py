@@ -1,23 +1,22 @@
 """Depth and width together: how many blocks go, by which method, and which method narrows or slices what is left.
 
-Ours (METHODS §8). A candidate is a single method, or one that takes out 1, 2, 3, … blocks and one that brings what is
-left down to what was asked for. Candidates are made and measured as `prune` would make them, and Optuna proposes which
-to try next. Their losses are those on calibration windows that were held back: matrices and repairs are least-squares
-fits to the windows they are measured on, so that the loss there flatters whatever fits most parameters.
+Ours (docs/methods/auto.md). A candidate is a single method, or one that takes out 1, 2, 3, … blocks and one that
+brings what is left down to what was asked for. Candidates are made and measured as `prune` would make them, and Optuna
+proposes which to try next. Their losses are those on calibration windows that were held back: matrices and repairs are
+least-squares fits to the windows they are measured on, so that the loss there flatters whatever fits most parameters.
 
 What one candidate measures the others use: scores and errors of the dense model are measured once, a model with fewer
 blocks is made once for every width tried on it, whichever method it comes from, and no plan is measured twice. Every
 candidate removes what was asked for, but for a twentieth of it at most, so that none wins by being larger. Models with
-fewer blocks on their way to that are measured too, which costs little: they show on the front what less would cost, and
-where one loses more than the best plan so far, nothing is narrowed that will lose still more.
+fewer blocks on their way to that are measured too, which costs little: they show on the front what less would cost,
+and where one loses more than the best plan so far, nothing is narrowed that will lose still more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -25,15 +24,18 @@ from pydantic import Field
 from secateur.calibration.walk import mean_loss
 from secateur.errors import InputError, ModelError, SecateurError, unknown
 from secateur.methods.budget import Budget, already
-from secateur.methods.method import Decision, Measurements, Method, MethodSettings
+from secateur.methods.method import METHODS, Decision, Measurements, Method, MethodSettings, method
+from secateur.methods.registry import apply_step
 from secateur.methods.search.splits import Split, all_splits, search
-from secateur.methods.search.trials import FAILURES, Apply, Made, Member, Steps, TrialLog, Trials
+from secateur.methods.search.trials import FAILURES, Made, Member, Steps, TrialLog, Trials
+from secateur.plan.pareto import pareto_front
 from secateur.plan.plan import Candidate, Search
 
 _NONE = "none"
 _TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}
 """Settings with which a method needs no training, so that it can be tried."""
 _FORWARDS_EACH = 5.0
+_SIDES: tuple[Literal["depth", "width"], ...] = ("depth", "width")
 
 
 class AutoSettings(MethodSettings):
@@ -75,12 +77,13 @@ class AutoSettings(MethodSettings):
         return plain | ({"of": dotted} if dotted else {})
 
 
-def _members(settings: AutoSettings, known: Mapping[str, Method]) -> dict[str, Member]:
+def _members(settings: AutoSettings) -> dict[str, Member]:
     """Look up the methods that take part.
 
     Raises:
         InputError: an unknown one, one on the wrong side, or none at all.
     """
+    known = {name: method for name, method in METHODS.items() if method.native is not None}
     sides = {"depth": settings.side("depth"), "width": settings.side("width")}
     for side, wanted in sides.items():
         fitting = [name for name, method in known.items() if (method.native == "blocks") == (side == "depth")]
@@ -109,9 +112,28 @@ def _member(method: Method, given: dict[str, Any]) -> Member:
     return Member(method, settings)
 
 
-def decide(
-    known: Mapping[str, Method], apply: Apply, measurements: Measurements, settings: AutoSettings, budget: Budget
-) -> Decision:
+def _forwards(blocks: int, gone: int, settings: AutoSettings) -> float:
+    deciding = sum(one.method.forwards(blocks, gone, one.settings) for one in _members(settings).values())
+    return 1 + deciding + _FORWARDS_EACH * settings.trials
+
+
+def _apply_forwards(settings: AutoSettings, tokens: int) -> float:
+    """Return what the dearest pair of methods costs."""
+    costs = {name: one.method.apply_forwards(one.settings, tokens) for name, one in _members(settings).items()}
+    return sum(max(costs.get(name or _NONE, 0.0) for name in settings.side(side)) for side in _SIDES)
+
+
+@method(
+    order=90,
+    name="auto",
+    summary="splits what is to go between blocks and their widths, by trying: the least loss on windows held back",
+    paper="secateur's own (docs/methods/auto.md)",
+    settings=AutoSettings,
+    native=None,
+    forwards=_forwards,
+    apply_forwards=_apply_forwards,
+)
+def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -> Decision:
     """Try candidates; return the steps of the best, and the record of all.
 
     Raises:
@@ -119,14 +141,14 @@ def decide(
         ModelError: no candidate can cut this model.
         NumericsError: the dense model, or every candidate, has no loss.
     """
-    members = _members(settings, known)
+    members = _members(settings)
     whole = measurements.decoder.parameter_count if budget.cost is None else budget.cost.total
     if budget.limit(whole) >= whole:
         raise InputError(already(budget, whole))
     fitted, held_back = measurements.need_windows().split_off(settings.held_back)
     dense_loss = mean_loss(measurements.decoder, held_back, options=measurements.options)
     to_fit = dataclasses.replace(measurements, windows=fitted, known=None, cache={})  # scores are of all windows
-    trials = Trials(to_fit, held_back, budget, members, apply)
+    trials = Trials(to_fit, held_back, budget, members, apply_step)
     log = TrialLog(measurements, settings.model_dump(mode="json"), repr(budget))
     tried = _Tried(trials, log, skip_hopeless=settings.skip_hopeless)
     splits = all_splits(settings.side("depth"), settings.side("width"), trials.most_blocks())
@@ -244,32 +266,6 @@ def front(found: Sequence[tuple[int | None, float | None]]) -> tuple[int, ...]:
     Another is preferable if it is no larger and no worse, and not the same in both; of equal ones the first stays.
     Those without parameters or loss do not count.
     """
-    best: list[tuple[int, float, int]] = []
-    numbers = ((size, loss, place) for place, (size, loss) in enumerate(found) if size is not None and loss is not None)
-    for one in sorted(numbers):
-        if not best or one[1] < best[-1][1]:
-            best.append(one)
-    return tuple(place for *_, place in reversed(best))
-
-
-def method_over(known: Mapping[str, Method], apply: Apply) -> Method:
-    """Make the method that tries others.
-
-    Args:
-        known: the methods by name.
-        apply: how each kind of step is applied.
-    """
-
-    def forwards(blocks: int, gone: int, settings: AutoSettings) -> float:
-        deciding = sum(one.method.forwards(blocks, gone, one.settings) for one in _members(settings, known).values())
-        return 1 + deciding + _FORWARDS_EACH * settings.trials
-
-    return Method(
-        name="auto",
-        summary="splits what is to go between blocks and their widths, by trying: the least loss on windows held back",
-        paper="secateur's own (docs/methods/auto.md)",
-        settings=AutoSettings,
-        decide=partial(decide, known, apply),
-        native=None,
-        forwards=forwards,
-    )
+    numbers = [(size, loss, place) for place, (size, loss) in enumerate(found) if size is not None and loss is not None]
+    best = pareto_front([(size, loss) for size, loss, _ in numbers])
+    return tuple(numbers[place][2] for place in reversed(best))

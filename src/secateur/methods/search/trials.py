@@ -136,7 +136,7 @@ class Trials:
     def _after(self, steps: Steps, measurements: Measurements) -> Cut:
         kept = self._dense.kept
         for step in steps:
-            kept = tuple(kept[place] for place in step.kept(len(kept)))
+            kept = tuple(kept[place] for place in step.kept_blocks(len(kept)))
             left = self._apply(measurements, step).decoder
             measurements = self._evidence.setdefault(left.fingerprint, measurements.on(left))
         return Cut(steps, kept, measurements)
@@ -200,7 +200,7 @@ def _left(decoder: Decoder, steps: Steps) -> int:
     inside = decoder.block_parameter_counts()
     sizes = Sizes(inside, decoder.parameter_count - sum(inside))
     for step in steps:
-        sizes = step.left(sizes)
+        sizes = step.sizes_after(sizes)
     return sizes.total
 
 

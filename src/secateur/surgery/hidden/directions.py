@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 
 from secateur.calibration.statistics import device_with_float64
 from secateur.distributed import add_up
 from secateur.errors import NumericsError
+from secateur.plan.hidden import Signals
 
 Directions = torch.Tensor
 """P, (D, d) float64."""
 
 RowsChange = Callable[[torch.Tensor], torch.Tensor]
 """Changes rows, each independently of the others."""
-
-Signals = Literal["raw", "normed"]
-"""States as they are, or scaled to a mean square of 1 as the norm that reads them does."""
 
 _SENSITIVITY_FLOOR = 0.3
 """Share of the identity beside the gradient's second moments (trace D); 0.3 and 1 measured alike."""

@@ -122,7 +122,7 @@ def _position_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
     family, config, blocks = decoder.anatomy.family, decoder.config, decoder.block_count
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * blocks
-    alibi = family.positions == "alibi" or bool(family.alibi_flag and getattr(config, family.alibi_flag, False))
+    alibi = family.uses_alibi(config)
     found = {
         "layer_types": list(kinds),
         "sliding_window": window if "sliding_attention" in kinds else None,

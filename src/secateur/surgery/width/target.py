@@ -70,8 +70,7 @@ def require_width_prunable(decoder: Decoder) -> None:
 def reason_against_heads(decoder: Decoder) -> str | None:
     """Say why no head of this model can go, if so."""
     family, config = decoder.anatomy.family, decoder.config
-    alibi = family.positions == "alibi" or bool(family.alibi_flag and getattr(config, family.alibi_flag, False))
-    if alibi or getattr(config, "positions", None) == "alibi":
+    if family.uses_alibi(config):
         return "the slopes of its positions follow from the number of heads"
     if joint_head_norm(decoder.block_list[0], family, block_widths(decoder, 0)):
         return "a norm runs over all its heads together"
