@@ -13,7 +13,7 @@ for method in ("slicegpt", "stock-slicing"):
     sliced = secateur.prune(model, plan)
     folder = Path(tempfile.mkdtemp(), method)
     secateur.save(sliced, folder)
-    again = AutoModelForCausalLM.from_pretrained(folder)  # works without trust_remote_code: importing secateur registers its classes
+    again = AutoModelForCausalLM.from_pretrained(folder)  # importing secateur registers its classes
     result = secateur.evaluate(sliced, windows=8)[0]
     print(f"{method}: {' '.join(plan.steps[0].describe())}")
     print(f"  {type(again).__name__}, {plan.removed_fraction:.1%} smaller, held-out perplexity {result.value:.2f}")

@@ -228,7 +228,7 @@ def test_a_new_network_leaves_the_window_out(name, network, tiny):
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_families_that_cannot_be_folded_say_so(name, tiny):
-    with pytest.raises(ModelError, match="no network without attention can be put in: a norm stands between"):
+    with pytest.raises(ModelError, match="no module without attention can be inserted: a norm stands between"):
         plan_for(tiny(name), windows_of_text(), network="ffn")
 
 

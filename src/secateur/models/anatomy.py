@@ -58,7 +58,7 @@ class Family:
     activation: str = "hidden_act"
     """Configuration entry with the name of the MLP's activation, or the name itself."""
     positions: Positions = "rope"
-    """Rotary (pairs split over the halves of a head, or interleaved), a table (counted with or without padding), ALiBi."""
+    """Rotary (pairs split over a head's halves, or interleaved), a table (counted with or without padding), ALiBi."""
     alibi_flag: str | None = None
     """Configuration flag that switches positions to ALiBi."""
     alibi_scaled: bool = False

@@ -95,7 +95,7 @@ class Decoder:
 
     @property
     def changes_basis(self) -> bool:
-        """Whether shortcut matrices rotate the residual stream between blocks, so that blocks fit only their neighbours."""
+        """Whether shortcut matrices rotate the residual stream, so that blocks fit only their neighbours."""
         return any(getattr(self.config, "shortcuts", None) or ())
 
     @property

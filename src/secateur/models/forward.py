@@ -132,7 +132,7 @@ def require_finite(hidden: torch.Tensor, where: str, mask: torch.Tensor | None =
 
 
 def same_calls(left: Sequence[Call], right: Sequence[Call]) -> bool:
-    """Return whether two recorded values are equal, so that batches can share one copy."""
+    """Return whether two batches call the blocks with the same arguments, so that one copy serves both."""
     return len(left) == len(right) and all(
         _same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(left, right, strict=True)
     )

@@ -93,7 +93,7 @@ def cache_numbers(decoder: Decoder) -> tuple[int, ...]:
 
 
 def cache_size(decoder: Decoder, context: int) -> tuple[int, ...]:
-    """Return the values that each block caches for a sequence of `context` tokens; sliding attention caches its window only."""
+    """Return the values that each block caches for `context` tokens; sliding attention caches its window only."""
     layers = DynamicCache(config=decoder.config).layers
     windows = [getattr(layer, "sliding_window", None) for layer in layers] or [None] * decoder.block_count
     return tuple(
