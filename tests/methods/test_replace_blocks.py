@@ -306,7 +306,7 @@ def test_nan_keeps_the_last_good_network_and_says_so(tiny, monkeypatch):
         pruned = cut(decoder, windows, **settings)
     assert torch.isfinite(logits(pruned, windows)).all()
     steps += [1] * 9
-    with pytest.raises(NumericsError, match="before anything was gained"):
+    with pytest.raises(NumericsError, match="before any improvement"):
         cut(decoder, windows, **settings)
 
 

@@ -126,7 +126,7 @@ def heal(
     Raises:
         InputError: an unknown recipe or setting, unusable data, a teacher with another vocabulary, or a work folder
             with the state of another healing.
-        NumericsError: the loss became NaN before anything was gained.
+        NumericsError: the loss became NaN before any improvement.
     """
     return HealJob.prepare(
         model,

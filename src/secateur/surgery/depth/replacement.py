@@ -31,10 +31,12 @@ def network_config(decoder: Decoder, window: Span, network: Network, inner: int 
     Raises:
         ModelError: the family cannot be folded.
     """
-    low, high = window kept = [block for block in range(decoder.block_count) if not low < block <= high] folded =
-    folded_config(decoder, "no replacement module without attention can be inserted", tied=can_stay_tied(decoder))
-    config: SecateurConfig = config_with_blocks(folded, _FAMILY, kept) own = {"intermediate_sizes": inner, "experts": 0,
-    "networks": network} for name, value in own.items():
+    low, high = window
+    kept = [block for block in range(decoder.block_count) if not low < block <= high]
+    folded = folded_config(decoder, "no module without attention can be inserted", tied=can_stay_tied(decoder))
+    config: SecateurConfig = config_with_blocks(folded, _FAMILY, kept)
+    own = {"intermediate_sizes": inner, "experts": 0, "networks": network}
+    for name, value in own.items():
         if value is not None:
             getattr(config, name)[low] = value
     return config

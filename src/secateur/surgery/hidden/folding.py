@@ -35,15 +35,24 @@ _FUNCTIONAL_EPS = 1e-5
 CANNOT_SLICE = "the hidden size of this model cannot be sliced"
 
 
+class UnfoldableError(ModelError):
+    """A model that cannot be brought into the canonical form; `reason` says why, without a full stop."""
+
+    def __init__(self, source: str, refusal: str, reason: str) -> None:
+        """Build the message from what is refused and why."""
+        super().__init__(f"{source}: {refusal}: {reason}.")
+        self.reason = reason
+
+
 def refuse_unsliceable(decoder: Decoder, refusal: str = CANNOT_SLICE) -> None:
     """Refuse models that cannot be folded or rotated.
 
     Raises:
-        ModelError: `refusal`, with the reason.
+        UnfoldableError: `refusal`, with the reason.
     """
     reason = _reason_against(decoder.anatomy, decoder.config, decoder.module)
     if reason:
-        raise ModelError(f"{decoder.source}: {refusal}: {reason}.")
+        raise UnfoldableError(decoder.source, refusal, reason)
 
 
 def _reason_against(anatomy: Anatomy, config: Any, module: nn.Module) -> str | None:
@@ -67,7 +76,7 @@ def folded_config(decoder: Decoder, refusal: str = CANNOT_SLICE, *, tied: bool =
     """Return the configuration of the folded model at full width; `tied` keeps a tied head tied (`can_stay_tied`).
 
     Raises:
-        ModelError: the family cannot be brought into this form; with `refusal` and the reason.
+        UnfoldableError: the family cannot be brought into this form; with `refusal` and the reason.
     """
     refuse_unsliceable(decoder, refusal)
     family, config = decoder.anatomy.family, decoder.config
