@@ -211,7 +211,7 @@ def test_blocks_of_skeletons(tiny):
 @pytest.mark.parametrize(
     ("by", "more", "message"),
     [
-        ("loar", {}, "unknown way of healing 'loar'. Did you mean 'lora'"),
+        ("loar", {}, "unknown healing recipe 'loar'. Did you mean 'lora'"),
         ("lora", {"settings": {"rnak": 4}}, "unknown setting of heal --with lora 'rnak'. Did you mean 'rank'"),
         ("lora", {"settings": {"rank": 0}}, "heal --with lora: rank=0"),
         ("distill", {}, "the dense model has to teach here; name it"),

@@ -1,4 +1,4 @@
-"""The commands that measure what a model can do and how fast: `eval` and `bench`."""
+"""The commands that evaluate a model: `eval` for quality, `bench` for speed and memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def evaluate(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity on held-out text, or tasks (or both), of the model and of the dense one in one run."""
+    """Measure perplexity on held-out text, tasks, or both, for the model and the dense one in the same run."""
     folder = target(out, model, "eval")
     asked = asking.request()
     whole = asked is not None
@@ -54,20 +54,20 @@ def evaluate(
 def bench(
     model: ModelArg,
     opening: Opening,
-    against: Annotated[str | None, typer.Option(help="The dense model, measured in turn with it.")] = None,
-    batch_sizes: Annotated[str, typer.Option(help="Sequences at a time: 1,8.")] = ",".join(map(str, BATCHES)),
+    against: Annotated[str | None, typer.Option(help="The dense model, measured alternately.")] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Sequences per request: 1,8.")] = ",".join(map(str, BATCHES)),
     prompts: Annotated[
-        str | None, typer.Option(help="Tokens of a prompt: 128,512. (default: these, as far as positions allow)")
+        str | None, typer.Option(help="Tokens per prompt: 128,512. (default: these, as far as positions allow)")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens written after the prompt.")] = NEW_TOKENS,
-    repeats: Annotated[int, typer.Option(help="Rounds that count.")] = 5,
-    warmup: Annotated[int, typer.Option(help="Rounds before them that do not.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated after the prompt.")] = NEW_TOKENS,
+    repeats: Annotated[int, typer.Option(help="Measured rounds.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Warm-up rounds before them.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the prompts, which are random tokens.")] = 0,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Measure speed and memory beside the dense model: reading, writing, first token, peak, cache."""
+    """Measure speed and memory next to the dense model: prefill, decoding, first token, peak, cache."""
     folder = target(out, model, "bench")
     asked = {
         "batch_sizes": tuple(whole_numbers(batch_sizes, "--batch-sizes")),

@@ -1,4 +1,4 @@
-"""The command that shows a checkpoint to others: `push`."""
+"""The command `push`, which uploads a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ from secateur.errors import SecateurWarning
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint folder that prune or heal wrote.")],
-    name: Annotated[str, typer.Argument(help="Its name on the hub: owner/name.")],
-    public: Annotated[bool, typer.Option("--public/--private", help="Who sees a new repository.")] = False,
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder written by prune or heal.")],
+    name: Annotated[str, typer.Argument(help="Its name on the Hub: owner/name.")],
+    public: Annotated[bool, typer.Option("--public/--private", help="Visibility of a new repository.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to upload to. (default: main)")] = None,
-    message: Annotated[str | None, typer.Option(help="Message of the commit. (default: what was done)")] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="results.jsonl of this checkpoint, to be shown on its card.")
-    ] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message. (default: what was done)")] = None,
+    results: Annotated[Path | None, typer.Option(help="results.jsonl of this checkpoint, to show on its card.")] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="The dense model's name on the hub, where it was opened from a folder.")
+        str | None, typer.Option(help="The dense model's name on the Hub, if it was opened from a folder.")
     ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Upload a finished checkpoint to the hub: card, weights, record. Log in first: hf auth login, or HF_TOKEN."""
-    with warnings.catch_warnings(record=True) as caught, err.status("looking, and uploading"):
+    """Upload a finished checkpoint to the Hub: card, weights, record. Log in first: hf auth login, or HF_TOKEN."""
+    with warnings.catch_warnings(record=True) as caught, err.status("checking and uploading"):
         warnings.simplefilter("always", SecateurWarning)
         said = upload(
             folder,

@@ -26,12 +26,12 @@ from secateur.methods.sequence import names_in
 
 @dataclass(frozen=True, kw_only=True)
 class Queueing:
-    """Where the cells of a study run, and what stays of them."""
+    """Where the cells of a study run, and whether their checkpoints are kept."""
 
-    on: Annotated[str, typer.Option(help="local: the devices here. ray: a Ray cluster.")] = "local"
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster: auto, ray://… (default: start one here)")] = (
-        None
-    )
+    on: Annotated[str, typer.Option(help="local: this machine's devices. ray: a Ray cluster.")] = "local"
+    address: Annotated[
+        str | None, typer.Option(help="Address of the Ray cluster: auto, ray://… (default: start one here)")
+    ] = None
     workers: Annotated[int | None, typer.Option(help="Processes at a time. (default: one per GPU, or one)")] = None
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the checkpoints of measured cells.")] = True
 
@@ -48,28 +48,28 @@ class Queueing:
 def compare(
     model: ModelArg,
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas; one after the other: swm:0.5+slicegpt:0.5.")
+        str, typer.Option(help="Methods, separated by commas; in sequence with +: swm:0.5+slicegpt:0.5.")
     ],
     remove: Annotated[str, typer.Option(help="Shares of all parameters: 10%,20%,30%.")],
     reading: Reading,
     asking: Asking,
     opening: Opening,
     queueing: Queueing,
-    heal: Annotated[str, typer.Option(help="Ways of healing, and none: none,lora,distill.")] = "none",
-    heal_tokens: Annotated[str, typer.Option(help="Tokens to heal on, at most.")] = "1M",
-    heal_texts: Annotated[str | None, typer.Option(help="Texts to heal on. (default: --texts)")] = None,
+    heal: Annotated[str, typer.Option(help="Healing recipes, or none: none,lora,distill.")] = "none",
+    heal_tokens: Annotated[str, typer.Option(help="Maximum number of tokens for healing.")] = "1M",
+    heal_texts: Annotated[str | None, typer.Option(help="Texts for healing. (default: --texts)")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A setting of one of the methods (repeatable)."),
     ] = None,
     eval_windows: Annotated[str, typer.Option(help="Windows of held-out text for perplexity, or 'all'.")] = "64",
     bench: Annotated[bool, typer.Option("--bench", help="Measure speed too, when nothing else runs.")] = False,
-    samples: Annotated[int, typer.Option(help="Continuations to keep of each cell; 0 for none.")] = 2,
+    samples: Annotated[int, typer.Option(help="Sample continuations per cell; 0 for none.")] = 2,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Compare methods × amounts × healing on one model: a folder for each cell, finished ones are not done again."""
+    """Compare methods × amounts × healing on one model: a folder per cell; finished cells are not run again."""
     settings: dict[str, Any] = {
         "texts": reading.texts,
         "windows": reading.window_count or "all",
@@ -105,7 +105,7 @@ def run(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe: prune, heal, measure; or a whole study. Killed and started again, it goes on."""
+    """Run a recipe: prune, heal and evaluate a model, or a whole study. Started again, it resumes."""
     read = read_recipe(recipe)
     kind = "compare" if isinstance(read, Study) else "run"
     folder = out or run_folder(read.model, f"{recipe.stem}-{kind}")
@@ -113,9 +113,9 @@ def run(
 
 
 def _run(asked: Recipe | Study, folder: Path, queueing: Queueing, *, dry_run: bool, as_json: bool) -> None:
-    """Say what is about to be done, do it, and show what came of it.
+    """Print the cost, run the recipe, and print the outcomes.
 
-    Exit code 1 where no cell came to an end.
+    The exit code is 1 if every cell failed.
     """
     with showing_progress(err) as progress:
         job = RunJob.prepare(
@@ -134,7 +134,7 @@ def _run(asked: Recipe | Study, folder: Path, queueing: Queueing, *, dry_run: bo
     answer([one.as_dict() for one in outcomes], _table(outcomes), as_json=as_json)
     failed = [one for one in outcomes if one.failed]
     if failed:
-        err.print(f"[yellow]{len(failed)} of {len(outcomes)} failed[/]: started again, they are tried again.")
+        err.print(f"[yellow]{len(failed)} of {len(outcomes)} failed[/]: start again to retry them.")
     err.print(f"Written: [bold]{escape(str(folder))}[/]\nTo read it in a browser: secateur report {folder}")
     if len(failed) == len(outcomes):
         raise typer.Exit(1)
@@ -176,8 +176,8 @@ def _line(cell: CellOutcome) -> str:
 
 
 def _table(outcomes: Sequence[CellOutcome]) -> Table:
-    """One row per cell, the best perplexity first; failed ones last."""
-    table = Table(title="what came of it", title_justify="left")
+    """Return a table with a row per cell, best perplexity first and failed cells last."""
+    table = Table(title="outcomes", title_justify="left")
     tasks = sorted({(task, measure) for one in outcomes for task in one.tasks for measure in one.tasks[task]})
     shown = [pair for pair in tasks if pair[1] in ("acc", "stability")]
     speeds = sorted({name for one in outcomes for name in one.speedup}, reverse=True)

@@ -1,7 +1,7 @@
 """Perplexity: exp of the mean next-token loss over non-overlapping windows.
 
-The text is joined, tokenised once and cut into windows; the last partial window is dropped, and that is said. The
-tokenizer's default beginning-of-sequence token starts each window, so a window of T tokens makes T − 1 predictions.
+The text is joined, tokenised once and cut into windows; the last, partial window is dropped, with a note. Each window
+starts with the tokenizer's default beginning-of-sequence token, so a window of T tokens makes T − 1 predictions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure how fast a model is and what memory it takes, beside the dense one."""
+"""The job `bench`: speed and memory of a model, alternating with the dense one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from secateur.run_options import DEFAULTS, RunOptions
 
 @dataclass(frozen=True)
 class BenchJob(Job[list[Result]]):
-    """Timing of a model and of the one it is compared with.
+    """A prepared benchmark of a model and, optionally, the one it is compared with.
 
     Attributes:
-        model: the open model; a skeleton is read into memory for this.
-        against: the dense model, measured in turn with it; None compares with nothing.
+        model: the open model; a skeleton is read into memory.
+        against: the dense model, measured alternately; None measures one model.
         timing: requests and rounds.
         options: seed of the prompts, progress.
     """
@@ -37,11 +37,11 @@ class BenchJob(Job[list[Result]]):
         timing: Timing | None = None,
         options: RunOptions = DEFAULTS,
     ) -> BenchJob:
-        """Read a request; arguments and errors as for `bench`."""
+        """Check a request; arguments and errors are those of `bench`."""
         return cls(model, against, timing or Timing(), options)
 
     def cost(self) -> JobCost:
-        """Return what timing takes: memory; how long it takes is what it measures."""
+        """Return the memory the benchmark needs; its duration is what it measures."""
         models = [one for one in (self.model, self.against) if one is not None]
         batches = ",".join(map(str, self.timing.batch_sizes))
         rounds = f"batch sizes {batches}, {self.timing.warmup} + {self.timing.repeats} rounds"
@@ -49,7 +49,7 @@ class BenchJob(Job[list[Result]]):
         return JobCost(models=tuple(map(describe_model, models)), reads=rounds, memory=memory)
 
     def run(self) -> list[Result]:
-        """Time."""
+        """Run the benchmark."""
         return measure_speed(self.model, self.against, self.timing, self.options)
 
 
@@ -60,18 +60,18 @@ def bench(
     timing: Timing | None = None,
     options: RunOptions = DEFAULTS,
 ) -> list[Result]:
-    """Measure how fast a model reads a prompt and writes, and what memory it takes, beside the dense model.
+    """Measure prefill and decoding speed and the memory of a model, alternating with the dense model.
 
     Args:
-        model: the open model; a skeleton is read into memory for this.
-        against: the dense model, measured in turn with it.
-        timing: batch sizes, lengths of prompts, tokens written, rounds; None takes the defaults of `Timing`.
+        model: the open model; a skeleton is read into memory.
+        against: the dense model, measured alternately.
+        timing: batch sizes, prompt lengths, generated tokens, rounds; None takes the defaults of `Timing`.
         options: seed of the prompts, which are random tokens; progress.
 
     Returns:
-        For each batch size and prompt length, and each model: tokens/s of prefill and decode, seconds to the first
-        token, bytes at the peak. Then for each model: cache bytes per token, bytes of the checkpoint, parameters.
-        `ratio` is to the dense model in the same round.
+        For each batch size, prompt length and model: tokens/s of prefill and decode, seconds to the first token, peak
+        bytes. Then for each model: cache bytes per token, bytes of the checkpoint, parameters. `ratio` is relative to
+        the dense model in the same round.
 
     Raises:
         InputError: more tokens than a model has positions.

@@ -1,4 +1,4 @@
-"""Measure how good a model still is, beside the dense one."""
+"""The job `evaluate`: perplexity and tasks of a model and of the dense one, and reusable dense measurements."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 
 Tasks = str | Sequence[str] | TaskRequest | None
-"""Names of tasks, or a request that says how many questions, or None."""
+"""Names of tasks, or a `TaskRequest`, or None."""
 
 
 @dataclass(frozen=True)
 class EvaluateJob(Job[list[Result]]):
-    """Measurements of a model and of the one it is compared with.
+    """A prepared evaluation of a model and, optionally, of the one it is compared with.
 
     Attributes:
-        model: the open model; None measures the dense one alone.
-        against: the dense model, or what it came to when it was measured before; None compares with nothing.
-        windows: held-out windows for perplexity; None measures none.
-        tasks: what is asked; None asks nothing.
-        options: how the run goes.
+        model: the open model; None measures only the dense one.
+        against: the dense model, or its earlier measurements; None compares with nothing.
+        windows: held-out windows for perplexity; None skips perplexity.
+        tasks: tasks to run; None runs none.
+        options: run options.
     """
 
     model: Decoder | None
@@ -51,7 +51,7 @@ class EvaluateJob(Job[list[Result]]):
         tasks: Tasks = None,
         options: RunOptions = DEFAULTS,
     ) -> EvaluateJob:
-        """Read a request; arguments and errors as for `evaluate`."""
+        """Check a request; arguments and errors are those of `evaluate`."""
         asked = None if tasks is None else TaskRequest.of(tasks)
         if isinstance(against, Decoder):
             require_same_vocabulary(model, against)
@@ -64,12 +64,12 @@ class EvaluateJob(Job[list[Result]]):
 
     @property
     def models(self) -> dict[str, Decoder]:
-        """The models that are measured, by role."""
+        """Return the models that are measured, by role."""
         both = {"model": self.model, "against": self.against}
         return {role: one for role, one in both.items() if isinstance(one, Decoder)}
 
     def cost(self) -> JobCost:
-        """Return what measuring takes."""
+        """Return the cost of measuring."""
         models = list(self.models.values())
         first = models[0]
         if self.windows is None:
@@ -80,7 +80,7 @@ class EvaluateJob(Job[list[Result]]):
         return cost_of(first, self.windows, {"": passes}, also=models[1:])
 
     def run(self) -> list[Result]:
-        """Measure."""
+        """Run the evaluation."""
         known = self.against if isinstance(self.against, Reference) else Reference()
         asked: list[Result] = []
         if self.tasks is not None:
@@ -109,24 +109,24 @@ def evaluate(
 
     Args:
         model: the open model.
-        against: the dense model to compare with, which must read the same tokens; or what it came to, measured before
-            (`measure_reference`) on the same texts and questions.
+        against: the dense model to compare with, which must have the same vocabulary; or its measurements on the same
+            texts and questions (`measure_reference`).
         texts: see `secateur texts`; the held-out part is taken where a source has one. None is `python-stdlib`, or
             no text where tasks are named.
         windows: number of windows; None takes all the text there is.
         seq_len: tokens per window; None takes 512, or the models' positions if those are fewer.
-        tasks: names such as `stdlib-cloze`, `commonsense` (the seven of the papers) or `piqa,arc_easy`, any of
-            lm-evaluation-harness, and folders with tasks in its form; or a `TaskRequest` that says how many questions
-            and whether stability is measured. A skeleton is read into memory for them.
+        tasks: names such as `stdlib-cloze`, `commonsense` (the seven tasks used in the papers) or `piqa,arc_easy`, any
+            task of lm-evaluation-harness, and folders of tasks in its format; or a `TaskRequest`, to set the number of
+            questions or measure stability. A skeleton is read into memory for them.
         options: seed of the choice of examples, windows or questions per batch, progress.
 
     Returns:
         One result per number: perplexity of the model, then of the one it is compared with; then task by task.
 
     Raises:
-        InputError: unusable texts, an unknown task or one without options for stability, data that cannot be had, or
-            models with different vocabularies.
-        NumericsError: NaN or infinity on the way; it never becomes a number.
+        InputError: unusable texts, an unknown task or one without options for stability, unavailable data, or models
+            with different vocabularies.
+        NumericsError: NaN or infinity on the way; it never becomes a result.
     """
     return EvaluateJob.prepare(
         model, against=against, texts=texts, windows=windows, seq_len=seq_len, tasks=tasks, options=options
@@ -134,10 +134,10 @@ def evaluate(
 
 
 def require_same_vocabulary(model: Decoder, against: Decoder) -> None:
-    """Refuse two models that do not read the same tokens.
+    """Refuse two models with different vocabularies.
 
     Raises:
-        InputError: naming both.
+        InputError: the message names both.
     """
     if model.tokenizer is None or against.tokenizer is None:
         return
@@ -156,9 +156,9 @@ def measure_reference(
     tasks: Tasks = None,
     options: RunOptions = DEFAULTS,
 ) -> Reference:
-    """Measure the dense model once for many that are compared with it; arguments as for `evaluate`.
+    """Measure the dense model once, for comparison with many others; the arguments are those of `evaluate`.
 
-    Perplexity is always measured, tasks where some are named; with stability all of them must have options.
+    Perplexity is always measured, tasks only if some are named; with stability, all of them must have options.
 
     Raises:
         InputError, NumericsError: as `evaluate`.

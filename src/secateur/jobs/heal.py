@@ -1,4 +1,4 @@
-"""Train a pruned model to get back what the cut has cost."""
+"""The job `heal`: retrain a pruned model to recover its quality."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from secateur.training.trainer import UNTRACKED, Tracking, check_trackers
 
 @dataclass(frozen=True)
 class HealJob(Job[Decoder]):
-    """A healing to be done.
+    """A prepared healing.
 
     Attributes:
-        model: the pruned model; it stays as it is.
-        recipe: how it is trained.
-        data: what it learns from.
-        teacher: the dense model, where the recipe has one.
-        settings: the recipe's.
-        tracking: where curves go besides.
-        options: how the run goes.
+        model: the pruned model; it is not changed.
+        recipe: the healing recipe.
+        data: the training data.
+        teacher: the dense model, if the recipe needs one.
+        settings: the recipe's settings.
+        tracking: experiment trackers.
+        options: run options.
     """
 
     model: Decoder
@@ -56,7 +56,7 @@ class HealJob(Job[Decoder]):
         tracking: Tracking = UNTRACKED,
         options: RunOptions = DEFAULTS,
     ) -> HealJob:
-        """Read a request; arguments and errors as for `heal`."""
+        """Check a request; arguments and errors are those of `heal`."""
         recipe = find_healing_recipe(by)
         read = read_settings(f"heal --with {by}", recipe.settings, dict(settings or {}))
         require_in_memory(recipe, model)
@@ -65,12 +65,12 @@ class HealJob(Job[Decoder]):
         return cls(model, recipe, data, teacher if recipe.teacher else None, read, tracking, options)
 
     def cost(self) -> JobCost:
-        """Return what training takes."""
+        """Return the cost of training."""
         also = [] if self.teacher is None else [self.teacher]
         return cost_of(self.model, self.data, {"": self.recipe.passes}, also=also)
 
     def run(self) -> Decoder:
-        """Train."""
+        """Train, and return the healed model."""
         facts: dict[str, Any] = {
             "with": self.recipe.name,
             "texts": self.data.describe(),
@@ -107,25 +107,24 @@ def heal(
     tracking: Tracking = UNTRACKED,
     options: RunOptions = DEFAULTS,
 ) -> Decoder:
-    """Train a pruned model, so that it gets back what the cut has cost; the given one stays as it is.
+    """Retrain a pruned model to recover its quality; the given model is not changed.
 
     Args:
         model: the pruned model (any decoder).
-        by: a recipe: `lora`, `last-layers`, `full`, `distill`, `blocks`.
-        texts: what it learns from: a source as in `secateur texts`, or `TrainingTexts` that say more of it, such as
-            whether they are instruction data; None is `python-stdlib`. One window in twenty is held back to see when to
-            stop.
-        tokens: how many tokens of the source, at most (also "10M"); None is a million, or what `TrainingTexts` say.
+        by: a healing recipe: `lora`, `last-layers`, `full`, `distill`, `blocks`.
+        texts: training texts: a source as in `secateur texts`, or `TrainingTexts` with more details, such as whether
+            they are instruction data; None is `python-stdlib`. One window in twenty is held out for early stopping.
+        tokens: maximum number of tokens of the source (also "10M"); None is a million, or that of `TrainingTexts`.
         teacher: the dense model, for `distill` and `blocks`; as a skeleton it is never whole in memory, for which
             `distill` needs its setting `top`.
         settings: the recipe's own settings by name.
-        tracking: where curves go besides: tensorboard, mlflow, wandb (not those of `blocks`).
-        options: seed of the order of the data and of everything drawn, batch size of walks without gradients, progress,
-            and the work folder in which states are kept.
+        tracking: experiment trackers: tensorboard, mlflow, wandb (not for `blocks`).
+        options: random seed, also of the order of the data; batch size of walks without gradients; progress; and the
+            work folder for training states.
 
     Raises:
         InputError: an unknown recipe or setting, unusable data, a teacher with another vocabulary, or a work folder
-            with the state of another healing.
+            with the state of another run.
         NumericsError: the loss became NaN before any improvement.
     """
     return HealJob.prepare(
@@ -141,16 +140,16 @@ def heal(
 
 
 def dense_source(model: Decoder) -> str:
-    """Name the model that a pruned one was made from; itself where nothing is known."""
+    """Return the source of the model that a pruned one was made from, or its own if that is unknown."""
     first = next(iter(plans_in(model.history)), None)
     return first.model.source if first else model.source
 
 
 def require_origin(model: Decoder, teacher: Decoder) -> None:
-    """Refuse a teacher nobody named that is not the model the first plan was made for.
+    """Refuse a default teacher that is not the model the first plan was made for.
 
     Raises:
-        InputError: with both names.
+        InputError: the message names both.
     """
     first = next(iter(plans_in(model.history)), None)
     if first is not None and first.model.fingerprint != teacher.fingerprint:

@@ -1,4 +1,4 @@
-"""Decide what to cut, with any method."""
+"""The job `plan`: decide what to remove, with one or several methods."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from secateur.versions import __version__
 
 @dataclass(frozen=True)
 class PlanJob(Job[Plan]):
-    """A decision to be made for one model.
+    """A prepared plan request for one model.
 
     Attributes:
         model: the open model; it is not changed.
-        method: the methods as they were named.
+        method: the methods as the user wrote them.
         parts: the methods with their settings and shares.
-        budget: what is to go altogether.
-        windows: what the model is measured on; None where nothing is measured.
-        scores: scores of this model and these texts, measured before; None measures them.
-        options: how the run goes.
+        budget: the total budget.
+        windows: calibration windows; None if nothing is measured.
+        scores: scores measured earlier on this model and these texts; None measures them.
+        options: run options.
     """
 
     model: Decoder
@@ -60,7 +60,7 @@ class PlanJob(Job[Plan]):
         scores: Scores | None = None,
         options: RunOptions = DEFAULTS,
     ) -> PlanJob:
-        """Read a request; arguments and errors as for `make_plan`. Scores of other texts are dropped with a warning."""
+        """Check a request, as `make_plan` documents it. Scores of other texts are dropped with a warning."""
         parts = read_sequence(method, dict(settings or {}))
         budget = whole_budget(parts, amount)
         if scores is not None and model.fingerprint and scores.fingerprint != model.fingerprint:
@@ -75,7 +75,7 @@ class PlanJob(Job[Plan]):
         return cls(model, method, parts, budget, used, scores, options)
 
     def forwards(self) -> float:
-        """Plain forward passes over the windows that deciding amounts to."""
+        """Return the cost of deciding in plain forward passes over the windows."""
         if self.scores is not None and len(self.parts) == 1:
             return 0.0
         gone = expected_blocks(self.budget, self.model)
@@ -84,20 +84,20 @@ class PlanJob(Job[Plan]):
         )
 
     def apply_forwards(self) -> float:
-        """Plain forward passes that applying such a plan amounts to, before there is one."""
+        """Return the cost of applying such a plan in plain forward passes, estimated before there is one."""
         if self.windows is None:
             return 0.0
         tokens = self.windows.token_count
         return sum(part.method.apply_forwards(part.settings, tokens) for part in self.parts)
 
     def cost(self) -> JobCost:
-        """Return what deciding takes, and what applying the plan will."""
+        """Return the cost of deciding, and of applying the plan."""
         if self.windows is None:
             return JobCost(models=(describe_model(self.model),), reads="nothing is measured")
         return cost_of(self.model, self.windows, {"plan": self.forwards(), "apply": self.apply_forwards()})
 
     def run(self) -> Plan:
-        """Decide."""
+        """Decide, and return the plan."""
         decided = decide(self.parts, self.budget, Measurements(self.model, self.windows, self.options, self.scores))
         methods = {"methods": self.method} if len(self.parts) > 1 else {}
         return Plan(
@@ -124,23 +124,23 @@ def make_plan(
     options: RunOptions = DEFAULTS,
     **amount: Unpack[AmountFields],
 ) -> Plan:
-    """Decide what to cut.
+    """Decide what to remove.
 
     Args:
         model: the open model; it is not changed.
-        method: a name of `secateur methods`, such as `streamline`; or several that are applied one after the other,
-            each with its share of what is to go: `swm:0.5,slicegpt:0.5`.
-        texts: what the model is measured on: see `secateur texts`; None is `python-stdlib`.
+        method: a name from `secateur methods`, such as `streamline`; or several applied in sequence, with their shares
+            of the budget: `swm:0.5,slicegpt:0.5`.
+        texts: calibration texts: see `secateur texts`; None is `python-stdlib`.
         windows: number of windows; None takes all.
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
-        settings: the method's own settings by name; of several methods as `swm.rule`.
+        settings: the method's own settings by name; with several methods as `swm.rule`.
         scores: scores of this model measured earlier, so that they are not measured again.
-        options: seed, batch size, progress, and the work folder in which a search keeps what it measured, and training
+        options: seed, batch size, progress, and the work folder, where a search saves its measurements, and training
             its states (of methods that are not the last).
         amount: exactly one of `remove` (fraction of all parameters, 0.25 or "25%"), `target_params` ("5.5B"),
             `target_memory` ("12GB", of weights and the cache of one sequence of `context` tokens), `target_speedup`
             (1.3, by block times measured now on the model's device), `blocks` (4) and `slicing` ("20%" of the hidden
-            directions); or none, where one of the method's own settings is an amount, such as `window`.
+            directions); or none, if one of the method's own settings is an amount, such as `window`.
 
     Raises:
         InputError: an unknown method or setting, an amount that cannot be reached, unusable texts, or scores
@@ -161,7 +161,7 @@ def make_plan(
 
 
 def expected_blocks(budget: Budget, model: Decoder) -> int:
-    """Return about how many blocks' worth of parameters a budget removes, for an estimate of cost."""
+    """Return approximately how many blocks' worth of parameters a budget removes, for cost estimates."""
     inside = model.block_parameter_counts()
     total, each = model.parameter_count, sum(inside) / len(inside)
     value = budget.value

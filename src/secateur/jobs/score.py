@@ -1,4 +1,4 @@
-"""Measure where a model is redundant."""
+"""The job `score`: redundancy scores of a model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from secateur.scores.profile import KINDS, ONE_PASS, Kind, Scores
 
 @dataclass(frozen=True)
 class ScoreJob(Job[Scores]):
-    """Scores of one model on some windows.
+    """A prepared measurement of redundancy scores.
 
     Attributes:
         model: the open model.
-        windows: what it is measured on.
-        kinds: what is measured.
-        options: how the run goes.
+        windows: calibration windows.
+        kinds: the scores to measure.
+        options: run options.
     """
 
     model: Decoder
@@ -44,7 +44,7 @@ class ScoreJob(Job[Scores]):
         kinds: Sequence[Kind] = ONE_PASS,
         options: RunOptions = DEFAULTS,
     ) -> ScoreJob:
-        """Read a request; arguments and errors as for `score`."""
+        """Check a request; arguments and errors are those of `score`."""
         for kind in kinds:
             if kind not in KINDS:
                 raise unknown("score", kind, list(KINDS))
@@ -52,12 +52,12 @@ class ScoreJob(Job[Scores]):
         return cls(model, used, tuple(kinds), options)
 
     def cost(self) -> JobCost:
-        """Return what measuring takes."""
+        """Return the cost of measuring."""
         removal = (self.model.block_count / 2 + 1) * ("perplexity" in self.kinds)
         return cost_of(self.model, self.windows, {"": 1.1 + removal + 4 * ("taylor" in self.kinds)})
 
     def run(self) -> Scores:
-        """Measure."""
+        """Measure the scores."""
         return score_model(self.model, self.windows, self.kinds, options=self.options)
 
 
@@ -75,13 +75,13 @@ def score(
 
     Args:
         model: the open model.
-        texts: what it is measured on: see `secateur texts`; None is `python-stdlib`.
+        texts: calibration texts: see `secateur texts`; None is `python-stdlib`.
         windows: number of windows; None takes all.
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
         pack: join documents into full windows; False puts one document in each window, padded.
-        kinds: what to measure, of `cosine`, `angular`, `magnitude`, `cka` (these four in one pass), `perplexity`
-            (with each block left out) and `taylor` (backward passes).
-        options: seed of the documents and of the tokens that CKA looks at, batch size, progress.
+        kinds: scores to measure: `cosine`, `angular`, `magnitude`, `cka` (these four in one pass), `perplexity` (with
+            each block skipped) and `taylor` (with backward passes).
+        options: seed of the documents and of the tokens that CKA samples, batch size, progress.
 
     Raises:
         InputError: an unknown kind, or unusable texts.
