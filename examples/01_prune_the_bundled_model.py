@@ -1,4 +1,4 @@
-"""Score, plan, prune, save and compare, in ten lines, on the model that ships with the package."""
+"""Score, plan, prune, save and evaluate the bundled model in ten lines."""
 
 import secateur
 

@@ -1,4 +1,4 @@
-"""Measure on token windows you made yourself, and compare every method at the same amount."""
+"""Calibrate on your own token windows, and compare depth methods at the same number of blocks."""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +9,7 @@ import secateur
 
 model = secateur.open_model("bundled")
 assert model.tokenizer is not None
-text = Path(secateur.__file__).with_name("plan.py").read_text(encoding="utf-8")
+text = (Path(secateur.__file__).parent / "plan" / "plan.py").read_text(encoding="utf-8")
 tokens = model.tokenizer(text)["input_ids"]
 folder = Path(tempfile.mkdtemp())
 np.save(folder / "windows.npy", np.asarray(tokens[: len(tokens) // 128 * 128]).reshape(-1, 128))

@@ -1,4 +1,4 @@
-"""Slice hidden directions two ways: a basis at every reading point, or one basis that keeps a stock model."""
+"""Slice hidden directions in two ways: with one basis per reading point, or with a single basis and a stock result."""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ for method in ("slicegpt", "stock-slicing"):
     sliced = secateur.prune(model, plan)
     folder = Path(tempfile.mkdtemp(), method)
     secateur.save(sliced, folder)
-    again = AutoModelForCausalLM.from_pretrained(folder)  # importing secateur made its shapes known
+    again = AutoModelForCausalLM.from_pretrained(folder)  # importing secateur registers its classes
     result = secateur.evaluate(sliced, windows=8)[0]
     print(f"{method}: {' '.join(plan.steps[0].describe())}")
     print(f"  {type(again).__name__}, {plan.removed_fraction:.1%} smaller, held-out perplexity {result.value:.2f}")

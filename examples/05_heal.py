@@ -1,4 +1,4 @@
-"""Take blocks out of the bundled model, heal it with low-rank updates, and measure what came back."""
+"""Remove blocks from the bundled model, heal it with low-rank updates, and measure what was recovered."""
 
 import secateur
 
@@ -9,6 +9,6 @@ healed = secateur.heal(pruned, by="lora", tokens=50_000)
 
 facts = healed.history[-1]["healing"]
 print(f"{facts['trained_weights']:,} weights trained on {facts['tokens']:,} tokens")
-for name, one in {"cut": pruned, "healed": healed}.items():
-    result, dense = secateur.evaluate(one, against=model, windows=16)
+for name, candidate in {"pruned": pruned, "healed": healed}.items():
+    result, dense = secateur.evaluate(candidate, against=model, windows=16)
     print(f"{name}: perplexity {result.value:.2f}, dense {dense.value:.2f}")

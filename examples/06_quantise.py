@@ -1,4 +1,4 @@
-"""Quantise a pruned model with torchao (pip install 'secateur[torchao]'): int8 weights, a folder that opens again."""
+"""Quantise a pruned model to int8 with torchao (pip install 'secateur[torchao]'), save it and open it again."""
 
 import tempfile
 from pathlib import Path
@@ -22,9 +22,9 @@ again = AutoModelForCausalLM.from_pretrained(folder / "int8", dtype="auto")
 
 assert model.tokenizer is not None
 tokens = model.tokenizer("def add(a, b):\n    return", return_tensors="pt").input_ids
-for name, one in {"cut": plain, "int8": int8, "int8, opened again": again}.items():
+for name, candidate in {"pruned": plain, "int8": int8, "int8, opened again": again}.items():
     with torch.no_grad():
-        loss = one(tokens, labels=tokens).loss
+        loss = candidate(tokens, labels=tokens).loss
     print(f"{name}: loss {loss:.3f}")
 for name in ("cut", "int8"):
     print(f"{name}: {sum(file.stat().st_size for file in (folder / name).glob('*.safetensors')):,} bytes of weights")

@@ -75,7 +75,7 @@ REFUSED = {
     },
     **{("replaceme", name): "not in the table of families" for name in OTHER_FAMILIES},
     **{
-        (method, name): "(hidden size of this model cannot be sliced|no network without attention can be put in): "
+        (method, name): "(hidden size of this model cannot be sliced|no module without attention can be inserted): "
         for method in ("slicegpt", "dynamic-slicing", "stock-slicing", "streamline swiglu")
         for name in ("gemma2", "gemma3_text", "olmo2", "opt-post-norm", "secateur", *OTHER_FAMILIES)
     },

@@ -1,4 +1,4 @@
-"""Secateur: structured pruning of large language models. Score, plan, cut, heal, prove, save.
+"""Secateur: structured pruning of large language models. Score, plan, prune, heal, evaluate, save.
 
 import secateur
 
@@ -8,7 +8,7 @@ plan = secateur.make_plan(model, method="streamline", remove=0.25, texts="wikite
 pruned = secateur.prune(model, plan)
 secateur.save(pruned, "cut/")
 
-Names are imported when they are first used: torch and transformers take seconds.
+Names are imported on first use, because importing torch and transformers takes seconds.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`python -m secateur`, so that launchers can start the command line."""
+"""`python -m secateur`: the command line, for launchers."""
 
 from secateur.cli.main import main
 

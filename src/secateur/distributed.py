@@ -1,6 +1,6 @@
-"""Several processes, as `accelerate launch` or `torchrun` start them: how many, which one this is, sums over all.
+"""Multi-process runs started by `accelerate launch` or `torchrun`: process counts, ranks, sums and broadcasts.
 
-Torch is imported when it is first needed: the command line asks which process this is before it loads anything.
+Torch is imported on first use, because the command line asks for the rank before it loads anything.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ Value = TypeVar("Value")
 
 
 def launched() -> int:
-    """How many processes were started, 1 without a launcher."""
+    """Return the number of processes started by the launcher, 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
-    """Whether this is the only process or the first of several: the one that speaks and writes."""
+    """Return whether this is the main process, the one that prints and writes files."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def local_rank() -> int:
-    """Return this process's number among those on this machine."""
+    """Return the local rank of this process."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def process_count() -> int:
-    """How many processes there are, 1 without a launcher; the first call with several of them joins the group."""
+    """Return the number of processes, 1 without a launcher; the first call in a multi-process run joins the group."""
     if launched() == 1:
         return 1
     import torch
@@ -44,7 +44,7 @@ def process_count() -> int:
 
 
 def add_up(*sums: torch.Tensor) -> None:
-    """Add to each sum, in place, those of all other processes; all have the same result."""
+    """Add up each tensor over all processes, in place."""
     if process_count() == 1:
         return
     import torch
@@ -58,7 +58,7 @@ def add_up(*sums: torch.Tensor) -> None:
 
 
 def from_main_process(value: Value) -> Value:
-    """Return the main process's value, so that all decide alike where their numbers differ in the last bit."""
+    """Return the main process's value on every process, so that rounding differences cannot make them disagree."""
     if process_count() == 1:
         return value
     from torch import distributed

@@ -1,12 +1,12 @@
-"""What can go wrong, in few kinds. The command line turns each into one message and exit code 2."""
+"""Exceptions and warnings for users. The command line turns each exception into one message and exit code 2."""
 
 
 class SecateurError(Exception):
-    """Something the user can act on: the message says what, where and what to do."""
+    """An error the user can act on; the message says what is wrong, where, and what to do."""
 
 
 class InputError(SecateurError):
-    """A name, path, number or setting that cannot be used."""
+    """An invalid name, path, number or setting."""
 
 
 class ModelError(SecateurError):
@@ -18,15 +18,15 @@ class NumericsError(SecateurError):
 
 
 class CheckError(SecateurError):
-    """A written checkpoint did not behave like the model it was written from."""
+    """A written checkpoint does not behave like the model it was written from."""
 
 
 class SecateurWarning(UserWarning):
-    """Something the user should know that stops nothing."""
+    """Something the user should know; the command continues."""
 
 
 class TextsWarning(SecateurWarning):
-    """The texts are not those that a plan was made on."""
+    """The texts differ from those a plan was made on."""
 
 
 class TrainingWarning(SecateurWarning):
@@ -34,7 +34,7 @@ class TrainingWarning(SecateurWarning):
 
 
 def unknown(what: str, name: str, known: list[str]) -> InputError:
-    """Build the error for a name that is not known, naming those that are and the nearest one."""
+    """Return the error for an unknown name, listing the known ones and suggesting the closest."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=1)
@@ -43,5 +43,5 @@ def unknown(what: str, name: str, known: list[str]) -> InputError:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's message, or the error's kind where it says nothing."""
+    """Return the first line of another library's error message, or the exception's type if it is empty."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

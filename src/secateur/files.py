@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and room on the disk for them."""
+"""Atomic file writes, the permissions of new files, and a check for free disk space."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SPARE_BYTES = 1 << 30
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
+    """Replace a file atomically.
 
     Raises:
-        InputError: the place cannot be written.
+        InputError: the path cannot be written.
     """
     temporary = None
     try:
@@ -36,17 +36,17 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def umask() -> int:
-    """Return the permissions that new files do not get."""
+    """Return the process's umask."""
     current = os.umask(0)
     os.umask(current)
     return current
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:
-    """Stop before so many bytes are written that less than a gibibyte of the disk would stay free.
+    """Refuse to write if less than one GiB of the disk would stay free.
 
     Raises:
-        OSError: naming what there is no room for.
+        OSError: there is no room; the message names what does not fit.
     """
     if shutil.disk_usage(folder).free < needed + _SPARE_BYTES:
         raise OSError(errno.ENOSPC, f"no space left for {what}; set TMPDIR to a larger disk")

@@ -1,4 +1,4 @@
-"""How long-running functions report progress, without knowing who shows it."""
+"""The interface through which long-running functions report progress."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ Item = TypeVar("Item")
 
 
 class Progress(Protocol):
-    """Passes items through while showing how far they are."""
+    """Passes items through and reports progress."""
 
     def __call__(self, items: Iterable[Item], description: object, total: int, /) -> Iterable[Item]:
-        """Yield the items unchanged; `total` is how many there will be. What `str(description)` says may change."""
+        """Yield the items unchanged; `total` is their number. `str(description)` may change over time."""
 
 
 def _silent(items: Iterable[Item], description: object, total: int, /) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""How a run goes, whatever it does: one value that long-running functions pass on."""
+"""Options shared by all long-running functions: batch size, seed, progress, work folder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from secateur.progress import SILENT, Progress
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options of a run that change nothing about what is asked for.
+    """How a job is run; none of these options changes what is asked for.
 
     Attributes:
-        batch_size: windows (or questions) per batch; None chooses by the device.
-        seed: of everything drawn at random.
-        progress: shows how far it is.
-        work: folder in which searches and training keep what they resume from after a kill; None keeps none. The
-            caller removes it.
+        batch_size: windows (or questions) per batch; None depends on the device.
+        seed: random seed.
+        progress: reports progress.
+        work: folder in which searches and training save the state they resume from; None saves none. The caller
+            deletes it.
     """
 
     batch_size: int | None = None
@@ -26,7 +26,7 @@ class RunOptions:
     work: Path | None = None
 
     def within(self, name: str) -> RunOptions:
-        """Return the same options with a folder of this name inside the work folder, where there is one."""
+        """Return the same options with `name` inside the work folder as work folder, if there is one."""
         return self if self.work is None else replace(self, work=self.work / name)
 
 

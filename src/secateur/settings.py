@@ -1,4 +1,4 @@
-"""Settings as people type them: names and values checked, with errors that say what is possible."""
+"""Reading settings by name: names and values are checked, and errors list the possible ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_settings(whose: str, settings: type[Model], given: dict[str, Any]) -> M
     """Check settings given by name.
 
     Raises:
-        InputError: an unknown setting (the known ones are named) or a value it cannot take.
+        InputError: an unknown setting (the message lists the known ones) or an invalid value.
     """
     known = list(settings.model_fields)
     for name in given:
@@ -30,5 +30,5 @@ def read_settings(whose: str, settings: type[Model], given: dict[str, Any]) -> M
 
 
 def describe_settings(settings: type[BaseModel]) -> dict[str, str]:
-    """Return each setting with its meaning and default."""
+    """Return the description and default of each setting."""
     return {n: f"{f.description} (default: {f.default})" for n, f in settings.model_fields.items()}

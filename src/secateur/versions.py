@@ -1,4 +1,4 @@
-"""What a result depends on: which software made it, and from what."""
+"""Version of secateur, versions of the libraries a result depends on, and fingerprints of plain data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "
 
 
 def versions() -> dict[str, str]:
-    """Versions of secateur, Python and the packages that can change a result."""
+    """Return the versions of secateur, Python and the packages that can change a result."""
     return {"secateur": __version__, "python": platform.python_version(), **_installed()}
 
 
 @cache
 def _installed() -> dict[str, str]:
-    """Look the packages up once: it takes tens of milliseconds."""
+    """Look up package versions once, because it takes tens of milliseconds."""
     return {name: version(name) for name in _PACKAGES}
 
 

@@ -206,7 +206,7 @@ BAD = {
     "the folder one is in": (["score", "MODEL", "--texts", "NPY", "-o", "."], "is the folder you are in"),
     "unknown recipe": (
         ["heal", "MODEL", "--with", "loar"],
-        "unknown way of healing 'loar'. Did you mean 'lora'",
+        "unknown healing recipe 'loar'. Did you mean 'lora'",
     ),
     "unknown setting of a recipe": (
         ["heal", "MODEL", "--texts", "NPY", "--set", "rnak=4"],

@@ -208,7 +208,7 @@ def test_what_cannot_be_asked(folder, pair, tmp_path):
         ({"tasks": str(folder), "stability": True}, "name the dense one"),
         ({"tasks": str(tmp_path / "empty")}, "no task here"),
         ({"tasks": str(tmp_path / "none.yaml")}, "no such file"),
-        ({"tasks": str(tmp_path / "lost.yaml")}, "its data cannot be had"),
+        ({"tasks": str(tmp_path / "lost.yaml")}, "its data cannot be loaded"),
         ({"tasks": str(folder / "choice.yaml"), "limit": 0}, "limit 0"),
         ({"tasks": str(folder / "choice.yaml"), "shots": -1}, "shots -1"),
     ]

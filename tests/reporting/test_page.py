@@ -50,7 +50,7 @@ def sections(page):
 def test_every_section_is_there(read, page):
     assert sections(page) == SECTIONS
     title = re.search(r"<title>(.*?)</title>", page.read_text())[1]
-    assert re.match(r"\S+ keeps the most of tiny&lt;i&gt;&amp;: \d\.\d\d × the dense perplexity with", title)
+    assert re.match(r"\S+ preserves tiny&lt;i&gt;&amp; best: \d\.\d\d × the dense perplexity with", title)
 
 
 def test_nothing_is_loaded_and_the_browser_is_told_so(read):
@@ -119,7 +119,7 @@ def test_a_single_run_a_checkpoint_and_scores_alone(study, tmp_path):
     written = report(alone)
     assert written == alone / "report.html"
     assert sections(written) == ["redundancy"]
-    assert "leans least on blocks" in written.read_text()
+    assert "depends least on blocks" in written.read_text()
     assert sections(report(study / "cells" / "sleb-9", tmp_path / "failed.html")) == ["cells", "commands"]
 
 

@@ -56,7 +56,7 @@ def test_who_wins():
     rows += [made("a", "30 %", 4.0), made("b", "30 %", 5.0), made("b", "30 %", 0.5, healing="lora")]
     contents = Contents(kind="compare", folder=Path(), model="org/model", cells=tuple(row.cell for row in rows))
     said = verdict(contents, rows)
-    assert said.headline == "a keeps the most of org/model"
+    assert said.headline == "a preserves org/model best"
     assert said.best is rows[4]
     assert "Elsewhere b at 20 % comes first. Best with training: b + lora, 1.05 ×" in said.sentence
     assert [one.healed for one in rankings(rows)] == [False, False, False, True]

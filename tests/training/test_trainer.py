@@ -159,6 +159,7 @@ def test_the_best_state_is_kept_and_a_run_without_gain_stops():
     outcome = run(objective, SETTINGS.model_copy(update={"learning_rate": 3.0, "evaluations": 25, "patience": 2}))
     losses = [entry["held_out_loss"] for entry in outcome.curve if "held_out_loss" in entry]
     assert 1 <= outcome.best_step == outcome.steps - 2 < outcome.planned - 2
+    assert outcome.stop_reason == "no-gain"
     assert "without a gain" in outcome.stopped
     assert outcome.best_loss == min(losses) < losses[-1]
     assert mean_loss(objective.weight, range(200, 256)) == pytest.approx(outcome.best_loss)
@@ -178,13 +179,14 @@ def nan_from(step):
 def test_nan_stops_with_the_last_good_state():
     objective = nan_from(15)
     outcome = run(objective)
+    assert outcome.stop_reason == outcome.describe()["stop_reason"] == "nan"
     assert outcome.stopped.startswith("stopped at step 16: the loss or its gradient is NaN")
     assert outcome.best_step == 12
     assert mean_loss(objective.weight, range(200, 256)) == pytest.approx(outcome.best_loss)
 
 
 def test_nan_before_any_gain_is_an_error():
-    with pytest.raises(NumericsError, match="NaN or infinite, before anything was gained"):
+    with pytest.raises(NumericsError, match="NaN or infinite, before any improvement"):
         run(nan_from(2))
 
 

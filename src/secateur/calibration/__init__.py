@@ -1,1 +1,1 @@
-"""What the model does with text: token windows, the walk over the blocks, running statistics."""
+"""Walking a model over token windows, block by block, and statistics of its activations and gradients."""

@@ -1,4 +1,4 @@
-"""Walk back through the blocks: the gradient of the loss by each block's input, one block at a time.
+"""The backward pass block by block: gradients of the loss with respect to block inputs and weights.
 
 Needs the states X⁰ … X^L in a store under (batch, depth), as `walk_blocks` leaves them.
 """
@@ -17,10 +17,10 @@ from secateur.models.forward import inputs_of, run_block
 
 
 def loss_gradients(decoder: Decoder, batches: list[Batch], kept: StateStore) -> int:
-    """Put ∂L/∂X^L of every batch in the store under ("gradient", batch), and give the number of predictions.
+    """Store ∂L/∂X^L of every batch under ("gradient", batch), and return the number of predictions.
 
-    L is the sum of the losses of all predictions: gradients of the mean are too small for float16, so that whoever uses
-    them divides by the number in float32.
+    L is the sum of the losses of all predictions. Gradients of the mean would be too small for float16, so the caller
+    divides by the number of predictions in float32.
     """
     predictions = 0
     with decoder.outer(), torch.enable_grad():
@@ -49,18 +49,18 @@ def back_through(
 ) -> tuple[torch.Tensor | None, ...]:
     """Differentiate one block (its weights present) on one batch.
 
-    The gradient of its input replaces that of its output in the store, and its input is forgotten.
+    In the store, the gradient of its input replaces that of its output, and its input is dropped.
 
     Args:
         decoder: the model.
         index: number of the block.
         batch: the batch.
         kept: the store.
-        weights: parameters to differentiate by; they must require gradients.
-        entering: modules inside the block, called in this order, by whose first input to differentiate.
+        weights: parameters to differentiate with respect to; they must require gradients.
+        entering: modules inside the block, called in this order, whose first inputs to differentiate with respect to.
 
     Returns:
-        The gradients by the weights, then by those inputs; None where the loss does not depend on one.
+        The gradients of the weights, then of those inputs; None where the loss does not depend on one.
     """
     hidden = kept.get((batch.index, index)).detach().requires_grad_()
     with inputs_of(entering) as within:

@@ -1,6 +1,6 @@
-"""Where the residual stream is read, and what stands there.
+"""The points where the residual stream is read, with the states and loss gradients there.
 
-Points are numbered in order: attention and MLP of each block (one point where they run side by side), last the head.
+Points are numbered in order: attention and MLP of each block (one point if they run in parallel), and last the head.
 The state at a point is the stream before the norm that reads it.
 """
 
@@ -21,11 +21,11 @@ from secateur.models.forward import inputs_of
 from secateur.run_options import DEFAULTS, RunOptions
 
 Visit = Callable[[int, torch.Tensor], None]
-"""Called with the number of a point and states (tokens, D) that stand there."""
+"""Called with the number of a point and the states (tokens, D) there."""
 
 
 def points_per_block(decoder: Decoder) -> int:
-    """Two for blocks that read the stream for attention and again for the MLP, one for parallel ones."""
+    """Return the reading points per block: one if attention and MLP run in parallel, otherwise two."""
     return 1 if decoder.anatomy.parallel else 2
 
 
@@ -38,16 +38,15 @@ def visit_reading_points(
     after_block: Callable[[int], None] = lambda _: None,
     options: RunOptions = DEFAULTS,
 ) -> None:
-    """Walk the windows through the model and show the states at every reading point.
+    """Walk the windows through the model and pass on the states at every reading point.
 
     Args:
         decoder: a model with norms before its branches.
         windows: calibration windows.
-        visit: called for each batch at each point, real tokens only; for LayerNorm models their mean over directions
-            is removed, which no part of such a model sees.
-        after_block: called with a block's number when all batches have passed it, its weights still present.
-        batch_size: windows per batch.
-        progress: shows how far it is.
+        visit: called for each batch at each point with the states of real tokens; for LayerNorm models without their
+            mean over directions, which the norms remove anyway.
+        after_block: called with a block's number once all batches have passed it, its weights still present.
+        options: batch size and progress.
     """
     points = points_per_block(decoder)
 
@@ -72,7 +71,7 @@ def visit_reading_points(
 
 @torch.no_grad()
 def visit_gradients(decoder: Decoder, windows: Windows, visit: Visit, *, options: RunOptions = DEFAULTS) -> None:
-    """Show the gradient of the loss by the state at every reading point, (tokens, D), from the last point down.
+    """Pass on the gradient of the loss with respect to the state at every reading point, (tokens, D), last point first.
 
     Raises:
         NumericsError: NaN or infinity on the way.
@@ -99,19 +98,19 @@ def visit_gradients(decoder: Decoder, windows: Windows, visit: Visit, *, options
 
 
 def _of_real_tokens(states: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """States of real tokens, (tokens, D); some models flatten windows and positions before a norm."""
+    """Return the states of real tokens, (tokens, D); some models flatten windows and positions before a norm."""
     (found,) = real_tokens([states.reshape(*batch.tokens.shape, -1)], batch.mask)
     return found
 
 
 def centred(decoder: Decoder, states: torch.Tensor) -> torch.Tensor:
-    """Take the mean over directions out of states of LayerNorm models; of others nothing."""
+    """Subtract the mean over directions from the states of LayerNorm models; leave others unchanged."""
     if decoder.anatomy.family.norm != "layernorm":
         return states
     return states - states.mean(dim=-1, keepdim=True)
 
 
 def norms_within(decoder: Decoder, block: nn.Module) -> list[nn.Module]:
-    """The norm between attention and MLP of a sequential block; none in a parallel one."""
+    """Return the norm between attention and MLP of a sequential block; a parallel one has none."""
     found = [norm for _, norm in present(block, decoder.anatomy.family.norms)]
     return found[1:2] if points_per_block(decoder) == 2 else []

@@ -1,6 +1,6 @@
-"""Shares of the windows for several processes, as `accelerate launch` or `torchrun` start them.
+"""The windows that each process walks in a multi-process run.
 
-Each process walks every n-th window, and what it measured is added up, so that all continue with the same numbers.
+Each process walks every n-th window and the sums are added up, so that all processes continue with the same numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from secateur.errors import InputError
 
 
 def share_numbers(windows: Windows) -> range:
-    """Return the numbers of the windows that this process walks: every n-th.
+    """Return the numbers of the windows that this process walks, every n-th.
 
     Raises:
         InputError: fewer windows than processes.
@@ -38,7 +38,7 @@ def share_of(windows: Windows) -> Windows:
 
 
 def token_numbers(windows: Windows) -> torch.Tensor:
-    """Give, for the real tokens this process walks, in order, their numbers among those of all windows."""
+    """Return the numbers, among the real tokens of all windows, of those that this process walks, in order."""
     real = windows.mask if windows.mask is not None else torch.ones_like(windows.tokens, dtype=torch.bool)
     numbers = (real.flatten().cumsum(0) - 1).view_as(real)
     rows = list(share_numbers(windows))

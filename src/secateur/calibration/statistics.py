@@ -1,4 +1,6 @@
-"""Running sums over calibration tokens, fed batch by batch with the L+1 residual states of each token.
+"""Statistics of the residual stream over calibration tokens, as running sums fed batch by batch.
+
+Cosines and angular distances between states, relative magnitudes, CKA, and normal equations for least squares.
 
 Legend: S = L+1 states, M = tokens, d = width of the residual stream. Sums are float64; every class has `update`
 and `result`, and counts real tokens only.
@@ -29,10 +31,10 @@ def real_tokens(states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> li
 
 
 class CosineSums:
-    """Mean cosine between every two states of a token: `E_t cos(X^a_t, X^b_t)`, METHODS window cosine C.
+    """Mean cosine between every two states of a token, `E_t cos(X^a_t, X^b_t)`.
 
-    With the states of a token scaled to length 1 in the rows of Z (S × M·d), the sum over tokens is one product,
-    Z Zᵀ.
+    For a = l and b = l+n this is the window cosine C(l, n) of LLM-Streamline (Chen et al. 2024, section 3.1). With the
+    states of each token normalised to length 1 in the rows of Z (S × M·d), the sum over tokens is one product, Z Zᵀ.
     """
 
     def __init__(self, states: int) -> None:
@@ -55,21 +57,21 @@ class CosineSums:
         self._tokens += tokens
 
     def combine(self) -> None:
-        """Add what the other processes have summed."""
+        """Add the sums of the other processes."""
         add_up(self._sum, self._relative, self._tokens)
 
     def result(self) -> torch.Tensor:
-        """Mean cosines, (S, S), diagonal exactly 1."""
+        """Return the mean cosines, (S, S), diagonal exactly 1."""
         mean = (self._sum / self._tokens).clamp(-1, 1)
         return mean.fill_diagonal_(1.0)
 
     def relative_magnitude(self) -> torch.Tensor:
-        """`E_t ‖f_l(X)−X‖ / ‖f_l(X)‖` of each block, (L,) (Samragh et al. 2023)."""
+        """Return `E_t ‖f_l(X)−X‖ / ‖f_l(X)‖` of each block, (L,) (Samragh et al. 2023)."""
         return self._relative / self._tokens
 
 
 class AngularSums:
-    """Mean angular distance `arccos(cos) / π` between states of each window's last real token (UIDL)."""
+    """Mean angular distance `arccos(cos) / π` between states of each window's last real token (Gromov et al. 2024)."""
 
     def __init__(self, states: int) -> None:
         """Start at zero for `states` = L+1 states."""
@@ -93,19 +95,19 @@ class AngularSums:
         self._windows += windows
 
     def combine(self) -> None:
-        """Add what the other processes have summed."""
+        """Add the sums of the other processes."""
         add_up(self._sum, self._windows)
 
     def result(self) -> torch.Tensor:
-        """Mean angular distances in [0, 1], (S, S), diagonal exactly 0."""
+        """Return the mean angular distances in [0, 1], (S, S), diagonal exactly 0."""
         return (self._sum / self._windows).fill_diagonal_(0.0)
 
 
 class LinearSums:
-    """Normal equations of the matrix on one part of a state that turns the state into another one.
+    """Normal equations for a matrix T that maps part of a state so that the state approximates another one.
 
-    With the part P (M × d) contained in the state X = R + P, the matrix T that brings R + P T nearest to Y solves
-    Pᵀ P (T − I) = Pᵀ (Y − X). Ridge is added to the left, so it pulls T toward the identity, not toward 0.
+    With P (M × d) a part of the state X = R + P, the T that brings R + P T closest to Y solves
+    Pᵀ P (T − I) = Pᵀ (Y − X). A ridge on the left-hand side shrinks T toward the identity, not toward 0.
     """
 
     def __init__(self, width: int) -> None:
@@ -128,7 +130,7 @@ class LinearSums:
             self._squares += torch.stack((change_Md.square().sum(), after_Md.square().sum()))
 
     def combine(self) -> None:
-        """Add what the other processes have summed; the end of adding."""
+        """Add the sums of the other processes; the end of adding."""
         add_up(self._gram, self._cross, self._squares)
         self._move_to(torch.device("cpu"))
 
@@ -136,7 +138,7 @@ class LinearSums:
         self._gram, self._cross, self._squares = (one.to(home) for one in (self._gram, self._cross, self._squares))
 
     def result(self, ridge: float) -> torch.Tensor:
-        """Return T, (d, d), for rows: P T.
+        """Return T, (d, d), which acts on rows: P T.
 
         Args:
             ridge: added to the diagonal of Pᵀ P, as a multiple of its mean.
@@ -146,7 +148,7 @@ class LinearSums:
         """
         scale = float(self._gram.diagonal().mean())
         if not (math.isfinite(scale) and scale > 0 and bool(torch.isfinite(self._cross).all())):
-            raise NumericsError("the matrix that stands in for the blocks is undefined: the MLP's output is 0 or NaN.")
+            raise NumericsError("the matrix that replaces the blocks is undefined: the MLP's output is 0 or NaN.")
         identity = torch.eye(len(self._gram), dtype=torch.float64)
         return identity + _solve_symmetric(self._gram + ridge * scale * identity, self._cross)
 
@@ -161,9 +163,9 @@ class LinearSums:
 class CkaSums:
     """Centred kernel alignment between block outputs, by unbiased minibatch HSIC.
 
-    At most `limit` tokens, drawn by seed from all of them, are gathered in stream order into minibatches of
-    `size`; HSIC is estimated without bias in each (Nguyen, Raghu, Kornblith 2021) and averaged before the ratio is
-    taken. The RBF width of a block is the median distance of its outputs in the first minibatch.
+    At most `limit` tokens, sampled by seed, are collected in order into minibatches of `size`. HSIC is estimated
+    without bias in each (Nguyen, Raghu, Kornblith 2021) and averaged before the ratio is taken. The RBF width of a
+    block is the median distance of its outputs in the first minibatch.
     """
 
     def __init__(
@@ -179,13 +181,13 @@ class CkaSums:
 
         Args:
             total_tokens: how many real tokens there are.
-            seed: of the choice.
-            limit: most tokens chosen.
-            size: of a minibatch.
-            numbers: which of them pass by here, in order, where several processes share them; None is all.
+            seed: random seed of the sample.
+            limit: largest number of tokens.
+            size: tokens of a minibatch.
+            numbers: in a multi-process run, the numbers of the tokens this process sees, in order; None is all.
 
         Raises:
-            InputError: fewer than 4 tokens, which no unbiased HSIC can be computed from.
+            InputError: fewer than 4 tokens, too few for an unbiased HSIC.
         """
         if total_tokens < 4:
             raise InputError(f"CKA needs at least 4 tokens, there are {total_tokens}.")
@@ -219,13 +221,13 @@ class CkaSums:
                 self._waiting = []
 
     def _keep_for_exchange(self, outputs: Sequence[torch.Tensor], numbers: torch.Tensor) -> None:
-        """Keep what was chosen of the tokens of these numbers, with its place among all chosen."""
+        """Keep the sampled ones among the tokens of these numbers, with their positions in the sample."""
         places = torch.searchsorted(self._chosen, numbers).clamp_max(len(self._chosen) - 1)
         here = (self._chosen[places] == numbers).nonzero().flatten()
         self._apart.append((places[here], _picked(outputs, here, torch.device("cpu"))))
 
     def combine(self) -> None:
-        """Put the minibatches together from what each process has; all compute them."""
+        """Assemble the minibatches from all processes; every process computes them."""
         if self._numbers is None:
             return
         places = torch.cat([one for one, _ in self._apart])
@@ -251,7 +253,7 @@ class CkaSums:
         self._batches += 1
 
     def result(self, kernel: Kernel) -> torch.Tensor:
-        """CKA between block outputs, (L, L), symmetric, diagonal exactly 1.
+        """Return the CKA between block outputs, (L, L), symmetric, diagonal exactly 1.
 
         Raises:
             NumericsError: a block's outputs do not vary, so that its HSIC with itself is not positive.
@@ -270,7 +272,7 @@ def _picked(outputs: Sequence[torch.Tensor], rows: torch.Tensor, home: torch.dev
 
 
 def unbiased_hsic(kernels_LMM: torch.Tensor) -> torch.Tensor:
-    """Unbiased HSIC between every two kernel matrices of the same M samples, (L, L) (Song et al. 2012, eq. 5)."""
+    """Return the unbiased HSIC of all pairs of kernel matrices, (L, L) (Song et al. 2012, eq. 5)."""
     samples = kernels_LMM.shape[-1]
     kernels = kernels_LMM.double() * (1 - torch.eye(samples, dtype=torch.float64, device=kernels_LMM.device))
     flat = kernels.flatten(1)
@@ -283,12 +285,12 @@ def unbiased_hsic(kernels_LMM: torch.Tensor) -> torch.Tensor:
 
 
 def device_with_float64(device: torch.device) -> torch.device:
-    """Return the device itself, or the CPU for one that has no float64."""
+    """Return the device, or the CPU if the device has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def _solve_symmetric(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Solve with a positive matrix; where it is singular, take the solution of least norm."""
+    """Solve a positive definite system; if the matrix is singular, return the minimum-norm solution."""
     factor, failed = torch.linalg.cholesky_ex(left)
     smallest, largest = factor.diagonal().abs().min(), factor.diagonal().abs().max()
     if not failed and smallest > 1e-7 * largest:

@@ -1,4 +1,4 @@
-"""Hidden states kept for later: in memory while they fit, else on disk in float32."""
+"""Storage for hidden states: in memory as long as they fit, then on disk in float32."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _SHARE_OF_MEMORY = 0.25
 
 
 class StateStore:
-    """Tensors by key. The first ones stay in memory up to a budget, the others go to files.
+    """Tensors by key. They are held in memory up to a budget; the others go to files.
 
-    Those of a GPU stay there while it has room, then in the machine's memory.
+    Tensors on a GPU stay there while it has room, then go to the machine's memory.
 
-    Files are read and written plainly, not memory-mapped, so that what is on disk does not count as resident
-    memory. The folder is removed by `close` (or at the end of a `with` statement).
+    Files are read and written without memory mapping, so that what is on disk does not count as resident memory. The
+    folder is deleted by `close` (or at the end of a `with` statement).
 
     Attributes:
-        budget: bytes that may stay in memory.
+        budget: bytes that may be held in memory.
     """
 
     def __init__(self, budget: int | None = None) -> None:
-        """Open an empty store; without a budget it takes a quarter of the memory that is free now."""
+        """Open an empty store; the default budget is a quarter of the memory that is free now."""
         self.budget = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY) if budget is None else budget
         self._memory: dict[Hashable, tuple[torch.Tensor, torch.device]] = {}
         self._files: dict[Hashable, tuple[Path, torch.Size, torch.dtype, torch.device]] = {}
@@ -52,7 +52,7 @@ class StateStore:
         yield from list(self._files)
 
     def put(self, key: Hashable, tensor: torch.Tensor) -> None:
-        """Keep a tensor under a key, in place of what was there."""
+        """Store a tensor under a key, replacing an earlier one."""
         self.drop(key)
         if self.has_room(tensor):
             self._memory[key] = (tensor if _stays(tensor) else tensor.cpu(), tensor.device)
@@ -61,11 +61,11 @@ class StateStore:
             self._files[key] = (self._write(tensor), tensor.shape, tensor.dtype, tensor.device)
 
     def has_room(self, tensor: torch.Tensor) -> bool:
-        """Whether such a tensor would stay in memory."""
+        """Return whether such a tensor would be held in memory."""
         return self._used + _bytes(tensor) <= self.budget
 
     def get(self, key: Hashable) -> torch.Tensor:
-        """Return a tensor back as it was put, on the device it was on."""
+        """Return a tensor as it was stored, on the device it was on."""
         if key in self._memory:
             tensor, device = self._memory[key]
             return tensor.to(device)
@@ -74,14 +74,14 @@ class StateStore:
         return torch.from_numpy(data).view(shape).to(device=device, dtype=dtype)
 
     def drop(self, key: Hashable) -> None:
-        """Forget a key; nothing happens where it is not held."""
+        """Drop a key, if it is held."""
         if key in self._memory:
             self._used -= _bytes(self._memory.pop(key)[0])
         elif key in self._files:
             self._files.pop(key)[0].unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Forget everything and remove the files."""
+        """Drop everything and delete the files."""
         self._memory.clear()
         self._files.clear()
         self._used = 0
@@ -100,7 +100,7 @@ class StateStore:
 
 
 def _stays(tensor: torch.Tensor) -> bool:
-    """Whether a tensor may stay on its GPU: a quarter of the GPU's memory is left to those who compute."""
+    """Return whether a tensor may stay on its GPU; a quarter of the GPU's memory is left free for computation."""
     if not tensor.is_cuda:
         return True
     free, whole = torch.cuda.mem_get_info(tensor.device)

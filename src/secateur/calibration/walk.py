@@ -1,7 +1,7 @@
-"""Walk calibration windows through the blocks of a decoder, in order.
+"""Run calibration windows through a decoder block by block, and compute losses from the final states.
 
-Two orders give the same states: a model in memory takes one batch through all blocks; a skeleton takes all
-batches through one block, so that each block's weights are read once per walk.
+Two orders give the same states: a model in memory takes one batch through all blocks, a skeleton takes all batches
+through one block, so that each block's weights are read once per walk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from secateur.run_options import DEFAULTS, RunOptions
 
 _LOGIT_BYTES = 64 << 20
 _NOT_PREDICTED = -100
-"""Target that a loss leaves out: the last position is masked so, for logits without it would be a copy."""
+"""Label ignored by the loss. It masks the last position, because slicing the logits would copy them."""
 _TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 
 
@@ -32,10 +32,10 @@ class Batch:
     """Some windows on the model's device.
 
     Attributes:
-        index: position among the batches.
+        index: number of the batch.
         tokens: int64, (windows, positions).
         mask: bool, same shape, True at real tokens; None where nothing is padded.
-        calls: what each block is called with.
+        calls: arguments of each block.
     """
 
     index: int
@@ -45,7 +45,7 @@ class Batch:
 
 
 def batch_size_for(decoder: Decoder, windows: Windows, batch_size: int | None = None) -> int:
-    """Windows per batch: as asked, else about 1024 tokens on a CPU and 16384 on a GPU."""
+    """Return the windows per batch: the requested number, otherwise about 1024 tokens on a CPU and 16384 on a GPU."""
     if batch_size is not None:
         if batch_size < 1:
             raise InputError(f"batch size {batch_size}: must be at least 1.")
@@ -71,7 +71,7 @@ def check_windows(decoder: Decoder, windows: Windows) -> None:
 
 
 def open_store(decoder: Decoder) -> StateStore:
-    """Open a store for a model's states: a quarter of the free memory, for a skeleton half of what a block takes."""
+    """Open a store with a quarter of the free memory, or for a skeleton with half the size of its largest block."""
     if not decoder.is_skeleton:
         return StateStore()
     return StateStore(max(decoder.block_parameter_counts()) * decoder.module.dtype.itemsize // 2)
@@ -88,7 +88,7 @@ def _given_or_new(store: StateStore | None, decoder: Decoder) -> Iterator[StateS
 
 @torch.no_grad()
 def start(decoder: Decoder, windows: Windows, batch_size: int | None = None) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Return the batches one by one, each with the residual stream entering block 0, X⁰."""
+    """Yield the batches, each with the residual stream entering block 0, X⁰."""
     check_windows(decoder, windows)
     calls: Sequence[Call] = ()
     with decoder.outer(head=False):
@@ -109,7 +109,7 @@ def stored_start(
     *,
     key: Callable[[Batch], Hashable] = lambda batch: batch.index,
 ) -> list[Batch]:
-    """Put what enters block 0 into the store, by default under the batch's index; gives the batches."""
+    """Store the input of block 0 for each batch, by default under the batch's index; return the batches."""
     batches = []
     for batch, hidden in start(decoder, windows, batch_size):
         batches.append(batch)
@@ -118,10 +118,10 @@ def stored_start(
 
 
 def through_block(decoder: Decoder, index: int, batches: Iterable[Batch], store: StateStore) -> None:
-    """Take batches, each in the store under its index, through block `index`, whose weights are present.
+    """Run block `index`, whose weights are present, on all batches; their states are in the store under their index.
 
     Raises:
-        NumericsError: naming the block.
+        NumericsError: NaN or infinity; the message names the block.
     """
     for batch in batches:
         store.put(batch.index, step(decoder, index, batch, store.get(batch.index)))
@@ -131,10 +131,10 @@ def through_block(decoder: Decoder, index: int, batches: Iterable[Batch], store:
 def states_by_batch(
     decoder: Decoder, windows: Windows, *, store: StateStore | None = None, options: RunOptions = DEFAULTS
 ) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
-    """Return each batch with its L+1 residual states X⁰ … X^L, each (windows, positions, d).
+    """Yield each batch with its L+1 residual states X⁰ … X^L, each (windows, positions, d).
 
-    The last state is what leaves the last block, *before* the final norm. A skeleton walks block by block and
-    keeps the states in the store meanwhile.
+    The last state is the output of the last block, *before* the final norm. A skeleton is run block by block, with the
+    states in the store in between.
 
     Raises:
         NumericsError: a state holds NaN or infinity at a real token.
@@ -159,9 +159,9 @@ def states_by_batch(
 def walk_blocks(
     decoder: Decoder, windows: Windows, store: StateStore, *, only_last: bool = False, options: RunOptions = DEFAULTS
 ) -> list[Batch]:
-    """Take all batches through one block after the other; states stay in the store under (batch, depth).
+    """Run all batches through one block after the other; states are stored under (batch, depth).
 
-    Depth l is the state that enters block l; `only_last` forgets each state once the next one is there.
+    Depth l is the input of block l; with `only_last`, each state is dropped once the next one is there.
 
     Raises:
         NumericsError: a state holds NaN or infinity at a real token.
@@ -178,7 +178,7 @@ def walk_blocks(
 
 @torch.no_grad()
 def mean_loss(decoder: Decoder, windows: Windows, *, options: RunOptions = DEFAULTS) -> float:
-    """Mean next-token loss in nats over all predictions of all windows.
+    """Return the mean next-token loss in nats over all predictions of all windows.
 
     Raises:
         NumericsError: NaN or infinity on the way.
@@ -187,12 +187,12 @@ def mean_loss(decoder: Decoder, windows: Windows, *, options: RunOptions = DEFAU
 
 
 def mean_loss_of(decoder: Decoder, last: Iterable[tuple[Batch, torch.Tensor]], *, shared: bool = False) -> float:
-    """Mean next-token loss in nats, from what leaves the last block; `decoder.outer()` must be open for a skeleton.
+    """Return the mean next-token loss in nats from the last block's output; skeletons need an open `decoder.outer()`.
 
     Args:
         decoder: the model.
-        last: batches with what leaves the last block.
-        shared: they are this process's share of them; the mean is over all.
+        last: batches with the output of the last block.
+        shared: whether they are only this process's share; the mean is then over all processes.
 
     Raises:
         InputError: there is nothing to predict.
@@ -210,20 +210,20 @@ def mean_loss_of(decoder: Decoder, last: Iterable[tuple[Batch, torch.Tensor]], *
 
 
 def require_predictions(predictions: int) -> None:
-    """Refuse windows in which there is nothing to predict.
+    """Refuse windows without anything to predict.
 
     Raises:
-        InputError: not one prediction.
+        InputError: there are no predictions.
     """
     if predictions == 0:
         raise InputError("windows of one token predict nothing; take at least two tokens per window.")
 
 
 def perplexity_of(loss: float) -> float:
-    """Perplexity, exp of a mean loss in nats.
+    """Return the perplexity, exp of a mean loss in nats.
 
     Raises:
-        NumericsError: it is too large for a number.
+        NumericsError: it overflows.
     """
     try:
         return math.exp(loss)
@@ -237,7 +237,7 @@ def perplexity_of(loss: float) -> float:
 def last_states(
     decoder: Decoder, windows: Windows, options: RunOptions = DEFAULTS
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Return each batch with what leaves the last block, before the final norm; head and norm are present meanwhile.
+    """Yield each batch with the output of the last block, before the final norm; head and norm are loaded meanwhile.
 
     Raises:
         NumericsError: a state holds NaN or infinity at a real token.
@@ -259,18 +259,18 @@ def last_states(
 
 
 def step(decoder: Decoder, index: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-    """Run block `index` (its weights present) on one batch and look for NaN and infinity.
+    """Run block `index` (its weights present) on one batch and check for NaN and infinity.
 
     Raises:
-        NumericsError: naming the block.
+        NumericsError: the message names the block.
     """
     result = run_block(decoder.block_list[index], batch.calls[index], hidden)
-    require_finite(result, f"what leaves block {index}", batch.mask)
+    require_finite(result, f"the output of block {index}", batch.mask)
     return result
 
 
 def loss_sum(decoder: Decoder, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Sum the next-token loss over the real tokens of a batch, from what leaves the last block.
+    """Return the sum of the next-token loss over the real tokens of a batch, given the last block's output.
 
     `decoder.outer()` must be open for a skeleton. Each window predicts its tokens from the second on.
 
@@ -289,12 +289,12 @@ def loss_sum(decoder: Decoder, batch: Batch, hidden: torch.Tensor) -> tuple[torc
         loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum")
         total = total + loss.cpu().double()
         predictions += int((targets != _NOT_PREDICTED).sum())
-    require_finite(total.detach(), "the loss (what comes after the last block: final norm or head)")
+    require_finite(total.detach(), "the loss (final norm or head)")
     return total, predictions
 
 
 def parts_of(decoder: Decoder, batch: Batch) -> Iterator[tuple[slice, Batch]]:
-    """Split a batch into runs of windows whose logits are not too large; gives which windows, and the smaller batch."""
+    """Split a batch into parts whose logits are not too large; yield the slice of windows and the smaller batch."""
     step = max(1, _LOGIT_BYTES // (4 * batch.tokens.shape[1] * int(decoder.config.vocab_size)))
     for first in range(0, len(batch.tokens), step):
         rows = slice(first, first + step)

@@ -1,1 +1,1 @@
-"""Folders that load where people run models."""
+"""Saving, checking and uploading checkpoint folders."""

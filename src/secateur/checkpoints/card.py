@@ -1,4 +1,4 @@
-"""The model card of a pruned checkpoint: what it came from, what was cut, how it was measured."""
+"""The model card of a pruned checkpoint: base model, steps, how to open it, and results."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from secateur.plan.plan import plans_in
 _OPENING = 'model = AutoModelForCausalLM.from_pretrained("'
 
 RELATION = "finetune"
-"""What the hub calls a model with other weights; of its kinds (adapter, merge, quantized, finetune) the nearest."""
+"""The Hub's relation to the base model; of its kinds (adapter, merge, quantized, finetune) the closest."""
 
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 
 def model_card(decoder: Decoder, record: dict[str, Any]) -> ModelCard:
-    """Write the card; licence and languages are taken over from the original's card where it has one.
+    """Return the card; licence and languages are copied from the original's card if it has one.
 
     Args:
-        decoder: what is saved.
-        record: what `secateur.json` will hold.
+        decoder: the saved model.
+        record: the content of `secateur.json`.
     """
     original = _original_card(decoder.folder)
     base = _base_model(decoder, record["base_model"], original)
@@ -48,7 +48,7 @@ def model_card(decoder: Decoder, record: dict[str, Any]) -> ModelCard:
 
 
 def methods_in(history: Iterable[dict[str, Any]]) -> list[str]:
-    """Name the methods that a checkpoint's history tells of, each once, in order; `heal-lora` and the like too."""
+    """Return the unique methods in a checkpoint's history, in order, including `heal-lora` and the like."""
     found = []
     for entry in history:
         found += [step.method for plan in plans_in([entry]) for step in plan.steps]
@@ -57,12 +57,12 @@ def methods_in(history: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def opened_from(text: str, name: str) -> str:
-    """Let the example on a card open the model by this name."""
+    """Return a card's text whose example opens the model by this name."""
     return re.sub(f'{re.escape(_OPENING)}[^"]*', lambda _: f"{_OPENING}{name}", text, count=1)
 
 
 def _base_model(decoder: Decoder, source: str, original: dict[str, Any]) -> str | None:
-    """Name the dense model if it is one on the hub: a folder on this machine tells nobody anything."""
+    """Return the dense model's Hub name, if it has one; the path of a local folder is useless to others."""
     if _is_on_hub(source):
         return source
     ours = decoder.folder is not None and is_ours(decoder.folder)
@@ -99,7 +99,7 @@ def _body(decoder: Decoder, record: dict[str, Any]) -> str:
 
 
 def _rows(entry: dict[str, Any]) -> list[tuple[str, str]]:
-    """Say what one entry of the history did: the steps of a plan, or a training."""
+    """Return the table rows of one entry of the history: the steps of a plan, or a healing."""
     if "healing" in entry:
         facts = entry["healing"]
         return [(f"heal, {facts['with']}", f"trained on {facts['tokens']:,} tokens of {facts['texts']['source']}")]
@@ -129,12 +129,12 @@ _BEGIN, _END = "<!-- secateur: results -->", "<!-- secateur: end of results -->"
 
 
 def with_results(card: ModelCard, results: Sequence[Result], name: str) -> ModelCard:
-    """Put results on a card, in the place of those that were there; the rest of its text stays.
+    """Return a card with these results in place of earlier ones; the rest of its text is kept.
 
     Args:
-        card: the card as it is.
-        results: of the model (role `model`) and, where it was measured too, of the dense one (role `against`).
-        name: the model's name on the hub.
+        card: the card.
+        results: of the model (role `model`) and, if measured, of the dense one (role `against`).
+        name: the model's name on the Hub.
     """
     section = f"{_BEGIN}\n## Results\n\n{_table(results)}\n{_END}"
     text = re.sub(f"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", "\n", card.text, flags=re.DOTALL)
@@ -146,7 +146,7 @@ def with_results(card: ModelCard, results: Sequence[Result], name: str) -> Model
 
 
 def _table(results: Sequence[Result]) -> str:
-    """One row per measurement: this model, and the dense one where it was measured in the same run."""
+    """Return a table with a row per measurement: this model, and the dense one if measured in the same run."""
     dense = {_what(one): one for one in results if one.role == "against"}
     rows = ["| measure | this model | dense |", "|---|---|---|"]
     for one in results:

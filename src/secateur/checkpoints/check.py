@@ -1,4 +1,4 @@
-"""Prove a written folder: reopened in a fresh process by plain transformers, it must be the same model."""
+"""The check of a written folder: reopened by plain transformers in a fresh process, it must be the same model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WINDOWS, _POSITIONS = 2, 16
 
 @dataclass(frozen=True)
 class Expected:
-    """What a folder should answer: a file with tokens and logits, the arithmetic it holds for, and how closely."""
+    """Expected behaviour of a folder: a file with tokens and logits, the dtype of the arithmetic, and the tolerance."""
 
     file: Path
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Expected:
     trust_remote_code: bool = False
 
     def job(self, folder: Path) -> dict[str, Any]:
-        """Describe the examination of a folder to the fresh process."""
+        """Return the check of a folder as data for the fresh process."""
         return {
             "folder": str(folder),
             "expected": str(self.file),
@@ -50,7 +50,7 @@ class Expected:
 def record_expected(decoder: Decoder, file: Path, stored: torch.dtype | None = None) -> Expected:
     """Write seeded random tokens and the decoder's logits for them, block by block for a skeleton.
 
-    Where the weights are stored in another dtype than before, they are rounded, and so much may the logits differ.
+    If the weights are saved in another dtype than before, the tolerance allows for the rounding.
     """
     positions = min(_POSITIONS, decoder.max_positions or _POSITIONS)
     generator = torch.Generator().manual_seed(0)
@@ -72,14 +72,14 @@ def record_expected(decoder: Decoder, file: Path, stored: torch.dtype | None = N
 
 
 def _dtype_for_reopening(decoder: Decoder) -> torch.dtype:
-    """The arithmetic the expected logits were made with, unless the whole model does not fit in memory like that."""
+    """Return the dtype the expected logits were computed in, unless the whole model does not fit in memory in it."""
     arithmetic: torch.dtype = decoder.module.dtype
     needed = decoder.parameter_count * arithmetic.itemsize
     return decoder.saved_dtype if needed > 0.8 * psutil.virtual_memory().available else arithmetic
 
 
 def reopen(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Examine folders in one fresh process that never imports secateur.
+    """Check folders in a fresh process that never imports secateur.
 
     Raises:
         CheckError: the process failed, for example because a folder cannot be loaded at all.
@@ -102,7 +102,7 @@ def reopen(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def require_passed(result: dict[str, Any]) -> None:
-    """Stop where a folder did not behave like the model it was written from.
+    """Raise if a folder does not behave like the model it was written from.
 
     Raises:
         CheckError: with the differences.

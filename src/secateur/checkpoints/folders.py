@@ -1,4 +1,4 @@
-"""Write a folder whole or not at all: into a temporary one beside the target, then rename."""
+"""Atomic writes of folders: into a temporary folder next to the target, which is then renamed."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from secateur.errors import InputError
 from secateur.files import umask
 
 MARKER = "secateur.json"
-"""Every folder written by secateur holds this file; a folder without it is never replaced."""
+"""Every folder written by secateur contains this file; a folder without it is never replaced."""
 
 
 def check_target(target: Path, *, reads: Path | None = None, replaces: bool = True) -> None:
-    """Refuse a target that would destroy something that is not ours.
+    """Refuse a target whose replacement would destroy something that secateur did not create.
 
     Args:
         target: the folder to be written.
-        reads: one that is being read meanwhile.
+        reads: a folder that is being read meanwhile.
         replaces: whether the target is replaced as a whole, or written into.
 
     Raises:
-        InputError: a file, a folder not written by secateur, the folder that is being read, or, where it would be
-            replaced, the one we stand in or one above it.
+        InputError: a file, a folder not written by secateur, the folder that is being read, or, if it would be
+            replaced, the current folder or one of its parents.
     """
     if replaces and target.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise InputError(f"{target}: is the folder you are in, or holds it; name one to be made, such as {target}/out.")
+        raise InputError(f"{target}: is the current folder, or contains it; name a new one, such as {target}/out.")
     if target.is_file():
         raise InputError(f"{target}: is a file; name a folder.")
     if target.is_dir() and any(target.iterdir()) and not is_ours(target):
@@ -40,7 +40,7 @@ def check_target(target: Path, *, reads: Path | None = None, replaces: bool = Tr
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether secateur wrote this folder."""
+    """Return whether secateur wrote this folder."""
     try:
         return "secateur" in json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -49,14 +49,14 @@ def is_ours(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(target: str | Path, *, reads: Path | None = None) -> Iterator[Path]:
-    """Return a temporary folder that takes the target's place if the block ends well, and goes away if not.
+    """Yield a temporary folder that replaces the target if the block succeeds, and is deleted otherwise.
 
     Raises:
         InputError: the target must not be replaced.
     """
     target = Path(target)
     check_target(target, reads=reads)
-    target = target.resolve()  # of a link to a folder, the folder is replaced
+    target = target.resolve()  # if it is a link, the folder it points to is replaced
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))

@@ -1,4 +1,4 @@
-"""Reopen checkpoint folders in a process of its own, without secateur, and compare with what was written.
+"""Reopen checkpoint folders in a separate process, without secateur, and compare with the expected logits.
 
 Run as a script: `python -P fresh_process.py jobs.json`, where jobs.json lists `{folder, expected, dtype,
 tolerance, trust_remote_code}`; `expected` is an .npz file with `tokens` and `logits`. Prints one
@@ -58,7 +58,7 @@ def examine(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generation_gap(model: Any, tokens: torch.Tensor, scale: float) -> float:
-    """How far cached greedy choices fall short of the best uncached logit, relative to the logits' size."""
+    """Return how far cached greedy choices fall short of the best uncached logit, relative to the largest logit."""
     room = getattr(model.config, "max_position_embeddings", None) or tokens.shape[1] + NEW_TOKENS
     prompt = tokens[:1, : max(1, min(tokens.shape[1], room - NEW_TOKENS))]
     model.generation_config = GenerationConfig(pad_token_id=0)
@@ -77,7 +77,7 @@ def _generation_gap(model: Any, tokens: torch.Tensor, scale: float) -> float:
 
 
 def main() -> None:
-    """Examine every job of the file named on the command line."""
+    """Run every check in the file named on the command line."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):

@@ -1,4 +1,4 @@
-"""Upload a finished checkpoint folder to the hub, its card brought up to date first."""
+"""Upload a finished checkpoint folder to the Hub, after completing its card."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def push(
     card: CardFacts = NO_FACTS,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Upload a checkpoint folder that secateur wrote and checked to the Hugging Face hub.
+    """Upload a checkpoint folder that secateur wrote and checked to the Hugging Face Hub.
 
-    The repository is made if it is not there. The card in the folder is completed before (`README.md`: base model,
-    tags, results); what else stands on it stays as it is.
+    The repository is created if necessary. The card in the folder (`README.md`) is completed first with base model,
+    tags and results; the rest of its text is kept.
 
     Args:
         folder: what `save`, `prune` or `heal` wrote.
@@ -67,12 +67,12 @@ def push(
         dry_run: only say what would go; nothing is written or sent.
 
     Returns:
-        `repo`, `revision`, `private`, `files` (bytes by name), `bytes` in all, and `url` of the commit, None for a
-        dry run.
+        `repo`, `revision`, `private`, `files` (bytes by name), total `bytes`, and `url` of the commit, None for a dry
+        run.
 
     Raises:
-        InputError: the folder is not a finished checkpoint of ours, a name that cannot be, results of another model,
-            or the hub does not let us.
+        InputError: the folder is not a finished checkpoint written by secateur, an invalid name, results of another
+            model, or the Hub refuses the upload.
     """
     folder = Path(folder)
     record = _finished(folder)
@@ -96,10 +96,10 @@ def push(
 
 
 def _finished(folder: Path) -> dict[str, Any]:
-    """Return the record of a checkpoint that may be shown to others.
+    """Return the record of a checkpoint that may be published.
 
     Raises:
-        InputError: not ours, not a checkpoint, never checked, or weights that are missing or cut off.
+        InputError: not written by secateur, not a checkpoint, never checked, or weights missing or truncated.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder.")
@@ -117,7 +117,7 @@ def _finished(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / MARKER}: not a record of this version; write the folder again.") from error
     if not (record.get("check") or {}).get("passed"):
         raise InputError(
-            f"{folder}: did not pass the check in a fresh process, or was spared it, so nobody knows that it loads; "
+            f"{folder}: did not pass the check in a fresh process, or skipped it, so it may not load; "
             "run prune or heal again without --no-check."
         )
     try:
@@ -133,11 +133,11 @@ def _check_names(repo: str, base_model: str | None) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise InputError(f"{repo}: not a name on the hub ({first_line(error)}); write owner/name.") from error
+        raise InputError(f"{repo}: not a valid name on the Hub ({first_line(error)}); write owner/name.") from error
     if not HUB_NAME.fullmatch(repo):
-        raise InputError(f"{repo}: whose? Write owner/name.")
+        raise InputError(f"{repo}: the owner is missing; write owner/name.")
     if base_model is not None and not HUB_NAME.fullmatch(base_model):
-        raise InputError(f"--base-model {base_model}: name the dense model as on the hub, owner/name.")
+        raise InputError(f"--base-model {base_model}: give the dense model's name on the Hub, owner/name.")
 
 
 def _card(folder: Path, record: dict[str, Any], repo: str, facts: CardFacts) -> ModelCard:
@@ -165,7 +165,7 @@ def _card(folder: Path, record: dict[str, Any], repo: str, facts: CardFacts) -> 
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """List what goes, with bytes: everything but hidden files and folders."""
+    """Return the files to upload, with their sizes: everything but hidden files and folders."""
     found = (file for file in folder.rglob("*") if file.is_file())
     named = {file.relative_to(folder): file.stat().st_size for file in found}
     return {name.as_posix(): size for name, size in named.items() if not any(p.startswith(".") for p in name.parts)}

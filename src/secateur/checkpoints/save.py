@@ -1,4 +1,4 @@
-"""Save a decoder as a folder that plain transformers opens, and prove that it does."""
+"""Save a decoder as a folder that plain transformers opens, and check that it does."""
 
 from __future__ import annotations
 
@@ -46,20 +46,19 @@ def save(
     """Save a decoder as a checkpoint folder that plain transformers opens.
 
     The folder holds safetensors weights, configuration, tokenizer, chat template, generation configuration, model
-    card and `secateur.json`; for shapes that no stock architecture can hold also the modelling file
-    (`trust_remote_code=True` opens it where secateur is not imported). It is written beside the target,
-    reopened in a fresh process without secateur, and only renamed to the target if logits and cached generation are
-    the same there.
+    card and `secateur.json`; for shapes that no stock architecture supports also the modelling file
+    (`trust_remote_code=True` opens it where secateur is not imported). It is written next to the target, reopened in
+    a fresh process without secateur, and only renamed to the target if logits and cached generation are the same.
 
     Args:
-        decoder: what to save.
+        decoder: the model to save.
         out: the folder; one that secateur wrote before is replaced, any other is refused.
         dtype: dtype of the saved weights; None keeps the original checkpoint's.
         shard_bytes: size above which the weights are split over several files.
-        check: reopen before the folder is called done.
+        check: reopen the folder in a fresh process before it replaces the target.
 
     Returns:
-        The record that was written to `secateur.json`.
+        The record written to `secateur.json`.
 
     Raises:
         InputError: the folder must not be replaced, or cannot be written.
@@ -95,12 +94,12 @@ def _write_config(decoder: Decoder, folder: Path, stored: torch.dtype) -> None:
     if isinstance(config, SecateurConfig):
         config.auto_map = AUTO_MAP
         assert config.widths is not None
-        config.embedding_size = config.widths[0]  # by this name vLLM's transformers backend builds the embedding
+        config.embedding_size = config.widths[0]  # the name from which vLLM's transformers backend builds the embedding
         config.save_pretrained(folder)
         shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
         return
     if not decoder.has_own_code and hasattr(config, "auto_map"):
-        del config.auto_map  # it names code that was not used, and is not there
+        del config.auto_map  # it names code that was not used and is missing here
     config.save_pretrained(folder)
     if decoder.has_own_code and decoder.folder:
         for file in decoder.folder.glob("*.py"):
@@ -108,7 +107,7 @@ def _write_config(decoder: Decoder, folder: Path, stored: torch.dtype) -> None:
 
 
 def _carry_over(decoder: Decoder, folder: Path) -> None:
-    """Take over tokenizer, chat template, generation configuration and licence as they are."""
+    """Copy tokenizer, chat template, generation configuration and licence unchanged."""
     if decoder.folder is not None:
         for pattern in (*_CARRIED, *(_TOKENIZER if not decoder.other_tokenizer else ())):
             for file in filter(Path.is_file, decoder.folder.glob(pattern)):

@@ -1,4 +1,4 @@
-"""Write weights part by part into safetensors shards, so that a skeleton never has to be in memory as a whole."""
+"""Write weights part by part into safetensors shards, so that a skeleton is never whole in memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SHARD_BYTES = 2 << 30
 
 
 def write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> int:
-    """Write all weights; one file if they fit in a shard, else numbered shards and their index.
+    """Write all weights: one file if they fit in a shard, otherwise numbered shards and their index.
 
     Returns:
         Bytes of tensor data written.
 
     Raises:
-        InputError: there is no room for the weights.
+        InputError: there is not enough room for the weights.
         NumericsError: a weight is NaN or infinite, or becomes so in the dtype to be saved.
     """
     _require_room(decoder, folder, dtype)
@@ -51,10 +51,10 @@ def write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byte
 
 
 def _parts(decoder: Decoder, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
-    """Return what is outside the blocks, then block after block, named as in a checkpoint."""
+    """Yield the weights outside the blocks, then those of each block, named as in a checkpoint."""
     module = decoder.module
     if decoder.is_skeleton and hasattr(module, "_weight_conversions"):
-        del module._weight_conversions  # the last partial load left what *it* used; all apply when writing
+        del module._weight_conversions  # a partial load leaves only the conversions *it* used; writing needs all
     blocks = f"{decoder.anatomy.family.blocks}."
     with decoder.outer():
         state = {name: p for name, p in _named_tensors(module, "") if not name.startswith(blocks)}
@@ -66,7 +66,7 @@ def _parts(decoder: Decoder, dtype: torch.dtype) -> Iterator[dict[str, torch.Ten
 
 
 def _named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters (tied ones once) and those buffers that belong into a checkpoint."""
+    """Yield parameters (tied ones once) and the buffers that belong in a checkpoint."""
     for name, parameter in module.named_parameters():
         yield prefix + name, parameter
     for path, holder in module.named_modules():
@@ -76,7 +76,7 @@ def _named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.
 
 
 def _converted(module: PreTrainedModel, state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Round to a dtype, except what is no floating point or stays float32."""
+    """Round floating-point tensors to a dtype, except those kept in float32."""
     converted = {}
     stays_float32 = float32_names(module, dtype)
     for name, tensor in state.items():

@@ -1,4 +1,4 @@
-"""The whole main job on the small trained model that ships with the package: score, plan, cut, check, compare."""
+"""The demo: score, plan, prune, check and evaluate the small trained model that ships with the package."""
 
 from __future__ import annotations
 
@@ -38,37 +38,37 @@ PROMPT = '''class Stack:
 def demo(
     out: str | Path | None = None, *, show: Callable[[Any], object] = rich.print, progress: Progress = SILENT
 ) -> Path:
-    """Score, plan (replaceme, 25 %), prune, check and compare the bundled model on Python's standard library.
+    """Score, plan (replaceme, 25 %), prune, check and evaluate the bundled model on Python's standard library.
 
     Args:
-        out: folder to write; None makes a new one under `secateur-runs/`.
-        show: called with everything a reader should see.
-        progress: shows how far it is.
+        out: output folder; None creates one under `secateur-runs/`.
+        show: called with everything to display.
+        progress: reports progress.
 
     Returns:
-        The folder, with `scores.json`, pictures, `plan.json`, the pruned checkpoint `cut/` and `results.jsonl`.
+        The folder, with `scores.json`, plots, `plan.json`, the pruned checkpoint `cut/` and `results.jsonl`.
     """
     folder = Path(out) if out is not None else run_folder(BUNDLED, "demo")
     with replacing(folder) as part:
         model = open_model(BUNDLED)
-        show(f"1. Open: a trained Llama of {model.block_count} blocks and {model.parameter_count:,} parameters.")
+        show(f"1. Open: a trained Llama with {model.block_count} blocks and {model.parameter_count:,} parameters.")
         windows = windows_for(model, None, windows=32)
         show(f"2. Score: {len(windows)} windows of {windows.seq_len} tokens of Python's standard library.")
         scores = score(model, texts=windows, options=RunOptions(progress=progress))
         scores.write(part / "scores.json")
         draw_scores(scores, part)
         show(scores_table(scores))
-        show("3. Plan: which blocks a matrix can stand in for, about 25 % of all parameters; nothing is trained.")
+        show("3. Plan: remove about 25 % of all parameters, replacing blocks by a matrix; nothing is trained.")
         plan = make_plan(
             model, method="replaceme", remove=0.25, texts=windows, scores=scores, options=RunOptions(progress=progress)
         )
         plan.write(part / "plan.json")
         show(plan_summary(plan))
-        show("4. Prune: cut, save, and reopen in a fresh process that knows nothing of secateur.")
+        show("4. Prune: remove, save, and reopen in a fresh process without secateur.")
         pruned = prune(model, plan, options=RunOptions(progress=progress))
         record = save(pruned, part / "cut")
-        show(f"   {record['check']['architecture']} of {record['blocks']} blocks: same logits, same generation.")
-        show("5. Compare on modules that neither training nor scoring has seen.")
+        show(f"   {record['check']['architecture']} with {record['blocks']} blocks: same logits, same generation.")
+        show("5. Evaluate on modules used neither for training nor for calibration.")
         results = evaluate(pruned, against=model, windows=64, options=RunOptions(progress=progress))
         append_results(part / "results.jsonl", results)
         show(results_table(results))
@@ -88,11 +88,11 @@ def _continuation(model: Decoder) -> str:
 
 def _farewell(folder: Path) -> str:
     return f"""
-Everything is in {folder}: scores.json and its pictures, plan.json, the pruned checkpoint cut/, results.jsonl.
-A cut costs quality; training gets some of it back. Which blocks go, and how many, is the first choice: see
-`secateur methods`.
+Everything is in {folder}: scores.json and plots, plan.json, the pruned checkpoint cut/, results.jsonl.
+Pruning costs quality; training recovers some of it (`secateur heal`). The first choice is what to remove, and how much:
+see `secateur methods`.
 
-For a model of yours (a folder, or a name on the hub):
+For your own model (a folder, or a name on the Hub):
   secateur score MODEL
   secateur plan  MODEL --method replaceme --remove 25% -o plan.json
   secateur prune MODEL --plan plan.json -o cut/

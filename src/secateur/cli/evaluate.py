@@ -1,4 +1,4 @@
-"""The commands that measure what a model can do and how fast: `eval` and `bench`."""
+"""The commands that evaluate a model: `eval` for quality, `bench` for speed and memory."""
 
 from __future__ import annotations
 

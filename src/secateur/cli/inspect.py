@@ -1,4 +1,4 @@
-"""The commands that say what there is: `inspect`, `methods`, `families`, `texts`."""
+"""The commands that list things: `inspect`, `methods`, `families`, `texts`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from secateur.settings import describe_settings
 
 @grouped
 def inspect(model: ModelArg, opening: Opening, as_json: Json = False) -> None:
-    """Say what a model is made of; reads no weights where they are safetensors."""
+    """Show a model's architecture and parameter counts; reads no weights unless they are pickled."""
     facts = inspect_model(opened(opening, model, only_shapes=True))
     answer(facts, facts_table(model, facts), as_json=as_json)
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show the settings of this one.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show the settings of this method or recipe.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the methods and the ways of healing, or the settings of one."""
+    """List methods and healing recipes, or the settings of one."""
     if name is not None:
         one = HEALING_RECIPES[name] if name in HEALING_RECIPES else find_method(name)
         described = describe_settings(one.settings)
@@ -54,7 +56,7 @@ def methods(
 
 
 def families(as_json: Json = False) -> None:
-    """List the families in the table; others are detected and proved on a tiny copy."""
+    """List the known families; others are detected and verified on a tiny copy."""
     table = Table("family", "blocks at", "norm", "order", "residual")
     for row in FAMILIES.values():
         residual = "parallel" if row.parallel is True else f"by {row.parallel}" if row.parallel else "sequential"
@@ -63,7 +65,7 @@ def families(as_json: Json = False) -> None:
 
 
 def texts(as_json: Json = False) -> None:
-    """List the named texts; a path of yours (txt, md, jsonl, parquet, folder, npy) works as well."""
+    """List the named text sources; your own files (txt, md, jsonl, parquet, folder, npy) work as well."""
     table = Table("name", "from", "for calibration", "held out")
     for row in text_names():
         table.add_row(row.name, row.origin, row.calibration, row.held_out)

@@ -1,4 +1,4 @@
-"""The command line. A command's module is imported when the command runs: help comes at once, torch takes seconds."""
+"""Entry point of the command line. Commands are imported when they run, so that help does not wait for torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from secateur.versions import __version__
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a command is.
+    """Location of a command.
 
     Attributes:
-        module: its module in this folder.
+        module: its module in this package.
         function: its function there.
-        help: a few words for the list of commands; the function says more of itself.
+        help: a short description for the list of commands.
     """
 
     module: str
@@ -34,44 +34,44 @@ class Entry:
 
 
 COMMANDS = {
-    "demo": Entry("prune", "demo", "Do the whole job on the small model that ships with the package."),
-    "inspect": Entry("inspect", "inspect", "Say what a model is made of."),
+    "demo": Entry("prune", "demo", "Run the whole pipeline on the small model that ships with the package."),
+    "inspect": Entry("inspect", "inspect", "Show a model's architecture and parameter counts."),
     "score": Entry("prune", "score", "Measure where a model is redundant."),
-    "plan": Entry("prune", "plan", "Decide what to cut: a small file to read and edit."),
-    "prune": Entry("prune", "prune", "Cut, save a folder that loads, and prove that it does."),
-    "heal": Entry("prune", "heal", "Train a pruned model to get back what the cut has cost."),
-    "eval": Entry("evaluate", "evaluate", "Measure perplexity and tasks, beside the dense model."),
-    "bench": Entry("evaluate", "bench", "Measure speed and memory, beside the dense model."),
-    "compare": Entry("study", "compare", "Compare methods, amounts and ways of healing on one model."),
-    "run": Entry("study", "run", "Run a recipe: the whole job, or a study, from one file."),
-    "report": Entry("report", "report", "Make one HTML page of what the others wrote."),
-    "push": Entry("push", "push", "Upload a checkpoint to the hub."),
-    "methods": Entry("inspect", "methods", "List the methods and ways of healing, or one's settings."),
-    "families": Entry("inspect", "families", "List the families that are known exactly."),
-    "texts": Entry("inspect", "texts", "List the named texts."),
+    "plan": Entry("prune", "plan", "Decide what to remove: a small file to read and edit."),
+    "prune": Entry("prune", "prune", "Prune a model, save it, and check that it loads."),
+    "heal": Entry("prune", "heal", "Retrain a pruned model to recover its quality."),
+    "eval": Entry("evaluate", "evaluate", "Measure perplexity and tasks, next to the dense model."),
+    "bench": Entry("evaluate", "bench", "Measure speed and memory, next to the dense model."),
+    "compare": Entry("study", "compare", "Compare methods, amounts and healing recipes on one model."),
+    "run": Entry("study", "run", "Run a recipe: a whole pipeline, or a study, from one file."),
+    "report": Entry("report", "report", "Make one HTML page from the results of other commands."),
+    "push": Entry("push", "push", "Upload a checkpoint to the Hub."),
+    "methods": Entry("inspect", "methods", "List methods and healing recipes, or the settings of one."),
+    "families": Entry("inspect", "families", "List the model families that are known exactly."),
+    "texts": Entry("inspect", "texts", "List the named text sources."),
 }
 """The commands in the order in which they are listed."""
 
 SHARED = ("score", "plan", "prune", "heal")
-"""Those that several processes do together."""
+"""Commands that several processes can share."""
 
 
 class Commands(TyperGroup):
-    """Lists the commands without importing them, and imports the one that is called."""
+    """A group that lists commands without importing them, and imports the one that is called."""
 
     def __init__(self, **settings: Any) -> None:
-        """Stand in for every command with its name and help."""
+        """Create a placeholder with name and help for every command."""
         super().__init__(**settings)
         self.commands = {name: TyperCommand(name, help=entry.help) for name, entry in COMMANDS.items()}
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Find the command of these words, and import it."""
+        """Resolve and import the command named by these arguments."""
         name, _, rest = super().resolve_command(ctx, args)
         return name, load(str(name)), rest
 
 
 def load(name: str) -> TyperCommand:
-    """Import a command, saying so: it takes seconds."""
+    """Import a command, with a status message because it takes seconds."""
     entry = COMMANDS[name]
     if name not in SHARED and launched() > 1:
         raise InputError(f"{name} is done by one process: start it without the launcher.")
@@ -114,7 +114,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; what a user can act on becomes one message and exit code 2, Ctrl-C becomes 130."""
+    """Run the command line. Errors that a user can act on become one message and exit code 2; Ctrl-C becomes 130."""
     try:
         app()
     except SecateurError as error:
@@ -126,7 +126,7 @@ def main() -> None:
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        _fail("the device's memory is full. Take a smaller --batch-size (--batch-sizes for bench), or --skeleton.")
+        _fail("the device is out of memory. Use a smaller --batch-size (--batch-sizes for bench), or --skeleton.")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,6 +1,6 @@
-"""Groups of command-line options that several commands share, each a frozen dataclass that acts on what it holds.
+"""Groups of command-line options shared by several commands, as frozen dataclasses that convert what they hold.
 
-`grouped` lets a command take such a group as one argument: Typer sees the group's fields as options.
+With `grouped`, a command takes such a group as one argument, and Typer sees its fields as options.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ class Opening:
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None
     skeleton: Annotated[
         bool | None,
-        typer.Option("--skeleton/--in-memory", help="Read each block when its turn comes. (default: by free memory)"),
+        typer.Option(
+            "--skeleton/--in-memory", help="Load blocks one at a time, or hold all in memory. (default: by free memory)"
+        ),
     ] = None
-    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's.")] = None
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer to use instead of the checkpoint's.")] = None
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
     ] = False
@@ -50,7 +52,7 @@ class Opening:
     )
 
     def open(self, source: str, *, only_shapes: bool = False, whole: bool = False, thin: bool = False) -> Decoder:
-        """Open a model; `only_shapes` reads no weights where it can be helped, `whole` all, `thin` block by block."""
+        """Open a model; `only_shapes` avoids reading weights, `whole` reads all, `thin` reads block by block."""
         skeleton = self.skeleton
         if whole and skeleton is None:
             skeleton = False
@@ -62,24 +64,24 @@ class Opening:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Which texts are read, and how."""
+    """Texts to read, and how."""
 
-    texts: Annotated[
-        str | None, typer.Option(help="Source of text: see `secateur texts`. (default: python-stdlib)")
-    ] = None
+    texts: Annotated[str | None, typer.Option(help="Text source: see `secateur texts`. (default: python-stdlib)")] = (
+        None
+    )
     windows: Annotated[str, typer.Option(help="Number of windows of text, or 'all'.")] = "32"
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512, or the model's positions)")] = (
         None
     )
-    seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0
     batch_size: Annotated[int | None, typer.Option(help="Windows per batch. (default: by the device)")] = None
 
     def options(self, progress: Progress, work: Path | None = None) -> RunOptions:
-        """Return how the run goes."""
+        """Return the run options."""
         return RunOptions(batch_size=self.batch_size, seed=self.seed, progress=progress, work=work)
 
     def beside_a_plan(self) -> list[str]:
-        """List those of these options that were given and that a plan says already."""
+        """Return the given options that a plan already determines."""
         plain = Reading()
         names = [name for name in ("windows", "seq_len", "seed") if getattr(self, name) != getattr(plain, name)]
         return [f"--{name.replace('_', '-')}" for name in names]
@@ -94,33 +96,33 @@ class Reading:
         return read_windows(self.windows, "--windows")
 
     def fields(self) -> dict[str, Any]:
-        """Return what is read, by the names that jobs take."""
+        """Return the texts as arguments of jobs."""
         return {"texts": self.texts, "windows": self.window_count, "seq_len": self.seq_len}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut(Reading):
-    """Which held-out texts are read."""
+    """Held-out texts to read."""
 
     windows: Annotated[str, typer.Option(help="Number of windows of held-out text, or 'all'.")] = "64"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """Which tasks are put to the model."""
+    """Tasks to run."""
 
     tasks: Annotated[
         str | None,
-        typer.Option(help="stdlib-cloze, commonsense, names of lm-evaluation-harness, folders: piqa,arc_easy."),
+        typer.Option(help="stdlib-cloze, commonsense, tasks of lm-evaluation-harness, folders: piqa,arc_easy."),
     ] = None
     limit: Annotated[int | None, typer.Option(help="Questions per task. (default: all)")] = None
     shots: Annotated[int | None, typer.Option(help="Examples before each question. (default: as the task says)")] = None
     stability: Annotated[
-        bool, typer.Option("--stability", help="How much is answered as --against answers it, and answer flips.")
+        bool, typer.Option("--stability", help="Also measure stability and answer flips against the dense model.")
     ] = False
 
     def request(self) -> TaskRequest | None:
-        """Return what is asked; None where no task is named.
+        """Return the requested tasks; None if none are named.
 
         Raises:
             InputError: an unknown task, a number out of range, or stability without tasks.
@@ -134,38 +136,38 @@ class Asking:
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """What a model is trained on, and how."""
+    """Healing recipe, training texts and settings."""
 
     with_: Annotated[str, typer.Option("--with", help="lora, last-layers, full, distill, blocks.")] = "lora"
-    texts: Annotated[
-        str | None, typer.Option(help="Source of text: see `secateur texts`. (default: python-stdlib)")
-    ] = None
-    tokens: Annotated[str, typer.Option(help="Tokens to learn from, at most: 500k, 10M.")] = "1M"
+    texts: Annotated[str | None, typer.Option(help="Text source: see `secateur texts`. (default: python-stdlib)")] = (
+        None
+    )
+    tokens: Annotated[str, typer.Option(help="Maximum number of training tokens: 500k, 10M.")] = "1M"
     instructions: Annotated[
-        bool, typer.Option("--instructions", help="The texts are chats or questions; only answers are learnt.")
+        bool, typer.Option("--instructions", help="The texts are chats or questions; only answers count in the loss.")
     ] = False
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512, or the model's positions)")] = (
         None
     )
     teacher: Annotated[
-        str | None, typer.Option(help="The dense model, for distill and blocks. (default: what was pruned)")
+        str | None, typer.Option(help="The dense model, for distill and blocks. (default: the model that was pruned)")
     ] = None
     set_: Setting = None
     track: Annotated[
-        list[str] | None, typer.Option(help="Send curves to tensorboard, mlflow or wandb besides (repeatable).")
+        list[str] | None, typer.Option(help="Also send curves to tensorboard, mlflow or wandb (repeatable).")
     ] = None
-    seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as typed."""
         return read_pairs(self.set_)
 
     def options(self, progress: Progress, work: Path) -> RunOptions:
-        """Return how the run goes."""
+        """Return the run options."""
         return RunOptions(seed=self.seed, progress=progress, work=work)
 
     def data(self) -> TrainingTexts:
-        """Return what the model learns from."""
+        """Return the training texts."""
         return TrainingTexts(
             source=self.texts, tokens=self.tokens, instructions=self.instructions, seq_len=self.seq_len
         )
@@ -173,25 +175,25 @@ class Learning:
 
 @dataclass(frozen=True, kw_only=True)
 class AmountOptions:
-    """How much goes, and the method's own settings."""
+    """How much to remove, and the method's own settings."""
 
     remove: Annotated[str | None, typer.Option(help="Share of all parameters to remove: 25% or 0.25.")] = None
-    target_params: Annotated[str | None, typer.Option(help="Parameters to stay at or below: 5.5B, 350M.")] = None
+    target_params: Annotated[str | None, typer.Option(help="Maximum number of parameters: 5.5B, 350M.")] = None
     target_memory: Annotated[
-        str | None, typer.Option(help="Memory for weights and cache to stay at or below: 12GB. See --context.")
+        str | None, typer.Option(help="Maximum memory of weights and cache: 12GB. See --context.")
     ] = None
     context: Annotated[
         int | None, typer.Option(help="Tokens in the cache that --target-memory counts. (default: 4096, or positions)")
     ] = None
     target_speedup: Annotated[
-        str | None, typer.Option(help="How many times as fast, by block times measured now on this device: 1.3.")
+        str | None, typer.Option(help="Speed-up to reach, by block times measured now on this device: 1.3.")
     ] = None
-    blocks: Annotated[int | None, typer.Option(help="Number of blocks to take out.")] = None
+    blocks: Annotated[int | None, typer.Option(help="Number of blocks to remove.")] = None
     slice_: Annotated[
         str | None, typer.Option("--slice", help="Share of the hidden directions to slice away: 20%.")
     ] = None
     set_: Setting = None
-    scores: Annotated[Path | None, typer.Option(help="scores.json measured before on this model.")] = None
+    scores: Annotated[Path | None, typer.Option(help="scores.json measured earlier on this model.")] = None
 
     def amount(self) -> Amount:
         """Return the amount.
@@ -206,14 +208,14 @@ class AmountOptions:
         return read_pairs(self.set_)
 
     def given(self) -> list[str]:
-        """List those of these options that were given."""
+        """Return the given options by name."""
         named = [
             name.replace("slicing", "slice") for name, option in _AMOUNTS.items() if getattr(self, option) is not None
         ]
         return [f"--{name.replace('_', '-')}" for name in (*named, *(["set"] if self.set_ else []))]
 
     def known_scores(self) -> Scores | None:
-        """Read the scores file, if one was named."""
+        """Read the scores file, if one was given."""
         return Scores.read(self.scores) if self.scores else None
 
 
@@ -226,7 +228,7 @@ _AMOUNTS = {
     "blocks": "blocks",
     "slicing": "slice_",
 }
-"""Fields of an amount, and the options that give them."""
+"""Fields of an amount, and the options they come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,10 +290,10 @@ def read_windows(text: str, option: str) -> int | None:
 
 
 def whole_numbers(text: str, option: str) -> list[int]:
-    """Read `1,8`.
+    """Read whole numbers such as `1,8`.
 
     Raises:
-        InputError: something else than whole numbers from 1 up.
+        InputError: not whole numbers from 1 up.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -303,7 +305,7 @@ def read_pairs(typed: list[str] | None) -> dict[str, Any]:
     """Read `key=value` pairs.
 
     Raises:
-        InputError: one without `=`.
+        InputError: a pair without `=`.
     """
     pairs = [text.partition("=") for text in typed or []]
     for name, equals, _ in pairs:
@@ -313,7 +315,7 @@ def read_pairs(typed: list[str] | None) -> dict[str, Any]:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Show Typer the fields of every option group among a command's parameters, and hand the command the groups."""
+    """Show Typer the fields of each option group among a command's parameters, and pass the groups to the command."""
     hints = get_type_hints(command, include_extras=True)
     own = inspect.signature(command).parameters
     groups = {name: hints[name] for name in own if is_dataclass(hints[name])}
@@ -332,7 +334,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     call: Any = packing
     call.__signature__ = inspect.Signature([one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in ordered])
     call.__annotations__ = {one.name: one.annotation for one in ordered}
-    del call.__wrapped__  # Typer would look through it to the command itself
+    del call.__wrapped__  # otherwise Typer would inspect the wrapped command
     shown: Callable[..., None] = call
     return shown
 

@@ -1,4 +1,4 @@
-"""The commands that make a smaller model: `score`, `plan`, `prune`, `heal`, and `demo`, which does the whole job."""
+"""The commands that produce a smaller model: `score`, `plan`, `prune`, `heal`, and `demo`, which does it all."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def score(
     opening: Opening,
     output: Output,
     also: Annotated[
-        list[str] | None, typer.Option(help="Slower scores besides: perplexity, taylor (repeatable).")
+        list[str] | None, typer.Option(help="Slower scores to add: perplexity, taylor (repeatable).")
     ] = None,
     pack: Annotated[
-        bool, typer.Option("--pack/--no-pack", help="Join documents, or put each in a padded window.")
+        bool, typer.Option("--pack/--no-pack", help="Pack documents into full windows, or pad each to a window.")
     ] = True,
 ) -> None:
-    """Measure where a model is redundant: a table, pictures, scores.json."""
+    """Measure where a model is redundant: a table, plots, scores.json."""
     kinds = _kinds(also or [])
     folder = target(output.out, model, "score")
     decoder = opened(opening, model, only_shapes=output.dry_run)
@@ -74,7 +74,7 @@ def score(
 @grouped
 def plan(
     model: ModelArg,
-    method: Annotated[str, typer.Option(help="See `secateur methods`; several in order: swm:0.5,slicegpt:0.5.")],
+    method: Annotated[str, typer.Option(help="See `secateur methods`; several in sequence: swm:0.5,slicegpt:0.5.")],
     amount: AmountOptions,
     reading: Reading,
     opening: Opening,
@@ -84,7 +84,7 @@ def plan(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Decide what to cut: a small file to read, edit and give to `prune`."""
+    """Decide what to remove: a small file to read, edit and pass to `prune`."""
     file = out or run_folder(model, "plan") / "plan.json"
     if file.exists():
         _require_plan(file)
@@ -117,15 +117,15 @@ def prune(
     method: Annotated[str | None, typer.Option(help="Decide and cut in one go: see `secateur methods`.")] = None,
     save_dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights. (default: as before)")] = None,
 ) -> None:
-    """Cut, save a folder that plain transformers opens, and prove that it does."""
+    """Prune a model, save a folder that plain transformers opens, and check that it does."""
     if (plan_file is None) == (method is None):
-        raise InputError("say what to cut: either --plan FILE, or --method NAME with an amount (--remove 25%).")
+        raise InputError("say what to remove: either --plan FILE, or --method NAME with an amount (--remove 25%).")
     if plan_file is not None and amount.given():
         raise InputError(
-            f"{', '.join(amount.given())}: the plan says already how much goes and how; edit it, or give --method."
+            f"{', '.join(amount.given())}: the plan already says how much to remove and how; edit it, or use --method."
         )
     if plan_file is not None and (idle := reading.beside_a_plan()):
-        raise InputError(f"{', '.join(idle)}: the plan says already how texts are read; only --texts can be others.")
+        raise InputError(f"{', '.join(idle)}: the plan already says how texts are read; only --texts can be changed.")
     if save_dtype is not None:
         dtype_named(save_dtype)
     made = Plan.read(plan_file) if plan_file else None
@@ -172,7 +172,7 @@ def heal(
     opening: Opening,
     saving: Saving,
 ) -> None:
-    """Train a pruned model to get back what the cut has cost; killed and started again, it resumes."""
+    """Retrain a pruned model to recover its quality. Interrupted and started again, it resumes."""
     recipe = find_healing_recipe(learning.with_)
     folder = target(saving.out, model, "heal")
     decoder = opened(opening, model, only_shapes=saving.dry_run, whole=recipe.whole)
@@ -192,7 +192,7 @@ def heal(
         announce(job.cost())
         if saving.dry_run:
             return
-        err.print(f"{recipe.name}: {recipe.summary}. Killed, and started again with -o {folder}, it resumes.")
+        err.print(f"{recipe.name}: {recipe.summary}. If interrupted, it resumes when started again with -o {folder}.")
         with _saying_warnings():
             healed = job.run()
     if not is_main_process():
@@ -206,15 +206,15 @@ def heal(
 
 
 def demo(out: Out = None) -> None:
-    """Score, plan, cut, check and compare the small trained model that ships with the package."""
+    """Score, plan, prune, check and evaluate the small trained model that ships with the package."""
     folder = target(out, "bundled", "demo")
     with showing_progress(err) as progress:
         run_demo(folder, show=out_console.print, progress=progress)
 
 
 def _teacher(decoder: Decoder, learning: Learning, opening: Opening, folder: Path, *, dry_run: bool) -> Decoder:
-    """Open the dense model: the one that was named, or what the pruned one was made from."""
-    thin = "top" in learning.settings()  # what it says is written down first, block by block
+    """Open the dense model: the given one, or the one that was pruned."""
+    thin = "top" in learning.settings()  # its outputs are written to disk first, block by block
     named = learning.teacher or dense_source(decoder)
     teacher = opened(opening, named, only_shapes=dry_run, thin=thin)
     check_target(folder, reads=teacher.folder)
@@ -240,18 +240,18 @@ def _plan_job(
 
 @contextmanager
 def _keeping(work: Path, out: Path) -> Iterator[None]:
-    """Say how to resume where the block is interrupted and something is kept to resume from."""
+    """If the block is interrupted and there is state to resume from, say how to resume."""
     try:
         yield
     except KeyboardInterrupt:
         if work.is_dir():
-            err.print(f"Stopped. What was done is kept: started again with -o {escape(str(out))}, it resumes.")
+            err.print(f"Stopped. Progress is saved: started again with -o {escape(str(out))}, it resumes.")
         raise
 
 
 @contextmanager
 def _saying_warnings(without: type[SecateurWarning] | None = None) -> Iterator[None]:
-    """Print our own warnings at the end of the block; those of one kind were said before."""
+    """Print secateur's warnings at the end of the block, except those of one kind, which were printed before."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SecateurWarning)
         try:
@@ -264,7 +264,7 @@ def _saying_warnings(without: type[SecateurWarning] | None = None) -> Iterator[N
 
 
 def _draw_merged(job: PlanJob, made: Plan, path: Path) -> None:
-    """Draw the windows that a plan merges on the model's CKA map, measured now where no scores file holds it."""
+    """Draw the windows that a plan merges on the model's CKA map, measuring CKA unless the scores hold it."""
     windows = [window for step in made.steps[:1] if isinstance(step, MergeBlocks) for window in step.windows]
     if not windows or process_count() > 1 or job.windows is None:
         return
@@ -276,9 +276,9 @@ def _draw_merged(job: PlanJob, made: Plan, path: Path) -> None:
                 known = ScoreJob.prepare(job.model, texts=job.windows, kinds=("cka",), options=options).run()
         draw_windows(known, windows, path)
     except SecateurError as error:
-        err.print(f"[yellow]note:[/] no picture of the windows: {escape(str(error))}")
+        err.print(f"[yellow]note:[/] no plot of the windows: {escape(str(error))}")
         return
-    err.print(f"Written: [bold]{escape(str(path))}[/] (the blocks that become one, on the CKA map)")
+    err.print(f"Written: [bold]{escape(str(path))}[/] (the merged blocks on the CKA map)")
 
 
 def _kinds(also: list[str]) -> tuple[Kind, ...]:

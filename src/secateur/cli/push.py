@@ -1,4 +1,4 @@
-"""The command that shows a checkpoint to others: `push`."""
+"""The command `push`, which uploads a checkpoint."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def push(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Upload a finished checkpoint to the hub: card, weights, record. Log in first: hf auth login, or HF_TOKEN."""
-    with warnings.catch_warnings(record=True) as caught, err.status("looking, and uploading"):
+    """Upload a finished checkpoint to the Hub: card, weights, record. Log in first: hf auth login, or HF_TOKEN."""
+    with warnings.catch_warnings(record=True) as caught, err.status("checking and uploading"):
         warnings.simplefilter("always", SecateurWarning)
         said = upload(
             folder,

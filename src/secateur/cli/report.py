@@ -1,4 +1,4 @@
-"""The command that shows what others wrote: `report`."""
+"""The command `report`, which makes an HTML page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def report(
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
-    """Make one HTML page of a study or run: who won, what was cut, what is left. Works offline."""
+    """Make one HTML page of a study or run: best method, what was removed, what remains. Works offline."""
     file = make_report(folder, out)
     err.print(f"Written: [bold]{escape(str(file))}[/]")
     if show:

@@ -26,12 +26,12 @@ from secateur.methods.sequence import names_in
 
 @dataclass(frozen=True, kw_only=True)
 class Queueing:
-    """Where the cells of a study run, and what stays of them."""
+    """Where the cells of a study run, and whether their checkpoints are kept."""
 
-    on: Annotated[str, typer.Option(help="local: the devices here. ray: a Ray cluster.")] = "local"
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster: auto, ray://… (default: start one here)")] = (
-        None
-    )
+    on: Annotated[str, typer.Option(help="local: this machine's devices. ray: a Ray cluster.")] = "local"
+    address: Annotated[
+        str | None, typer.Option(help="Address of the Ray cluster: auto, ray://… (default: start one here)")
+    ] = None
     workers: Annotated[int | None, typer.Option(help="Processes at a time. (default: one per GPU, or one)")] = None
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the checkpoints of measured cells.")] = True
 
@@ -98,7 +98,7 @@ def compare(
     queueing: Queueing,
     output: Output,
 ) -> None:
-    """Compare methods × amounts × healing on one model: a folder for each cell, finished ones are not done again."""
+    """Compare methods × amounts × healing on one model: a folder per cell; finished cells are not run again."""
     settings: dict[str, Any] = {
         "texts": reading.texts,
         "windows": reading.window_count or "all",
@@ -118,7 +118,7 @@ def run(
     queueing: Queueing,
     output: Output,
 ) -> None:
-    """Run a recipe: prune, heal, measure; or a whole study. Killed and started again, it goes on."""
+    """Run a recipe: prune, heal and evaluate a model, or a whole study. Started again, it resumes."""
     read = read_recipe(recipe)
     kind = "compare" if isinstance(read, Study) else "run"
     folder = output.out or run_folder(read.model, f"{recipe.stem}-{kind}")
@@ -128,7 +128,7 @@ def run(
 def _run(asked: Recipe | Study, folder: Path, queueing: Queueing, output: Output) -> None:
     """Say what is about to be done, do it, and show what came of it.
 
-    Exit code 1 where no cell came to an end.
+    The exit code is 1 if every cell failed.
     """
     with showing_progress(err) as progress:
         job = RunJob.prepare(
@@ -147,7 +147,7 @@ def _run(asked: Recipe | Study, folder: Path, queueing: Queueing, output: Output
     answer([one.as_dict() for one in outcomes], _table(outcomes), as_json=output.as_json)
     failed = [one for one in outcomes if one.failed]
     if failed:
-        err.print(f"[yellow]{len(failed)} of {len(outcomes)} failed[/]: started again, they are tried again.")
+        err.print(f"[yellow]{len(failed)} of {len(outcomes)} failed[/]: start again to retry them.")
     err.print(f"Written: [bold]{escape(str(folder))}[/]\nTo read it in a browser: secateur report {folder}")
     if len(failed) == len(outcomes):
         raise typer.Exit(1)
@@ -189,8 +189,8 @@ def _line(cell: CellOutcome) -> str:
 
 
 def _table(outcomes: Sequence[CellOutcome]) -> Table:
-    """One row per cell, the best perplexity first; failed ones last."""
-    table = Table(title="what came of it", title_justify="left")
+    """Return a table with a row per cell, best perplexity first and failed cells last."""
+    table = Table(title="outcomes", title_justify="left")
     tasks = sorted({(task, measure) for one in outcomes for task in one.tasks for measure in one.tasks[task]})
     shown = [pair for pair in tasks if pair[1] in ("acc", "stability")]
     speeds = sorted({name for one in outcomes for name in one.speedup}, reverse=True)

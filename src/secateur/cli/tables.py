@@ -1,4 +1,4 @@
-"""How things look in a terminal: tables, the strip of blocks, progress. People read stderr, programs stdout."""
+"""Terminal output: tables of scores, plans, healing and results, and progress bars."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 
 @contextmanager
 def showing_progress(console: Console) -> Iterator[Progress]:
-    """Show progress bars with the time left for as long as the block lasts."""
+    """Show progress bars with the remaining time for the duration of the block."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -48,7 +48,7 @@ def showing_progress(console: Console) -> Iterator[Progress]:
 
 
 def scores_table(scores: Scores) -> Table:
-    """One row per block; the quarter that is least needed by a score is marked with it."""
+    """Return a table with a row per block; the least needed quarter by each score is marked."""
     columns: list[tuple[str, Sequence[float] | None, str, bool]] = [
         ("block influence", scores.block_influence, ".4f", False),
         ("layer redundancy", scores.layer_redundancy, ".3f", True),
@@ -78,7 +78,7 @@ def _least_needed(values: Sequence[float], *, most_is_least: bool) -> set[int]:
 
 
 def plan_summary(plan: Plan) -> RenderableType:
-    """What stays, what goes, the sizes, and the candidates it was chosen from."""
+    """Return a summary of a plan: what stays, what is removed, sizes, and the candidates it was chosen from."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("model", f"{plan.model.source} ({plan.model.family})")
     for step in plan.steps:
@@ -104,15 +104,15 @@ def plan_summary(plan: Plan) -> RenderableType:
 
 
 def search_table(search: Search, parameters: int) -> RenderableType:
-    """The plans that were tried, of a model of so many parameters, the best first; below why others were not."""
+    """Return the plans that were tried, best first, and below them why others were refused."""
     table = Table(
         title=f"Plans tried: fitted to {search.fitted} windows, perplexity on {search.held_back} others "
         f"(dense: {perplexity_of(search.dense_loss):.2f})",
         title_justify="left",
-        caption="front: no other plan is smaller and better; dim: less than was asked for",
+        caption="front: no other plan is both smaller and better; dim: removes less than requested",
         caption_justify="left",
     )
-    for name in ("", "blocks out by", "blocks", "then", "removed", "perplexity"):
+    for name in ("", "depth", "blocks", "width", "removed", "perplexity"):
         table.add_column(name, justify="right" if name in ("blocks", "removed", "perplexity") else "left")
     measured = [place for place, one in enumerate(search.candidates) if one.loss is not None]
     for place in sorted(measured, key=lambda place: search.candidates[place].loss or 0.0):
@@ -155,7 +155,7 @@ def _asked(plan: Plan) -> str:
 
 
 def _counted(facts: dict[str, Any]) -> str:
-    """Say what a target in bytes or seconds was counted on, and what is expected."""
+    """Describe what a target in bytes or seconds is based on, and what is expected."""
     if "bytes" in facts:
         return (
             f"{gigabytes(facts['bytes'])} of weights and cache instead of {gigabytes(facts['dense_bytes'])}, one "
@@ -178,11 +178,11 @@ def _strip(plan: Plan) -> Text:
 
 
 def healing_table(facts: dict[str, Any]) -> Table:
-    """What was trained, on how much, and what it brought on held-back text."""
+    """Return a table of a healing: what was trained, on how much, and the gain on held-out text."""
     rows = {"healed with": facts["with"], "tokens": f"{facts['tokens']:,} of {facts['texts']['source']}"}
     if "start_loss" in facts:
         rows["weights trained"] = f"{facts['trained_weights']:,}"
-        rows["loss on held-back text"] = f"{facts['start_loss']:.4f} → {facts['best_loss']:.4f}"
+        rows["loss on held-out text"] = f"{facts['start_loss']:.4f} → {facts['best_loss']:.4f}"
         rows["steps"] = f"{facts['steps']:,} of {facts['planned']:,}, best after {facts['best_step']:,}"
     for block, outcome in facts.get("blocks", {}).items():
         rows[f"block {block}"] = f"error {outcome['start_loss']:.4g} → {outcome['best_loss']:.4g}"
@@ -190,7 +190,7 @@ def healing_table(facts: dict[str, Any]) -> Table:
 
 
 def facts_table(title: str, facts: dict[str, Any]) -> Table:
-    """Names and values, one per row."""
+    """Return a table of names and values."""
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in facts.items():
         table.add_row(name, str(value))
@@ -198,7 +198,7 @@ def facts_table(title: str, facts: dict[str, Any]) -> Table:
 
 
 Pair = tuple[Result | None, Result | None]
-"""The model's result, and that of the model it is compared with."""
+"""The result of the model, and that of the model it is compared with."""
 
 _FORMS: dict[str, tuple[str, Callable[[float], str]]] = {
     "prefill_tokens_per_second": ("prefill tokens/s", lambda value: f"{value:,.1f}"),
@@ -230,7 +230,7 @@ def results_tables(results: Sequence[Result]) -> RenderableType:
 
 
 def results_table(results: Sequence[Result]) -> Table:
-    """One row per measured model, with ratios to the one it is compared with."""
+    """Return a table with a row per measured model, with ratios to the one it is compared with."""
     table = Table(title=f"{results[0].measure} on {results[0].texts['source']} (held out)", title_justify="left")
     for name in ("model", "blocks", "parameters", "size", results[0].measure, "ratio"):
         table.add_column(name, justify="left" if name == "model" else "right")
@@ -243,7 +243,7 @@ def results_table(results: Sequence[Result]) -> Table:
 
 
 def _tasks_table(results: Sequence[Result]) -> Table:
-    """One row per task and measure: this model, the dense one, the difference."""
+    """Return a table with a row per task and measure: this model, the dense one, the difference."""
     table = Table(title="tasks", title_justify="left")
     for name in ("task", "asked", "measure", "model", "dense", "change"):
         left = name in ("task", "measure")
@@ -273,8 +273,8 @@ def _with_error(result: Result | None) -> str:
 
 
 def _speeds_table(results: Sequence[Result]) -> Table:
-    """One row per measure and request: this model, the dense one, the ratio."""
-    table = Table(title="speed and memory (median ± half the distance of the quartiles)", title_justify="left")
+    """Return a table with a row per measure and request: this model, the dense one, the ratio."""
+    table = Table(title="speed and memory (median ± half the interquartile range)", title_justify="left")
     for name in ("batch", "prompt", "measure", "model", "dense", "ratio"):
         table.add_column(name, justify="left" if name == "measure" else "right", no_wrap=name == "measure")
 
@@ -297,7 +297,7 @@ def _spread(result: Result | None, form: Callable[[float], str]) -> str:
 
 
 def _pairs(results: Sequence[Result], key: Callable[[Result], tuple[Any, ...]]) -> Iterator[tuple[Any, Pair]]:
-    """Put results of the two models that belong together side by side, in the order in which they come."""
+    """Pair the results of the two models, in order."""
     found: dict[tuple[Any, ...], dict[str, Result]] = {}
     for one in results:
         found.setdefault(key(one), {})[one.role] = one

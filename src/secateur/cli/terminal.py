@@ -1,4 +1,7 @@
-"""What all commands do at a terminal: open a model, say what they need, answer. People read stderr, programs stdout."""
+"""Shared terminal behaviour of commands: opening models, announcing costs, printing and saving results.
+
+Messages for people go to stderr, results to stdout.
+"""
 
 from __future__ import annotations
 
@@ -22,27 +25,27 @@ from secateur.models.decoder import Decoder
 out_console = Console()
 err = Console(stderr=True, quiet=not is_main_process())
 
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub name, or 'bundled'.")]
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write. (default: under secateur-runs/)")]
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, Hub name, or 'bundled'.")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Output folder. (default: under secateur-runs/)")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need, and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would need, and stop.")]
 
 
 def opened(opening: Opening, source: str, **more: bool) -> Decoder:
-    """Open a model as its options say, and `more` as `Opening.open` takes it."""
+    """Open a model with the given options; `more` are arguments of `Opening.open`."""
     with err.status(f"opening {source}"):
         return opening.open(source, **more)
 
 
 def target(out: Path | None, model: str, command: str) -> Path:
-    """Return the folder to write, the one named or a new one; one that must not be replaced is refused."""
+    """Return the output folder, given or new; one that must not be replaced is refused."""
     folder = out or run_folder(model, command)
     check_target(folder)
     return folder
 
 
 def announce(cost: JobCost) -> None:
-    """Say what is about to happen and what it needs."""
+    """Print what a job will do and need."""
     for line in cost.lines():
         err.print(escape(line))
     for note in cost.notes:
@@ -50,7 +53,7 @@ def announce(cost: JobCost) -> None:
 
 
 def answer(data: Any, table: RenderableType | None, *, as_json: bool) -> None:
-    """Print what was found: a table for people, or one JSON document for programs."""
+    """Print a result: a table for people, or one JSON document for programs."""
     if as_json:
         typer.echo(json.dumps(data, indent=1))
     elif table is not None:
@@ -66,7 +69,7 @@ def keep(
     *,
     as_json: bool,
 ) -> None:
-    """Write results to a folder of their own, and show them."""
+    """Write results to a new folder, and print them."""
     with replacing(folder) as part:
         append_results(part / "results.jsonl", results)
         write_marker(part, command, details)

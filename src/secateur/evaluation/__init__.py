@@ -1,1 +1,1 @@
-"""What is left: measures of quality, dense and pruned always in one run."""
+"""Perplexity, tasks, stability and speed of pruned models, next to the dense one."""

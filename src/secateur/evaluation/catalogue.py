@@ -1,7 +1,7 @@
-"""Which file describes a task of the harness, found without loading the harness or building its whole index.
+"""Find the file of a harness task by name, without importing the harness or building its whole index.
 
-The index of lm-evaluation-harness parses some 14,000 YAML files, which takes from a quarter of a minute to several
-minutes; looking for the lines that name a task takes a few seconds, and serves to suggest names as well.
+The index of lm-evaluation-harness parses some 14,000 YAML files, which takes from 15 seconds to several minutes.
+Searching for the lines that name a task takes a few seconds, and also gives suggestions for misspelled names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from secateur.evaluation.cloze import NAME as CLOZE
 
 COMMONSENSE = "commonsense"
 SEVEN = ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "boolq")
-"""The zero-shot tasks of the papers (METHODS §10)."""
+"""The seven zero-shot tasks that most pruning papers report."""
 
 _VALUE = r"""["']?([^\s"'#\[{-][^"'#\n]*?)["']?[ \t]*(?:#.*)?$"""
 _NAMED = re.compile(rf"""^["']?(task|group|tag)["']?:[ \t]*{_VALUE}""", re.M)
@@ -30,11 +30,11 @@ _ENTRY = re.compile(rf"^[ \t]*-[ \t]*{_VALUE}", re.M)
 
 @dataclass(frozen=True)
 class Found:
-    """Where a name of the harness is defined.
+    """Definition of a name in the harness.
 
     Attributes:
-        kind: one task, or a name for several.
-        file: the YAML file; for several tasks one of those that name it.
+        kind: a task, or a name for several tasks.
+        file: the YAML file; for several tasks one of the files that mention it.
     """
 
     kind: Literal["task", "several"]
@@ -42,10 +42,10 @@ class Found:
 
 
 def task_names(text: str) -> list[str]:
-    """Read `piqa,arc_easy`: names, `commonsense` spelled out, each once.
+    """Read `piqa,arc_easy`: unique names, with `commonsense` expanded.
 
     Raises:
-        InputError: there is none.
+        InputError: no task is named.
     """
     given = [name.strip() for name in text.split(",") if name.strip()]
     if not given:
@@ -58,7 +58,7 @@ def find_task(name: str) -> Found:
     """Find a task, group or tag of the harness.
 
     Raises:
-        InputError: there is none of this name; the nearest names are given.
+        InputError: no such name; the message suggests similar ones.
     """
     known = harness_tasks()
     if name not in known:
@@ -72,10 +72,10 @@ def find_task(name: str) -> Found:
 
 
 def require_known(text: str) -> None:
-    """Look up names of tasks without loading any; folders and YAML files are left for later.
+    """Check the names of tasks without loading any; folders and YAML files are checked later.
 
     Raises:
-        InputError: there is none, or one that nobody knows.
+        InputError: no task is named, or an unknown one.
     """
     for name in task_names(text):
         path = Path(name).expanduser()

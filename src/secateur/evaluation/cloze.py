@@ -1,8 +1,8 @@
-"""`stdlib-cloze`: pick the true continuation of a piece of code among four, on the standard library's held-out modules.
+"""`stdlib-cloze`: choose the true continuation of a piece of code among four, on held-out standard library modules.
 
 A question is some lines of a module and what follows them; the wrong options begin at line starts elsewhere in the
-held-out modules. All four have the same number of tokens of the model's tokenizer. It needs no network, and a small
-model of code is far above the 25 % of chance on it, so that accuracy and stability mean something offline.
+held-out modules. All four have the same number of tokens in the model's tokenizer. The task needs no network, and small
+code models score well above chance (25 %), so that accuracy and stability are meaningful offline.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ OPTION_TOKENS = 16
 OPTIONS = 4
 
 _CHARACTERS = 20_000
-"""Of each module only so much is read."""
+"""Number of characters read of each module."""
 _TRIES = 20
-"""Places that are tried per question asked for."""
+"""Positions tried per requested question."""
 _LINE_END = re.compile(r"\S(?=\n[ ]*[^\s#])")
-"""The last character of a line that code follows at once."""
+"""Matches the last character of a line that is directly followed by code."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Question:
 
     Attributes:
         context: the lines before; ends with the last character of a line.
-        options: what may follow, each beginning with the end of that line.
-        right: number of the true one.
+        options: possible continuations, each beginning with the end of that line.
+        right: index of the true one.
     """
 
     context: str
@@ -56,12 +56,12 @@ def questions(
     option_tokens: int = OPTION_TOKENS,
     seed: int = 0,
 ) -> list[Question]:
-    """Make questions of the standard library of the running interpreter; the same every time.
+    """Return questions from the standard library of the running interpreter, always the same ones.
 
-    Modules take turns, so that no long one has most of the questions.
+    Modules take turns, so that long ones do not dominate.
 
     Raises:
-        InputError: the source of the standard library is not there, or gives too few questions.
+        InputError: the source of the standard library is missing, or yields too few questions.
     """
     modules = [text[:_CHARACTERS] for text in open_documents(STDLIB, "held-out", seed, whole=True).texts]
     rng = random.Random(seed)
@@ -75,17 +75,17 @@ def questions(
             found.append(question)
         if len(found) == count:
             return found
-    raise InputError(f"{NAME}: only {len(found)} of {count} questions can be made of the standard library here.")
+    raise InputError(f"{NAME}: only {len(found)} of {count} questions can be made from the standard library here.")
 
 
 def digest(made: list[Question]) -> str:
-    """Tell one set of questions from any other."""
+    """Return a fingerprint of a set of questions."""
     text = "\x1e".join("\x1f".join((one.context, *one.options)) for one in made)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 Place = tuple[int, int]
-"""Number of the module, and where in it a line ends."""
+"""Index of the module, and the position of a line end in it."""
 
 
 def _in_random_order(rng: random.Random, number: int, text: str) -> list[Place]:
@@ -102,7 +102,7 @@ class _Cutter:
     option_tokens: int
 
     def question(self, place: Place, places: list[Place], rng: random.Random) -> Question | None:
-        """Make a question of a place; None where the text is too short there, or does not come apart into tokens."""
+        """Return the question at a position; None if the text is too short there, or does not split into tokens."""
         context = self._context(place)
         true = self._option(place)
         if context is None or true is None or not self._fits(context, true):
@@ -137,7 +137,7 @@ class _Cutter:
         return option if text.startswith(option) else None
 
     def _fits(self, context: str, option: str) -> bool:
-        """Whether the option has its number of tokens behind this context, too."""
+        """Return whether the option has its number of tokens also after this context."""
         return len(self._encode(context + option)) - len(self._encode(context)) == self.option_tokens
 
     def _encode(self, text: str) -> list[int]:

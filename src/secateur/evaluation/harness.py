@@ -1,8 +1,8 @@
-"""Tasks run by EleutherAI's lm-evaluation-harness in this process. The only file that imports it, itself imported late.
+"""Run tasks with EleutherAI's lm-evaluation-harness in this process.
 
-What is changed of the harness: its whole index is only built for names that stand for several tasks, its progress
-bars give way to ours, it does not describe this machine, and data files of a task folder are looked for beside the
-YAML that names them.
+This is the only file that imports the harness, and it is imported late. Some of the harness's behaviour is replaced:
+its whole index is only built for names of several tasks, its progress bars are replaced by ours, it does not describe
+this machine, and data files of a task folder are looked up next to the YAML file that names them.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from secateur.progress import Progress
 from secateur.run_options import DEFAULTS, RunOptions
 
 _CHUNK_BATCHES = 8
-"""Batches between two ticks of the progress bar."""
+"""Batches between two updates of the progress bar."""
 
 
 def load_tasks(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """Load tasks: `stdlib-cloze`, names of the harness, folders and YAML files.
 
     Raises:
-        InputError: an unknown name, a folder without tasks, or data that cannot be had.
+        InputError: an unknown name, a folder without tasks, or unavailable data.
     """
     with _quiet():
         loaded = [one for name in names for one in _load(name, tokenizer)]
@@ -68,7 +68,7 @@ def _load(name: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 
 def _load_local(path: Path) -> list[Any]:
-    """Load all tasks of a folder, or that of one YAML file, with data files relative to the YAML."""
+    """Load all tasks of a folder, or the one in a YAML file, with data files relative to the YAML file."""
     if not path.exists():
         raise InputError(f"{path}: no such file.")
     folder = path if path.is_dir() else path.parent
@@ -84,7 +84,7 @@ def _load_local(path: Path) -> list[Any]:
 
 
 def _with_data_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the entries of a task's configuration that name data files, with paths that hold wherever we are."""
+    """Return the entries of a task's configuration that name data files, with absolute paths."""
     given = config.get("dataset_kwargs") or {}
     files = given.get("data_files")
     if not files:
@@ -102,12 +102,12 @@ def _located(files: Any, folder: Path) -> Any:
 
 
 def _leaves(manager: TaskManager, specs: list[Any], name: str) -> list[Any]:
-    """Load specifications and give the tasks they come to, each with its data."""
+    """Load specifications and return their tasks, each with its data."""
     try:
         return list(manager.load(specs)["tasks"].values())
     except (ConnectionError, TimeoutError, HTTPError, DatasetsError, OSError) as error:
         raise InputError(
-            f"task {name}: its data cannot be had ({first_line(error)}). {cloze.NAME} and local folders need no hub."
+            f"task {name}: its data cannot be loaded ({first_line(error)}). {cloze.NAME} and local folders need no hub."
         ) from error
     except (ImportError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"task {name}: cannot be loaded by lm-evaluation-harness ({first_line(error)}).") from error
@@ -136,12 +136,12 @@ def _cloze_config(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def has_options(task: Any) -> bool:
-    """Whether the task is to choose among options, so that stability means something."""
+    """Return whether the task is multiple choice, so that stability is defined."""
     return getattr(task, "OUTPUT_TYPE", None) == "multiple_choice" and hasattr(task, "doc_to_choice")
 
 
 def question_count(task: Any, limit: int | None) -> int:
-    """Number of questions that will be put."""
+    """Return the number of questions that will be asked."""
     count = len(task.eval_docs)
     return count if limit is None else min(limit, count)
 
@@ -155,7 +155,7 @@ def run_tasks(
     shots: int | None,
     options: RunOptions = DEFAULTS,
 ) -> list[Outcome]:
-    """Put the questions of all tasks to a model.
+    """Run all tasks on a model.
 
     Raises:
         InputError: a task cannot be run like this, for example because it would execute code.
@@ -183,7 +183,7 @@ def run_tasks(
 
 
 class _Model(HFLM):
-    """The harness's view of an open module, with our progress bar; remembers how many tokens each option has."""
+    """The harness's model interface for an open module, with our progress bar; records the tokens of each option."""
 
     def __init__(
         self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Progress
@@ -193,11 +193,11 @@ class _Model(HFLM):
             tokenizer=tokenizer,
             backend="causal",
             batch_size=batch_size,
-            softmax_dtype="float32",  # sums over the tokens of an option, in bfloat16, would be rounded to quarters
+            softmax_dtype="float32",  # in bfloat16, sums over the tokens of an option would be rounded to quarters
         )
         self._progress = progress
         self.token_counts: dict[tuple[str, str], int] = {}
-        """Tokens of a continuation behind its context, as they were scored."""
+        """Return the number of tokens of a continuation after its context, as it was scored."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return list(super().loglikelihood(requests, disable_tqdm=True))
@@ -220,7 +220,7 @@ class _Model(HFLM):
 
 
 def _require_finite(numbers: Iterable[float], what: str) -> None:
-    """Stop at NaN or infinity, among which an answer would still be chosen.
+    """Raise on NaN or infinity, among which an answer would still be chosen.
 
     Raises:
         NumericsError: there is one.
@@ -251,10 +251,10 @@ def _outcome(task: Any, model: _Model, found: dict[str, Any]) -> Outcome:
 def _metrics(
     reported: Mapping[str, Any], samples: Sequence[dict[str, Any]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return a task's metrics and their standard errors; those that several filters of answers report name the filter.
+    """Return a task's metrics and their standard errors; a metric reported by several answer filters names the filter.
 
     Raises:
-        NumericsError: one is NaN or infinite.
+        NumericsError: a metric is NaN or infinite.
     """
     keys = [key.partition(",") for key, value in reported.items() if "," in key and isinstance(value, int | float)]
     told = [(metric, kind) for metric, _, kind in keys if not metric.endswith("_stderr")]
@@ -273,7 +273,7 @@ def _metrics(
 
 
 def _standard_error(metric: str, value: float, samples: Sequence[dict[str, Any]]) -> float | None:
-    """Standard error of a metric that is the mean over the questions; None for any other."""
+    """Return the standard error of a metric that is a mean over questions, None for any other."""
     each = [one[metric] for one in samples if isinstance(one.get(metric), int | float)]
     if len(each) < max(2, len(samples)):
         return None
@@ -283,7 +283,7 @@ def _standard_error(metric: str, value: float, samples: Sequence[dict[str, Any]]
 
 
 def _answer(task: Any, sample: dict[str, Any], model: _Model) -> Answer:
-    """Take the options of one question; the unconditional ones that mutual information adds are left out."""
+    """Return the options of one question, without the unconditional ones that mutual information adds."""
     choices = task.doc_to_choice(sample["doc"])
     pairs = sample["arguments"][: len(choices)]
     return Answer(
@@ -294,7 +294,7 @@ def _answer(task: Any, sample: dict[str, Any], model: _Model) -> Answer:
 
 
 def _gold(task: Any, doc: Any, choices: Sequence[str]) -> frozenset[int]:
-    """Numbers of the right options; none where the data names one that there is not."""
+    """Return the indices of the right options, none if the data names one that does not exist."""
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     every = gold if isinstance(gold, list) else [gold]
     numbers = [choices.index(one) if isinstance(one, str) and one in choices else one for one in every]
@@ -303,7 +303,7 @@ def _gold(task: Any, doc: Any, choices: Sequence[str]) -> frozenset[int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness from logging what it is about to do, drawing bars of its own, and asking git and pip."""
+    """Keep the harness from logging, from drawing its own progress bars, and from calling git and pip."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -321,7 +321,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _replaced(module: ModuleType, **others: Any) -> Iterator[None]:
-    """Let names of a module stand for something else for a while."""
+    """Temporarily replace attributes of a module."""
     before = {name: getattr(module, name) for name in others}
     vars(module).update(others)
     try:

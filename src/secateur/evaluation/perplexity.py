@@ -1,4 +1,8 @@
-"""The perplexity of one model, as a result."""
+"""Perplexity: exp of the mean next-token loss over non-overlapping windows.
+
+The text is joined, tokenised once and cut into windows; the last, partial window is dropped, with a note. Each window
+starts with the tokenizer's default beginning-of-sequence token, so a window of T tokens makes T − 1 predictions.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a dense model came to, measured once and kept, so that many pruned ones can be compared with it."""
+"""Measurements of a dense model, saved so that many pruned models can be compared with it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ANSWERS = "answers.json"
 
 @dataclass(frozen=True)
 class Reference:
-    """Results of a dense model, and its answers.
+    """Results and answers of a dense model.
 
     Attributes:
         results: perplexity, then task by task, all in the role `against`.
-        answers: what it made of the questions of each task.
+        answers: its answers to the questions of each task.
     """
 
     results: tuple[Result, ...] = ()
@@ -48,7 +48,7 @@ class Reference:
         """Return the results on tasks, if there are any.
 
         Raises:
-            InputError: they are of other tasks or questions than were put to another model.
+            InputError: the other model was asked other tasks or questions.
         """
         found = [one for one in self.results if one.task is not None]
         if found:
@@ -56,10 +56,10 @@ class Reference:
         return found
 
     def answers_to(self, asked: Sequence[Outcome]) -> list[Outcome]:
-        """Return the answers to the questions that were put to another model, task by task.
+        """Return the answers to the questions another model was asked, task by task.
 
         Raises:
-            InputError: these questions were not put to the dense model.
+            InputError: the dense model was not asked these questions.
         """
         found = {(one.task, one.fingerprint): one for one in self.answers}
         missing = [one.task for one in asked if (one.task, one.fingerprint) not in found]
@@ -77,7 +77,7 @@ class Reference:
         """Read what `write` wrote.
 
         Raises:
-            InputError: a file is missing or is something else.
+            InputError: a file is missing or invalid.
         """
         path = folder / ANSWERS
         try:

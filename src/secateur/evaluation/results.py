@@ -1,4 +1,4 @@
-"""One JSON line per measurement, with all that is needed to believe it."""
+"""Results: one JSON line per measurement, with everything needed to reproduce it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from secateur.versions import versions
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One number.
+    """One measurement.
 
     Attributes:
         measure: what was measured, such as `perplexity`.
-        value: the number.
+        value: its value.
         role: `model`, or `against` for the model it is compared with in the same run.
         model: path or hub name.
         fingerprint: of the model.
         parameters: number of parameters, tied tensors once.
         blocks: number of blocks.
         task: the task it belongs to, or `average` over the tasks of the run; None for other measures.
-        ratio: to the model it is compared with, where the two were measured in turn (the median over rounds).
-        spread: how sure it is: `stderr` of a mean over questions; `low` and `high`, quartiles of repeated measurements.
+        ratio: to the model it is compared with, if the two were measured in turn (the median over rounds).
+        spread: uncertainty: `stderr` of a mean over questions; `low` and `high`, quartiles of repeated measurements.
         texts: source, fingerprint, windows, seq_len, seed and bos of the texts.
-        settings: dtype, device and whatever else changes the number.
+        settings: dtype, device and everything else that affects the value.
         versions: of the software.
     """
 
@@ -55,7 +55,7 @@ class Result:
 
 
 def result_of(model: Decoder, role: str, measure: str, value: float, **more: Any) -> Result:
-    """Make a result of an open model, with what is to be said about every measurement."""
+    """Return a result for an open model, with the facts common to all measurements."""
     arithmetic = {"dtype": str(model.module.dtype).removeprefix("torch."), "device": str(model.device)}
     return Result(
         measure=measure,
@@ -72,14 +72,14 @@ def result_of(model: Decoder, role: str, measure: str, value: float, **more: Any
 
 
 def append_results(path: Path, results: Iterable[Result]) -> None:
-    """Add results to a `results.jsonl` file."""
+    """Append results to a `results.jsonl` file."""
     with path.open("a", encoding="utf-8") as stream:
         for result in results:
             stream.write(json.dumps(result.as_dict()) + "\n")
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
-    """Write a `results.jsonl` file anew, whole or not at all."""
+    """Replace a `results.jsonl` file atomically."""
     replace_file(path, "".join(json.dumps(result.as_dict()) + "\n" for result in results))
 
 
@@ -87,7 +87,7 @@ def read_results(path: str | Path) -> tuple[Result, ...]:
     """Read a `results.jsonl` file, or the one in a folder.
 
     Raises:
-        InputError: no such file, or a line that is not a result as this version writes them.
+        InputError: no such file, or a line that is not a result of this version.
     """
     path = Path(path)
     file = path / "results.jsonl" if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""What a model writes behind pieces of held-out text, greedily: how what is left reads."""
+"""Greedy continuations of held-out text, to show how a model writes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Sample:
 
     Attributes:
         prompt: the text the model was given.
-        text: what it wrote.
-        truth: what really follows.
+        text: its continuation.
+        truth: the real continuation.
     """
 
     prompt: str
@@ -31,7 +31,7 @@ class Sample:
 
 
 def write_samples(model: Decoder, texts: Texts = None, *, prompts: int = 2, tokens: int = 48) -> list[Sample]:
-    """Let a model continue the beginnings of held-out windows.
+    """Return a model's continuations of the beginnings of held-out windows.
 
     Args:
         model: the open model; a skeleton is read into memory.

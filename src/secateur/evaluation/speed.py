@@ -1,7 +1,7 @@
-"""Speed and memory of a model, and of the one it is compared with: in turn, in one process .
+"""Speed and memory of a model and of the one it is compared with, alternating in one process.
 
-Round by round each model answers the same requests, the first model of a round being the last of the round before, so
-that what slows the machine down meets both. Figures are medians over rounds, ratios are taken within rounds.
+In each round every model answers the same requests, and the last model of a round is the first of the next, so that
+whatever slows the machine down affects both. Figures are medians over rounds; ratios are computed within rounds.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ BATCHES = (1, 8)
 NEW_TOKENS = 32
 
 Laps = dict[str, list[Lap]]
-"""What each model needed, round by round."""
+"""Times of each model, round by round."""
 
 SPEEDS: dict[str, Callable[[Lap, Request], float]] = {
     "prefill_tokens_per_second": lambda lap, asked: asked.batch * asked.prompt / lap.prefill,
     "decode_tokens_per_second": lambda lap, asked: asked.batch * (asked.new_tokens - 1) / lap.decode,
     "time_to_first_token": lambda lap, _: lap.first,
 }
-"""Measures of one request: tokens per second of reading and of writing, and seconds until the first new token."""
+"""Measures of a request: tokens per second of prefill and decoding, and seconds to the first new token."""
 
 
 class Timing(BaseModel):
-    """Which requests are timed, and how often.
+    """Which requests `bench` times, and how often.
 
     Attributes:
-        batch_sizes: sequences at a time.
-        prompts: tokens of a prompt; None takes 128 and 512, as far as the models' positions allow.
-        new_tokens: tokens written after the prompt, with the cache.
-        repeats: rounds that count.
-        warmup: rounds before them that do not.
+        batch_sizes: sequences per request.
+        prompts: tokens per prompt; None takes 128 and 512, as far as the models' positions allow.
+        new_tokens: tokens generated after the prompt, with the cache.
+        repeats: rounds that are measured.
+        warmup: rounds before those.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +65,7 @@ class Timing(BaseModel):
 
 
 def measure_speed(model: Decoder, against: Decoder | None, timing: Timing, options: RunOptions) -> list[Result]:
-    """Time a model, and in turn with it the one it is compared with; see `secateur.bench`.
+    """Time a model, alternating with the one it is compared with; see `secateur.bench`.
 
     Raises:
         InputError: more tokens than a model has positions.
@@ -154,7 +154,7 @@ def _memory(
 
 
 def _sizes(models: Mapping[str, Decoder], asked: Request, laps: Laps) -> Iterator[Result]:
-    """Sizes that do not depend on the request, but for sliding windows, which hold no more than themselves."""
+    """Yield sizes that do not depend on the request (except that sliding windows cache no more than themselves)."""
     found: dict[str, dict[str, float]] = {
         "cache_bytes_per_token": {role: laps[role][0].cache_bytes / (asked.batch * asked.prompt) for role in models},
         "checkpoint_bytes": {role: one.checkpoint_bytes for role, one in models.items()},

@@ -1,9 +1,12 @@
-"""Stability of a pruned model's answers to multiple-choice questions (METHODS §10).
+"""Answers to multiple-choice questions, and how stable they are under pruning.
 
 Chen et al. 2024, "Streamlining Redundant Layers to Compress Large Language Models" (LLM-Streamline), section 3.4: how
-much of what the original model knew, weighted by how sure it was, is still answered the same way. Departure from the
-released script: the weights that are summed are those of the questions on which both models agree, not the first of
-all weights, as many as there are such questions.
+much of what the original model answers, weighted by its confidence, is still answered the same way. With c_i the
+standard deviation of the original model's losses over the options of question i and w = softmax(c),
+
+    stability = Σ w_i over the questions that both models get right, or both wrong.
+
+The released script sums the first k of all weights instead, k being the number of such questions.
 
 Legend: Q questions; the loss of an option is the model's mean loss per token in nats, `−log p(option | question) / n`.
 """
@@ -22,13 +25,13 @@ from secateur.errors import InputError, NumericsError
 
 
 def weights(confidences: Values) -> Values:
-    """Softmax over the questions of one task, safe for large values."""
+    """Return the softmax over the questions of one task, without overflow."""
     raised = np.exp(confidences - confidences.max())
     return np.asarray(raised / raised.sum(), dtype=np.float64)
 
 
 def stability(original: Sequence[Answer], pruned: Sequence[Answer]) -> float:
-    """Weigh the questions that both models get right, or both wrong: `Σ_i w_i`, in [0, 1].
+    """Return the stability, `Σ_i w_i` over the questions that both models get right, or both wrong, in [0, 1].
 
     `w = softmax(c)` over the questions of the task, `c_i` the standard deviation (ddof 0) of the original model's
     losses over the options of question i. A model against itself has stability 1.
@@ -48,7 +51,7 @@ def stability(original: Sequence[Answer], pruned: Sequence[Answer]) -> float:
 
 
 def flips(original: Sequence[Answer], pruned: Sequence[Answer]) -> float:
-    """Share of the questions to which the pruned model gives another answer, right or wrong.
+    """Return the share of questions to which the pruned model gives a different answer, right or wrong.
 
     Raises:
         InputError: there are no questions, or the models were asked different ones.
@@ -60,7 +63,7 @@ def flips(original: Sequence[Answer], pruned: Sequence[Answer]) -> float:
 
 
 def accuracy(answers: Sequence[Answer]) -> float:
-    """Share of the questions answered right by mean loss per token."""
+    """Return the share of questions answered right by mean loss per token."""
     return sum(one.right() for one in answers) / len(answers)
 
 
@@ -79,7 +82,7 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model makes of one question.
+    """A model's answer to one question.
 
     Attributes:
         sums: log-likelihood of each option, summed over its tokens.
@@ -92,29 +95,29 @@ class Answer:
     gold: frozenset[int]
 
     def losses(self) -> Values:
-        """Mean loss per token of each option, in nats."""
+        """Return the mean loss per token of each option, in nats."""
         return -np.asarray(self.sums, dtype=np.float64) / np.asarray(self.tokens, dtype=np.float64)
 
     def chosen(self) -> int:
-        """Return the option of lowest mean loss per token; of several the first."""
+        """Return the option with the lowest mean loss per token, the first of equals."""
         return int(np.argmin(self.losses()))
 
     def right(self) -> bool:
-        """Whether the chosen option is the right one."""
+        """Return whether the chosen option is a right one."""
         return self.chosen() in self.gold
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one model makes of one task.
+    """A model's results on one task.
 
     Attributes:
         task: its name.
-        metrics: the harness's own, by name (`acc`, `acc_norm`, `exact_match`, …).
-        errors: standard errors of those that are means over questions.
+        metrics: the harness's metrics by name (`acc`, `acc_norm`, `exact_match`, …).
+        errors: standard errors of metrics that are means over questions.
         answers: one per question; empty for tasks without options.
         settings: version of the task, examples shown, number of questions.
-        fingerprint: of the questions as they were put to the model.
+        fingerprint: of the questions as the model was asked them.
     """
 
     task: str
@@ -130,6 +133,6 @@ class Outcome:
 
     @classmethod
     def of(cls, data: dict[str, Any]) -> Outcome:
-        """Make an outcome of what `as_dict` gave."""
+        """Return the outcome that `as_dict` returned as plain data."""
         answers = (Answer(tuple(one["sums"]), tuple(one["tokens"]), frozenset(one["gold"])) for one in data["answers"])
         return cls(**(data | {"answers": tuple(answers)}))

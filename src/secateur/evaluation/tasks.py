@@ -1,4 +1,4 @@
-"""Zero-shot tasks, and how stable the answers of a pruned model are (METHODS §10)."""
+"""Run tasks on a model and on the one it is compared with, and turn the answers into results, stability and flips."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from secateur.run_options import DEFAULTS, RunOptions
 
 AVERAGE = "average"
 PER_TOKEN = "acc_per_token"
-"""Accuracy by the lowest mean loss per token, which is what stability calls right."""
+"""Accuracy by the lowest mean loss per token, the criterion of stability."""
 _BATCH = {"cpu": 8, "cuda": 64}
 _LENGTH = 1024
-"""Tokens of a long question, for a batch that fits."""
+"""Assumed tokens of a long question, for choosing the batch size."""
 _SHARE_OF_MEMORY = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRequest:
-    """Which tasks are put to a model, and how.
+    """Which tasks to run, and how.
 
     Attributes:
-        names: of tasks, `commonsense` and the like spelled out.
+        names: names of tasks, with `commonsense` expanded.
         limit: questions per task; None asks all.
-        shots: examples shown before each question; None as each task says.
-        stability: measure how much of what the dense model answers is answered the same way, and how many answers
-            change.
+        shots: examples before each question; None as each task says.
+        stability: measure stability and answer flips against the dense model.
     """
 
     names: tuple[str, ...]
@@ -68,13 +67,13 @@ class TaskRequest:
 def ask_tasks(
     models: Mapping[str, Decoder], asked: TaskRequest, *, options: RunOptions = DEFAULTS
 ) -> dict[str, list[Outcome]]:
-    """Put the same questions to every model, by role (`model`, `against`); gives an outcome for each task.
+    """Ask every model the same questions; return the outcomes task by task, by role (`model`, `against`).
 
     Raises:
-        InputError: an unknown task, data that cannot be had, a model without tokenizer, a number below 1, or
-            stability asked for a task without options.
+        InputError: an unknown task, unavailable data, a model without tokenizer, a number below 1, or stability for a
+            task without options.
     """
-    from secateur.evaluation import harness  # here: it takes seconds to import, and most commands do not need it
+    from secateur.evaluation import harness  # imported here: it takes seconds, and most commands do not need it
 
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(f"batch size {options.batch_size}: must be at least 1.")
@@ -84,9 +83,7 @@ def ask_tasks(
     loaded = harness.load_tasks(list(asked.names), first.tokenizer)
     without = [one.task_name for one in loaded if not harness.has_options(one)]
     if asked.stability and without:
-        raise InputError(
-            f"{without[0]} has no options to choose among, so stability means nothing there; leave it out."
-        )
+        raise InputError(f"{without[0]} has no options to choose among, so its stability is undefined; leave it out.")
     outcomes: dict[str, list[Outcome]] = {}
     for role, model in models.items():
         with model.whole() as module:
@@ -102,9 +99,9 @@ def ask_tasks(
 
 
 def batch_for(model: Decoder) -> int:
-    """Choose how many questions are put at a time: the harness holds the logits of all their tokens, twice.
+    """Return how many questions to ask at a time: the harness holds the logits of all their tokens twice.
 
-    On a GPU as many long questions as find room, 64 at most; the model's weights are in memory already.
+    On a GPU as many long questions as fit, 64 at most; the model's weights are already in memory.
     """
     if model.device.type != "cuda":
         return _BATCH["cpu"]
@@ -120,7 +117,7 @@ def task_results(
     limit: int | None,
     stable_to: Sequence[Outcome] | None = None,
 ) -> list[Result]:
-    """Make results of what the models answered, task by task; with `stable_to` also stability and flips to these.
+    """Return results of the models' answers, task by task; with `stable_to`, also stability and flips against these.
 
     Raises:
         InputError: the questions were not the same ones.
@@ -168,7 +165,7 @@ def _result(model: Decoder, role: str, measure: str, value: float, outcome: Outc
 
 
 def _averages(models: Mapping[str, Decoder], results: Sequence[Result], count: int) -> list[Result]:
-    """Means over the tasks, of the measures that every task has."""
+    """Return means over the tasks, for the measures that every task has."""
     if count < 2:
         return []
     grouped: dict[tuple[str, str], list[float]] = {}

@@ -1,7 +1,7 @@
-"""Clock a decoder as it is used: read a prompt at once, then write token by token with the cache.
+"""Timing and peak memory of a decoder in use: prefill of a prompt, then decoding token by token with the cache.
 
-Both are done here rather than by `generate`, so that nothing but the model is on the clock and every model writes the
-same number of tokens. On a GPU every reading of the clock waits for the device first.
+Both are done here rather than by `generate`, so that only the model is timed and every model generates the same number
+of tokens. On a GPU the clock is read after the device has finished.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _SAMPLING_SECONDS = 0.001
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a model.
+    """A request to a model.
 
     Attributes:
-        batch: sequences at a time.
-        prompt: tokens of each that are read at once.
-        new_tokens: tokens of each that are written after it, one by one.
+        batch: number of sequences.
+        prompt: prompt tokens of each.
+        new_tokens: tokens of each generated after the prompt, one by one.
     """
 
     batch: int = 1
@@ -42,7 +42,7 @@ class Request:
     new_tokens: int = 32
 
     def tokens(self, decoder: Decoder, seed: int = 0) -> torch.Tensor:
-        """Draw the prompts, (batch, prompt), on the model's device.
+        """Return random prompts, (batch, prompt), on the model's device.
 
         Raises:
             InputError: a number below 1, or more tokens than the model has positions.
@@ -62,13 +62,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Lap:
-    """Seconds of one request.
+    """Times of one request in seconds.
 
     Attributes:
-        prefill: until the prompt is read: hidden states, cache, and the logits of the last position.
+        prefill: until the prompt is processed: hidden states, cache, and the logits of the last position.
         first: until the first new token is known.
         decode: from then until the last.
-        cache_bytes: size of the cache once the prompt is read.
+        cache_bytes: size of the cache after the prompt.
     """
 
     prefill: float
@@ -84,10 +84,10 @@ class Lap:
 
 @torch.no_grad()
 def answer(module: PreTrainedModel, tokens: torch.Tensor, new_tokens: int) -> Lap:
-    """Read the prompts (batch, prompt) and write greedily; `new_tokens` = 1 + the steps with the cache.
+    """Process the prompts (batch, prompt) and decode greedily; `new_tokens` = 1 + the steps with the cache.
 
     Raises:
-        ModelError: the model hands back no cache.
+        ModelError: the model returns no cache.
     """
     short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
     devices = {parameter.device for parameter in module.parameters()}
@@ -98,7 +98,7 @@ def answer(module: PreTrainedModel, tokens: torch.Tensor, new_tokens: int) -> La
     first = _now(devices)
     cache = getattr(output, "past_key_values", None)
     if cache is None:
-        raise ModelError(f"{type(module).__name__} hands back no key/value cache; its speed cannot be measured.")
+        raise ModelError(f"{type(module).__name__} returns no key/value cache; its speed cannot be measured.")
     held = cache_bytes(cache)
     resumed = _now(devices)
     for _ in range(new_tokens - 1):
@@ -108,7 +108,7 @@ def answer(module: PreTrainedModel, tokens: torch.Tensor, new_tokens: int) -> La
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values in a cache."""
+    """Return the bytes of all keys and values in a cache."""
     tensors = [part for layer in cache.layers for part in (layer.keys, layer.values)]
     return sum(one.numel() * one.element_size() for one in tensors if one is not None)
 
@@ -124,12 +124,12 @@ def _now(devices: set[torch.device]) -> float:
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """Where the time of a request goes.
+    """The time of a request by part of the model.
 
     Attributes:
-        blocks: seconds in each block; blocks of one kind have the same, the median over all of them.
-        other: seconds in all the rest: embeddings, masks, final norm, head, choice of the token.
-        request: what was asked.
+        blocks: seconds in each block; blocks of one kind share the median over all of them.
+        other: seconds in everything else: embeddings, masks, final norm, head, choice of the token.
+        request: the request.
     """
 
     blocks: tuple[float, ...]
@@ -149,9 +149,9 @@ def time_blocks(
 
     Args:
         decoder: the model; a skeleton is read into memory for it.
-        request: what is asked of it.
-        kinds: one value per block, the same for blocks that do the same work; None takes all as different.
-        repeats: requests, after one that is not counted.
+        request: the request.
+        kinds: one value per block, equal for blocks that do the same work; None treats all as different.
+        repeats: number of requests, after a warm-up.
     """
     tokens = request.tokens(decoder)
     rounds: list[tuple[list[float], float]] = []
@@ -172,7 +172,7 @@ def time_blocks(
 
 @contextmanager
 def _clocked(blocks: nn.ModuleList) -> Iterator[Callable[[], list[float]]]:
-    """Put a clock around every call of every block; gives a function that sums the seconds of each."""
+    """Time every call of every block; yield a function that returns the total seconds of each."""
     marks: list[list[Any]] = [[] for _ in blocks]
 
     def watch(index: int) -> Callable[..., None]:
@@ -188,7 +188,7 @@ def _clocked(blocks: nn.ModuleList) -> Iterator[Callable[[], list[float]]]:
 
 
 def _mark(block: nn.Module) -> Any:
-    """Note the moment; on CUDA in the device's own order of events, so that nothing has to wait."""
+    """Record the time; on CUDA as a device event, so that nothing has to wait."""
     device = next(block.parameters()).device
     if device.type != "cuda":
         return _now({device})
@@ -202,16 +202,16 @@ def _between(left: Any, right: Any) -> float:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers as they are in memory, tied ones once."""
+    """Return the bytes of all parameters and buffers in memory, tied ones once."""
     tensors = {id(one): one for one in (*module.parameters(), *module.buffers())}
     return sum(one.numel() * one.element_size() for one in tensors.values())
 
 
 def peak_memory(module: nn.Module, work: Callable[[], Any]) -> dict[str, int]:
-    """Bytes that a model needs while it works: its own weights, and what the work adds at its peak.
+    """Return the peak bytes of a model at work: its own weights, and what the work adds at its peak.
 
-    Other models in the process do not count. On a CPU the added memory is what the process has resident more than
-    before (looked at every millisecond); on CUDA what the allocator hands out (`allocated`) and holds (`reserved`).
+    Other models in the process do not count. On a CPU the added memory is the growth of the resident set (sampled every
+    millisecond), on CUDA what the allocator hands out (`allocated`) and holds (`reserved`).
     """
     own = weight_bytes(module)
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}

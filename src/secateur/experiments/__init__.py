@@ -1,1 +1,1 @@
-"""Recipes, their stages, and studies: a grid of runs over a queue."""
+"""Recipes, their stages, and studies: grids of runs that go through a queue."""

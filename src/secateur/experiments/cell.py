@@ -1,4 +1,4 @@
-"""The process of a job: `python -m secateur.experiments.cell STUDY CELL … `. Started by the queue, not by people."""
+"""Entry point of a cell's process: `python -m secateur.experiments.cell STUDY CELL …`, started by the queue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from secateur.scores.profile import Scores
 
 
 def main(arguments: list[str]) -> None:
-    """Run the cells one after the other; a failed one is noted in its folder and the next one begins."""
+    """Run the cells one after the other; a failure is recorded in the cell's folder, and the next cell begins."""
     parser = argparse.ArgumentParser()
     parser.add_argument("study", type=Path)
     parser.add_argument("cells", nargs="+")
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
             run = open_run(given.study, name, sibling)
             for _stage in run_stages(run, given.stages.split(",") if given.stages else None):
                 pass
-        except Exception as error:  # noqa: BLE001 - noted in the cell's state; the others go on
+        except Exception as error:  # noqa: BLE001 - recorded in the cell's state; the others continue
             if not isinstance(error, SecateurError):
                 traceback.print_exc()
             sys.stderr.write(f"{name}: {error}\n")
@@ -53,17 +53,17 @@ def main(arguments: list[str]) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone: another may be started in the same folder."""
+    """Exit when the parent process is gone, because another may be started in the same folder."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def open_run(study: Path, name: str, sibling: Path | None = None) -> Run:
-    """Open a cell with what the study's cells share.
+    """Open a cell with the data shared by the study's cells.
 
     Raises:
-        SecateurError: something of it cannot be read.
+        SecateurError: some of it cannot be read.
     """
     folder = study / CELLS / name
     recipe = read_recipe(folder / RECIPE)

@@ -1,4 +1,4 @@
-"""The cells of a study: what each of them is called, and the recipe it runs."""
+"""The cells of a study: their names and recipes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Cell:
 
     Attributes:
         name: unique in the study, and the name of its folder: `sleb-20`, `sleb-20-lora`.
-        recipe: what it runs.
+        recipe: the recipe it runs.
     """
 
     name: str
@@ -28,10 +28,10 @@ class Cell:
 
 
 def rows_of(study: Study) -> list[list[Cell]]:
-    """Return the cells of a study, those that share a plan and a cut together.
+    """Return the cells of a study, grouped by those that share a plan and a pruned model.
 
     Raises:
-        InputError: an unknown method, way of healing or setting, or an amount that is none.
+        InputError: an unknown method, healing recipe or setting, or an invalid amount.
     """
     list(parts_of(study))
     taken: set[str] = set()
@@ -54,7 +54,7 @@ def parts_of(study: Study) -> Iterator[Part]:
     """Return every method of a study with its settings.
 
     Raises:
-        InputError: an unknown method, way of healing or setting.
+        InputError: an unknown method, healing recipe or setting.
     """
     for healing in study.compare.heal:
         if isinstance(healing, Healing):
@@ -64,10 +64,10 @@ def parts_of(study: Study) -> Iterator[Part]:
 
 
 def check_healing(asked: Healing) -> None:
-    """Find mistakes in what is asked for.
+    """Check a request for healing.
 
     Raises:
-        InputError: an unknown way of healing or setting, no number of tokens, or instructions without texts.
+        InputError: an unknown healing recipe or setting, an invalid number of tokens, or instructions without texts.
     """
     read_settings(f"heal --with {asked.with_}", find_healing_recipe(asked.with_).settings, asked.settings)
     TrainingTexts(source=asked.texts, tokens=asked.tokens, instructions=asked.instructions).check()
@@ -78,7 +78,7 @@ def _entries(study: Study) -> list[Entry]:
 
 
 def _method_name(entry: Entry) -> str:
-    """Name a method with the settings it was given, as a folder may be called."""
+    """Return a folder name for a method with its settings."""
     methods = "+".join(names_in(entry.method))
     settings = "".join(f"-{name}={value}" for name, value in entry.settings.items())
     return re.sub(r"[^\w.+=-]", "_", entry.name or methods + settings)
@@ -98,10 +98,10 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def study_of(model: str, methods: list[Any], remove: list[Any], heal: list[Any], settings: dict[str, Any]) -> Study:
-    """Make a study of what `compare` is given.
+    """Return the study for the arguments of `compare`.
 
     Raises:
-        InputError: an unknown setting, or a value it cannot take.
+        InputError: an unknown setting, or an invalid value.
     """
     grid = {"methods": methods, "remove": remove, "heal": heal or ["none"]}
     found = as_recipe({"model": model, "compare": grid, **settings}, "compare")

@@ -1,4 +1,4 @@
-"""The queue on a Ray cluster. The only file that imports Ray (the extra `ray`).
+"""The queue on a Ray cluster; the only file that imports Ray (the extra `ray`).
 
 Every node needs this package and the study's folder under the same path.
 """
@@ -14,11 +14,11 @@ from secateur.experiments.state import CELLS, State
 
 
 def run_groups(groups: Sequence[CellGroup], workers: int | None, address: str | None = None) -> Iterator[CellGroup]:
-    """Run groups on the cluster at an address, or on one started here; yields each when it is over.
+    """Run groups on a cluster, or on one started here; yield each when it is done.
 
     Args:
-        groups: what is to be run.
-        workers: how many at a time; None leaves it to the cluster: one per GPU, or per core where it has none.
+        groups: the groups to run.
+        workers: number of groups at a time; None leaves it to the cluster: one per GPU, or per core if it has none.
         address: of the cluster (`auto` finds the one this machine belongs to); None starts one here.
     """
     ray.init(
@@ -45,7 +45,7 @@ def run_groups(groups: Sequence[CellGroup], workers: int | None, address: str | 
 
 
 def _note_loss(group: CellGroup, error: Exception) -> None:
-    """Note that the worker of a group was lost; a cell that was over is found when the study is run again."""
+    """Record that the worker of a group was lost; a cell that had finished is found when the study is run again."""
     for name in group.cells:
         state = State.of(group.study / CELLS / name)
         if state.failed is None:

@@ -1,4 +1,4 @@
-"""What came of a cell, read from its folder."""
+"""The outcome of a cell, read from its folder."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from secateur.experiments.state import SPEEDS, State
 
 @dataclass(frozen=True)
 class CellOutcome:
-    """What came of a cell.
+    """The outcome of a cell.
 
     Attributes:
         name: of the cell.
-        folder: where it is.
-        removed: share of the parameters that the plan takes away; None where there is no plan.
-        perplexity: on held-out text; None where it was not measured.
-        tasks: values of `acc`, `stability` and the like by task and measure.
-        speedup: tokens per second over those of the dense model, of `prefill` and `decode`, for the first request.
-        seconds: that its stages took.
+        folder: its folder.
+        removed: share of the parameters that the plan removes; None if there is no plan.
+        perplexity: on held-out text; None if it was not measured.
+        tasks: values of `acc`, `stability` and the like, by task and measure.
+        speedup: tokens per second relative to the dense model, of `prefill` and `decode`, for the first request.
+        seconds: total time of its stages.
         failed: the stage that failed, and why.
     """
 
@@ -41,7 +41,7 @@ class CellOutcome:
 
 
 def outcome_of(folder: Path) -> CellOutcome:
-    """Read what came of the cell in a folder.
+    """Read the outcome of the cell in a folder.
 
     Raises:
         InputError: a file there is of another version.

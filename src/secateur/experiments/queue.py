@@ -1,7 +1,8 @@
-"""A group is some cells of a study, run one after the other in a process of their own.
+"""Groups of cells, and the local queue that runs them over the devices of this machine.
 
-Memory is free again when the process ends, and what kills one cell (the system, for want of memory) is noted and
-stops no other. A group runs wherever the study's folder can be reached.
+A group is a list of cells of a study that run one after the other in a process of their own. Memory is freed when the
+process ends, and if a cell is killed (by the system, for lack of memory), that is recorded and the others continue. A
+group runs wherever the study's folder can be reached.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from secateur.experiments.state import CELLS, State
 
 LOG = "log.txt"
 DONE = "finished"
-"""What a group's process prints, with the name of a cell, when it has done or failed it."""
+"""Printed by a group's process, with the name of a cell, when the cell is done or has failed."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class CellGroup:
 
     Attributes:
         study: its folder.
-        first: the first cell of their row, whose plan and cut they take over where theirs would be the same.
+        first: the first cell of their row, whose plan and pruned model they reuse if theirs would be the same.
         cells: their names.
-        stages: which stages are done; None means all.
+        stages: which stages to run; None means all.
     """
 
     study: Path
@@ -49,13 +50,13 @@ def run_group(
     started: Callable[[subprocess.Popen[str]], object] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run a group until every cell of it is done or noted as failed.
+    """Run a group until each of its cells is done or recorded as failed.
 
     Args:
         group: the cells.
-        environment: what its processes find in theirs besides, such as the device they may use.
-        started: told of each process, which leads a group of its own.
-        stopped: whether the study was stopped, so that a process that ended has not failed.
+        environment: additional environment variables of its processes, such as the device they may use.
+        started: called with each process, which leads a process group of its own.
+        stopped: returns whether the study was stopped, in which case a process that ended has not failed.
     """
     left = group.cells
     while left:
@@ -91,14 +92,14 @@ def _note_death(folder: Path, code: int) -> None:
 
 
 def default_workers(device: str) -> int:
-    """Number of processes at a time: one per GPU, but one where a device is named or there is none."""
+    """Return the number of processes at a time: one per GPU, but one if a device is named or there is none."""
     return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
 
 
 def run_groups(groups: Sequence[CellGroup], workers: int, device: str = "auto") -> Iterator[CellGroup]:
-    """Run groups; yields each when it is over. What still runs when this is left is stopped.
+    """Run groups and yield each when it is done; groups still running when the generator is closed are stopped.
 
-    One worker sees all devices. Several share the GPUs out among them, where no one is named; or the cores.
+    One worker sees all devices. Several workers split the GPUs, unless one is named, or the cores.
     """
     slots: SimpleQueue[dict[str, str]] = SimpleQueue()
     for number in range(workers):
@@ -128,7 +129,7 @@ def run_groups(groups: Sequence[CellGroup], workers: int, device: str = "auto") 
 
 
 def _environment(number: int, workers: int, device: str = "auto") -> dict[str, str]:
-    """Say to a worker's processes which device is theirs."""
+    """Return the environment variables that assign a device to a worker's processes."""
     if workers == 1:
         return {}
     if device in ("auto", "cuda") and torch.cuda.device_count():

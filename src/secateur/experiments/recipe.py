@@ -1,7 +1,7 @@
-"""A whole run, or a whole study, as frozen settings: YAML in and out. Unknown keys are refused.
+"""Recipes of a run or a study as frozen settings, read from and written to YAML. Unknown keys are refused.
 
-A run: open a model, decide and cut (`prune`), `heal`, measure (`eval`, `bench`), write a little (`generate`). A study
-is the same with a grid (`compare`) in the place of `prune` and `heal`.
+A run opens a model, plans and prunes it (`prune`), heals it (`heal`), evaluates it (`eval`, `bench`) and generates
+samples (`generate`). A study has a grid (`compare`) in place of `prune` and `heal`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from secateur.run_options import RunOptions
 
 
 class Section(BaseModel):
-    """A part of a recipe."""
+    """A section of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     def plain(self) -> dict[str, Any]:
-        """Return what was said as plain data, defaults left out."""
+        """Return the values that were given as plain data, without defaults."""
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
 
 class Cut(Section, Amount):
-    """What goes, and by which method; as `secateur plan` takes it."""
+    """Method and amount of pruning, as for `secateur plan`."""
 
     method: str
     settings: dict[str, Any] = Field(default_factory=dict)
 
     def amount(self) -> Amount:
-        """Return the amount alone.
+        """Return the amount.
 
         Raises:
             InputError: several amounts.
@@ -47,7 +47,7 @@ class Cut(Section, Amount):
 
 
 class Healing(Section):
-    """How the pruned model is trained; as `secateur heal` takes it."""
+    """How the pruned model is trained, as for `secateur heal`."""
 
     with_: str = Field("lora", alias="with")
     texts: str | None = None
@@ -57,7 +57,7 @@ class Healing(Section):
     settings: dict[str, Any] = Field(default_factory=dict)
 
     def data(self, common: Common) -> TrainingTexts:
-        """Return what is learnt from: by default what the recipe reads."""
+        """Return the training texts, by default those of the recipe."""
         seq_len = self.seq_len or (None if self.instructions else common.seq_len)
         return TrainingTexts(
             source=self.texts or common.texts, tokens=self.tokens, instructions=self.instructions, seq_len=seq_len
@@ -65,7 +65,7 @@ class Healing(Section):
 
 
 class Measuring(Section):
-    """What is measured; as `secateur eval` takes it. `texts` by itself is what the recipe reads, held-out part."""
+    """How quality is evaluated, as for `secateur eval`; `texts` defaults to the held-out part of the recipe's texts."""
 
     texts: str | None = None
     windows: int | Literal["all"] = 64
@@ -82,7 +82,7 @@ class Measuring(Section):
         return self
 
     def request(self) -> TaskRequest | None:
-        """Return what is asked; None where no task is named.
+        """Return the requested tasks; None if none are named.
 
         Raises:
             InputError: an unknown task.
@@ -93,7 +93,7 @@ class Measuring(Section):
 
 
 class SpeedSection(Section, Timing):
-    """How speed and memory are measured; as `secateur bench` takes it."""
+    """How speed and memory are measured, as for `secateur bench`."""
 
     batch_sizes: tuple[int, ...] = (1,)
     new_tokens: int = Field(default=NEW_TOKENS, ge=2)
@@ -102,14 +102,14 @@ class SpeedSection(Section, Timing):
 
 
 class Samples(Section):
-    """How much the model writes, behind pieces of held-out text."""
+    """How many samples the model generates, as continuations of held-out text."""
 
     prompts: int = Field(2, ge=1)
     tokens: int = Field(48, ge=1)
 
 
 class Common(Section):
-    """What runs and studies share: the model, how it is opened, what it reads, and how the results are measured."""
+    """Shared by runs and studies: the model, how it is opened, its texts, and how the results are measured."""
 
     model: str
     description: str | None = None
@@ -131,16 +131,16 @@ class Common(Section):
     generate: Samples | None = None
 
     def opening(self) -> dict[str, Any]:
-        """Return how models are opened, by the names `open_model` takes."""
+        """Return how models are opened, as arguments of `open_model`."""
         names = {"dtype", "device", "revision", "skeleton", "tokenizer", "trust_remote_code", "allow_pickle"}
         return self.model_dump(include=names)
 
     def reading(self) -> dict[str, Any]:
-        """Return what the model is measured on to decide, by the names `make_plan` and `score` take."""
+        """Return the calibration texts, as arguments of `make_plan` and `score`."""
         return {"texts": self.texts, "windows": count_of(self.windows), "seq_len": self.seq_len}
 
     def measuring(self) -> dict[str, Any]:
-        """Return what is measured, by the names `evaluate` takes."""
+        """Return what is measured, as arguments of `evaluate`."""
         asked = self.eval or Measuring()
         return {
             "texts": asked.texts or self.texts,
@@ -150,7 +150,7 @@ class Common(Section):
         }
 
     def options(self, progress: Progress, work: Path | None = None) -> RunOptions:
-        """Return how runs go."""
+        """Return the run options."""
         return RunOptions(batch_size=self.batch_size, seed=self.seed, progress=progress, work=work)
 
     def to_yaml(self) -> str:
@@ -159,14 +159,14 @@ class Common(Section):
 
 
 class Recipe(Common):
-    """A whole run."""
+    """Recipe of a single run."""
 
     prune: Cut
     heal: Healing | None = None
 
 
 class Entry(Section):
-    """A method of a study, with settings of its own; `name` distinguishes two of one method."""
+    """A method of a study with its own settings; `name` distinguishes two entries of the same method."""
 
     method: str
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -174,7 +174,7 @@ class Entry(Section):
 
 
 class Grid(Section):
-    """Methods × amounts × ways of healing; `none` among the latter leaves the cut as it is."""
+    """Methods × amounts × healing recipes; the recipe `none` leaves the pruned model untrained."""
 
     methods: tuple[str | Entry, ...] = Field(min_length=1)
     remove: tuple[Fraction, ...] = Field(min_length=1)
@@ -182,16 +182,16 @@ class Grid(Section):
 
 
 class Study(Common):
-    """A grid of runs on one model."""
+    """Recipe of a study: a grid of runs on one model."""
 
     compare: Grid
 
 
 def read_recipe(path: str | Path) -> Recipe | Study:
-    """Read a recipe from a YAML file: a study where it says `compare`, else a run.
+    """Read a recipe from a YAML file: a study if it has the key `compare`, otherwise a run.
 
     Raises:
-        InputError: no such file, not YAML, an unknown key, a missing one, or a value it cannot take.
+        InputError: no such file, not YAML, an unknown or missing key, or an invalid value.
     """
     path = Path(path)
     try:
@@ -207,10 +207,10 @@ def read_recipe(path: str | Path) -> Recipe | Study:
 
 
 def as_recipe(data: dict[str, Any], where: str) -> Recipe | Study:
-    """Check a recipe given as plain data; `where` it comes from stands in messages.
+    """Check a recipe given as plain data; messages mention `where` it comes from.
 
     Raises:
-        InputError: an unknown key, a missing one, or a value it cannot take.
+        InputError: an unknown or missing key, or an invalid value.
     """
     kind: type[Recipe | Study] = Study if "compare" in data else Recipe
     try:
@@ -222,11 +222,11 @@ def as_recipe(data: dict[str, Any], where: str) -> Recipe | Study:
 
 
 _UNIONS = ("str", "Entry", "Healing", "literal['none']")
-"""What pydantic puts into the path to a value that may be of several kinds."""
+"""Names that pydantic inserts into the path to a value of a union type."""
 
 
 def _problem(kind: type[Section], error: ValidationError) -> str:
-    """Say the first problem; for an unknown key name those that are known."""
+    """Return the first problem as text; for an unknown key, list the known ones."""
     kinds = [one["type"] for one in error.errors()]
     first = error.errors()[kinds.index("extra_forbidden") if "extra_forbidden" in kinds else 0]
     path = tuple(part for part in first["loc"] if part not in _UNIONS)
@@ -239,7 +239,7 @@ def _problem(kind: type[Section], error: ValidationError) -> str:
 
 
 def _keys_at(kind: type[Section], place: tuple[Any, ...]) -> list[str]:
-    """Names that a section knows, with the path to it; those of the whole recipe where the path leads nowhere."""
+    """Return the keys of a section, prefixed with its path; for an invalid path, those of the whole recipe."""
     owners: dict[str, type[Section]] = {
         "prune": Cut,
         "heal": Healing,
@@ -256,5 +256,5 @@ def _keys_at(kind: type[Section], place: tuple[Any, ...]) -> list[str]:
 
 
 def count_of(windows: int | Literal["all"]) -> int | None:
-    """Number of windows, None for all."""
+    """Return the number of windows, None for all."""
     return None if windows == "all" else windows

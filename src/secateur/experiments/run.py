@@ -1,4 +1,4 @@
-"""Run a recipe, or compare methods on one model."""
+"""Run a recipe, or compare methods on one model; both are one job."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from secateur.progress import SILENT, Progress
 
 @dataclass(frozen=True)
 class RunJob(Job[list[CellOutcome]]):
-    """A recipe, or a whole study, to be run in a folder.
+    """A run or a study in a folder.
 
     Attributes:
-        recipe: what is asked for.
-        folder: where it is written; stages that are finished there with the same settings are skipped.
-        queue: where the cells of a study run, and what stays of them.
-        stage: told the name of each stage of a single run before it begins.
-        finished: told of each cell of a study when it is over.
-        progress: shows how far it is.
+        recipe: the recipe.
+        folder: the output folder; stages that are finished there with the same settings are skipped.
+        queue: where the cells of a study run, and whether their checkpoints are kept.
+        stage: called with the name of each stage of a single run before it begins.
+        finished: called with the outcome of each cell of a study.
+        progress: reports progress.
     """
 
     recipe: Recipe | Study
@@ -81,7 +81,7 @@ class RunJob(Job[list[CellOutcome]]):
         return cls(asked, folder, queue, stage, finished, progress)
 
     def cost(self) -> JobCost:
-        """Return what a recipe comes to: cells, and what their checkpoints take on the disk."""
+        """Return the cells of a recipe, and the disk space of their checkpoints."""
         dense = open_shapes_of(self.recipe)
         if isinstance(self.recipe, Recipe):
             what = (f"{self.recipe.prune.method}, then {', '.join(_stages(self.recipe))}",)
@@ -119,21 +119,21 @@ def compare(
     progress: Progress = SILENT,
     **settings: Any,
 ) -> list[CellOutcome]:
-    """Compare methods × amounts × ways of healing on one model, each cell in a process of its own.
+    """Compare methods × amounts × healing recipes on one model, each cell in its own process.
 
     Args:
-        model: a checkpoint folder, a hub name, or `bundled`.
+        model: a checkpoint folder, a Hub name, or `bundled`.
         methods: names, or `{"method": …, "settings": {…}, "name": …}`.
         remove: shares of all parameters, 0.25 or "25%".
-        heal: `none`, or `{"with": "lora", "tokens": "1M", …}`; nothing is `none`.
-        out: folder to write; None makes a new one. Finished stages of an earlier study there are not done again.
-        queue: where the cells run, and what stays of them.
-        finished: told of each cell when it is over.
-        progress: shows how far it is.
-        settings: what else a recipe may say: `texts`, `windows`, `seed`, `eval`, `bench`, `generate`, …
+        heal: `none`, or `{"with": "lora", "tokens": "1M", …}`; empty means `none`.
+        out: output folder; None creates one. Finished stages of an earlier study there are not run again.
+        queue: where the cells run, and whether their checkpoints are kept.
+        finished: called with the outcome of each cell.
+        progress: reports progress.
+        settings: other keys of a recipe: `texts`, `windows`, `seed`, `eval`, `bench`, `generate`, …
 
     Returns:
-        What came of each cell, failed ones included.
+        The outcome of each cell, including failed ones.
 
     Raises:
         InputError: an unknown method, setting or amount, or a folder secateur did not create.
@@ -144,10 +144,10 @@ def compare(
 
 
 def _require_runnable(asked: Recipe | Study) -> None:
-    """Find mistakes in a recipe before anything is done.
+    """Check a recipe before anything is run.
 
     Raises:
-        InputError: an unknown method, way of healing, task or setting, or an amount that is none.
+        InputError: an unknown method, healing recipe, task or setting, or an invalid amount.
     """
     if isinstance(asked, Study):
         rows_of(asked)

@@ -1,7 +1,7 @@
 """The stages of a run: plan, prune, heal, eval, bench, generate. Each reads what the one before wrote.
 
-What is measured is what was saved and opened again. A stage is skipped where it was done before with the same
-settings, and what it made is there if a later stage needs it.
+Models are evaluated as saved and reopened. A stage is skipped if it was run before with the same settings and its
+result is still there in case a later stage needs it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from secateur.plan.plan import Plan
 
 
 def run_stages(run: Run, only: Collection[str] | None = None) -> Iterator[str]:
-    """Do what is pending; yields the name of each stage before it begins.
+    """Run the pending stages; yield the name of each before it begins.
 
     Raises:
-        SecateurError: a stage cannot be done; that is noted in the state.
+        SecateurError: a stage failed; this is recorded in the state.
     """
     run.forget_healing()
     run.reuse_sibling(only)
@@ -142,10 +142,10 @@ _DO: dict[str, Callable[[Run], dict[str, Any]]] = {
     "bench": _bench,
     "generate": _generate,
 }
-"""How each stage is done; gives what the state should hold besides."""
+"""The function of each stage, which returns additional facts for the state."""
 
 
 def keep_samples(path: Path, model: Decoder, texts: str, asked: Samples) -> None:
-    """Let a model write what a recipe asks for, and keep it."""
+    """Generate and save the samples a recipe asks for."""
     samples = write_samples(model, texts, prompts=asked.prompts, tokens=asked.tokens)
     replace_file(path, json.dumps([one.as_dict() for one in samples], indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""A run in its folder: what is asked for, what is finished, and the models it has open."""
+"""A run in its folder: its recipe, its state, and the models it has open."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from secateur.versions import digest, versions
 
 @dataclass(frozen=True)
 class Shared:
-    """What the runs of a study have in common, done once.
+    """Results shared by the runs of a study.
 
     Attributes:
-        scores: of the dense model.
-        reference: what the dense model came to.
-        sibling: folder of a run whose plan and cut serve this one too, if it was made with the same settings.
+        scores: scores of the dense model.
+        reference: measurements of the dense model.
+        sibling: folder of a run whose plan and pruned model this one reuses, if made with the same settings.
     """
 
     scores: Scores | None = None
@@ -41,10 +41,10 @@ class Run:
     """One run in its folder.
 
     Attributes:
-        recipe: what is to be done.
-        folder: where everything is written.
+        recipe: the recipe.
+        folder: the output folder.
         state: what is finished.
-        keys: of each stage the recipe asks for, what it depends on.
+        keys: for each stage of the recipe, a fingerprint of what it depends on.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class Run:
         fingerprint: str | None = None,
         progress: Progress = SILENT,
     ) -> None:
-        """Read the state of the folder; nothing is done yet. The model's fingerprint is read where none is given.
+        """Read the state of the folder. The model's fingerprint is read if none is given.
 
         Raises:
-            InputError: the folder holds the state of something else, or the model cannot be opened.
+            InputError: the folder holds another kind of state, or the model cannot be opened.
         """
         self.recipe, self.folder, self.shared, self.progress = recipe, folder, shared or Shared(), progress
         self.state = State.of(folder)
@@ -67,7 +67,7 @@ class Run:
         self._dense: Decoder | None = None
 
     def pending(self, only: Collection[str] | None = None) -> list[str]:
-        """Name the stages that are to be done, in order."""
+        """Return the stages to run, in order."""
         asked = [stage for stage in self.keys if only is None or stage in only]
         wanted = {stage for stage in asked if not self.state.finished(stage, self.keys[stage])}
         if wanted & {"heal", "eval", "bench", "generate"}:
@@ -80,12 +80,12 @@ class Run:
         return [stage for stage in self.keys if stage in wanted]
 
     def begin(self, stage: str) -> None:
-        """Note that a stage is being done, and remove what is outdated by it."""
+        """Record that a stage is starting, and delete what it makes outdated."""
         self.state.begin(stage, self.keys)
         self._remove_unfinished(but=stage)
 
     def forget_healing(self) -> None:
-        """Where healing is no longer asked for, remove its result and what was measured of it."""
+        """If healing is no longer requested, delete its result and measurements."""
         if "heal" in self.state.stages and "heal" not in self.keys:
             self.state.begin("heal", self.keys)
             self._remove_unfinished()
@@ -98,7 +98,7 @@ class Run:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def work(self, name: str, stage: str) -> Path:
-        """Name the folder in which training keeps its states; those of other settings are removed."""
+        """Return the folder for training states; those of other settings are deleted."""
         own = self.folder / f"{name}-{self.keys[stage]}"
         for other in self.folder.glob(f"{name}-*"):
             if other != own:
@@ -109,7 +109,7 @@ class Run:
         return self.state.finished(stage, self.keys[stage])
 
     def reuse_sibling(self, only: Collection[str] | None) -> None:
-        """Take plan and cut over from a sibling that was made with the same settings, where they are not here."""
+        """Reuse plan and pruned model of a sibling that was made with the same settings, if they are missing here."""
         if self.shared.sibling is None or "prune" not in self.pending(only):
             return
         other = State.of(self.shared.sibling)
@@ -121,57 +121,57 @@ class Run:
         self.state.finish("prune", self.keys["prune"], 0.0, cut=f"../{where.parent.name}/{where.name}")
 
     def cut(self) -> Path:
-        """Return the folder of the pruned checkpoint; that of a sibling where it was made there."""
+        """Return the folder of the pruned checkpoint, which may be a sibling's."""
         return self.folder / self.state.stages.get("prune", {}).get("cut", CUT)
 
     @property
     def healed(self) -> Path:
-        """Folder of the healed checkpoint."""
+        """Return the folder of the healed checkpoint."""
         return self.folder / HEALED
 
     def open_dense(self) -> Decoder:
-        """Open the dense model, once."""
+        """Return the dense model, opened once."""
         if self._dense is None:
             self._dense = open_model(self.recipe.model, **self.recipe.opening())
         return self._dense
 
     def open(self, folder: Path, **more: Any) -> Decoder:
-        """Open a checkpoint of this run, as the recipe opens models."""
+        """Open a checkpoint of this run with the recipe's opening options."""
         place = self.recipe.opening()
         del place["revision"], place["allow_pickle"]
         return open_model(folder, **(place | more))
 
     def final(self) -> Decoder:
-        """Open what is to be measured."""
+        """Open the model to be measured."""
         return self.open(self.healed if self.recipe.heal is not None else self.cut())
 
     def against(self) -> Decoder | Reference:
-        """Return what is compared with: the dense model, or what it came to."""
+        """Return the dense model to compare with, or its earlier measurements."""
         if self.shared.reference is not None:
             self.close_dense()
             return self.shared.reference
         return self.open_dense()
 
     def close_dense(self) -> None:
-        """Let the dense model go; what is in memory for one stage makes room for the next."""
+        """Free the dense model to make room for the next stage."""
         self._dense = None
         clear_device_cache(garbage_collection=True)
 
 
 def fingerprint_of(recipe: Common) -> str:
-    """Return the fingerprint of a recipe's model, without reading its weights where it can be helped."""
+    """Return the fingerprint of a recipe's model, if possible without reading its weights."""
     asked = recipe.opening()
     fetch(recipe.model, **{name: asked[name] for name in ("revision", "trust_remote_code", "allow_pickle")})
     return open_shapes_of(recipe).fingerprint
 
 
 def open_shapes_of(recipe: Common) -> Decoder:
-    """Open a recipe's model without reading its weights, where they are not pickled."""
+    """Open a recipe's model without reading its weights, unless they are pickled."""
     return open_shapes(recipe.model, **recipe.opening())
 
 
 def _keys(recipe: Recipe, fingerprint: str) -> dict[str, str]:
-    """Say for each stage that is asked for what it depends on: settings so far, and for measurements the software."""
+    """Return a fingerprint of each requested stage's dependencies: settings so far and, for measurements, versions."""
     read = (recipe.reading(), recipe.seed, recipe.batch_size, stamp_of(recipe.texts))
     plan = digest(fingerprint, recipe.opening(), read, recipe.prune.model_dump(mode="json"))
     keys = {"plan": plan, "prune": digest(plan, recipe.check)}
@@ -188,6 +188,6 @@ def _keys(recipe: Recipe, fingerprint: str) -> dict[str, str]:
 
 
 def measuring_key(recipe: Common) -> str:
-    """Say what a measurement depends on besides the model."""
+    """Return a fingerprint of what a measurement depends on besides the model."""
     asked = recipe.measuring()
     return digest(asked, recipe.seed, recipe.batch_size, stamp_of(asked["texts"]), versions())

@@ -1,4 +1,7 @@
-"""What of a run is finished, in a file of its folder: a stage counts only for the settings it was done with."""
+"""The state of a run, saved in its folder, and the file names of runs and studies.
+
+A finished stage is valid only for the settings it was run with.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from secateur.files import replace_file
 FORMAT = 1
 _MEASURED = ("eval", "bench", "generate")
 _LATER = {"plan": ("prune", "heal", *_MEASURED), "prune": ("heal", *_MEASURED), "heal": _MEASURED}
-"""Stages that work on what an earlier one made."""
+"""For each stage, the stages that use its result."""
 
 
 @dataclass
@@ -22,10 +25,10 @@ class State:
     """The state of one folder.
 
     Attributes:
-        folder: where it is kept.
-        name: of the run; that of its folder.
-        stages: each finished stage with its `key` (what it depends on), its `seconds` and what else is to be known.
-        failed: the stage that could not be done and why, as it was tried last; None where nothing failed.
+        folder: the folder.
+        name: name of the run, which is that of its folder.
+        stages: each finished stage with its `key` (what it depends on), its `seconds` and other facts.
+        failed: the stage that failed last and why; None if nothing failed.
     """
 
     folder: Path
@@ -35,10 +38,10 @@ class State:
 
     @classmethod
     def of(cls, folder: Path) -> State:
-        """Read the state of a folder; a new one where there is none.
+        """Read the state of a folder, or return a new one.
 
         Raises:
-            InputError: the file is of another version, or something else.
+            InputError: the file is of another version, or not a state.
         """
         path = folder / STATE
         if not path.exists():
@@ -47,42 +50,42 @@ class State:
             data = json.loads(path.read_text(encoding="utf-8"))
             found, version = cls(folder, data["name"], data["stages"], data["failed"]), data["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not the state of a run ({error}); remove it to begin again.") from error
+            raise InputError(f"{path}: not the state of a run ({error}); remove it to start over.") from error
         if version != FORMAT:
-            raise InputError(f"{path}: written by another version of secateur (format {version}); take another folder.")
+            raise InputError(f"{path}: written by another version of secateur (format {version}); use another folder.")
         return found
 
     def finished(self, stage: str, key: str) -> bool:
-        """Whether a stage was done with these settings."""
+        """Return whether a stage was done with these settings."""
         return self.stages.get(stage, {}).get("key") == key
 
     def begin(self, stage: str, keys: Mapping[str, str] | None = None) -> None:
-        """Note that a stage is being done: it, and what was made of what it made before, is not finished.
+        """Record that a stage is starting: it and the stages that use its earlier result are no longer finished.
 
-        What was done with these keys stays: the stage makes the same again.
+        Stages done with these keys stay finished, because the stage will produce the same result again.
         """
         outdated = {name for name in _LATER.get(stage, ()) if not self.finished(name, (keys or {}).get(name, ""))}
         self.forget({stage} | outdated)
 
     def forget(self, stages: Collection[str]) -> None:
-        """Note that these are not finished."""
+        """Record that these stages are not finished."""
         self.stages = {name: done for name, done in self.stages.items() if name not in stages}
         self.write()
 
     def clear_failure(self) -> None:
-        """Note that nothing is left to do, so that no failure concerns anyone any more."""
+        """Record that nothing is left to do, and clear an earlier failure."""
         if self.failed is not None:
             self.failed = None
             self.write()
 
     def finish(self, stage: str, key: str, seconds: float, **more: Any) -> None:
-        """Note that a stage is done."""
+        """Record that a stage is done."""
         self.stages[stage] = {"key": key, "seconds": round(seconds, 1), **more}
         self.failed = None
         self.write()
 
     def fail(self, stage: str, error: BaseException) -> None:
-        """Note that a stage could not be done."""
+        """Record that a stage failed."""
         self.failed = {"stage": stage, "kind": type(error).__name__, "error": str(error) or type(error).__name__}
         self.write()
 
@@ -96,4 +99,4 @@ RECIPE, STATE = "recipe.yaml", "state.json"
 PLAN, CUT, HEALED = "plan.json", "cut", "healed"
 SPEEDS, SAMPLES = "bench.jsonl", "generations.json"
 CELLS, DENSE, SCORES = "cells", "dense", "scores.json"
-"""In the folder of a study: its cells, each a run; what was measured of the dense model; its scores."""
+"""Names in the folder of a study: its cells, each a run; measurements of the dense model; its scores."""

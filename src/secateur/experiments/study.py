@@ -1,4 +1,4 @@
-"""A study: what its cells share is done once, then they go through a queue, each into a folder of its own."""
+"""Studies: work that cells share is done once, then the cells go through a queue, each with its own folder."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ ENGINES = get_args(Engine)
 
 @dataclass(frozen=True, kw_only=True)
 class Queue:
-    """Where the cells of a study run, and what stays of them.
+    """Where the cells of a study run, and whether their checkpoints are kept.
 
     Attributes:
-        on: `local`: a queue over the devices here; `ray`: over a cluster, every node of which sees the folder.
-        address: of the Ray cluster; None starts one here.
+        on: `local`, the devices of this machine, or `ray`, a cluster all of whose nodes see the folder.
+        address: address of the Ray cluster; None starts one here.
         workers: processes at a time; None is one per GPU, or one.
-        keep: whether the checkpoints stay when they are measured.
+        keep: whether checkpoints are kept after they are measured.
     """
 
     on: Engine = "local"
@@ -60,7 +60,7 @@ class Queue:
         """Check the values.
 
         Raises:
-            InputError: an unknown engine, or no worker.
+            InputError: an unknown engine, or fewer than one worker.
         """
         if self.on not in ENGINES:
             raise unknown("engine", self.on, list(ENGINES))
@@ -79,18 +79,18 @@ def run_study(
     finished: Callable[[CellOutcome], object] = lambda _: None,
     progress: Progress = SILENT,
 ) -> list[CellOutcome]:
-    """Run what is not finished of a study.
+    """Run the unfinished cells of a study.
 
     Args:
         study: the grid and how its cells are measured.
-        folder: where it is written; an earlier study there is resumed.
-        queue: where the cells run, and what stays of them.
-        finished: told of each cell when it is over.
-        progress: shows how far it is.
+        folder: the output folder; an earlier study there is resumed.
+        queue: where the cells run, and whether their checkpoints are kept.
+        finished: called with the outcome of each cell.
+        progress: reports progress.
 
     Raises:
-        InputError: an unknown method or setting, a folder secateur did not create, or texts that cannot be had.
-        SecateurError: the dense model cannot be opened or measured. What goes wrong in a cell is noted there.
+        InputError: an unknown method or setting, a folder secateur did not create, or unavailable texts.
+        SecateurError: the dense model cannot be opened or measured. Failures of cells are recorded in their folders.
     """
     study, folder = _placed(study), folder.resolve()
     rows = rows_of(study)
@@ -108,7 +108,7 @@ def run_study(
             CellGroup(folder, row[0].name, cells, stages) for row, cells in zip(rows, names, strict=True) if cells
         ]
         what, at_a_time = "cells", count
-        if number:  # one process for all: there is nothing to run beside it, and starting one takes seconds
+        if number:  # one process for all, because nothing runs in parallel and starting one takes seconds
             cells = tuple(name for group in groups for name in group.cells)
             what, at_a_time, groups = (
                 "speed of all cells",
@@ -129,10 +129,10 @@ def run_study(
 
 
 def begin(folder: Path, command: str, recipe: str, details: dict[str, Any]) -> None:
-    """Make the folder of a run or a study, or take up the one that is there.
+    """Create the folder of a run or study, or resume in an existing one.
 
     Raises:
-        InputError: the folder is none of ours, or holds something else.
+        InputError: a folder secateur did not create, or one of another command.
     """
     check_target(folder, replaces=False)
     marker = folder / MARKER
@@ -144,19 +144,19 @@ def begin(folder: Path, command: str, recipe: str, details: dict[str, Any]) -> N
 
 
 def _placed(study: Study) -> Study:
-    """Return paths that hold wherever the cells run."""
+    """Return the study with absolute paths, which are valid wherever the cells run."""
     named = {name: Path(getattr(study, name)) for name in ("model", "texts") if getattr(study, name) != BUNDLED}
     return study.model_copy(update={name: str(path.resolve()) for name, path in named.items() if path.exists()})
 
 
 def _kinds(study: Study) -> tuple[Kind, ...]:
-    """Name the scores that are measured once for all cells: those of one pass, and what the methods read besides."""
+    """Return the scores that are measured once for all cells: those of one pass, and others that the methods use."""
     slow = [kind for part in parts_of(study) for kind in part.method.scores(part.settings)]
     return tuple(dict.fromkeys((*ONE_PASS, *slow)))
 
 
 def _share(study: Study, folder: Path, fingerprint: str, kinds: tuple[Kind, ...], progress: Progress) -> None:
-    """Score and measure the dense model, where that was not done before with the same settings."""
+    """Score and measure the dense model, unless that was done before with the same settings."""
     state = State.of(folder)
     opened: list[Decoder] = []
 
@@ -195,7 +195,7 @@ def _share(study: Study, folder: Path, fingerprint: str, kinds: tuple[Kind, ...]
 
 
 def _phases(cell: Cell, workers: int | None) -> list[tuple[str, ...] | None]:
-    """Say which stages are done at a time: speed is measured when nothing else runs."""
+    """Return which stages run together: speed is measured when nothing else runs."""
     if cell.recipe.bench is None or workers == 1:
         return [None]
     return [("plan", "prune", "heal", "eval", "generate"), ("bench",)]
@@ -204,7 +204,7 @@ def _phases(cell: Cell, workers: int | None) -> list[tuple[str, ...] | None]:
 def _pending(
     row: Sequence[Cell], folder: Path, fingerprint: str, stages: Sequence[str] | None, *, failed: bool
 ) -> tuple[str, ...]:
-    """Name the cells that have something to do; those that failed only where they are to be tried again."""
+    """Return the cells with pending stages; failed ones only if they are to be retried."""
     runs = {cell.name: Run(cell.recipe, folder / CELLS / cell.name, fingerprint=fingerprint) for cell in row}
     for run in runs.values():
         if not run.pending():
@@ -213,7 +213,7 @@ def _pending(
 
 
 def _discard(row: Sequence[Cell], folder: Path, fingerprint: str) -> None:
-    """Remove the checkpoints of cells that share a cut, once all of them are measured; results stay."""
+    """Delete the checkpoints of cells that share a pruned model once all are measured; results are kept."""
     if any(Run(cell.recipe, folder / CELLS / cell.name, fingerprint=fingerprint).pending() for cell in row):
         return
     for cell in row:

@@ -1,1 +1,1 @@
-"""Training what a cut left: one loop for every kind of healing and for the networks that replace blocks."""
+"""Healing recipes: ways to retrain a pruned model."""

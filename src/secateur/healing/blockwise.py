@@ -1,9 +1,9 @@
-"""Block-wise distillation: each block that a cut changed, or that follows a gap, learns the dense model's states.
+"""Block-wise distillation: blocks that pruning changed, or that follow a gap, learn the dense model's hidden states.
 
-Blocks are taken in order and one at a time. A block reads what the healed blocks below it give, so it also makes up
-for what they leave. An edited block learns what enters the next block that is left, since it stands for all up to
-there; one that is as before but follows a gap learns what its original gives. Both models may be skeletons: a block of
-each is in memory at a time, and the states between them in memory-mapped files.
+Blocks are trained in order, one at a time. The input of a block comes from the healed blocks below it, so it also
+corrects their remaining error. The target of an edited block is the input of the next remaining block in the dense
+model, since it replaces all blocks up to there; that of an unchanged block after a gap is the output of its original.
+Both models may be skeletons: one block of each is in memory at a time, and hidden states are in memory-mapped files.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from secateur.training.trainer import TrainingRun, train
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one block learns.
+    """Training target of one block.
 
     Attributes:
         block: its number in the pruned model.
-        depth: the dense model's state it is to give: what enters dense block `depth` (after the last one: X^L).
+        depth: its target is the input of dense block `depth` (after the last one: X^L).
     """
 
     block: int
@@ -42,11 +42,11 @@ class Lesson:
 
 
 def lessons(pruned: Decoder, dense: Decoder, kept: tuple[int, ...]) -> tuple[Lesson, ...]:
-    """Find the blocks that are to learn, by comparing their weights with those of the dense model.
+    """Find the blocks to train, by comparing their weights with those of the dense model.
 
     Args:
         pruned: the pruned model.
-        dense: what it was made from.
+        dense: the model it was made from.
         kept: for each block of the pruned model its number in the dense one.
     """
     found = []
@@ -82,20 +82,20 @@ def heal_blocks(
     recipe: dict[str, Any],
     options: RunOptions = DEFAULTS,
 ) -> tuple[Decoder, dict[int, Outcome]]:
-    """Let every block that a cut touched learn the dense model's states; gives the healed model and how each went.
+    """Train every block that pruning affected on the dense model's states; return the healed model and each outcome.
 
     Args:
-        pruned: the pruned model; it stays as it is.
-        dense: what it was made from, with the same coordinates of the residual stream.
+        pruned: the pruned model; it is not changed.
+        dense: the model it was made from, with the same coordinates of the residual stream.
         kept: for each block of the pruned model its number in the dense one.
-        windows: what is learnt from; some are held back.
+        windows: training windows; some are held out.
         settings: of each block's training.
-        recipe: data that tell this run from another.
-        options: seed of the order of the windows, batch size of the walks; within its work folder a folder for each
-            block.
+        recipe: data that identify this run.
+        options: seed of the order of the windows, batch size of the walks; each block gets a folder within the work
+            folder.
 
     Raises:
-        InputError: the models have other widths, or no block was touched.
+        InputError: the models have different widths, or no block was affected.
     """
     if pruned.hidden_size != dense.hidden_size or pruned.changes_basis:
         raise InputError(
@@ -136,7 +136,7 @@ def heal_blocks(
 
 
 def _advancing(rows: Rows) -> Iterator[int]:
-    """Take windows through one block after the other; gives the depth they have reached."""
+    """Run windows through one block after the other; return the depth they have reached."""
     yield 0
     for index in range(rows.decoder.block_count):
         rows.through(index)
@@ -144,7 +144,7 @@ def _advancing(rows: Rows) -> Iterator[int]:
 
 
 def _with_block(decoder: Decoder, index: int, block: nn.Module) -> Decoder:
-    """Return the decoder with this block, its weights rounded to the dtype to be saved."""
+    """Return the decoder with this block replaced, its weights rounded to the dtype to be saved."""
     stored = {name: one.detach().to(decoder.saved_dtype) for name, one in block.named_parameters()}
     edit = {"healed": [index, [float(one.double().sum()) for one in stored.values()]]}
     return with_block_tensors(

@@ -1,4 +1,4 @@
-"""What a pruned model learns from: running text, or instruction data."""
+"""Training data of healing: running text, or instruction data."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ Data = Windows | InstructionData
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTexts:
-    """How much of which texts a model learns from.
+    """The texts a model is trained on, and how much of them.
 
     Attributes:
         source: see `secateur texts`; None is `python-stdlib`.
-        tokens: how many tokens of it, at most (also "10M"); every token is seen once unless `epochs` says otherwise.
-        instructions: the texts are questions and answers (chat messages, or Alpaca's fields), of which only answers
-            are learnt.
+        tokens: maximum number of tokens (also "10M"); every token is seen once unless `epochs` says otherwise.
+        instructions: the texts are instruction data (chat messages, or Alpaca's fields); the loss covers answers only.
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
     """
 
@@ -42,20 +41,20 @@ class TrainingTexts:
         return int(read_count(self.tokens, "tokens"))
 
     def check(self) -> None:
-        """Find mistakes that show without a model.
+        """Check what can be checked without a model.
 
         Raises:
-            InputError: no number of tokens, or instruction data without a name.
+            InputError: an invalid number of tokens, or instruction data without a source.
         """
         self.token_count  # noqa: B018 - raises
         if self.instructions and self.source is None:
-            raise InputError("instruction data have to be named (--texts alpaca, or a jsonl file).")
+            raise InputError("instruction data need a source (--texts alpaca, or a jsonl file).")
 
 
 def training_data(
     model: Decoder, texts: TrainingTexts | Data | Any, tokens: int | str | None = None, *, seed: int = 0
 ) -> Data:
-    """Open what a model is to learn from.
+    """Open the training data of a model.
 
     Raises:
         InputError: unusable or too little data.

@@ -1,7 +1,7 @@
-"""The dense model teaches: Kullback-Leibler divergence of next-token distributions (Hinton et al. 2015).
+"""Distillation from the dense model: KL divergence of next-token distributions (Hinton et al. 2015).
 
-The teacher runs beside the student, or its most likely tokens are written to disk first, so that only one model is in
-memory at a time. Of a distribution cut to k tokens what is left over counts as one more token.
+The teacher runs next to the student, or its most likely tokens are written to disk first, so that only one model is in
+memory at a time. When a distribution is truncated to k tokens, the remaining probability counts as one more token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from secateur.training.mapped import MappedTensors
 
 
 class Distillation(nn.Module):
-    """KL(teacher ‖ student) at a temperature, times its square; perhaps errors of hidden states besides."""
+    """KL(teacher ‖ student) at a temperature, times its square, plus an optional hidden-state error."""
 
     def __init__(
         self,
@@ -34,14 +34,14 @@ class Distillation(nn.Module):
         hidden_weight: float = 0.0,
         kept: tuple[int, ...] = (),
     ) -> None:
-        """Teach one model by another.
+        """Set up the objective.
 
         Args:
-            student: what is trained.
-            teacher: runs on the same tokens; None where items bring its `top_scores` and `top_tokens`.
-            temperature: logits of both are divided by it.
-            hidden_weight: weight of the mean squared error between what enters each student block and what enters the
-                same block of the teacher, relative to the latter's mean square.
+            student: the model that is trained.
+            teacher: run on the same tokens; None if items hold its `top_scores` and `top_tokens`.
+            temperature: divides the logits of both.
+            hidden_weight: weight of the mean squared error between the inputs of each student block and of the same
+                block of the teacher, relative to the latter's mean square.
             kept: for each student block its number in the teacher.
         """
         super().__init__()
@@ -57,7 +57,7 @@ class Distillation(nn.Module):
         top_scores: torch.Tensor | None = None,
         top_tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sum over predictions, and their number; labels of -100 are not learnt from."""
+        """Return the sum over predictions, and their number; labels of -100 are ignored."""
         given = {"input_ids": tokens, "use_cache": False, "output_hidden_states": self.hidden_weight > 0}
         if mask is not None:
             given["attention_mask"] = mask.long()
@@ -81,7 +81,7 @@ class Distillation(nn.Module):
 
     def _hidden_errors(self, said: Any, taught: Any, mask: torch.Tensor | None) -> torch.Tensor:
         errors = []
-        for place, block in list(enumerate(self.kept))[1:]:  # what enters block 0 are the embeddings
+        for place, block in list(enumerate(self.kept))[1:]:  # the input of block 0 are the embeddings
             own, dense = said.hidden_states[place].float(), taught.hidden_states[block].float()
             if mask is not None:
                 own, dense = own[mask], dense[mask]
@@ -96,7 +96,7 @@ def _log_probabilities(scores: torch.Tensor, wanted: torch.Tensor, temperature: 
 def _cut_divergence(
     student: torch.Tensor, top_scores: torch.Tensor, top_tokens: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
-    """KL over the teacher's top tokens and one more that stands for all others."""
+    """Return the KL divergence over the teacher's top tokens and one token for all others."""
     known = top_scores.float().to(student.device)
     places = top_tokens[:, :-1].flatten(0, 1)[wanted].long().to(student.device)
     own = student.gather(-1, places)
@@ -110,7 +110,7 @@ def _log_of_rest(known: torch.Tensor) -> torch.Tensor:
 
 
 class TeacherScores(MappedTensors):
-    """A teacher's k most likely tokens at every position.
+    """The teacher's k most likely tokens at every position.
 
     Attributes:
         scores: float16 (W, T, k), log-probabilities at the temperature.
@@ -149,12 +149,12 @@ class TeacherScores(MappedTensors):
 
 
 def teacher_bytes(windows: int, seq_len: int, top: int) -> int:
-    """Bytes on disk of so many tokens' scores: a float16 and an int32 each."""
+    """Return the bytes on disk of the scores of so many tokens: a float16 and an int32 each."""
     return windows * seq_len * top * 6
 
 
 class TaughtData(Dataset[dict[str, torch.Tensor]]):
-    """Windows, each with what the teacher said."""
+    """Windows, each with the teacher's top tokens."""
 
     def __init__(self, items: WindowData, said: TeacherScores) -> None:
         """Join windows and scores."""
@@ -169,10 +169,10 @@ class TaughtData(Dataset[dict[str, torch.Tensor]]):
 
 
 def require_same_vocabulary(student: Decoder, teacher: Decoder) -> None:
-    """Refuse a teacher that speaks of other tokens.
+    """Refuse a teacher with another vocabulary.
 
     Raises:
-        InputError: another number of tokens, or other words behind them.
+        InputError: the number of tokens or the vocabulary differs.
     """
     sizes = [one.module.get_output_embeddings().weight.shape[0] for one in (student, teacher)]
     words = [one.tokenizer.get_vocab() if one.tokenizer is not None else None for one in (student, teacher)]

@@ -1,8 +1,8 @@
-"""Instruction data: questions and answers, of which only the answers are learnt.
+"""Instruction data: questions and answers, with a loss on the answers only.
 
-Two shapes are read, from jsonl and parquet files and from data sets on the hub: chat, `messages` of a `role` and a
-`content` each, put into text by the tokenizer's chat template; and Alpaca's `instruction`, `input` and `output` (Taori
-et al. 2023), which become a chat where the tokenizer has a template and plain headed text where it has none.
+Two formats are read from jsonl and parquet files and from Hub data sets: chats, `messages` with `role` and `content`,
+rendered with the tokenizer's chat template; and Alpaca's `instruction`, `input` and `output` (Taori et al. 2023), which
+become a chat if the tokenizer has a template, and plain text with headings otherwise.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class InstructionData(Dataset[dict[str, torch.Tensor]]):
     """Examples as items: `tokens`, `mask` and `labels`, all (T,), padded on the right.
 
     Attributes:
-        rows: token ids of each example and which of them are learnt.
+        rows: token ids of each example, and which of them count in the loss.
         seq_len: T.
-        padding: token id.
-        source: what the user typed.
+        padding: token id of padding.
+        source: the source as the user wrote it.
         fingerprint: of tokens and labels.
-        notes: what the user should be told.
+        notes: remarks for the user.
     """
 
     rows: list[tuple[list[int], list[bool]]]
@@ -60,16 +60,16 @@ class InstructionData(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def token_count(self) -> int:
-        """Tokens in all examples, padding not counted."""
+        """Tokens in all examples, without padding."""
         return sum(len(ids) for ids, _ in self.rows)
 
     def part(self, numbers: range) -> InstructionData:
-        """Return the examples of these numbers."""
+        """Return the examples with these numbers."""
         rows = [self.rows[number] for number in numbers]
         return InstructionData(rows, self.seq_len, self.padding, self.source, self.fingerprint)
 
     def describe(self) -> dict[str, Any]:
-        """Return all but the tokens."""
+        """Return everything but the tokens as plain data."""
         return {
             "source": self.source,
             "fingerprint": self.fingerprint,
@@ -83,7 +83,7 @@ class InstructionData(Dataset[dict[str, torch.Tensor]]):
 def open_instructions(
     source: str, tokenizer: PreTrainedTokenizerBase | None, *, examples: int, seq_len: int, seed: int = 0
 ) -> InstructionData:
-    """Read at most so many examples, shuffled; longer ones than `seq_len` tokens are cut, if an answer is left.
+    """Read at most `examples` examples, shuffled; longer ones than `seq_len` are truncated if an answer remains.
 
     Raises:
         InputError: no tokenizer, a source without instruction data, a chat without a chat template, or nothing usable.
@@ -126,7 +126,7 @@ def _conversations(source: str, seed: int) -> Iterator[list[Message]]:
 
 
 def _encoded(messages: list[Message], tokenizer: PreTrainedTokenizerBase, source: str) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and which belong to what the assistant says (its end of turn included)."""
+    """Return the token ids of a conversation, and which of them the assistant writes (including its end of turn)."""
     ids: list[int] = []
     learnt: list[bool] = []
     for number, message in enumerate(messages):
@@ -161,7 +161,7 @@ def _rendered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, sourc
 
 
 def _headed(messages: list[Message], source: str, *, asks: bool, end: str) -> str:
-    """Text for a tokenizer without a chat template: one question, one answer."""
+    """Return prompt and answer as text, for a tokenizer without a chat template."""
     if [one["role"] for one in messages] not in (["user"], ["user", "assistant"]):
         raise InputError(
             f"{source}: chat messages, but the tokenizer has no chat template; give one (--tokenizer FOLDER), or data "

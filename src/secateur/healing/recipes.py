@@ -1,4 +1,4 @@
-"""The ladder of healing: what each way trains, on what loss, and its settings."""
+"""The healing recipes: what each of them trains, its loss, and its settings."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from secateur.training.weights import Prepared, Trained, prepare
 
 
 class HealingSettings(TrainingSettings):
-    """Settings that every recipe has; rates follow the model's width where none is given."""
+    """Settings shared by all recipes; the default learning rate depends on the model's width."""
 
     learning_rate: float | None = Field(  # type: ignore[assignment]
-        None, gt=0, allow_inf_nan=False, description="of AdamW, at its highest; by itself by the hidden size"
+        None, gt=0, allow_inf_nan=False, description="peak learning rate of AdamW; by default set by the hidden size"
     )
     final_learning_rate: float | None = Field(  # type: ignore[assignment]
-        None, ge=0, allow_inf_nan=False, description="where the cosine ends; by itself a tenth of the highest"
+        None, ge=0, allow_inf_nan=False, description="final learning rate of the cosine; by default a tenth of the peak"
     )
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0")
-    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="of AdamW")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises from 0")
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="weight decay of AdamW")
+    clip: float = Field(1.0, gt=0, description="gradient norm above which gradients are clipped")
     gradient_checkpointing: bool | None = Field(
-        None, description="compute activations twice and keep few; by itself on CUDA"
+        None, description="gradient checkpointing: recompute activations to save memory; by default on CUDA"
     )
 
     def training(self, width: int, per_width: float) -> TrainingSettings:
-        """Return those that the loop takes; a rate that was not given is `per_width` / width."""
+        """Return the settings of the training loop; the default peak learning rate is `per_width` / width."""
         given = {name: getattr(self, name) for name in TrainingSettings.model_fields}
         highest = self.learning_rate or per_width / width
         lowest = highest / 10 if self.final_learning_rate is None else self.final_learning_rate
@@ -53,38 +53,38 @@ class LoraSettings(HealingSettings):
     """Settings of `lora`."""
 
     rank: int = Field(16, ge=1, description="rank of the updates")
-    alpha: int = Field(32, ge=1, description="updates count alpha / rank times")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of what enters the updates")
+    alpha: int = Field(32, ge=1, description="updates are scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the inputs of the updates")
 
 
 class DistillSettings(LoraSettings):
     """Settings of `distill`."""
 
-    trains: Trained = Field("full", description="which weights learn: full, last-layers, lora")
-    temperature: float = Field(1.0, gt=0, description="logits of both models are divided by it")
+    trains: Trained = Field("full", description="which weights are trained: full, last-layers, lora")
+    temperature: float = Field(1.0, gt=0, description="temperature that divides the logits of both models")
     hidden_weight: float = Field(
-        0.0, ge=0, description="weight of the error of what enters each block, beside the divergence of the logits"
+        0.0, ge=0, description="weight of the error of each block's input, added to the divergence of the logits"
     )
     top: int | None = Field(
         None,
         ge=1,
-        description="write the teacher's so many likeliest tokens to disk first, so that only one model is in memory",
+        description="write this many of the teacher's top tokens to disk first, so that only one model is in memory",
     )
 
 
 @dataclass
 class HealingRun:
-    """One healing: who learns what from what.
+    """One healing: the model, its teacher, data and settings.
 
     Attributes:
         decoder: the pruned model.
         teacher: the dense model, for the recipes that have one.
         data: windows of text, or examples.
-        settings: of the recipe.
-        recipe: data that distinguish this healing from another.
-        tracking: where curves go besides.
+        settings: the recipe's settings.
+        recipe: data that identify this healing.
+        tracking: experiment trackers.
         options: batch size of walks without gradients, seed, progress, folder for states.
-        facts: filled with what the record says of how it went.
+        facts: filled with the outcome, for the record.
     """
 
     decoder: Decoder
@@ -103,7 +103,7 @@ class HealingRun:
             InputError: there is none.
         """
         if self.teacher is None:
-            raise InputError("the dense model has to teach here; name it (--teacher MODEL).")
+            raise InputError("this recipe needs the dense model as teacher; name it (--teacher MODEL).")
         return self.teacher
 
     def need_windows(self) -> Windows:
@@ -113,18 +113,18 @@ class HealingRun:
             InputError: the data are examples.
         """
         if isinstance(self.data, InstructionData):
-            raise InputError("this way of healing learns from running text, not from instruction data.")
+            raise InputError("this recipe learns from running text, not from instruction data.")
         return self.data
 
     def items(self) -> tuple[Dataset[Any], Dataset[Any]]:
-        """Return what is trained on and what is held back."""
+        """Return the training set and the held-out set."""
         numbers, held_back = split_off_validation(self.data)
         if isinstance(self.data, InstructionData):
             return self.data.part(numbers), self.data.part(held_back)
         return WindowData(self.data, numbers), WindowData(self.data, held_back)
 
     def run(self, prepared: Prepared, objective: Any, data: Any, held_out: Any, per_width: float) -> Decoder:
-        """Train, and give the healed decoder."""
+        """Train, and return the healed decoder."""
         wanted = self.settings.gradient_checkpointing
         if wanted or (wanted is None and self.decoder.device.type == "cuda"):
             if not self.decoder.module.supports_gradient_checkpointing:
@@ -145,7 +145,7 @@ class HealingRun:
 
 
 def _prepared(job: HealingRun, which: Trained) -> tuple[Prepared, float]:
-    """Make what is trained ready; gives it with its highest rate times the hidden size."""
+    """Prepare the trained model; return it with its peak learning rate times the hidden size."""
     settings = job.settings
     if which != "lora":
         return prepare(job.decoder, which, mixed=settings.evens_out(job.decoder.device)), _RATE
@@ -214,21 +214,21 @@ def _by_blocks(job: HealingRun) -> Decoder:
 
 
 _RATE, _LORA_RATE = 0.05, 0.4
-"""Highest learning rates times the hidden size: 1.2e-5 and 1e-4 at 4096, 2.6e-4 and 2e-3 at 192."""
+"""Peak learning rates times the hidden size: 1.2e-5 and 1e-4 at 4096, 2.6e-4 and 2e-3 at 192."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HealingRecipe:
-    """One way to heal.
+    """A way to retrain a pruned model.
 
     Attributes:
         name: value of `--with`.
         summary: one line.
         settings: its settings and their defaults.
-        heal: does it.
-        teacher: needs the dense model.
-        whole: needs the whole model in memory.
-        passes: what it costs, in forward passes over the tokens it is given.
+        heal: the function that does it.
+        teacher: whether it needs the dense model.
+        whole: whether it needs the whole model in memory.
+        passes: its cost in forward passes over the given tokens.
     """
 
     name: str
@@ -251,7 +251,7 @@ HEALING_RECIPES: Mapping[str, HealingRecipe] = {
         ),
         HealingRecipe(
             name="last-layers",
-            summary="the head and the last three blocks: cheap and strong",
+            summary="the head and the last three blocks",
             settings=HealingSettings,
             heal=_by_language("last-layers"),
             passes=2.0,
@@ -259,7 +259,7 @@ HEALING_RECIPES: Mapping[str, HealingRecipe] = {
         HealingRecipe(name="full", summary="all weights on text", settings=HealingSettings, heal=_by_language("full")),
         HealingRecipe(
             name="distill",
-            summary="the dense model teaches what the next token is (KL), and its hidden states if asked",
+            summary="next-token distribution of the dense model (KL), optionally its hidden states",
             settings=DistillSettings,
             heal=_by_distillation,
             teacher=True,
@@ -267,7 +267,7 @@ HEALING_RECIPES: Mapping[str, HealingRecipe] = {
         ),
         HealingRecipe(
             name="blocks",
-            summary="each block that the cut touched learns the dense model's hidden states, one at a time",
+            summary="each affected block learns the dense model's hidden states, one block at a time",
             settings=HealingSettings,
             heal=_by_blocks,
             teacher=True,
@@ -282,18 +282,18 @@ def find_healing_recipe(name: str) -> HealingRecipe:
     """Return the recipe of this name.
 
     Raises:
-        InputError: no such recipe; the known ones are named.
+        InputError: no such recipe; the message lists the known ones.
     """
     if name not in HEALING_RECIPES:
-        raise unknown("way of healing", name, list(HEALING_RECIPES))
+        raise unknown("healing recipe", name, list(HEALING_RECIPES))
     return HEALING_RECIPES[name]
 
 
 def require_in_memory(recipe: HealingRecipe, model: Decoder) -> None:
-    """Refuse a model that is read block by block where all of it is trained.
+    """Refuse a skeleton for a recipe that needs the whole model.
 
     Raises:
-        InputError: saying what else can be done.
+        InputError: with the alternatives.
     """
     if recipe.whole and model.by_blocks:
         raise InputError(

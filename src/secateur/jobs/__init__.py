@@ -1,1 +1,1 @@
-"""What a command or API call does: prepare, cost, run."""
+"""One job per command or API function: prepare, cost, run."""

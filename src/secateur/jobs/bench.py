@@ -1,4 +1,4 @@
-"""Measure how fast a model is and what memory it takes, beside the dense one."""
+"""The job `bench`: speed and memory of a model, alternating with the dense one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from secateur.run_options import DEFAULTS, RunOptions
 
 @dataclass(frozen=True)
 class BenchJob(Job[list[Result]]):
-    """Timing of a model and of the one it is compared with.
+    """A prepared benchmark of a model and, optionally, the one it is compared with.
 
     Attributes:
-        model: the open model; a skeleton is read into memory for this.
-        against: the dense model, measured in turn with it; None compares with nothing.
+        model: the open model; a skeleton is read into memory.
+        against: the dense model, measured alternately; None measures one model.
         timing: requests and rounds.
         options: seed of the prompts, progress.
     """
@@ -57,7 +57,7 @@ class BenchJob(Job[list[Result]]):
         return cls(model, against, timing or Timing(), options)
 
     def cost(self) -> JobCost:
-        """Return what timing takes: memory; how long it takes is what it measures."""
+        """Return the memory the benchmark needs; its duration is what it measures."""
         models = [one for one in (self.model, self.against) if one is not None]
         batches = ",".join(map(str, self.timing.batch_sizes))
         rounds = f"batch sizes {batches}, {self.timing.warmup} + {self.timing.repeats} rounds"
@@ -65,7 +65,7 @@ class BenchJob(Job[list[Result]]):
         return JobCost(models=tuple(map(describe_model, models)), reads=rounds, memory=memory)
 
     def run(self) -> list[Result]:
-        """Time."""
+        """Run the benchmark."""
         return measure_speed(self.model, self.against, self.timing, self.options)
 
 

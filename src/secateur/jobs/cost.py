@@ -1,4 +1,4 @@
-"""What a job will need, said before it starts: memory from shapes, time from a short measurement here and now."""
+"""Cost estimates of jobs: memory from tensor shapes, time from a short measurement on this machine."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ import torch
 from secateur.models.decoder import Decoder
 
 _EFFICIENCY = 0.6
-"""Share of the speed of one large matrix product that a decoder's forward pass reaches, roughly."""
+"""Approximate throughput of a decoder's forward pass relative to one large matrix product."""
 _OVERHEAD_BYTES = 500 << 20
 
 
 class Counted(Protocol):
-    """Windows of text or examples: how many, how long, and where they are from."""
+    """Windows of text or examples, with their number, length and source."""
 
     @property
     def source(self) -> str:
-        """What the user typed."""
+        """The source as the user wrote it."""
 
     @property
     def seq_len(self) -> int:
-        """Tokens in each."""
+        """Tokens in each window."""
 
     @property
     def token_count(self) -> int:
-        """Tokens in all of them."""
+        """Tokens in all windows."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should be told."""
+        """Remarks for the user."""
 
     def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of a job.
+    """One phase of a job.
 
     Attributes:
-        name: what it does: `plan`, `apply`; empty where a job has one part.
-        forwards: plain forward passes over all windows it amounts to.
-        seconds: wall time, within a factor of two or so.
+        name: `plan` or `apply`; empty if the job has a single phase.
+        forwards: its work in plain forward passes over all windows.
+        seconds: estimated wall time, to within about a factor of two.
     """
 
     name: str
@@ -55,15 +55,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class JobCost:
-    """What a job takes.
+    """Estimated cost of a job.
 
     Attributes:
         models: a line about each model it opens.
-        reads: what it reads, in a line; empty where it reads no text.
-        phases: its parts in order.
-        memory: bytes at the peak: weights, hidden states in flight, and the interpreter itself.
-        disk: what is written to temporary files, in lines.
-        notes: what the user should know of the texts.
+        reads: a line about the texts it reads; empty if it reads none.
+        phases: its phases in order.
+        memory: peak bytes: weights, hidden states in flight, and the interpreter itself.
+        disk: lines about temporary files.
+        notes: remarks on the texts.
     """
 
     models: tuple[str, ...]
@@ -79,7 +79,7 @@ class JobCost:
         return sum(phase.seconds for phase in self.phases)
 
     def lines(self) -> list[str]:
-        """Say it in a few lines."""
+        """Return the estimate as a few lines of text."""
         needs = f"needs about {_size(self.memory)} of memory"
         if self.phases:
             times = [f"{phase.name}: {_duration(phase.seconds)}" for phase in self.phases if phase.name]
@@ -88,7 +88,7 @@ class JobCost:
 
 
 def describe_model(model: Decoder) -> str:
-    """Say in a line what a model is and how it is held."""
+    """Return a line about a model: size, how it is held, dtype, device."""
     how = "skeleton, block by block" if model.by_blocks else "in memory"
     return (
         f"{model.source}: {model.parameter_count:,} parameters, {model.block_count} blocks, {how}, "
@@ -109,11 +109,11 @@ def cost_of(
 
     Args:
         model: the model it works on.
-        data: what it reads.
+        data: the texts it reads.
         forwards: plain forward passes over the data, by phase.
-        also: other models that are open meanwhile.
-        beside: bytes that are held beside the model.
-        disk: what goes to temporary files, in lines.
+        also: other models that are open at the same time.
+        beside: bytes held in addition to the models.
+        disk: lines about temporary files.
     """
     phases = [Phase(name, passes, seconds_of(model, data.token_count, passes)) for name, passes in forwards.items()]
     memory = memory_of(model, data.token_count) + beside + sum(memory_of(one, 0) - _OVERHEAD_BYTES for one in also)
@@ -128,9 +128,9 @@ def cost_of(
 
 
 def memory_of(model: Decoder, tokens: int, *, whole: bool = False) -> int:
-    """Return the bytes a model takes at the peak of a walk over so many tokens.
+    """Return the peak bytes of walking so many tokens through a model.
 
-    With `whole` all weights count, of a skeleton too: they will be held together.
+    With `whole`, all weights of a skeleton count too, because they will be in memory together.
     """
     itemsize = model.module.dtype.itemsize
     blocks = model.block_parameter_counts()
@@ -142,7 +142,7 @@ def memory_of(model: Decoder, tokens: int, *, whole: bool = False) -> int:
 
 
 def seconds_of(model: Decoder, tokens: int, forwards: float) -> float:
-    """Estimate the wall time of `forwards` forward passes over so many tokens; a short measurement, here and now."""
+    """Estimate the wall time of `forwards` forward passes over so many tokens, from a short measurement."""
     if not forwards:
         return 0.0
     operations = 2.0 * tokens * forwards * _active_parameters(model)
@@ -150,7 +150,7 @@ def seconds_of(model: Decoder, tokens: int, forwards: float) -> float:
 
 
 def _active_parameters(model: Decoder) -> float:
-    """Parameters that take part for one token; of stacked experts only those the router picks."""
+    """Return the parameters used per token; of stacked experts, only as many as the router picks."""
     picked = getattr(model.config, "num_experts_per_tok", None)
     total = 0.0
     for parameter in model.module.parameters():
@@ -160,7 +160,7 @@ def _active_parameters(model: Decoder) -> float:
 
 
 def _operations_per_second(model: Decoder) -> float:
-    """Time a few matrix products of the model's width and dtype on its device."""
+    """Return the speed of a few matrix products of the model's width and dtype on its device."""
     width = max(256, min(model.hidden_size, 4096))
     left = torch.ones(512, width, dtype=model.module.dtype, device=model.device)
     right = torch.ones(width, 2 * width, dtype=model.module.dtype, device=model.device)

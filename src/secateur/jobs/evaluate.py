@@ -1,4 +1,4 @@
-"""Measure how good a model still is, beside the dense one."""
+"""The job `evaluate`: perplexity and tasks of a model and of the dense one, and reusable dense measurements."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 
 Tasks = str | Sequence[str] | TaskRequest | None
-"""Names of tasks, or a request that says how many questions, or None."""
+"""Names of tasks, or a `TaskRequest`, or None."""
 
 
 @dataclass(frozen=True)
 class EvaluateJob(Job[list[Result]]):
-    """Measurements of a model and of the one it is compared with.
+    """A prepared evaluation of a model and, optionally, of the one it is compared with.
 
     Attributes:
-        model: the open model; None measures the dense one alone.
-        against: the dense model, or what it came to when it was measured before; None compares with nothing.
-        windows: held-out windows for perplexity; None measures none.
-        tasks: what is asked; None asks nothing.
-        options: how the run goes.
+        model: the open model; None measures only the dense one.
+        against: the dense model, or its earlier measurements; None compares with nothing.
+        windows: held-out windows for perplexity; None skips perplexity.
+        tasks: tasks to run; None runs none.
+        options: run options.
     """
 
     model: Decoder | None
@@ -86,12 +86,12 @@ class EvaluateJob(Job[list[Result]]):
 
     @property
     def models(self) -> dict[str, Decoder]:
-        """The models that are measured, by role."""
+        """Return the models that are measured, by role."""
         both = {"model": self.model, "against": self.against}
         return {role: one for role, one in both.items() if isinstance(one, Decoder)}
 
     def cost(self) -> JobCost:
-        """Return what measuring takes."""
+        """Return the cost of measuring."""
         models = list(self.models.values())
         first = models[0]
         if self.windows is None:
@@ -102,7 +102,7 @@ class EvaluateJob(Job[list[Result]]):
         return cost_of(first, self.windows, {"": passes}, also=models[1:])
 
     def run(self) -> list[Result]:
-        """Measure."""
+        """Run the evaluation."""
         known = self.against if isinstance(self.against, Reference) else Reference()
         asked: list[Result] = []
         if self.tasks is not None:
@@ -121,10 +121,10 @@ evaluate = function_of(EvaluateJob.prepare, "evaluate")
 
 
 def require_same_vocabulary(model: Decoder, against: Decoder) -> None:
-    """Refuse two models that do not read the same tokens.
+    """Refuse two models with different vocabularies.
 
     Raises:
-        InputError: naming both.
+        InputError: the message names both.
     """
     if model.tokenizer is None or against.tokenizer is None:
         return
@@ -143,9 +143,9 @@ def measure_reference(
     tasks: Tasks = None,
     options: RunOptions = DEFAULTS,
 ) -> Reference:
-    """Measure the dense model once for many that are compared with it; arguments as for `evaluate`.
+    """Measure the dense model once, for comparison with many others; the arguments are those of `evaluate`.
 
-    Perplexity is always measured, tasks where some are named; with stability all of them must have options.
+    Perplexity is always measured, tasks only if some are named; with stability, all of them must have options.
 
     Raises:
         InputError, NumericsError: as `evaluate`.

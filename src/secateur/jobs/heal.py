@@ -1,4 +1,4 @@
-"""Train a pruned model to get back what the cut has cost."""
+"""The job `heal`: retrain a pruned model to recover its quality."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from secateur.training.trainer import UNTRACKED, Tracking, check_trackers
 
 @dataclass(frozen=True)
 class HealJob(Job[Decoder]):
-    """A healing to be done.
+    """A prepared healing.
 
     Attributes:
-        model: the pruned model; it stays as it is.
-        recipe: how it is trained.
-        data: what it learns from.
-        teacher: the dense model, where the recipe has one.
-        settings: the recipe's.
-        tracking: where curves go besides.
-        options: how the run goes.
+        model: the pruned model; it is not changed.
+        recipe: the healing recipe.
+        data: the training data.
+        teacher: the dense model, if the recipe needs one.
+        settings: the recipe's settings.
+        tracking: experiment trackers.
+        options: run options.
     """
 
     model: Decoder
@@ -85,12 +85,12 @@ class HealJob(Job[Decoder]):
         return cls(model, recipe, data, teacher if recipe.teacher else None, read, tracking, options)
 
     def cost(self) -> JobCost:
-        """Return what training takes."""
+        """Return the cost of training."""
         also = [] if self.teacher is None else [self.teacher]
         return cost_of(self.model, self.data, {"": self.recipe.passes}, also=also)
 
     def run(self) -> Decoder:
-        """Train."""
+        """Train, and return the healed model."""
         facts: dict[str, Any] = {
             "with": self.recipe.name,
             "texts": self.data.describe(),
@@ -120,16 +120,16 @@ heal = function_of(HealJob.prepare, "heal")
 
 
 def dense_source(model: Decoder) -> str:
-    """Name the model that a pruned one was made from; itself where nothing is known."""
+    """Return the source of the model that a pruned one was made from, or its own if that is unknown."""
     first = next(iter(plans_in(model.history)), None)
     return first.model.source if first else model.source
 
 
 def require_origin(model: Decoder, teacher: Decoder) -> None:
-    """Refuse a teacher nobody named that is not the model the first plan was made for.
+    """Refuse a default teacher that is not the model the first plan was made for.
 
     Raises:
-        InputError: with both names.
+        InputError: the message names both.
     """
     first = next(iter(plans_in(model.history)), None)
     if first is not None and first.model.fingerprint != teacher.fingerprint:

@@ -1,7 +1,7 @@
-"""What every job is: prepared once (everything read and checked), it says what it needs, and runs.
+"""The interface of jobs: a request is prepared once, its cost is estimated, and it is run.
 
-`prepare` is where a request meets a model: names, settings, amounts and texts are read and checked there and nowhere
-else. `cost` tells what running would take and does nothing; `run` does the work.
+`prepare` (a class method of each job) checks a request against a model: names, settings, amounts and texts are read
+there and nowhere else. `cost` estimates without running anything; `run` does the work.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Asked = ParamSpec("Asked")
 
 
 class Job(ABC, Generic[Result]):
-    """A prepared job."""
+    """A prepared request."""
 
     @abstractmethod
     def cost(self) -> JobCost:
-        """Return what running takes: time by phase, memory, disk.
+        """Return the estimated cost: time by phase, memory, disk.
 
         Raises:
             OSError: the disk has no room for what would be written.
@@ -33,7 +33,7 @@ class Job(ABC, Generic[Result]):
         """Do the work.
 
         Raises:
-            SecateurError: as the job's `prepare` says.
+            SecateurError: as documented for the public function.
         """
 
 

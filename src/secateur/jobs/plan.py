@@ -1,4 +1,4 @@
-"""Decide what to cut, with any method."""
+"""The job `plan`: decide what to remove, with one or several methods."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from secateur.versions import __version__
 
 @dataclass(frozen=True)
 class PlanJob(Job[Plan]):
-    """A decision to be made for one model.
+    """A prepared plan request for one model.
 
     Attributes:
         model: the open model; it is not changed.
-        method: the methods as they were named.
+        method: the methods as the user wrote them.
         parts: the methods with their settings and shares.
-        budget: what is to go altogether.
-        windows: what the model is measured on; None where nothing is measured.
-        scores: scores of this model and these texts, measured before; None measures them.
-        options: how the run goes.
+        budget: the total budget.
+        windows: calibration windows; None if nothing is measured.
+        scores: scores measured earlier on this model and these texts; None measures them.
+        options: run options.
     """
 
     model: Decoder
@@ -98,7 +98,7 @@ class PlanJob(Job[Plan]):
         return cls(model, method, parts, budget, used, scores, options)
 
     def forwards(self) -> float:
-        """Plain forward passes over the windows that deciding amounts to."""
+        """Return the cost of deciding in plain forward passes over the windows."""
         if self.scores is not None and len(self.parts) == 1:
             return 0.0
         gone = expected_blocks(self.budget, self.model)
@@ -107,20 +107,20 @@ class PlanJob(Job[Plan]):
         )
 
     def apply_forwards(self) -> float:
-        """Plain forward passes that applying such a plan amounts to, before there is one."""
+        """Return the cost of applying such a plan in plain forward passes, estimated before there is one."""
         if self.windows is None:
             return 0.0
         tokens = self.windows.token_count
         return sum(part.method.apply_forwards(part.settings, tokens) for part in self.parts)
 
     def cost(self) -> JobCost:
-        """Return what deciding takes, and what applying the plan will."""
+        """Return the cost of deciding, and of applying the plan."""
         if self.windows is None:
             return JobCost(models=(describe_model(self.model),), reads="nothing is measured")
         return cost_of(self.model, self.windows, {"plan": self.forwards(), "apply": self.apply_forwards()})
 
     def run(self) -> Plan:
-        """Decide."""
+        """Decide, and return the plan."""
         decided = decide(self.parts, self.budget, Measurements(self.model, self.windows, self.options, self.scores))
         methods = {"methods": self.method} if len(self.parts) > 1 else {}
         return Plan(
@@ -139,7 +139,7 @@ make_plan = function_of(PlanJob.prepare, "make_plan")
 
 
 def expected_blocks(budget: Budget, model: Decoder) -> int:
-    """Return about how many blocks' worth of parameters a budget removes, for an estimate of cost."""
+    """Return approximately how many blocks' worth of parameters a budget removes, for cost estimates."""
     inside = model.block_parameter_counts()
     total, each = model.parameter_count, sum(inside) / len(inside)
     value = budget.value

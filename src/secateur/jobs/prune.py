@@ -1,4 +1,4 @@
-"""Apply a plan."""
+"""The job `prune`: apply a plan to a model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from secateur.run_options import DEFAULTS, RunOptions
 
 @dataclass(frozen=True)
 class PruneJob(Job[Decoder]):
-    """A plan to be applied.
+    """A plan prepared for application.
 
     Attributes:
-        model: the model it was made for; it stays as it is.
+        model: the model it was made for; it is not changed.
         plan: the plan.
-        windows: what its edits are measured on; None where none of them measures.
-        options: how the run goes; the seed is the plan's.
+        windows: calibration windows for steps that measure; None if no step does.
+        options: run options; the seed is the plan's.
     """
 
     model: Decoder
@@ -57,13 +57,13 @@ class PruneJob(Job[Decoder]):
             InputError: the plan is for another model, cannot be applied to this one, or needs texts that are gone.
         """
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
-        if model.fingerprint:  # weights that are not here have none yet
+        if model.fingerprint:  # a model whose weights are not available locally has none yet
             require_made_for(plan, model)
         windows = windows_of_plan(model, plan, texts) if any(step.measures for step in plan.steps) else None
         return cls(model, plan, windows, replace(options, seed=plan.seed))
 
     def cost(self) -> JobCost:
-        """Return what applying takes.
+        """Return the cost of applying the plan.
 
         Raises:
             OSError: the disk has no room for the new weights.
@@ -80,7 +80,7 @@ class PruneJob(Job[Decoder]):
         return apply_plan(self.plan, Measurements(self.model, self.windows, self.options))
 
     def _new_bytes(self, itemsize: int) -> int:
-        """Bytes of weights that are made anew, beside the old ones."""
+        """Return the bytes of newly created weights, in addition to the old ones."""
         rebuilt = any(step.rebuilds for step in self.plan.steps)
         return self.plan.parameters_after * itemsize if rebuilt else 0
 

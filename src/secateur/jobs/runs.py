@@ -1,4 +1,4 @@
-"""Where commands put what they make when no place was named."""
+"""Default output folders of commands, folders for training states, and markers of secateur's own folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RUNS = Path("secateur-runs")
 
 
 def run_folder(model: str, command: str) -> Path:
-    """Name a new folder `secateur-runs/<model>-<command>-<time>`."""
+    """Return the path of a new folder `secateur-runs/<model>-<command>-<time>`."""
     stem = f"{Path(model.rstrip('/')).name or 'model'}-{command}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RUNS / stem
     number = 1
@@ -26,11 +26,11 @@ def run_folder(model: str, command: str) -> Path:
 
 
 def training_folder(target: Path) -> Path:
-    """Name the folder beside a target in which training keeps its states until the target is there."""
+    """Return the folder next to a target in which training saves its states until the target is written."""
     return target.with_name(f"{target.name}.training")
 
 
 def write_marker(folder: Path, command: str, details: dict[str, Any]) -> None:
-    """Leave the file by which a later run knows this folder as its own."""
+    """Write the file that marks a folder as created by secateur."""
     record = {"secateur": versions()["secateur"], "command": command, **details, "versions": versions()}
     replace_file(folder / MARKER, json.dumps(record, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Measure where a model is redundant."""
+"""The job `score`: redundancy scores of a model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from secateur.scores.profile import KINDS, ONE_PASS, Kind, Scores
 
 @dataclass(frozen=True)
 class ScoreJob(Job[Scores]):
-    """Scores of one model on some windows.
+    """A prepared measurement of redundancy scores.
 
     Attributes:
         model: the open model.
-        windows: what it is measured on.
-        kinds: what is measured.
-        options: how the run goes.
+        windows: calibration windows.
+        kinds: the scores to measure.
+        options: run options.
     """
 
     model: Decoder
@@ -67,12 +67,12 @@ class ScoreJob(Job[Scores]):
         return cls(model, used, tuple(kinds), options)
 
     def cost(self) -> JobCost:
-        """Return what measuring takes."""
+        """Return the cost of measuring."""
         removal = (self.model.block_count / 2 + 1) * ("perplexity" in self.kinds)
         return cost_of(self.model, self.windows, {"": 1.1 + removal + 4 * ("taylor" in self.kinds)})
 
     def run(self) -> Scores:
-        """Measure."""
+        """Measure the scores."""
         return score_model(self.model, self.windows, self.kinds, options=self.options)
 
 

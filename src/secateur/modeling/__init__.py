@@ -1,6 +1,6 @@
-"""The modelling file for shapes that no stock architecture can hold; it travels with the weights.
+"""The modelling file for shapes that no stock architecture supports; it is saved next to the weights.
 
-Importing secateur makes it known to the Auto classes of transformers, so that such folders open without remote code.
+Importing this package registers it with transformers' Auto classes, so that such folders open without remote code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_secateur.SecateurModel",
     "AutoModelForCausalLM": "modeling_secateur.SecateurForCausalLM",
 }
-"""What `config.json` says, so that `trust_remote_code=True` finds the classes without secateur."""
+"""Entries of `config.json` by which `trust_remote_code=True` finds the classes without secateur."""
 
 SecateurConfig.register_for_auto_class()
 SecateurModel.register_for_auto_class("AutoModel")

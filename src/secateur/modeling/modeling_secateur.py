@@ -1,10 +1,10 @@
-"""A pre-norm decoder whose residual stream may change its width and its basis from one reading point to the next.
+"""A pre-norm decoder whose residual stream may change its width and basis from one reading point to the next.
 
-Written by secateur beside the weights of pruned models; needs transformers and nothing else. Scales and biases of
-norms are folded into the linear layers that follow them, and for LayerNorm models the mean is taken out of whatever
-writes to the residual stream, so that every norm here is the same function without parameters. Sequential blocks
-read the stream twice (attention, MLP), parallel blocks once; where the basis or the width changes between two
-reading points, a shortcut matrix carries the residual from one to the other.
+Saved by secateur next to the weights of pruned models; needs only transformers. Scales and biases of norms are folded
+into the linear layers that follow them, and for LayerNorm models the mean subtraction into the layers that write to the
+residual stream, so that every norm here is the same function without parameters. Sequential blocks read the stream
+twice (attention, MLP), parallel blocks once; where the basis or the width changes between two reading points, a
+shortcut matrix maps the residual from one to the other.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ class SecateurConfig(PreTrainedConfig):
         hidden_size: width D of the dense model's residual stream; every norm divides by it.
         widths: width at each reading point and, last, at the head; 2L+1 numbers for sequential blocks, L+1 for
             parallel ones. None means hidden_size everywhere.
-        shortcuts: for each of the residual connections between neighbouring reading points, whether a matrix
-            carries it. None means none.
+        shortcuts: for each residual connection between adjacent reading points, whether it has a shortcut matrix.
+            None means none.
         parallel: attention and MLP read the same normed state and are added to the same residual.
         intermediate_sizes: width of each block's MLP (of each of its experts).
         heads, key_value_heads: numbers of query and of key/value heads of each block. None means the same everywhere.
         experts: number of experts of each block, 0 for a dense MLP. None means dense everywhere.
-        networks: for each block "", or the light network that stands in for several blocks: `ffn`,
-            `down(gelu(up(x)))`, or `swiglu`, `down(silu(gate(x)) * up(x))`, without attention. None means no network.
+        networks: for each block "", or the module without attention that replaces several blocks: `ffn`,
+            `down(gelu(up(x)))`, or `swiglu`, `down(silu(gate(x)) * up(x))`. None means no such module.
         final_scale: the last norm has scales of its own, as a head tied to the embeddings needs.
-        gated: the MLP is `down(act(gate(x)) * up(x))`, else `down(act(up(x)))`.
+        gated: the MLP is `down(act(gate(x)) * up(x))`, otherwise `down(act(up(x)))`.
         positions: `rope`, `learned` (a table added to the embeddings), `learned-unpadded` (the same, counted without
             padding) or `alibi` (slopes below).
-        alibi_scale: what slope times position is multiplied by.
+        alibi_scale: factor of slope times position.
         alibi_in_bfloat16: slope times position is rounded to bfloat16, as Falcon does.
-        rope_blocks: for each block whether it applies rotary positions. None means all.
+        rope_blocks: for each block, whether it applies rotary positions. None means all.
         qk_norm: `rms` or `layernorm` over each head of queries and keys, or None.
-        qk_norm_per_head: each head has scales of its own, instead of one set for all heads.
+        qk_norm_per_head: whether each head has its own scales, instead of one set for all heads.
         clip_qkv: limit of queries, keys and values, or None.
         qkv_bias, attention_out_bias, mlp_bias, mlp_out_bias, head_bias: which linear layers have a bias.
     """
@@ -103,7 +103,7 @@ class SecateurConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in what follows from the rest."""
+        """Fill in defaults that follow from other fields."""
         blocks = self.num_hidden_layers
         points = (1 if self.parallel else 2) * blocks + 1
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -140,17 +140,17 @@ class SecateurConfig(PreTrainedConfig):
 
 
 class ScaleFreeNorm(nn.Module):
-    """Divide by the root of the mean square over the dense width: `x / sqrt(sum(x²) / D + eps)`."""
+    """RMS norm over the dense width: `x / sqrt(sum(x²) / D + eps)`."""
 
     def __init__(self, width: int, eps: float, scales: int = 0) -> None:
-        """Norm for a dense width D; on request its result is multiplied by this many scales."""
+        """Norm for a dense width D, optionally with this many scales."""
         super().__init__()
         self.width, self.eps, self.scaled = width, eps, bool(scales)
         if scales:
             self.weight = nn.Parameter(torch.ones(scales))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Norm the last dimension, in float32 at least."""
+        """Normalise the last dimension, at least in float32."""
         exact = hidden_states if hidden_states.dtype == torch.float64 else hidden_states.float()
         square = exact.pow(2).sum(-1, keepdim=True) / self.width
         normed = (exact * torch.rsqrt(square + self.eps)).to(hidden_states.dtype)
@@ -168,7 +168,7 @@ class HeadNorm(nn.Module):
         self.centred, self.eps = config.qk_norm == "layernorm", config.norm_eps
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Norm the last dimension, in float32."""
+        """Normalise the last dimension, in float32."""
         exact = states.float()
         if self.centred:
             exact = exact - exact.mean(-1, keepdim=True)
@@ -177,7 +177,7 @@ class HeadNorm(nn.Module):
 
 
 class SecateurAttention(nn.Module):
-    """Attention with grouped key/value heads; heads keep their size whatever the width of the stream."""
+    """Attention with grouped key/value heads, whose size does not depend on the width of the stream."""
 
     def __init__(self, config: SecateurConfig, layer_idx: int, width_in: int, width_out: int) -> None:
         """Attention of one block, reading `width_in` and writing `width_out` directions."""
@@ -206,7 +206,7 @@ class SecateurAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend; gives what is added to the residual stream, and the attention weights where they exist."""
+        """Attend; return what is added to the residual stream, and the attention weights if available."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         projected = [projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         if self.config.clip_qkv is not None:
@@ -234,7 +234,7 @@ class SecateurAttention(nn.Module):
 
 
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply rotary positions to the first dimensions of each head, as many as the tables have."""
+    """Apply rotary positions to as many leading dimensions of each head as the tables have."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned, rest = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
     return torch.cat((turned * cos + rotate_half(turned) * sin, rest), dim=-1)
@@ -244,7 +244,7 @@ _NETWORKS = {"ffn": (False, True, True, "gelu"), "swiglu": (True, False, False, 
 
 
 def mlp_traits(config: SecateurConfig, network: str = "") -> tuple[bool, bool, bool, str]:
-    """Return an ordinary block's or a network's: gated, bias of what reads, bias of what writes, activation."""
+    """Return the MLP's traits, of a block or replacement module: gated, input bias, output bias, activation."""
     ordinary = (config.gated, config.mlp_bias, config.mlp_out_bias, config.hidden_act)
     return _NETWORKS[network] if network else ordinary
 
@@ -269,7 +269,7 @@ class SecateurMLP(nn.Module):
 
 
 class SecateurExperts(nn.Module):
-    """Mixture of gated experts; each token goes to the few that the router likes best."""
+    """Mixture of gated experts; the router sends each token to its top experts."""
 
     def __init__(self, config: SecateurConfig, count: int, inner: int, width_in: int, width_out: int) -> None:
         """Build `count` experts of `inner` channels each."""
@@ -282,7 +282,7 @@ class SecateurExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum of what the chosen experts say."""
+        """Return the weighted sum of the chosen experts' outputs."""
         tokens = hidden_states.flatten(0, -2)
         share = self.gate(tokens).float().softmax(-1)
         best, chosen = share.topk(self.picked, dim=-1)
@@ -304,10 +304,10 @@ class SecateurExperts(nn.Module):
 
 
 class SecateurDecoderLayer(GradientCheckpointingLayer):
-    """One block: attention and MLP, each between a norm and a residual connection; a network has an MLP alone."""
+    """A block: attention and MLP, each with a norm and a residual connection; replacement modules have an MLP only."""
 
     def __init__(self, config: SecateurConfig, layer_idx: int) -> None:
-        """Block of the widths that the configuration gives it."""
+        """Block with the widths that the configuration gives it."""
         super().__init__()
         self.parallel = config.parallel
         step = 1 if config.parallel else 2
@@ -327,7 +327,7 @@ class SecateurDecoderLayer(GradientCheckpointingLayer):
         self.mlp_shortcut = _shortcut(widths[-2], widths[-1], matrices[-1])
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Take the residual stream (batch, positions, width in) to (batch, positions, width out)."""
+        """Map the residual stream (batch, positions, width in) to (batch, positions, width out)."""
         attended = self.attention_branch(hidden_states, **kwargs)
         if self.parallel:
             return self.mlp_shortcut(hidden_states) + attended + self.mlp_branch(hidden_states)
@@ -337,19 +337,19 @@ class SecateurDecoderLayer(GradientCheckpointingLayer):
     def attention_branch(
         self, hidden_states: torch.Tensor, use_cache: bool | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """What attention adds to the residual stream: nothing where there is none."""
+        """Return what attention adds to the residual stream: nothing if there is none."""
         if self.self_attn is None:
             _note_positions(kwargs.get("past_key_values"), self.layer_idx, hidden_states)
             return hidden_states.new_zeros(())
         return self.self_attn(self.norm(hidden_states), **kwargs)[0]
 
     def mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the MLP adds to the residual stream."""
+        """Return what the MLP adds to the residual stream."""
         return self.mlp(self.norm(hidden_states))
 
 
 def _note_positions(cache: Any, layer_idx: int, hidden_states: torch.Tensor) -> None:
-    """Tell the cache how many positions were seen, by one number each: it may ask any block for that."""
+    """Let the cache count the positions seen, with one value each, because it may ask any block for that count."""
     if cache is not None:
         mark = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
         cache.update(mark, mark, layer_idx)
@@ -360,7 +360,7 @@ def _shortcut(width_in: int, width_out: int, matrix: bool) -> nn.Module:
 
 
 class SecateurPreTrainedModel(PreTrainedModel):
-    """What the model with and without head share."""
+    """Shared by the model with and without head."""
 
     config: SecateurConfig
     config_class = SecateurConfig
@@ -449,7 +449,7 @@ class SecateurModel(SecateurPreTrainedModel):
         return {kind: self._with_slopes(mask, given, seen) for kind, mask in masks.items()}
 
     def _with_slopes(self, mask: torch.Tensor, given: dict[str, Any], seen: int) -> torch.Tensor:
-        """Add to each head its slope times the position of the key."""
+        """Add each head's slope times the position of the key."""
         hidden, real = given["inputs_embeds"], given["attention_mask"]
         place = torch.arange(mask.shape[-1], device=hidden.device)[None]
         if real is not None and real.dim() == 2:

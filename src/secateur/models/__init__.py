@@ -1,1 +1,1 @@
-"""What a decoder looks like, and how it is opened."""
+"""Opening models, their families and structure, and running them block by block."""

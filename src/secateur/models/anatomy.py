@@ -1,7 +1,7 @@
-"""What a decoder looks like: where its parts are and which traits they have, as data.
+"""The structure of a decoder as data: where its parts are, and their traits.
 
-A `Family` is one row of `families.py`; an `Anatomy` is that row held against a real module: every name in it
-has been found there. Paths of projections and norms are relative to a block, all others to the whole model.
+A `Family` is one row of `families.py`; an `Anatomy` is that row matched against a module, in which every name has been
+found. Paths of projections and norms are relative to a block, all others to the whole model.
 """
 
 from __future__ import annotations
@@ -24,54 +24,54 @@ Positions = Literal["rope", "rope-interleaved", "learned", "learned-unpadded", "
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One architecture as data. Names that a configuration may leave out are simply absent from the block."""
+    """One architecture as data. Parts that only some configurations have may be missing from a block."""
 
     model_type: str
     blocks: str = "model.layers"
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     final: tuple[str, ...] = ("model.norm",)
-    """What stands between the last block and the head: the final norm, then a projection if there is one."""
+    """Modules between the last block and the head: the final norm, then a projection if there is one."""
     head: str = "lm_head"
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     norm: NormKind = "rms"
     order: NormOrder = "pre"
     parallel: bool | str = False
-    """Attention and MLP side by side on one residual; a string names the configuration flag that decides."""
+    """Whether attention and MLP run in parallel on one residual; a string names the configuration flag that decides."""
     qkv: QkvLayout = "separate"
-    """How query, key and value rows lie in the input projection of attention: three projections, one above the
-    other, or for each key/value head its queries, its key and its value."""
+    """Layout of query, key and value rows in attention's input projection: three projections, stacked in one, or for
+    each key/value head its queries, its key and its value."""
     attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     attention_out: tuple[str, ...] = ("self_attn.o_proj",)
     attention_norms: tuple[str, ...] = ()
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     attention_scale: str = "self_attn.scaling"
-    """Where a block keeps the number that products of queries and keys are multiplied by."""
+    """Attribute of a block with the factor that query-key products are multiplied by."""
     mlp_out: tuple[str, ...] = ("mlp.down_proj",)
     mlp_layout: MlpLayout = "gate-up"
-    """A gate and an up projection, both stacked in one, or an up projection alone."""
+    """A gate and an up projection, both stacked in one projection, or an up projection alone."""
     inner_size: str | None = "intermediate_size"
     """Configuration entry with the width of a dense MLP, or a list of them; None where other sizes imply it."""
     expert_size: str | None = None
     """Configuration entry with the width of one expert of a mixture."""
     free_heads: bool = True
-    """The heads together may be narrower than the hidden size, their own size being named by `head_dim`."""
+    """Whether the heads together may be narrower than the hidden size, with `head_dim` in the configuration."""
     activation: str = "hidden_act"
     """Configuration entry with the name of the MLP's activation, or the name itself."""
     positions: Positions = "rope"
-    """Rotary (pairs in the halves of a head, or side by side), a table (counted with or without padding), ALiBi."""
+    """Rotary (pairs split over a head's halves, or interleaved), a table (counted with or without padding), ALiBi."""
     alibi_flag: str | None = None
-    """Configuration entry that says, where it is true, that positions are ALiBi after all."""
+    """Configuration flag that switches positions to ALiBi."""
     alibi_scaled: bool = False
-    """ALiBi is multiplied by the attention scale like the products of queries and keys, and computed in bfloat16."""
+    """Whether ALiBi is multiplied by the attention scale, as query-key products are, and computed in bfloat16."""
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
     logits_multiplier: str | None = None
     logits_divisor: str | None = None
-    """Configuration entries with a number that embeddings, branch outputs or logits are multiplied or divided by."""
+    """Configuration entries with factors of embeddings, branch outputs or logits, or a divisor of logits."""
     unsliceable: tuple[tuple[str, Any, str], ...] = ()
     """Configuration entry, value and reason: variants whose hidden states cannot be rotated."""
     cache_spread: str | None = None
-    """Configuration flag under which keys and values are cached once per query head, however few there are."""
+    """Configuration flag under which keys and values are cached once per query head instead of once per group."""
     router: tuple[str, ...] = ()
     per_layer_lists: tuple[str, ...] = ()
     """Configuration entries with one value per block."""
@@ -81,17 +81,17 @@ class Family:
     """Configuration entries that count how many of the first blocks are of one kind."""
     dense_blocks: str | None = None
     """Configuration entry with the indices of blocks whose MLP is dense in a mixture of experts
-    (`decoder_sparse_step` then names the rhythm of the others)."""
+    (`decoder_sparse_step` then gives the period of the others)."""
     block_numbers: tuple[str, ...] = ()
-    """Configuration entries that list numbers of blocks."""
+    """Configuration entries that list block indices."""
     tuple_output: bool = False
-    """A block returns a tuple whose first entry is the hidden states, not the hidden states themselves."""
+    """Whether a block returns a tuple that starts with the hidden states, not the hidden states themselves."""
     depth_scaled_query: str | None = None
-    """Projection whose query rows carry a scale that stock code derives from the block's index."""
+    """Projection whose queries the stock code scales by the block's index."""
     light_blocks: bool = False
-    """Some blocks may have an MLP alone."""
+    """Whether some blocks may have an MLP and no attention."""
     detected: bool = False
-    """True for a row that was guessed from an unknown architecture and proved on a tiny copy."""
+    """Whether the row was guessed for an unknown architecture and verified on a tiny copy."""
 
     def uses_alibi(self, config: Any) -> bool:
         """Return whether the positions of a model with this configuration are ALiBi."""
@@ -101,7 +101,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A family row whose names were all found in one model."""
+    """A family row all of whose names were found in one model."""
 
     family: Family
     block_count: int
@@ -113,7 +113,7 @@ class Anatomy:
         return f"{self.family.blocks}.{index}"
 
     def describe(self) -> dict[str, Any]:
-        """Return the traits a reader wants to see, for `secateur inspect`."""
+        """Return the traits that `secateur inspect` shows."""
         family = self.family
         return {
             "family": family.model_type + (" (detected)" if family.detected else ""),
@@ -125,7 +125,7 @@ class Anatomy:
 
 
 def find(module: nn.Module, path: str) -> Any:
-    """Return what stands at a dotted path, or None where a part of the path does not exist."""
+    """Return the object at a dotted path, or None if part of the path does not exist."""
     found: Any = module
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -135,13 +135,13 @@ def find(module: nn.Module, path: str) -> Any:
 
 
 def set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> None:
-    """Put a tensor, without gradient, in the place of the parameter at a dotted path."""
+    """Replace the parameter at a dotted path by a tensor, without gradient."""
     owner, _, leaf = path.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def present(block: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield those of the names that exist in this block, with what stands there."""
+    """Yield the names that exist in this block, with the modules there."""
     for name in names:
         found = find(block, name)
         if found is not None:
@@ -149,7 +149,7 @@ def present(block: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Any
 
 
 def resolve(module: nn.Module, family: Family) -> Anatomy:
-    """Hold a family row against a model.
+    """Match a family row against a model.
 
     Raises:
         ModelError: a name of the row does not exist in the model.

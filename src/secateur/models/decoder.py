@@ -1,4 +1,4 @@
-"""An open decoder: the module, its tokenizer and anatomy, and how the weights of one block come and go."""
+"""An open decoder: the module, its tokenizer and anatomy, and how the weights of single blocks are loaded."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Decoder:
         anatomy: where its parts are.
         source: what the user named: a path or a hub name.
         folder: the local checkpoint folder, None for a model given as an object.
-        fingerprint: sha256 that tells this model from any other.
+        fingerprint: sha256 that identifies this model.
         saved_dtype: the checkpoint's dtype, kept when the model is saved.
         shards: where a skeleton reads its weights; None for a model in memory.
-        shapes_only: whether it is a skeleton only to say what a job needs that will hold all weights in memory.
-        other_tokenizer: whether the tokenizer is another than the checkpoint's.
-        history: one entry per plan already applied, oldest first (goes into `secateur.json`).
+        shapes_only: whether it is a skeleton only for estimating a job that will hold all weights in memory.
+        other_tokenizer: whether the tokenizer is not the checkpoint's.
+        history: one entry per plan or healing applied so far, oldest first (saved in `secateur.json`).
     """
 
     module: PreTrainedModel
@@ -60,14 +60,14 @@ class Decoder:
 
     @property
     def has_own_code(self) -> bool:
-        """Whether opening a saved copy runs code that lies beside the weights: ours, or what was trusted before."""
+        """Whether opening a saved copy runs code next to the weights: secateur's, or code trusted before."""
         return isinstance(self.config, SecateurConfig) or type(self.module).__module__.startswith(
             "transformers_modules"
         )
 
     @property
     def is_skeleton(self) -> bool:
-        """Whether block weights are read when asked for instead of being held in memory."""
+        """Whether block weights are read on demand instead of being held in memory."""
         return self.shards is not None
 
     @property
@@ -77,14 +77,14 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Device of the inputs: where the embeddings are, or will be."""
+        """Device of the inputs, which is that of the embeddings."""
         if self.shards is None:
             return next(iter(self.module.get_input_embeddings().parameters())).device
         return self.shards.device
 
     @property
     def max_positions(self) -> int | None:
-        """Longest window the model's positions allow, None where the configuration sets no limit."""
+        """Longest window the model's positions allow; None if the configuration sets no limit."""
         value = getattr(self.config, "max_position_embeddings", None)
         return int(value) if value else None
 
@@ -95,12 +95,12 @@ class Decoder:
 
     @property
     def changes_basis(self) -> bool:
-        """Whether shortcut matrices turn the residual stream on its way, so that blocks fit only their neighbours."""
+        """Whether shortcut matrices rotate the residual stream, so that blocks fit only their neighbours."""
         return any(getattr(self.config, "shortcuts", None) or ())
 
     @property
     def block_list(self) -> nn.ModuleList:
-        """The list of blocks; in a skeleton their weights are absent until asked for with `block`."""
+        """The list of blocks; in a skeleton their weights are absent outside of `block`."""
         blocks: nn.ModuleList = find(self.module, self.anatomy.family.blocks)
         return blocks
 
@@ -120,13 +120,13 @@ class Decoder:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Return block `index` with its weights; a skeleton reads them now and lets them go at the end."""
+        """Yield block `index` with its weights; a skeleton reads them now and frees them at the end."""
         with self._present(index):
             yield self.block_list[index]
 
     @contextmanager
     def outer(self, *, table: bool = True, head: bool = True) -> Iterator[None]:
-        """Have embeddings, final norm and head in memory; the token table or the head can stay out if untied."""
+        """Hold embeddings, final norm and head in memory; the token table or the head can be left out if untied."""
         family = self.anatomy.family
         choice = {} if self.anatomy.tied else {family.embeddings[0]: table, family.head: head}
         with self._present(OUTER, tuple(path for path, wanted in choice.items() if not wanted)):
@@ -134,7 +134,7 @@ class Decoder:
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
-        """Return the module with all its weights; a skeleton reads them now and lets them go at the end."""
+        """Yield the module with all its weights; a skeleton reads them now and frees them at the end."""
         with ExitStack() as parts, self.outer():
             for index in range(self.block_count):
                 parts.enter_context(self.block(index))

@@ -1,7 +1,7 @@
-"""The same model with fewer blocks: its configuration, and a module built from that configuration.
+"""A model with fewer blocks: its configuration, and a module built from it.
 
-The new module is constructed from the new configuration just as `from_pretrained` will construct it later, then
-given the old module's own tensors. So what is measured in memory is what will be loaded, and nothing is copied.
+The new module is constructed from the new configuration, as `from_pretrained` will construct it later, and then given
+the old module's tensors. What is measured in memory is therefore what will be loaded, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
 
 
 def block_kind(config: Any, family: Family, index: int) -> tuple[Any, ...]:
-    """Return what the configuration says of this block alone: its layer type, whether it has rotary positions, …"""
+    """Return the per-block entries of the configuration for this block: layer type, rotary positions, …"""
     lists = [getattr(config, name, None) for name in family.per_layer_lists]
     return tuple(
         values[index]
@@ -57,7 +57,7 @@ def block_kind(config: Any, family: Family, index: int) -> tuple[Any, ...]:
 
 
 def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) -> PreTrainedModel:
-    """Build the model that keeps only these blocks; its tensors are the old model's own."""
+    """Return a model that keeps only these blocks and shares the old model's tensors."""
     config = config_with_blocks(module.config, family, kept)
     with torch.device("meta"):
         new = type(module)._from_config(config, dtype=module.dtype)
@@ -84,7 +84,7 @@ def _name_before(name: str, blocks: str, kept: Sequence[int]) -> str:
 
 
 def _dispatch_like(module: nn.Module, new: nn.Module, family: Family, kept: Sequence[int]) -> None:
-    """Spread the new model over the devices that the old one was spread over."""
+    """Distribute the new model over the old model's devices."""
     placed = getattr(module, "hf_device_map", None)
     if not placed or len(set(placed.values())) < 2:
         return
@@ -96,6 +96,6 @@ def _dispatch_like(module: nn.Module, new: nn.Module, family: Family, kept: Sequ
 
 
 def _place_of(path: str, placed: Mapping[str, Any]) -> Any:
-    """Look a module up in a device map, which names the largest modules that are in one place."""
+    """Look up a module in a device map, which lists the largest modules that are on one device."""
     above = [path.rsplit(".", count)[0] for count in range(path.count(".") + 1)]
     return next(placed[name] for name in (*above, "") if name in placed)

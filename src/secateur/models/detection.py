@@ -1,8 +1,8 @@
-"""The anatomy of a family that is not in the table: guessed from the module, then proved on a tiny copy.
+"""The anatomy of a family that is not in the table: guessed from the module, then verified on a tiny copy.
 
-The proof builds a model of the same architecture with four small random blocks and asks that it is causal, that
-walking its blocks one by one gives exactly its own forward pass, and that taking a block out, saving and
-reloading gives exactly the walk that leaves that block out.
+The check builds a model of the same architecture with four small random blocks. It must be causal, running its blocks
+one by one must match its own forward pass exactly, and removing a block, saving and reloading must match the run that
+skips that block exactly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from secateur.models.forward import capture, logits, run_block
 _BLOCKS = 4
 _VOCABULARY = 128
 _LARGEST_TRIAL = 500_000_000
-"""Parameters of a copy that is still built, where sizes cannot be made small."""
+"""Most parameters a trial copy may have, where its sizes cannot be reduced."""
 _SMALL: dict[str, int] = {
     "n_embd": 64,
     "n_head": 4,
@@ -56,16 +56,16 @@ _FAILURES = (
     TypeError,
     ValueError,
 )
-"""What code of an unknown architecture may raise while it is tried out."""
+"""Exceptions that the code of an unknown architecture may raise while it is tried out."""
 _INDEX_SETTINGS = ("mlp_only_layers",)
 _COUNT_SETTINGS = ("max_window_layers", "first_k_dense_replace")
 
 
 def detect(config: Any, source: str, *, trust_remote_code: bool = False) -> Family:
-    """Guess the family row of an architecture and prove it.
+    """Guess the family row of an architecture and verify it.
 
     Raises:
-        ModelError: the guess or the proof failed; the message says at which step.
+        ModelError: the guess or the check failed; the message says at which step.
     """
     kind = config.model_type
     try:
@@ -126,7 +126,7 @@ def _lists_per_layer(config: Any) -> Iterator[str]:
 
 
 def _lists_of_block_numbers(config: Any) -> Iterator[str]:
-    """Lists of rising integers below the number of blocks, such as `moe_layers`."""
+    """Yield the names of lists of increasing integers below the number of blocks, such as `moe_layers`."""
     for name, value in _lists(config):
         if (
             len(value) > 1
@@ -139,7 +139,7 @@ def _lists_of_block_numbers(config: Any) -> Iterator[str]:
 
 
 def _lists(config: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Lists in a configuration that may say something of blocks: ids of tokens do not."""
+    """Yield lists in a configuration that may refer to blocks, which lists of token ids do not."""
     for name, value in config.to_dict().items():
         if isinstance(value, list) and not name.endswith(("token_id", "token_ids")):
             yield name, value
@@ -201,7 +201,7 @@ def _proof_decoder(module: PreTrainedModel, family: Family) -> Decoder:
 
 @torch.no_grad()
 def _returns_tuple(decoder: Decoder) -> bool:
-    """Run block 0 for real to learn how blocks hand their result on."""
+    """Run block 0 to learn whether blocks return a tuple."""
     seen: list[bool] = []
     block = decoder.block_list[0]
     handle = block.register_forward_hook(lambda _m, _a, output: seen.append(isinstance(output, tuple)))

@@ -1,4 +1,4 @@
-"""The dtypes that weights are held, computed with and saved in, by their names."""
+"""The dtypes of weights and arithmetic, by name."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def dtype_named(name: str, *also: str) -> torch.dtype:
-    """Return a dtype by its name; `also` are other words that stand in its place, for the message.
+    """Return a dtype by its name; `also` lists other accepted words, for the error message.
 
     Raises:
-        InputError: an unknown one.
+        InputError: an unknown dtype.
     """
     if name not in DTYPES:
         raise unknown("dtype", name, [*also, *DTYPES])

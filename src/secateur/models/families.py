@@ -1,6 +1,6 @@
 """The known decoder families, one row each. To add one, see docs/add-a-family.md.
 
-Checked against transformers 5.23: a test opens a tiny model of every row and finds each name in it.
+Tested against transformers 5.23: a test opens a tiny model of every row and looks up each name in it.
 """
 
 from __future__ import annotations

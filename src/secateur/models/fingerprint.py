@@ -1,4 +1,4 @@
-"""Tell one model from another without reading all of it."""
+"""Fingerprints that identify a model without reading all of its weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def of_folder(folder: Path) -> str:
 
 
 def of_module(module: PreTrainedModel) -> str:
-    """Hash the configuration and, of each tensor, name, shape and the first numbers."""
+    """Hash the configuration and each tensor's name, shape and first values."""
     digest = hashlib.sha256(module.config.to_json_string().encode())
     for name, parameter in module.named_parameters():
         sample = parameter.detach().flatten()[:256].float().cpu().numpy().tobytes()
@@ -38,5 +38,5 @@ def of_module(module: PreTrainedModel) -> str:
 
 
 def of_edit(fingerprint: str, edit: Any) -> str:
-    """Name the model that an edit, given as data, makes of the model with this fingerprint."""
+    """Return the fingerprint of the model that an edit, given as data, makes from the model with this fingerprint."""
     return hashlib.sha256(f"{fingerprint}{json.dumps(edit, sort_keys=True)}".encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Run a decoder block by block, each with exactly the arguments its own model gives it.
+"""Run a decoder block by block, each with exactly the arguments its own model passes to it.
 
-The model is called once with a recorder in place of every block's `forward`; a recorder notes its arguments and
-hands its input on. That needs only the embeddings to have weights, and it works for masks, rotary tables and
-position biases that differ from block to block, where copying block 0's arguments to all blocks would not.
+The model is called once with a recorder in place of every block's `forward`; a recorder saves its arguments and returns
+its input. Only the embeddings need weights for that, and it works for masks, rotary tables and position biases that
+differ from block to block, where passing block 0's arguments to all blocks would not.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from secateur.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one block besides the hidden states."""
+    """Arguments of one block other than the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class _Stop(Exception):
-    """Ends a recording once the last block was reached."""
+    """Ends the recording at the last block."""
 
 
 def capture(
     decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, list[Call]]:
-    """Find what enters block 0 and how each block is called for these tokens.
+    """Return the input of block 0 and the arguments of each block for these tokens.
 
     Args:
-        decoder: the model; a skeleton reads its embeddings for this and lets them go again.
+        decoder: the model; a skeleton reads its embeddings for this and frees them again.
         tokens: int64, (batch, positions).
         mask: bool, (batch, positions), True at real tokens; None where nothing is padded.
 
@@ -73,7 +73,7 @@ def run_block(
 ) -> torch.Tensor:
     """Run one block on hidden states (batch, positions, d) with the arguments recorded for it.
 
-    `weights` stand in for those of the block by these names.
+    `weights` replace the block's own parameters by name.
     """
     if weights is None:
         output = block(hidden, *call.args, **call.kwargs)
@@ -85,7 +85,7 @@ def run_block(
 def logits(
     decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Finish the model from what leaves the last block: final norm, head, scaling; (batch, positions, vocabulary).
+    """Return the logits (batch, positions, vocabulary) for the output of the last block: final norm, head, scaling.
 
     `decoder.outer()` must be open around this call for a skeleton.
     """
@@ -97,7 +97,7 @@ def logits(
 def final_states(
     decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return what the head reads, from what leaves the last block: after the final norm, (batch, positions, d).
+    """Return the input of the head, (batch, positions, d): the output of the last block after the final norm.
 
     `decoder.outer(head=False)` must be open around this call for a skeleton.
     """
@@ -108,7 +108,7 @@ def final_states(
 
 @contextmanager
 def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """Collect the first input of each of these modules, in the order in which they are called."""
+    """Collect the first input of each of these modules, in the order of their calls."""
     entering: list[torch.Tensor] = []
     hooks = [module.register_forward_pre_hook(lambda _, args: entering.append(args[0])) for module in modules]
     try:
@@ -119,10 +119,10 @@ def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 
 def require_finite(hidden: torch.Tensor, where: str, mask: torch.Tensor | None = None) -> None:
-    """Stop at NaN or infinity.
+    """Raise on NaN or infinity.
 
     Raises:
-        NumericsError: naming the place.
+        NumericsError: the message says where.
     """
     looked_at = hidden if mask is None else hidden[mask.to(hidden.device)]
     if not bool(torch.isfinite(looked_at).all()):
@@ -132,7 +132,7 @@ def require_finite(hidden: torch.Tensor, where: str, mask: torch.Tensor | None =
 
 
 def same_calls(left: Sequence[Call], right: Sequence[Call]) -> bool:
-    """Whether two batches are walked with the same arguments, so that one copy serves both."""
+    """Return whether two batches call the blocks with the same arguments, so that one copy serves both."""
     return len(left) == len(right) and all(
         _same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(left, right, strict=True)
     )
@@ -163,7 +163,7 @@ def _as_block_output(decoder: Decoder, hidden: torch.Tensor) -> Any:
 
 @contextmanager
 def _blocks_giving(decoder: Decoder, hidden: torch.Tensor) -> Iterator[None]:
-    """Let every block answer with these hidden states, so that only what comes after the blocks is computed."""
+    """Make every block return these hidden states, so that only what follows the blocks is computed."""
 
     def stub(_: int) -> Callable[..., Any]:
         return lambda *args, **kwargs: _as_block_output(decoder, hidden)
@@ -174,7 +174,7 @@ def _blocks_giving(decoder: Decoder, hidden: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def _forwards(blocks: nn.ModuleList, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Replace every block's forward for a while, keeping its class, hooks and attributes."""
+    """Temporarily replace every block's forward, keeping its class, hooks and attributes."""
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for index, block in enumerate(blocks):

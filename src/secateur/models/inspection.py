@@ -1,4 +1,4 @@
-"""What a model is made of, for people."""
+"""What `secateur.inspect` reports about a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from secateur.models.decoder import Decoder
 
 
 def inspect(model: Decoder) -> dict[str, Any]:
-    """Return family, shape, sizes and dtypes of an open model; a skeleton is enough.
+    """Return family, shape, sizes and dtypes of an open model; a skeleton suffices.
 
     Returns:
         Names and values in reading order; sizes are numbers of parameters, tied tensors counted once.

@@ -1,8 +1,8 @@
-"""Weights of single blocks, read from safetensors when their turn comes.
+"""Weights of single blocks on disk: a checkpoint's safetensors shards, read on demand, and files of edited blocks.
 
-The only file that touches the semi-internal loading machinery of transformers (`core_model_loading`,
-`conversion_mapping`): checkpoints of mixtures of experts hold one tensor per expert, the modules one fused
-tensor, and that machinery knows how to turn one into the other, both ways.
+This is the only file that uses the semi-internal loading code of transformers (`core_model_loading`,
+`conversion_mapping`). Checkpoints of mixtures of experts hold one tensor per expert and the modules one fused tensor;
+that code converts between the two, in both directions.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from secateur.files import require_room
 from secateur.models.anatomy import set_parameter
 
 INDEX = "model.safetensors.index.json"
-"""Says which file of a checkpoint folder holds which tensor."""
+"""Name of the file that says which shard of a checkpoint folder holds which tensor."""
 
 OUTER = -1
-"""Group of every tensor that belongs to no block: embeddings, final norm, head."""
+"""Key of the tensors outside the blocks: embeddings, final norm, head."""
 
 
 def shard_files(folder: Path) -> list[Path]:
     """List the safetensors files of a checkpoint folder, in order.
 
     Raises:
-        ModelError: there are none, or one that the index names is missing.
+        ModelError: there are none, or a file listed in the index is missing.
     """
     if not (folder / INDEX).is_file():
         whole = folder / "model.safetensors"
@@ -86,9 +86,9 @@ class Shards:
         folder: the checkpoint.
         blocks: path of the list of blocks in the model, such as `model.layers`.
         device: where weights are put when they are read.
-        kept: for each block of the model its number in the checkpoint; None means all, in order.
-        edited: by number in the checkpoint (or `OUTER`), weights to read in place of the checkpoint's, in any number
-            of pieces.
+        kept: for each block of the model, its number in the checkpoint; None means all, in order.
+        edited: by number in the checkpoint (or `OUTER`), weights that replace the checkpoint's, in any number of
+            pieces.
     """
 
     folder: Path
@@ -100,12 +100,12 @@ class Shards:
 
     @classmethod
     def of(cls, folder: Path, blocks: str, device: torch.device) -> Shards:
-        """Open a checkpoint folder whose weights go to a device; reads headers only."""
+        """Open a checkpoint folder whose weights will be loaded to a device; reads headers only."""
         return cls(folder, blocks, files=tuple(shard_files(folder)), device=device)
 
     @cached_property
     def keys(self) -> dict[int, dict[str, Path]]:
-        """Checkpoint keys of each block (and of `OUTER`), with the file that holds them."""
+        """Return the checkpoint keys of each block (and of `OUTER`), with the file that holds them."""
         number = re.compile(rf"(?:^|\.){re.escape(self.blocks.rsplit('.', 1)[-1])}\.(\d+)\.")
         groups: dict[int, dict[str, Path]] = {}
         for file in self.files:
@@ -121,7 +121,7 @@ class Shards:
         return replace(self, kept=tuple(current[i] if current else i for i in kept))
 
     def with_part(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Shards:
-        """Return shards that read block `index` (number in this model, or `OUTER`) from these tensors instead.
+        """Return shards in which block `index` (number in this model, or `OUTER`) is read from these tensors instead.
 
         Args:
             index: the part.
@@ -136,7 +136,7 @@ class Shards:
         return index if index == OUTER or self.kept is None else self.kept[index]
 
     def load(self, module: PreTrainedModel, index: int, without: Sequence[str] = ()) -> None:
-        """Return block `index` of a skeleton (or `OUTER`) its weights; `without` names modules to leave empty.
+        """Load the weights of block `index` of a skeleton (or `OUTER`); `without` names modules to leave empty.
 
         Raises:
             ModelError: the checkpoint has no such block, a shape differs from the model's, or a file is damaged.
@@ -161,7 +161,7 @@ class Shards:
             raise ModelError(f"{self.folder}: the checkpoint has no weights for {', '.join(empty[:4])}.")
 
     def _slices(self, module: PreTrainedModel, stored: int, index: int) -> Iterator[tuple[str, Any]]:
-        """Open the tensors of a part by the names they have in this model; nothing of them is read yet."""
+        """Open the tensors of a part by their names in this model, without reading them yet."""
         if stored in self.edited:
             prefix = "" if index == OUTER else f"{self.blocks}.{index}."
             for piece in self.edited[stored]:
@@ -177,14 +177,14 @@ class Shards:
         yield from ((self._renumber(key, stored, index), handles[file].get_slice(key)) for key, file in found.items())
 
     def _buffers(self, module: PreTrainedModel, stored: int, index: int) -> dict[str, Any]:
-        """Open those buffers of an edited block that the checkpoint holds: edits change parameters only."""
+        """Open the buffers of an edited block that the checkpoint holds; edits only change parameters."""
         prefix = f"{self.blocks}.{index}."
         wanted = {f"{prefix}{name}" for name, _ in module.get_submodule(prefix[:-1]).named_buffers()}
         found = {self._renumber(key, stored, index): (key, file) for key, file in self.keys.get(stored, {}).items()}
         return {name: open_shard(found[name][1]).get_slice(found[name][0]) for name in wanted & found.keys()}
 
     def release(self, module: PreTrainedModel, index: int) -> None:
-        """Let the weights of block `index` (or `OUTER`) go; only their shapes stay."""
+        """Free the weights of block `index` (or `OUTER`), keeping their shapes."""
         for name, parameter in _part(module, self.blocks, index):
             set_parameter(module, name, parameter.to("meta"))
         if index == OUTER:
@@ -202,7 +202,7 @@ Mismatch = tuple[str, Sequence[int], Sequence[int]]
 
 
 def _fill(module: PreTrainedModel, slices: dict[str, Any], device: torch.device) -> Mismatch | None:
-    """Return parameters the tensors of the same names; returns the first whose shape differs."""
+    """Assign tensors to the parameters of the same names; return the first whose shape differs."""
     for name, piece in slices.items():
         empty = module.get_parameter(name)
         if list(empty.shape) != list(piece.get_shape()):
@@ -212,7 +212,7 @@ def _fill(module: PreTrainedModel, slices: dict[str, Any], device: torch.device)
 
 
 def _convert(module: PreTrainedModel, slices: dict[str, Any], device: torch.device) -> Mismatch | None:
-    """Rename, fuse and split tensors as transformers does on loading; returns the first whose shape differs."""
+    """Rename, fuse and split tensors as transformers does on loading; return the first whose shape differs."""
     settings = LoadStateDictConfig(
         dtype=module.dtype,
         dtype_plan=module._get_dtype_plan(module.dtype),
@@ -225,12 +225,12 @@ def _convert(module: PreTrainedModel, slices: dict[str, Any], device: torch.devi
 
 
 def to_checkpoint(module: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Turn tensors named as in the module into tensors named and split as in a checkpoint folder."""
+    """Convert tensors from their names in the module to the names and splits of a checkpoint folder."""
     return dict(revert_weight_conversion(module, state))
 
 
 def float32_names(module: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Tell by their names which tensors are float32 in a model of this dtype, as its class in transformers asks for."""
+    """Return a predicate for the names of tensors that transformers keeps in float32 in a model of this dtype."""
     names = list(module._get_dtype_plan(dtype))
     if not names:
         return lambda _: False
@@ -245,7 +245,7 @@ def _part(module: PreTrainedModel, blocks: str, index: int) -> list[tuple[str, n
 
 
 def return_freed_memory() -> None:
-    """Return freed heap pages back to the system where the C library can; big tensors otherwise leave holes behind."""
+    """Return freed heap pages to the system if the C library can; large tensors otherwise fragment the heap."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -253,7 +253,7 @@ def return_freed_memory() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Show no progress bar of transformers for each single block."""
+    """Suppress transformers' progress bar, which would appear for each block."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -276,9 +276,9 @@ def open_shard(file: Path) -> safe_open:
 
 
 class EditedPart:
-    """Tensors of one part of a model (a block, or what is outside the blocks), in a file.
+    """Tensors of one part of a model (a block, or everything outside the blocks), in a file.
 
-    The file is removed with the object. Names are relative to the part: `mlp.down_proj.weight` in a block.
+    The file is deleted with the object. Names are relative to the part: `mlp.down_proj.weight` in a block.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""How wide a block is inside: heads, key/value groups, channels of its MLP."""
+"""Widths inside a block (heads, key/value groups, MLP channels), read off its weights, and the size of its cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from secateur.plan.units import UnitKind
 
 @dataclass(frozen=True)
 class BlockWidths:
-    """What a block has between what it reads and what it writes.
+    """Widths inside a block.
 
     Attributes:
-        groups: key/value heads; each serves the same number of query heads, which stand together.
-        queries: query heads of each group.
-        head_size: numbers in a head.
+        groups: key/value heads; each serves the same number of adjacent query heads.
+        queries: query heads per group.
+        head_size: dimensions of a head.
         channels: inner width of the MLP, or of each of its experts.
         experts: number of experts, 0 for a dense MLP.
     """
@@ -34,12 +34,12 @@ class BlockWidths:
 
     @property
     def heads(self) -> int:
-        """Query heads altogether."""
+        """Total number of query heads."""
         return self.groups * self.queries
 
 
 def block_widths(decoder: Decoder, index: int) -> BlockWidths:
-    """Read the widths of block `index` off the shapes of its projections."""
+    """Return the widths of block `index`, from the shapes of its projections."""
     family, config, block = decoder.anatomy.family, decoder.config, decoder.block_list[index]
     writer = next(present(block, family.attention_out))[1]
     own = getattr(config, "heads", None)
@@ -99,11 +99,11 @@ def _units(decoder: Decoder, index: int) -> dict[UnitKind, int]:
 
 
 def cache_numbers(decoder: Decoder) -> tuple[int, ...]:
-    """Numbers that each block adds to the cache per token: its keys and its values.
+    """Return the values that each block caches per token: its keys and its values.
 
-    What attention projects to and is not queries is keys and values; there are as many query rows as its output
-    projection reads. A block without attention adds nothing. A family that is only detected is taken at its
-    configuration's word.
+    The output rows of attention's input projections that are not queries are keys and values, and there are as many
+    query rows as the output projection has inputs. A block without attention caches nothing. For a family that is only
+    detected, the configuration is trusted.
     """
     family, config = decoder.anatomy.family, decoder.config
     if family.detected:
@@ -113,7 +113,7 @@ def cache_numbers(decoder: Decoder) -> tuple[int, ...]:
 
 
 def cache_size(decoder: Decoder, context: int) -> tuple[int, ...]:
-    """Numbers that each block keeps for one sequence of `context` tokens; sliding attention keeps its window only."""
+    """Return the values that each block caches for `context` tokens; sliding attention caches its window only."""
     layers = DynamicCache(config=decoder.config).layers
     windows = [getattr(layer, "sliding_window", None) for layer in layers] or [None] * decoder.block_count
     return tuple(
@@ -129,7 +129,7 @@ def _projected(block: nn.Module, family: Family, *, spread: bool) -> int:
 
 
 def _shape(module: Any) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer."""
+    """Return the numbers of outputs and inputs of a linear layer."""
     rows, columns = module.weight.shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 

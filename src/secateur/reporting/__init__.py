@@ -1,1 +1,1 @@
-"""Reads the folders that the stages wrote, and makes one page of them."""
+"""The HTML report, made from the folders that the other commands wrote."""

@@ -1,4 +1,4 @@
-"""What was read from folders, as data: cells of a study (or the one there is) and the dense model beside them."""
+"""The report's data: cells of a study (or a single result) and the dense model, as read from folders."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from secateur.scores.profile import Scores
 
 AVERAGE = "average"
 ACCURACIES = ("acc_norm", "acc", "exact_match", "acc_per_token")
-"""Measures of a task that count as its accuracy; the first there is."""
+"""Measures that count as a task's accuracy, in order of preference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What a model wrote after a prompt; `truth` is what really follows."""
+    """A model's continuation of a prompt; `truth` is the real one."""
 
     prompt: str
     text: str
@@ -27,7 +27,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a cell has no result: the stage that failed, the kind of error, its message."""
+    """Why a cell failed: the stage, the type of error, its message."""
 
     stage: str
     kind: str
@@ -36,7 +36,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """All that was measured of one model."""
+    """All measurements of one model."""
 
     results: tuple[Result, ...] = ()
     samples: tuple[Sample, ...] = ()
@@ -54,7 +54,7 @@ class Measured:
         return found
 
     def tasks(self) -> list[str]:
-        """Name the tasks, without their average."""
+        """Return the names of the tasks, without their average."""
         return list(dict.fromkeys(one.task for one in self.results if one.task not in (None, AVERAGE)))
 
     def of_task(self, task: str, *measures: str) -> Result | None:
@@ -63,7 +63,7 @@ class Measured:
         return next((found[name] for name in measures if name in found), None)
 
     def accuracy(self) -> float | None:
-        """Mean accuracy over the tasks."""
+        """Return the mean accuracy over the tasks."""
         return self._over_tasks(*ACCURACIES)
 
     def stability(self) -> float | None:
@@ -71,7 +71,7 @@ class Measured:
         return self._over_tasks("stability")
 
     def flips(self) -> float | None:
-        """Mean share of answers that changed, over the tasks."""
+        """Return the mean share of changed answers over the tasks."""
         return self._over_tasks("flips")
 
     def ratio(self, measure: str) -> Result | None:
@@ -86,24 +86,24 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One model that was made, or that could not be made.
+    """One pruned model, or the attempt to make it.
 
     Attributes:
-        name: of its folder.
-        folder: where it is.
+        name: name of its folder.
+        folder: its folder.
         method: the method, or several in order.
-        amount: how much was asked for, as people write it; empty where nothing says so.
-        healing: how it was trained afterwards; None where it was not.
-        plans: what was done, oldest first.
-        healed: what healing says of itself, oldest first.
-        measured: numbers and samples of this model.
-        removed: share of all parameters that is gone; None before it is known.
+        amount: the requested amount as text; empty if unknown.
+        healing: the healing recipe; None if it was not healed.
+        plans: the applied plans, oldest first.
+        healed: records of healing, oldest first.
+        measured: measurements and samples of this model.
+        removed: share of all parameters removed; None before it is known.
         parameters, blocks: of the result.
         seconds: time by stage.
-        checked: what reopening in a fresh process said; None where it was not tried.
-        recipe: the recipe file, where there is one.
-        checkpoint: the folder of its final checkpoint, where there is one.
-        failure: why it went no further.
+        checked: result of the check in a fresh process; None if it was not run.
+        recipe: the recipe file, if there is one.
+        checkpoint: the folder of its final checkpoint, if there is one.
+        failure: why it failed, if it did.
     """
 
     name: str
@@ -125,22 +125,22 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Name the cell as people speak of it: `sleb + lora`."""
+        """Return a label such as `sleb + lora`."""
         return f"{self.method} + {self.healing}" if self.healing else self.method
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a folder holds.
+    """Contents of an output folder.
 
     Attributes:
         kind: the command that wrote it, such as `compare`, `run`, `demo`, `prune`.
-        folder: where it is.
-        model: the dense model's path or hub name.
-        cells: what was made of it.
-        dense: what was measured of the dense model.
-        scores: redundancy of the dense model, where it was measured.
-        versions: of the software.
+        folder: the folder.
+        model: the dense model's path or Hub name.
+        cells: the models made from it.
+        dense: measurements of the dense model.
+        scores: redundancy scores of the dense model, if measured.
+        versions: versions of the software.
     """
 
     kind: str
@@ -153,12 +153,12 @@ class Contents:
 
     @property
     def is_study(self) -> bool:
-        """Whether several cells stand beside each other."""
+        """Return whether there are several cells to compare."""
         return len(self.cells) > 1
 
     @property
     def model_name(self) -> str:
-        """Return the model's name without the folders it lies in; hub names stay whole."""
+        """Return the model's name without its parent folders; Hub names are kept whole."""
         return Path(self.model).name if self.model.startswith(("/", ".", "~")) else self.model
 
     def plan(self) -> Plan | None:
@@ -167,12 +167,12 @@ class Contents:
 
 
 def method_of(plans: tuple[Plan, ...]) -> str:
-    """Name the methods of all steps in order, each once."""
+    """Return the unique methods of all steps, in order."""
     return ", then ".join(dict.fromkeys(step.method for plan in plans for step in plan.steps)) or "nothing"
 
 
 def amount_of(requested: dict[str, Any]) -> str:
-    """Write how much was asked for: `20 %`, `4 blocks`, `20 % of directions`, `parameters 5.5B`."""
+    """Return the requested amount as text: `20 %`, `4 blocks`, `20 % of directions`, `parameters 5.5B`."""
     for name, value in requested.items():
         if value is None:
             continue
@@ -187,7 +187,7 @@ def amount_of(requested: dict[str, Any]) -> str:
 
 
 def percent(value: float | str) -> str:
-    """Write a share of one as people do; one that is written already stays."""
+    """Format a fraction as a percentage; a value that is already text is returned unchanged."""
     if isinstance(value, str):
         return value if "%" not in value else value.replace("%", " %").replace("  ", " ")
     return f"{100 * value:.3g} %"

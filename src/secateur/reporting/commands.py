@@ -1,4 +1,4 @@
-"""The commands that make a cell again, from what its files say."""
+"""The commands that reproduce a cell, reconstructed from its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OPTIONS = {
 
 
 def commands_of(contents: Contents, cell: Cell) -> list[str]:
-    """Return the command lines for one cell: the whole recipe where there is one, and each stage by itself."""
+    """Return the command lines for one cell: the whole recipe if there is one, and each stage separately."""
     lines = []
     if cell.recipe is not None:
         recipe = Path(contents.folder.resolve().name, cell.recipe.relative_to(contents.folder))
@@ -51,7 +51,7 @@ def _plan_line(plan: Plan, model: str, file: str) -> str:
 
 
 def _by_steps(plan: Plan) -> tuple[str, list[object]]:
-    """Name the methods of a plan, and give the settings somebody chose for them."""
+    """Return the methods of a plan as arguments, with the settings that were chosen for them."""
     firsts = {step.method: step for step in reversed(plan.steps)}
     methods = list(reversed(firsts))
     words: list[object] = []
@@ -62,7 +62,7 @@ def _by_steps(plan: Plan) -> tuple[str, list[object]]:
 
 
 def _by_search(search: Search) -> tuple[str, list[object]]:
-    """Name the search, and give the settings somebody chose for it and for the methods that took part."""
+    """Return the search as arguments, with the settings chosen for it and for its methods."""
     known = METHODS["auto"].settings
     settings = known.model_validate(search.settings).model_dump()
     of = settings.pop("of") or {}
@@ -84,9 +84,9 @@ def _heal_line(facts: dict[str, Any], model: str) -> str:
 
 
 def _chosen(settings: type[BaseModel], values: dict[str, Any], owner: str = "") -> list[object]:
-    """Return those of these values that somebody chose: settings not at their defaults.
+    """Return the settings that differ from their defaults.
 
-    What a search found stands among them with the losses it compared (`loss_by_…`); it is found again, not set.
+    Values that a search determined are recorded with the losses it compared (`loss_by_…`) and omitted here.
     """
     fields = settings.model_fields
     unusual = [name for name in fields if values.get(name) not in (None, fields[name].default)]

@@ -1,4 +1,4 @@
-"""Redundancy, tasks and healing, drawn."""
+"""Plots of redundancy, tasks and healing, and the building blocks shared by all plots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEAT = [[0.0, "--heat-0"], [0.5, "--heat-1"], [1.0, "--heat-2"]]
 
 
 def redundancy(scores: Scores) -> list[Figure]:
-    """Draw a bar for each block; the quarter that is least needed stands out."""
+    """Draw a bar for each block, highlighting the least needed quarter."""
     figures = []
     if scores.block_influence is not None:
         figures.append(
@@ -50,7 +50,7 @@ def heat_maps(scores: Scores) -> list[Figure]:
 
 
 def healing_curves(contents: Contents) -> list[Figure]:
-    """Draw the losses of every training: held-back text, the lowest in colour; of few also what was trained on."""
+    """Draw the losses of each healing: on held-out text, the lowest in colour; for a few also the training loss."""
     trained = [(cell, facts) for cell in contents.cells for facts in cell.healed if _curve(facts, "held_out_loss")]
     if not trained:
         return []
@@ -62,16 +62,16 @@ def healing_curves(contents: Contents) -> list[Figure]:
             faint = {"line": {"color": "--faint", "width": 1}, "mode": "lines"}
             data.append(_curve_line(_curve(facts, "loss"), f"{name}, training") | faint)
         color = "--accent" if facts is lowest[1] else "--bar"
-        held_back = {"line": {"color": color, "width": 2}, "mode": "lines+markers", "marker": {"size": 6}}
-        data.append(_curve_line(_curve(facts, "held_out_loss"), f"{name}, held back") | held_back)
+        held_out = {"line": {"color": color, "width": 2}, "mode": "lines+markers", "marker": {"size": 6}}
+        data.append(_curve_line(_curve(facts, "held_out_loss"), f"{name}, held out") | held_out)
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     layout = layout_of("tokens seen", "loss, nats") | {"showlegend": len(trained) <= _FEW, "legend": legend}
-    says = f"Loss on held-back text by tokens seen; lowest: {lowest[0].name}."
+    says = f"Loss on held-out text by tokens seen; lowest: {lowest[0].name}."
     return [Figure(name="healing", title="Loss while healing", says=says, data=data, layout=layout, height=340)]
 
 
 _FEW = 3
-"""Trainings whose curves can be told apart by a legend."""
+"""Most curves that a legend can tell apart."""
 
 
 def _curve(facts: dict[str, Any], key: str) -> list[tuple[float, float]]:
@@ -86,7 +86,7 @@ def _curve_line(points: Sequence[tuple[float, float]], name: str) -> dict[str, A
 
 
 def task_figure(contents: Contents, rows: Sequence[Row], winner: str | None) -> list[Figure]:
-    """Draw the accuracy of every cell, mean over its tasks, beside the dense model's."""
+    """Draw the accuracy of every cell, mean over its tasks, next to the dense model's."""
     shown = sorted((row for row in rows if row.accuracy is not None), key=lambda row: row.accuracy or 0)
     if not shown:
         return []
@@ -125,7 +125,7 @@ def task_figure(contents: Contents, rows: Sequence[Row], winner: str | None) -> 
 
 
 def _mean_error(row: Row) -> float | None:
-    """Standard error of a mean over tasks, from those of the tasks."""
+    """Return the standard error of a mean over tasks, from those of the tasks."""
     found = [row.cell.measured.of_task(task, *ACCURACIES) for task in row.cell.measured.tasks()]
     errors = [one.spread["stderr"] for one in found if one is not None and "stderr" in one.spread]
     return math.sqrt(math.fsum(one**2 for one in errors)) / len(found) if found and len(errors) == len(found) else None
@@ -182,8 +182,8 @@ class Figure:
 
     Attributes:
         name: its id on the page.
-        title: what it shows.
-        says: the same for those who do not see it.
+        title: its title.
+        says: text alternative.
         data, layout: for Plotly.
         height: in pixels.
     """
@@ -200,7 +200,7 @@ MARGIN = {"l": 56, "r": 16, "t": 24, "b": 48}
 
 
 def layout_of(x: str, y: str) -> dict[str, Any]:
-    """Return a calm layout with these axis titles."""
+    """Return the common layout with these axis titles."""
     axis = {"gridcolor": "--line", "zeroline": False, "linecolor": "--line", "tickfont": {"color": "--muted"}}
     return {
         "margin": dict(MARGIN),
@@ -216,5 +216,5 @@ def layout_of(x: str, y: str) -> dict[str, Any]:
 
 
 def plain(text: str) -> str:
-    """Keep Plotly from reading tags in names."""
+    """Escape names, so that Plotly does not interpret them as markup."""
     return html.escape(text, quote=False)

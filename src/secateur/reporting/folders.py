@@ -1,4 +1,4 @@
-"""Read folders that stages wrote. Folders of another format are refused, never guessed at."""
+"""Read the folders that commands wrote. Folders of another format version are refused."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _cell(folder: Path) -> Cell:
 
 
 def _told_apart(cells: list[Cell]) -> list[Cell]:
-    """Leave the settings out of a method's name where all its cells have the same."""
+    """Omit the settings from a method's name if they are the same in all its cells."""
     names: dict[str, set[str]] = {}
     for cell in cells:
         names.setdefault(cell.method.partition(" (")[0], set()).add(cell.method)
@@ -113,13 +113,13 @@ def _told_apart(cells: list[Cell]) -> list[Cell]:
 
 
 def _settings(prune: dict[str, Any]) -> str:
-    """Write the settings a recipe gives its method, by which two cells of one method differ."""
+    """Return the settings a recipe gives its method, which distinguish two cells of the same method."""
     given = prune.get("settings")
     return f" ({', '.join(f'{name}={value}' for name, value in given.items())})" if given else ""
 
 
 def _dense_beside(folder: Path) -> Measured:
-    """Read what was measured of the dense model: in the folder itself, or once for the study that it is a cell of."""
+    """Read the dense model's measurements, in the folder itself or in the study it is a cell of."""
     whole = folder.resolve()
     if (own := _results_in(folder, "against")) and any(one.measure == "perplexity" or one.task for one in own):
         return Measured(results=own)

@@ -1,4 +1,4 @@
-"""One HTML page of a folder: self-contained, readable without a network; without scripts only the plots are missing."""
+"""One self-contained HTML page for a folder; it needs no network, and without JavaScript only the plots are missing."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from secateur.reporting.trade_offs import quality_figures, size_front
 from secateur.reporting.verdict import Row, Verdict, rankings, rows_of, share, verdict
 
 _SIDE_BY_SIDE = 2
-"""Continuations of cells shown beside the dense model's; the others are folded away."""
+"""Number of cells whose samples are shown next to the dense model's; the others are collapsed."""
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Make one HTML page of what stages wrote: who won, what was cut, what is left, and how to make it again.
+    """Make one HTML page of an output folder: the best method, what was removed, what remains, and how to reproduce it.
 
-    The page needs no network and nothing beside it. Sections without data are left out; cells that failed are there
-    with their message. It is written beside its place and renamed.
+    The page needs no network and no other files. Sections without data are omitted; failed cells are listed with their
+    message. The file is written atomically.
 
     Args:
         folder: a study, a run, a demo, a checkpoint, or a folder with scores, a plan or results.
@@ -41,8 +41,8 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         The file.
 
     Raises:
-        InputError: no such folder, nothing in it to report, files of another format version, or a place that cannot
-            be written.
+        InputError: no such folder, nothing in it to report, files of another format version, or an output path that
+            cannot be written.
     """
     contents = read_folder(folder)
     file = Path(out) if out is not None else Path(folder) / "report.html"
@@ -51,7 +51,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def render(contents: Contents) -> str:
-    """Return the page as text."""
+    """Return the page as HTML text."""
     rows = rows_of(contents)
     said = verdict(contents, rows)
     drawn = _figures(contents, rows, said)
@@ -133,13 +133,13 @@ def _texts(texts: dict[str, Any]) -> str:
 
 
 def _keys(best: Row | None) -> list[tuple[str, str]]:
-    """Return the numbers that stand large at the top."""
+    """Return the key figures at the top of the page."""
     if best is None:
         return []
     shown = [
         ("perplexity, × dense", best.ratio, "{:.2f}".format),
-        ("of the parameters gone", best.cell.removed, share),
-        ("writing speed, × dense", best.decode, "{:.2f}".format),
+        ("of the parameters removed", best.cell.removed, share),
+        ("decoding speed, × dense", best.decode, "{:.2f}".format),
         ("accuracy", best.accuracy, "{:.3f}".format),
         ("stability of answers", best.stability, "{:.3f}".format),
     ]
@@ -153,12 +153,12 @@ class _Bar:
 
 
 def _bars(rows: Sequence[Row]) -> list[tuple[str, list[_Bar]]]:
-    """Return the cells of each amount with the width of their price's bar, in per cent of the longest there is."""
+    """Return the cells of each amount with the width of their price bar, in per cent of the longest bar."""
     ranked = rankings(rows)
     longest = max((row.price or 0.0 for one in ranked for row in one.rows), default=0.0) or 1.0
     return [
         (
-            (f"{one.amount} asked for" if one.amount else "all") + (", healed" if one.healed else ""),
+            (f"{one.amount} requested" if one.amount else "all") + (", healed" if one.healed else ""),
             [_Bar(row=row, width=100 * max(0.0, row.price or 0.0) / longest) for row in one.rows],
         )
         for one in ranked
@@ -166,7 +166,7 @@ def _bars(rows: Sequence[Row]) -> list[tuple[str, list[_Bar]]]:
 
 
 def _strips(rows: Sequence[Row]) -> list[tuple[Cell, list[Block]]]:
-    """Return the pictures; a healed cell is drawn once, with the cell it was healed from."""
+    """Return the plan pictures; a healed cell shares the picture of the cell it was healed from."""
     drawn: list[tuple[Cell, list[Block]]] = []
     for cell in (row.cell for row in rows):
         blocks = picture(cell.plans)
@@ -188,7 +188,7 @@ class _Prompt:
 
 
 def _prompts(contents: Contents, rows: Sequence[Row], said: Verdict) -> list[_Prompt]:
-    """Put what the models wrote side by side: what really follows, the dense model, the best, then the others."""
+    """Return the samples side by side: the real continuation, the dense model, the best, then the others."""
     best = said.best.cell if said.best else None
     order = sorted(rows, key=lambda row: (row.cell is not best, row.quality is None, row.quality or 0.0))
     wrote = [(row.cell.name, row.cell.measured.samples) for row in order if row.cell.measured.samples]
@@ -199,7 +199,7 @@ def _prompts(contents: Contents, rows: Sequence[Row], said: Verdict) -> list[_Pr
     prompts = []
     for prompt, found in written.items():
         truth = next((sample.truth for _, sample in found if sample.truth), "")
-        first = [("what really follows", truth)] if truth else []
+        first = [("real continuation", truth)] if truth else []
         texts = [(name, sample.text) for name, sample in found]
         beside = _SIDE_BY_SIDE + (texts[0][0] == "dense")
         prompts.append(_Prompt(prompt=prompt, shown=first + texts[:beside], folded=texts[beside:]))

@@ -1,4 +1,4 @@
-"""The tables of the page, as data: columns that have something in them, and what sorts them."""
+"""The tables of the page as data: their non-empty columns, and the values they are sorted by."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from secateur.reporting.verdict import Row, share
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One cell of a table: what is shown, and what it is sorted by."""
+    """One entry of a table: the displayed text, and the value it is sorted by."""
 
     text: str
     value: float | str | None = None
@@ -22,7 +22,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One row: its name, its entries, whether it stands out, and the stage that failed, if one did."""
+    """One row: its name, its entries, whether it is highlighted, and the stage that failed, if one did."""
 
     name: str
     entries: tuple[Entry, ...]
@@ -32,7 +32,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Named columns and lines; columns hold (heading, what it means, whether numbers stand in it)."""
+    """Columns (heading, meaning, whether numeric) and rows."""
 
     columns: tuple[tuple[str, str, bool], ...]
     lines: tuple[Line, ...]
@@ -40,10 +40,10 @@ class Table:
 
 _Column = tuple[str, str, Callable[[Row], Any], Callable[[Any], str]]
 _COLUMNS: tuple[_Column, ...] = (
-    ("method", "what was cut, and how", lambda row: row.cell.method, str),
-    ("asked", "how much was asked for", lambda row: row.cell.amount or None, str),
-    ("healing", "how it was trained afterwards", lambda row: row.cell.healing, str),
-    ("removed", "share of all parameters that is gone", lambda row: row.cell.removed, share),
+    ("method", "method of pruning", lambda row: row.cell.method, str),
+    ("asked", "requested amount", lambda row: row.cell.amount or None, str),
+    ("healing", "healing recipe", lambda row: row.cell.healing, str),
+    ("removed", "share of all parameters removed", lambda row: row.cell.removed, share),
     ("parameters", "what is left", lambda row: row.cell.parameters, "{:,}".format),
     ("blocks", "what is left", lambda row: row.cell.blocks, "{:d}".format),
     ("perplexity", "on held-out text", lambda row: row.perplexity, "{:.2f}".format),
@@ -51,10 +51,10 @@ _COLUMNS: tuple[_Column, ...] = (
     ("price", "quality lost per 1 % of parameters removed", lambda row: row.price, "{:.2f}".format),
     ("accuracy", "mean over tasks", lambda row: row.accuracy, "{:.3f}".format),
     ("stability", "answers that stay right or wrong, weighted", lambda row: row.stability, "{:.3f}".format),
-    ("flips", "share of answers that changed", lambda row: row.flips, share),
-    ("decode", "tokens/s of writing, × dense", lambda row: row.decode, "{:.2f} ×".format),
-    ("prefill", "tokens/s of reading, × dense", lambda row: row.prefill, "{:.2f} ×".format),
-    ("time", "what all stages took", lambda row: sum(row.cell.seconds.values()) or None, lambda value: duration(value)),
+    ("flips", "share of changed answers", lambda row: row.flips, share),
+    ("decode", "decoded tokens/s, × dense", lambda row: row.decode, "{:.2f} ×".format),
+    ("prefill", "prefill tokens/s, × dense", lambda row: row.prefill, "{:.2f} ×".format),
+    ("time", "time of all stages", lambda row: sum(row.cell.seconds.values()) or None, lambda value: duration(value)),
 )
 
 
@@ -90,7 +90,7 @@ def _metric(name: str, row: Row) -> float | None:
 
 
 def tasks_table(contents: Contents, rows: Sequence[Row]) -> Table | None:
-    """Accuracy, stability and flips of every task, the dense model first; None where no task was asked."""
+    """Return accuracy, stability and flips of every task, the dense model first; None if no task was run."""
     cells = [row.cell for row in rows if row.cell.measured.tasks()]
     tasks = list(dict.fromkeys(task for cell in cells for task in cell.measured.tasks()))
     if not tasks:
@@ -107,20 +107,20 @@ def tasks_table(contents: Contents, rows: Sequence[Row]) -> Table | None:
         Line(name=name, entries=tuple(_score(measured.of_task(task, *measures)) for task, _, measures in wanted))
         for name, measured in models
     )
-    says = {"accuracy": "share answered right", "stability": "answers that stay right or wrong", "flips": "changed"}
+    says = {"accuracy": "share of right answers", "stability": "answers that stay right or wrong", "flips": "changed"}
     columns = tuple((f"{task} {name}", says[name], True) for task, name, _ in wanted)
     return Table(columns=columns, lines=lines)
 
 
 def healing_lines(contents: Contents) -> list[tuple[str, str]]:
-    """Say of each training what it was, on how much, and what it brought on held-back text."""
+    """Return a line for each healing: recipe, amount of text, and the gain on held-out text."""
     said = []
     for cell in contents.cells:
         for facts in cell.healed:
             source = (facts.get("texts") or {}).get("source", "text")
             parts = [f"{facts.get('with')}, {facts.get('tokens', 0):,} tokens of {source}"]
             if "start_loss" in facts:
-                parts.append(f"held-back loss {facts['start_loss']:.3f} → {facts['best_loss']:.3f}")
+                parts.append(f"held-out loss {facts['start_loss']:.3f} → {facts['best_loss']:.3f}")
             parts += [
                 f"block {block}: error {one['start_loss']:.3g} → {one['best_loss']:.3g}"
                 for block, one in facts.get("blocks", {}).items()
@@ -130,7 +130,7 @@ def healing_lines(contents: Contents) -> list[tuple[str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """Write a time as people do."""
+    """Format a duration."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = seconds / 60

@@ -1,4 +1,4 @@
-"""Quality against size and against speed: one line per method, and the Pareto front."""
+"""Plots of quality against size and speed: one line per method, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def quality_figures(contents: Contents, rows: Sequence[Row], winner: str | None)
     found = []
     for name, title, axis, read in (
         ("quality-size", "Quality against size", "parameters removed, %", _removed),
-        ("quality-speed", _speed_title(contents), "tokens/s of writing, × dense", _decode),
+        ("quality-speed", _speed_title(contents), "decoded tokens/s, × dense", _decode),
     ):
         drawn = [row for row in measured if read(row) is not None]
         if len(drawn) > 1 and any(read(row) for row in drawn):
@@ -53,7 +53,7 @@ def _quality(
     *,
     log: bool,
 ) -> Figure:
-    """Draw one line per method, the winner's in the accent colour, with the front dotted through what is on it."""
+    """Draw one line per method, the best in the accent colour, and the Pareto front as a dotted line."""
     dense = (0.0 if read is _removed else 1.0, 1.0 if log else 0.0)
     lines: dict[str, list[Row]] = {}
     for row in rows:
@@ -117,7 +117,7 @@ def _labels(
     *,
     log: bool,
 ) -> list[dict[str, Any]]:
-    """Write each line's name beside its end; names that would touch move apart."""
+    """Label each line at its end, moving labels apart that would overlap."""
     (left, right), (low, high) = spans
     pixels = (height - MARGIN["t"] - MARGIN["b"]) / (high - low)
     groups: list[list[tuple[str, float, float]]] = []
@@ -138,7 +138,7 @@ def _labels(
 
 
 def _apart(wanted: Sequence[float], gap: float) -> list[float]:
-    """Move sorted places so that neighbours are `gap` apart, and all together as little as can be (least squares)."""
+    """Move sorted positions so that neighbours are at least `gap` apart, with the least squared movement."""
     groups: list[tuple[float, int]] = []
     for number, at in enumerate(wanted):
         mean, count = at - number * gap, 1
@@ -154,7 +154,7 @@ _ROUND = (1, 1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2, 3, 5, 7)
 
 
 def _log_ticks(low: float, high: float) -> dict[str, Any]:
-    """Round numbers between 10^low and 10^high, 1 among them, not closer than a seventh of the axis."""
+    """Return round numbers between 10^low and 10^high, including 1, no closer than a seventh of the axis."""
     steps = _ROUND if high - low < 2 else (1,)
     inside = [
         step * 10.0**power for power in range(-6, 12) for step in steps if low <= math.log10(step) + power <= high

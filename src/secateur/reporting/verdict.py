@@ -1,4 +1,4 @@
-"""Who won: the price of what each cell took out, the Pareto front, and the sentence at the top of the page."""
+"""The ranking of cells by price, the Pareto front, and the sentence at the top of the page."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from secateur.reporting.cells import Cell, Contents, Measured
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The numbers of one cell beside the dense model's; None where not measured.
+    """Measurements of one cell relative to the dense model; None if not measured.
 
     Attributes:
-        cell: whose they are.
+        cell: the cell.
         perplexity: on held-out text.
         ratio: of the perplexity to the dense model's.
         accuracy: mean over the tasks, with `lost` the points (of 1) below the dense model.
-        stability: share of answers that stay right or wrong, mean over the tasks.
-        flips: share of answers that changed.
-        decode, prefill: tokens per second of writing and reading, as ratios to the dense model's in the same rounds.
-        quality: what is drawn: `ratio`, or `lost` where no perplexity was measured. Higher is worse.
+        stability: mean over the tasks.
+        flips: share of changed answers.
+        decode, prefill: tokens per second, as ratios to the dense model in the same rounds.
+        quality: the plotted loss of quality: `ratio`, or `lost` if no perplexity was measured. Higher is worse.
         price: quality lost for each 1 % of parameters removed: per cent of perplexity, or points of accuracy.
     """
 
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Cells of one amount, the cheapest first."""
+    """The cells of one amount, cheapest first."""
 
     amount: str
     healed: bool
@@ -51,12 +51,12 @@ class Ranking:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a reader should know after ten seconds.
+    """The summary at the top of the page.
 
     Attributes:
-        headline: the result in one line, without its numbers where several cells are compared.
+        headline: the result in one line, without numbers if several cells are compared.
         sentence: the numbers.
-        best: the row the headline is about; None where nothing was measured.
+        best: the row the headline is about; None if nothing was measured.
     """
 
     headline: str
@@ -65,14 +65,14 @@ class Verdict:
 
     @property
     def title(self) -> str:
-        """Return the headline with the numbers it lacks."""
+        """Return headline and sentence as one text."""
         if self.best is None or self.best.ratio is None or not self.sentence:
             return self.headline
         return f"{self.headline}: {says_row(self.best)}"
 
 
 def rows_of(contents: Contents) -> list[Row]:
-    """Return the numbers of every cell: amount by amount, the cheapest first; cells without numbers come last."""
+    """Return the measurements of every cell, amount by amount, cheapest first; unmeasured cells come last."""
     by_perplexity = any(cell.measured.perplexity() for cell in contents.cells)
     rows = [_row(cell, contents.dense, by_perplexity=by_perplexity) for cell in contents.cells]
     ranked = [row for one in rankings(rows) for row in one.rows]
@@ -110,7 +110,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def rankings(rows: Sequence[Row]) -> list[Ranking]:
-    """Rank the cells of each amount by price, those that were healed apart from the others."""
+    """Rank the cells of each amount by price, healed cells separately."""
     groups: dict[tuple[bool, str], list[Row]] = {}
     for row in rows:
         if row.price is not None:
@@ -123,7 +123,7 @@ def rankings(rows: Sequence[Row]) -> list[Ranking]:
 
 
 def verdict(contents: Contents, rows: Sequence[Row]) -> Verdict:
-    """Say which method keeps the most, or what became of the one model there is."""
+    """Return the verdict: which method keeps the most quality, or how the single model did."""
     model = contents.model_name
     ranked = rankings(rows)
     if contents.is_study and ranked:
@@ -135,8 +135,8 @@ def verdict(contents: Contents, rows: Sequence[Row]) -> Verdict:
         influence = contents.scores.block_influence
         least = sorted(sorted(range(len(influence)), key=lambda block: influence[block])[: max(1, len(influence) // 4)])
         return Verdict(
-            headline=f"{model} leans least on block{'s' if len(least) > 1 else ''} {_listed(least)}",
-            sentence="They change the hidden states least, so they are the first to try to do without.",
+            headline=f"{model} depends least on block{'s' if len(least) > 1 else ''} {_listed(least)}",
+            sentence="They change the hidden states least, which makes them the first candidates for removal.",
             best=None,
         )
     failed = sum(cell.failure is not None for cell in contents.cells)
@@ -164,7 +164,7 @@ def _winner(model: str, ranked: Sequence[Ranking]) -> Verdict:
     if healed:
         cheapest = min(healed, key=lambda row: (row.cell.amount != best.cell.amount, row.price))
         parts.append(f"Best with training: {cheapest.cell.label}, {says_row(cheapest, short=True)}.")
-    return Verdict(headline=f"{name} keeps the most of {model}", sentence=" ".join(parts), best=best)
+    return Verdict(headline=f"{name} preserves {model} best", sentence=" ".join(parts), best=best)
 
 
 def _single(model: str, row: Row) -> Verdict:
@@ -173,24 +173,24 @@ def _single(model: str, row: Row) -> Verdict:
     if cell.failure is not None:
         headline, sentence = f"{cell.label} failed at {cell.failure.stage}", cell.failure.error
     elif row.quality is None and cell.removed is not None:
-        headline = f"{cell.label} takes {share(cell.removed)} off {model}"
+        headline = f"{cell.label} removes {share(cell.removed)} of {model}"
         sentence = "Its quality was not compared with the dense model's."
     elif row.quality is None:
         speed = (
-            f" writes {row.decode:.2f} × as fast as {model}" if row.decode else " was not compared with another model"
+            f" decodes {row.decode:.2f} × as fast as {model}" if row.decode else " was not compared with another model"
         )
         headline = f"{Path(cell.label).name}{speed}"
     else:
         kept = f"perplexity at {row.ratio:.2f} × dense" if row.ratio else f"an accuracy of {row.accuracy:.3f}"
-        size = f" with {share(cell.removed)} of {model} gone" if cell.removed else f" ({model})"
+        size = f" with {share(cell.removed)} of {model} removed" if cell.removed else f" ({model})"
         headline = f"{cell.label} keeps {kept}{size}"
     return Verdict(headline=headline, sentence=sentence, best=row)
 
 
 def says_row(row: Row, *, short: bool = False) -> str:
-    """Say what one cell cost and what it took out."""
+    """Return a clause about what one cell lost and how much it removed."""
     removed = share(row.cell.removed)
-    size = f"{removed} gone" if short else f"{removed} of the parameters gone"
+    size = f"{removed} removed" if short else f"{removed} of the parameters removed"
     if row.ratio is not None:
         return f"{row.ratio:.2f} ×{'' if short else ' the dense perplexity'} with {size}"
     lost = 100 * (row.lost or 0)
@@ -198,7 +198,7 @@ def says_row(row: Row, *, short: bool = False) -> str:
 
 
 def share(value: float | None) -> str:
-    """Write a share of one in per cent, in one piece."""
+    """Format a fraction as a percentage with a non-breaking space."""
     return f"{100 * (value or 0):.1f}\N{NO-BREAK SPACE}%"
 
 

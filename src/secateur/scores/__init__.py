@@ -1,1 +1,1 @@
-"""How much each block matters: redundancy scores of METHODS, one file per way of measuring."""
+"""Redundancy scores of blocks and importance scores of their units, one file per way of measuring."""

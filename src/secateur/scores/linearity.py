@@ -1,10 +1,11 @@
-"""How well a matrix on the MLP output before a window of blocks stands in for the window: least squares, one walk.
+"""Normal equations for replacing windows of blocks by a matrix on the preceding MLP's output, gathered in one walk.
 
-The part that the MLP adds to the state leaving a block is what is missing when the block runs with an MLP that writes
-0, so each block before a window is run twice. That holds for every way in which blocks are built, with attention beside
-the MLP or before it, whatever factor the output is multiplied by, and for mixtures of experts.
+The MLP's contribution to a block's output is the difference to the output of the same block with an MLP that writes 0,
+so each block before a window is run twice. This holds for any block structure: attention in parallel with the MLP or
+before it, scaled outputs, and mixtures of experts.
 
-Source: Shopkhoev et al. 2025, "ReplaceMe", §3.
+Source: Shopkhoev et al. 2025, "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block
+Linearization", section 3.
 """
 
 from __future__ import annotations
@@ -28,17 +29,16 @@ from secateur.surgery.depth.linear_replacement import without_mlp
 def linear_sums(
     decoder: Decoder, windows: Windows, spans: Collection[Span], *, options: RunOptions = DEFAULTS
 ) -> Iterator[tuple[Span, LinearSums]]:
-    """Gather, for each window of blocks, the normal equations of the matrix that is to stand in for it.
+    """Yield, for each window of blocks, the normal equations of the matrix that is to replace it.
 
-    They come one by one, in the order in which the windows end: two (D, D) matrices in float64 for each of a large
-    model's windows would not find room together.
+    They are yielded one by one, in the order in which the windows end: two float64 (D, D) matrices for each window of a
+    large model would not fit in memory together.
 
     Args:
         decoder: the model.
         windows: calibration windows.
         spans: first and last block of each window; the first is 1 or higher.
-        batch_size: windows of text per batch; chosen by the device if None.
-        progress: shows how far it is.
+        options: batch size and progress.
 
     Raises:
         NumericsError: NaN or infinity on the way.
@@ -67,7 +67,7 @@ def linear_sums(
 
 
 def _advance(decoder: Decoder, index: int, batch: Batch, store: StateStore, *, keep_part: bool) -> None:
-    """Take a batch through block `index`; on request keep what the MLP adds there beside the state that leaves it."""
+    """Run block `index` on a batch; on request also keep the MLP's contribution to its output."""
     hidden = store.get((batch.index, index))
     result = step(decoder, index, batch, hidden)
     store.put((batch.index, index + 1), result)

@@ -1,4 +1,4 @@
-"""Measure scores: one pass for all that need no removal and no gradient."""
+"""Measuring redundancy scores: a single pass for all that need neither removal nor gradients."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ from secateur.scores.taylor import scored_weights, taylor
 def score_model(
     decoder: Decoder, windows: Windows | None, kinds: Sequence[Kind] = ONE_PASS, *, options: RunOptions = DEFAULTS
 ) -> Scores:
-    """Measure scores of a decoder; all kinds of `ONE_PASS` together cost one walk.
+    """Measure scores of a decoder; all kinds in `ONE_PASS` together take one pass.
 
     Args:
         decoder: the model.
-        windows: calibration windows; None is enough for `magnitude` of the weights alone.
+        windows: calibration windows; None suffices for `magnitude`.
         kinds: what to measure, of `KINDS`.
-        batch_size: windows per batch; chosen by the device if None.
-        seed: draws the tokens that CKA looks at.
-        progress: shows how far it is.
+        options: batch size, progress, and the seed of the tokens that CKA samples.
 
     Raises:
         InputError: an unknown kind, or no windows for a kind that needs them.

@@ -1,8 +1,8 @@
-"""How alike the original model and one with merged windows are, in what the head reads, with nothing run needlessly.
+"""Similarity of the final hidden states of the original model and of one with merged windows of blocks.
 
 Windows are merged from the top of the model down, so everything below the lowest merged window is still the original
-model. What enters each block there is computed once and kept; a candidate runs its lowest merged block and the blocks
-above that, nothing else, and its weights are combined when their turn comes: no model is ever copied.
+model. The inputs of the blocks there are computed once and cached. A candidate only runs its lowest merged block and
+the blocks above it, and combines weights block by block: no model is ever copied.
 
 Source: Ding et al. 2025, "A Sliding Layer Merging Method for Efficient Depth-Wise Pruning in LLMs", algorithm 1.
 """
@@ -24,15 +24,15 @@ from secateur.plan.steps import Span
 from secateur.surgery.depth.merging import Shares, merged_tensors
 
 Merged = tuple[Span, ...]
-"""Windows that are one block each, from the top of the model down."""
+"""Windows that become one block each, from the top of the model down."""
 
 
 class MergeProbe:
-    """Similarity of the final hidden states to the original model's, with any windows merged.
+    """The similarity of the final hidden states to the original model's, with any windows merged.
 
     Attributes:
-        evaluated: block evaluations so far (one block on all windows), for honest accounting.
-        known: every similarity measured so far.
+        evaluated: block evaluations so far (one block on all windows).
+        known: all similarities measured so far.
     """
 
     @torch.no_grad()
@@ -51,12 +51,12 @@ class MergeProbe:
         Args:
             decoder: the original model.
             windows: calibration windows.
-            store: holds the remembered states; closed by its owner.
-            shares: what of each block goes into the one a window becomes.
+            store: holds the cached states; closed by its owner.
+            shares: coefficients of the blocks of a window in the merged block.
             lows: blocks at which a merged window may begin.
-            batch_size: windows per batch; chosen by the device if None.
-            known: similarities measured before, on the same model and windows and with the same shares; what is
-                measured is added to them.
+            batch_size: windows per batch; None depends on the device.
+            known: similarities measured earlier, on the same model and windows and with the same shares; new ones are
+                added.
 
         Raises:
             NumericsError: NaN or infinity on the way.
@@ -78,10 +78,10 @@ class MergeProbe:
             store.drop((batch.index, decoder.block_count))
 
     def similarity(self, merged: Merged) -> float:
-        """Mean over the windows of text of the cosine between final states, all real tokens of a window as one vector.
+        """Return the mean over windows of the cosine of final states, a window's real tokens flattened to a vector.
 
         Args:
-            merged: windows of blocks that are one block each, from the top down; at least one.
+            merged: windows of blocks that become one block each, from the top down; at least one.
 
         Raises:
             NumericsError: NaN or infinity on the way; it never becomes a similarity.
@@ -110,7 +110,7 @@ class MergeProbe:
         return found
 
     def _advance(self, low: int, high: int, entry: int | str) -> None:
-        """Take the states from `entry` through block `low`, or through the block that `low` to `high` become."""
+        """Run the states through block `low`, or through the block that `low` to `high` are merged into."""
         if low == high:
             with self._decoder.block(low):
                 for batch in self._batches:
@@ -142,7 +142,7 @@ class MergeProbe:
 
 
 def window_cosines(left: torch.Tensor, right: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Cosine of two (windows, positions, d) states by window, its real tokens flattened to one vector; (windows,)."""
+    """Return the cosine (windows,) of states (windows, positions, d), a window's real tokens flattened to a vector."""
     left, right = left.float(), right.float().to(left.device)
     products = [(a * b).sum(-1).cpu().double() for a, b in ((left, right), (left, left), (right, right))]
     if mask is not None:

@@ -1,4 +1,4 @@
-"""Pictures of scores: redundancy bars, heat maps of window cosines and CKA, and the windows a plan merges on CKA."""
+"""Plots of scores as PNG files: redundancy bars, heat maps of cosines and CKA, and merged windows on the CKA map."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLUE, _ORANGE, _GREY = "#2f6f9f", "#d9822b", "#8a8f98"
 
 
 def draw_scores(scores: Scores, folder: Path) -> list[Path]:
-    """Draw every picture these scores have data for, as PNG files in a folder; returns their paths."""
+    """Draw every plot these scores have data for, as PNG files in a folder; return their paths."""
     drawn = []
     for name, figure in _figures(scores).items():
         path = folder / f"{name}.png"
@@ -50,7 +50,7 @@ def _figures(scores: Scores) -> dict[str, Figure]:
         figures["cosine"] = _heat_map(
             scores.cosine,
             "Cosine between residual states",
-            "state entering block (last: leaving the model)",
+            "input of block (last: output of the model)",
             shade_by_quantile=True,
         )
     if scores.cka_linear is not None and scores.cka_rbf is not None:
@@ -78,7 +78,7 @@ def _bars(scores: Scores) -> Figure:
         axes[1].set_ylabel("perplexity without it (log)")
     for one in axes:
         one.set_xticks(blocks if len(blocks) <= 40 else blocks[:: len(blocks) // 20])
-        one.set_xlabel("block (orange: the quarter that is least needed)")
+        one.set_xlabel("block (orange: the least needed quarter)")
         one.spines[["top", "right"]].set_visible(False)
     return figure
 

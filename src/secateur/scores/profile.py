@@ -1,4 +1,4 @@
-"""The redundancy scores of one model, as data: what was measured, and what is read off it."""
+"""The redundancy scores of one model as data: what was measured, and scores derived from it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ ONE_PASS: tuple[Kind, ...] = ("cosine", "angular", "magnitude", "cka")
 
 
 class Scores(BaseModel):
-    """Redundancy scores of one model on one set of windows; what was not asked for is None.
+    """Redundancy scores of one model on one set of windows; scores that were not requested are None.
 
     Attributes:
         cosine: (L+1)×(L+1), mean over tokens of the cosine between residual states a and b (before the final norm).
         angular: (L+1)×(L+1), mean over windows of arccos(cosine)/π at the last real token.
-        relative_magnitude: L values, mean over tokens of ‖f(X)−X‖ / ‖f(X)‖.
+        relative_magnitude: L values, mean over tokens of ‖f(X)−X‖ / ‖f(X)‖ (Samragh et al. 2023).
         magnitude: L values, Σ|w| over the weight matrices and norms of each block.
         cka_linear, cka_rbf: L×L, centred kernel alignment between block outputs.
-        removal_perplexity: L values, perplexity with that block skipped; `perplexity` is that of the whole model.
+        removal_perplexity: L values, perplexity with each block skipped; `perplexity` is that of the whole model.
         taylor: L values, Σ|w·∂L/∂w|.
     """
 
@@ -74,19 +74,19 @@ class Scores(BaseModel):
                 if isinstance(value[0], tuple) and len(value) != len(value[0]):
                     raise ValueError(f"'{name}' is not square")
         if len(counts) > 1:
-            raise ValueError("the scores are of different numbers of blocks")
+            raise ValueError("the scores differ in their number of blocks")
         return self
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def block_influence(self) -> tuple[float, ...] | None:
-        """BI(l) = 1 − E cos(X^l, X^{l+1}) (ShortGPT, §3.1); small means redundant."""
+        """BI(l) = 1 − E cos(X^l, X^{l+1}) (Men et al. 2024, ShortGPT, section 3.1); small means redundant."""
         return None if self.cosine is None else tuple(1 - value for value in self.window_cosine(1))
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def layer_redundancy(self) -> tuple[float, ...] | None:
-        """LR(l), E cos(X^l, X^{l+1}) min-max normalised to [0, 1] (DynamicSlicing); 1 = most redundant."""
+        """LR(l) = E cos(X^l, X^{l+1}), min-max normalised to [0, 1] (Dumitru et al. 2024); 1 is most redundant."""
         if self.cosine is None:
             return None
         values = self.window_cosine(1)
@@ -94,11 +94,11 @@ class Scores(BaseModel):
         return tuple((v - low) / (high - low) if high > low else 1.0 for v in values)
 
     def window_cosine(self, length: int) -> tuple[float, ...]:
-        """C(l, n) = E cos(X^l, X^{l+n}) for every start l (LLM-Streamline, §3.1)."""
+        """Return C(l, n) = E cos(X^l, X^{l+n}) for every start l (Chen et al. 2024, LLM-Streamline, section 3.1)."""
         return _diagonal(self._need("cosine"), length)
 
     def window_angle(self, length: int) -> tuple[float, ...]:
-        """A(l, n), mean angular distance over a window for every start l (UIDL, §3.2)."""
+        """Return the mean angular distance A(l, n) for every start l (Gromov et al. 2024, section 3.2)."""
         return _diagonal(self._need("angular"), length)
 
     def _need(self, name: str) -> Matrix:
@@ -108,12 +108,12 @@ class Scores(BaseModel):
         return value
 
     def has(self, kinds: Iterable[Kind]) -> bool:
-        """Whether all of these kinds were measured."""
+        """Return whether all of these kinds were measured."""
         fields = {"cka": "cka_linear", "perplexity": "removal_perplexity"}
         return all(getattr(self, fields.get(kind, kind)) is not None for kind in kinds)
 
     def are_of(self, windows: Windows) -> bool:
-        """Whether they were measured on these windows."""
+        """Return whether they were measured on these windows."""
         return (self.texts or {}).get("fingerprint") == windows.fingerprint
 
     def write(self, path: Path) -> None:
@@ -125,7 +125,7 @@ class Scores(BaseModel):
         """Read `scores.json`.
 
         Raises:
-            InputError: no such file, or not scores.
+            InputError: no such file, or not a scores file.
         """
         try:
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))

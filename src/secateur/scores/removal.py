@@ -1,8 +1,8 @@
-"""The loss without some blocks, as Shortened-LLaMA and SLEB ask for it, with nothing computed twice.
+"""The loss with some blocks skipped, as Shortened LLaMA and SLEB use it, with nothing computed twice.
 
-What enters block d depends only on which blocks *below* d are gone. So states are remembered under the pair (blocks
-gone below d, d): the prefix of every candidate is found there, and so is what an earlier candidate already
-computed. Only the blocks above the first new gap are run.
+The input of block d depends only on which blocks *below* d are gone. States are therefore cached under the pair (blocks
+gone below d, d), which holds the prefix of every candidate and whatever an earlier candidate computed. Only the blocks
+above the first new gap are run.
 
 Sources: Kim et al. 2024, "Shortened LLaMA", §3; Song et al. 2024, "SLEB", algorithm 1.
 """
@@ -24,10 +24,10 @@ Key = tuple[int, int, Gone]
 
 
 class RemovalProbe:
-    """Loss of a decoder on fixed windows with any set of blocks skipped.
+    """The loss of a decoder on fixed windows with any set of blocks skipped.
 
     Attributes:
-        evaluated: block evaluations so far (one block on all windows), for honest accounting.
+        evaluated: block evaluations so far (one block on all windows).
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class RemovalProbe:
         Args:
             decoder: the model.
             windows: calibration windows.
-            store: holds the remembered states; closed by its owner.
-            batch_size: windows per batch; chosen by the device if None.
-            known: losses measured before on this model and these windows; what is measured is added to them.
+            store: holds the cached states; closed by its owner.
+            batch_size: windows per batch; None depends on the device.
+            known: losses measured earlier on this model and these windows; new ones are added.
         """
         self.evaluated = 0
         self._decoder = decoder
@@ -56,7 +56,7 @@ class RemovalProbe:
 
     @torch.no_grad()
     def loss(self, gone: Iterable[int]) -> float:
-        """Mean next-token loss in nats with these blocks skipped.
+        """Return the mean next-token loss in nats with these blocks skipped.
 
         Raises:
             NumericsError: NaN or infinity on the way; it never becomes a loss.
@@ -67,7 +67,7 @@ class RemovalProbe:
         return self._losses[wanted]
 
     def fix(self, gone: Iterable[int]) -> None:
-        """Say that these blocks stay gone: states that no further candidate can use are forgotten."""
+        """Remove these blocks for good, and drop states that no further candidate can use."""
         self._settled = frozenset(gone)
         for key in self._store.keys():  # noqa: SIM118 - not a dict
             depth, below = cast(Key, key)[1:]
@@ -85,9 +85,9 @@ class RemovalProbe:
             return mean_loss_of(self._decoder, last)
 
     def _advance(self, index: int, gone: Gone) -> None:
-        """Take the states from the entry of block `index` to the entry of the next one.
+        """Advance the states from the input of block `index` to the input of the next block.
 
-        States of the model as settled so far are always kept, those of a candidate only while memory has room.
+        States of the model as pruned so far are always kept, those of a candidate only while memory has room.
         """
         with self._decoder.block(index):
             for batch in self._batches:
@@ -102,7 +102,7 @@ class RemovalProbe:
 
 
 def _key(batch: Batch, depth: int, gone: Gone) -> Key:
-    """Name the state that enters block `depth`; right above a gap it is the state that entered the gap."""
+    """Return the key of the input of block `depth`; right above a gap it is the state that entered the gap."""
     while depth - 1 in gone:
         depth -= 1
     return batch.index, depth, tuple(block for block in gone if block < depth)

@@ -1,8 +1,7 @@
-"""First-order importance of blocks: `Σ_w |w · Σ_batches ∂L/∂w|` over a block's weight matrices and norms.
+"""First-order importance of blocks, heads, groups and channels: `Σ_w |w · Σ_batches ∂L/∂w|`.
 
-The backward pass walks block by block as the forward pass does: each block is run again from its stored input and
-differentiated alone. So the gradients of one block only are ever in memory, and a skeleton works like a model in
-memory.
+The backward pass goes block by block as the forward pass does: each block is run again from its stored input and
+differentiated alone. The gradients of only one block are in memory at a time, and skeletons work like models in memory.
 
 Source: Kim et al. 2024, "Shortened LLaMA", §3 (Taylor+). There signed products of different samples cancel before the
 absolute value is taken; `per_window=True` takes it window by window instead.
@@ -26,7 +25,7 @@ from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.width.coupling import couplings_of, sums_by_unit
 
 Saliencies = dict[str, torch.Tensor]
-"""`w · Σ_batches ∂L/∂w` of a block's weights, by name."""
+"""Saliencies `w · Σ_batches ∂L/∂w` of a block's weights, by name."""
 
 
 def taylor(
@@ -53,8 +52,8 @@ def taylor_by_unit(
     """Return `Σ |w · Σ_batches ∂L/∂w|` over the weights of each unit of each block.
 
     Source: Ma et al. 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models", §3.2 (first order). A
-    query head has its rows of the query projection and its columns of what writes, a key/value group its own rows; the
-    released code adds those of queries to the wrong groups where several share one.
+    query head has its rows of the query projection and its columns of the output projection, a key/value group its own
+    rows; the released code adds those of queries to the wrong groups where several share one.
 
     Returns:
         For each block the scores of query heads, then groups, (H+G,), and of channels, (experts or 1, F).
@@ -78,7 +77,7 @@ def visit_saliencies(
     per_window: bool = False,
     options: RunOptions = DEFAULTS,
 ) -> None:
-    """Show each block's number and saliencies, from the last block down; `per_window` shows those of each window.
+    """Call `visit` with each block's number and saliencies, last block first; with `per_window`, for each window.
 
     Raises:
         NumericsError: NaN or infinity in the forward or backward pass.

@@ -1,1 +1,1 @@
-"""Edits of weights. Nothing here knows a method; plans say what to do."""
+"""Edits of weights, as plans describe them. Nothing here refers to a method."""

@@ -1,4 +1,4 @@
-"""Put a model of a new shape together piece by piece, from the weights of another."""
+"""Assemble a model of a new shape piece by piece from the weights of another."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Assembly:
-    """A model of a new shape as it grows, block by block; that of a skeleton grows in temporary files.
+    """A model of a new shape under construction, block by block; for a skeleton its weights go to temporary files.
 
     Attributes:
         dense: the model it is made from.
-        decoder: the model as far as it is there; in memory until `result`.
+        decoder: the model so far; incomplete until `result`.
         stored: dtype to which weights are rounded.
     """
 
@@ -33,7 +33,7 @@ class Assembly:
             dense: the model it is made from.
             config: configuration of the new model.
             family: row of the new model's architecture.
-            stored: dtype to which weights are rounded; None is the one they will be saved in.
+            stored: dtype to which weights are rounded; None takes the dtype they will be saved in.
         """
         module = empty_model(config, dense.module.dtype, dense.device, trust_remote_code=False)
         module.generation_config = copy.deepcopy(dense.module.generation_config)
@@ -46,22 +46,22 @@ class Assembly:
         self._parts: dict[int, tuple[EditedPart, ...]] = {}
 
     def block_path(self, index: int) -> str:
-        """Prefix of the names of block `index`, the dot included."""
+        """Return the prefix of the parameter names of block `index`, including the dot."""
         return f"{self._blocks}{index}."
 
     def layer(self, index: int) -> Any:
-        """Block `index` of the sliced model."""
+        """Return block `index` of the new model."""
         return self.decoder.block_list[index]
 
     def put(self, where: str, tensors: Tensors) -> None:
-        """Return parameters below the path `where` their values, in the dtype they will be saved in."""
+        """Set the parameters below the path `where`, rounded to the dtype they will be saved in."""
         dtype = self.decoder.module.dtype
         for name, tensor in tensors.items():
             value = tensor.to(self.stored).to(self.dense.device, dtype).contiguous()
             set_parameter(self.decoder.module, f"{where}{name}", value)
 
     def finish(self, part: int) -> None:
-        """Block `part` is in place, or a piece of `OUTER`; that of a skeleton goes to disk and is let go."""
+        """Finish block `part`, or a piece of `OUTER`; for a skeleton it is written to disk and freed."""
         if part == OUTER:
             self.decoder.module.tie_weights()
         if not self.dense.is_skeleton:
@@ -73,7 +73,7 @@ class Assembly:
         self.release(where)
 
     def release(self, where: str) -> None:
-        """Let the weights below the path `where` go; only their shapes stay."""
+        """Free the weights below the path `where`, keeping their shapes."""
         for name, parameter in self._below(where).items():
             set_parameter(self.decoder.module, name, parameter.to("meta"))
         if not where:
@@ -81,7 +81,7 @@ class Assembly:
         return_freed_memory()
 
     def keep_outer(self) -> None:
-        """Leave what is outside the blocks as it is: shared, or read from where a skeleton reads it."""
+        """Keep everything outside the blocks unchanged: shared, or for a skeleton read from the same shards."""
         if not self.dense.is_skeleton:
             for name, parameter in self.dense.module.named_parameters():
                 if not name.startswith(self._blocks):
@@ -89,12 +89,12 @@ class Assembly:
             self.decoder.module.tie_weights()
 
     def _below(self, where: str) -> dict[str, torch.nn.Parameter]:
-        """Parameters below a path; below the empty path those of no block."""
+        """Return the parameters below a path; for the empty path, those outside the blocks."""
         named = self.decoder.module.named_parameters()
         return {n: one for n, one in named if n.startswith(where) and (where or not n.startswith(self._blocks))}
 
     def result(self, edit: dict[str, Any]) -> Decoder:
-        """Return the finished model; `edit` says what was done, for its fingerprint."""
+        """Return the finished model; `edit` describes what was done, for its fingerprint."""
         shards, before = None, self.dense.shards
         if before is not None:
             parts = {part: before.edited[part] for part in (OUTER,) if part in before.edited} | self._parts

@@ -1,1 +1,1 @@
-"""One training loop for everything that is trained."""
+"""The training loop shared by healing recipes and replacement modules."""

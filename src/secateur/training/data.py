@@ -1,4 +1,4 @@
-"""What a run is trained on: windows of tokens, as items of a data set."""
+"""Training data as items of a data set, the validation split, and the next-token loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WindowData(Dataset[dict[str, torch.Tensor]]):
     """Windows as items: `tokens` (T,), and `mask` (T,) where some are padded."""
 
     def __init__(self, windows: Windows, numbers: range | None = None) -> None:
-        """Take all windows, or those of these numbers."""
+        """Wrap all windows, or those with these numbers."""
         self.windows = windows
         self.numbers = range(len(windows)) if numbers is None else numbers
 
@@ -36,7 +36,7 @@ class WindowData(Dataset[dict[str, torch.Tensor]]):
 
 
 class Counted(Protocol):
-    """Anything that counts its windows and knows where they are from."""
+    """Anything with a source and a number of windows."""
 
     @property
     def source(self) -> str:
@@ -46,28 +46,26 @@ class Counted(Protocol):
 
 
 def split_off_validation(windows: Counted) -> tuple[range, range]:
-    """Return the numbers of the windows to train on and of those held back: one in twenty, at most 128, the last ones.
+    """Split window numbers into those to train on and the last ones, one in twenty and at most 128, to hold out.
 
     Raises:
         InputError: fewer than two windows.
     """
     if len(windows) < 2:
-        raise InputError(
-            f"{windows.source}: {len(windows)} window to train on; some must be held back, give more text."
-        )
+        raise InputError(f"{windows.source}: {len(windows)} window to train on; some must be held out, give more text.")
     back = max(1, min(_MOST_HELD_BACK, round(_HELD_BACK * len(windows))))
     return range(len(windows) - back), range(len(windows) - back, len(windows))
 
 
 IGNORED = -100
-"""Label of a position that is not learnt from."""
+"""Label of a position that the loss ignores."""
 
 
 class LanguageModelling(nn.Module):
     """Next-token loss of a causal language model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Train what requires gradients in this model."""
+        """Wrap a model, whose parameters that require gradients are trained."""
         super().__init__()
         self.model = model
 
@@ -78,8 +76,8 @@ class LanguageModelling(nn.Module):
 
         Args:
             tokens: int64 (batch, positions).
-            mask: bool, True at real tokens; None where nothing is padded.
-            labels: what is to be predicted at each position, -100 where nothing is; None takes all real tokens.
+            mask: bool, True at real tokens; None if nothing is padded.
+            labels: target of each position, -100 to ignore it; None takes all real tokens.
         """
         given = {} if mask is None else {"attention_mask": mask.long()}
         scores = self.model(input_ids=tokens, use_cache=False, **given).logits
@@ -87,13 +85,13 @@ class LanguageModelling(nn.Module):
 
 
 def targets_of(tokens: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor:
-    """Return what each position but the last is to predict, (batch, positions - 1), -100 where nothing is."""
+    """Return the target of each position but the last, (batch, positions - 1), -100 where there is none."""
     targets = (tokens if labels is None else labels)[:, 1:]
     return targets if mask is None else targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED)
 
 
 def language_loss(scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum the loss of logits (batch, positions, vocabulary) against targets; gives it and the number of predictions."""
+    """Return the summed loss of logits (batch, positions, vocabulary), and the number of predictions."""
     flat = scores[:, :-1].float().flatten(0, 1)
     total = nn.functional.cross_entropy(flat, targets.flatten(), reduction="sum", ignore_index=IGNORED)
     return total, (targets != IGNORED).sum()

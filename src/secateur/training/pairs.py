@@ -1,8 +1,7 @@
-"""Pairs of hidden states, what enters a window of blocks and what leaves it: recomputed, or kept on disk in bfloat16.
+"""Pairs of hidden states, the input and output of a window of blocks, on which a replacement module is trained.
 
-LLM-Streamline trains the network that stands in for a window on such pairs (Chen et al. 2024, section 3.2). They never
-have to fit in memory: a model in memory computes them anew for each batch, a skeleton walks once and keeps them in
-memory-mapped files.
+LLM-Streamline trains on such pairs (Chen et al. 2024, section 3.2). They need not fit in memory: a model in memory
+recomputes them for each batch, a skeleton computes them once and keeps them in memory-mapped files in bfloat16.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from secateur.training.mapped import MappedTensors
 
 
 def pair_bytes(windows: int, seq_len: int, width: int) -> int:
-    """Bytes on disk of the pairs of so many windows: two states of `width` bfloat16 numbers per token."""
+    """Return the bytes on disk of the pairs of so many windows: two states of `width` bfloat16 values per token."""
     return 2 * windows * seq_len * width * 2
 
 
 class StoredPairs(MappedTensors):
-    """Both states of every window of text, in bfloat16.
+    """Input and output states of every window of text, in bfloat16.
 
     Attributes:
         entering, leaving: (W, T, d).
@@ -53,7 +52,7 @@ class StoredPairs(MappedTensors):
 
 @torch.no_grad()
 def store_pairs(decoder: Decoder, windows: Windows, window: Span, *, options: RunOptions = DEFAULTS) -> StoredPairs:
-    """Walk a model up to the end of a window of blocks and keep the states at both its ends.
+    """Run a model up to the end of a window of blocks and keep the states at both ends.
 
     Raises:
         OSError: there is no room for them.
@@ -73,7 +72,7 @@ def store_pairs(decoder: Decoder, windows: Windows, window: Span, *, options: Ru
 
 @dataclass
 class Rows:
-    """All windows on their way through a model, block by block; states in a store.
+    """The states of all windows as they advance through a model block by block.
 
     Attributes:
         decoder: the model.
@@ -87,16 +86,16 @@ class Rows:
 
     @classmethod
     def start(cls, decoder: Decoder, windows: Windows, store: StateStore, batch_size: int | None = None) -> Rows:
-        """Put what enters block 0 into the store."""
+        """Store the input of block 0."""
         return cls(decoder, store, stored_start(decoder, windows, store, batch_size))
 
     def through(self, index: int) -> None:
-        """Take all windows through block `index`."""
+        """Run all windows through block `index`."""
         with self.decoder.block(index):
             through_block(self.decoder, index, self.batches, self.store)
 
     def write(self, target: torch.Tensor, turn: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
-        """Write where all windows are now, (W, T, d), each state turned into another one if asked."""
+        """Write the current states of all windows to a tensor (W, T, d), optionally transformed."""
         rows = 0
         for batch in self.batches:
             state = self.store.get(batch.index)
@@ -105,10 +104,10 @@ class Rows:
 
 
 class PairData(Dataset[dict[str, torch.Tensor]]):
-    """Items of another data set, each with both its states."""
+    """Items of another data set, each with its pair of states."""
 
     def __init__(self, items: Dataset[dict[str, torch.Tensor]], pairs: StoredPairs, numbers: range) -> None:
-        """Join items with the pairs of these numbers."""
+        """Join items with the pairs with these numbers."""
         self.items, self.pairs, self.numbers = items, pairs, numbers
 
     def __len__(self) -> int:
@@ -120,7 +119,7 @@ class PairData(Dataset[dict[str, torch.Tensor]]):
 
 
 class BlockNetwork(nn.Module):
-    """A block on its own, called with the arguments recorded for it."""
+    """A single block, called with the arguments recorded for it."""
 
     def __init__(self, block: nn.Module) -> None:
         """Wrap a block."""
@@ -129,7 +128,7 @@ class BlockNetwork(nn.Module):
 
     @classmethod
     def copy_of(cls, block: nn.Module) -> BlockNetwork:
-        """Wrap a copy in float32 that can be trained on any device: without what Accelerate ties to the block's own."""
+        """Wrap a float32 copy, without Accelerate's hooks, that can be trained on any device."""
         return cls(remove_hook_from_module(copy.deepcopy(block), recurse=True).float().requires_grad_(True))
 
     def forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
@@ -138,24 +137,25 @@ class BlockNetwork(nn.Module):
 
 
 class PairRegression(nn.Module):
-    """Mean squared error between what a network makes of the states that enter a window and those that leave it."""
+    """Mean squared error between a replacement module's output and the output of the window it replaces."""
 
     def __init__(self, decoder: Decoder, window: Span, network: nn.Module, *, folded: bool = False) -> None:
-        """Learn to stand in for a window.
+        """Set up the objective.
 
         Args:
             decoder: the dense model, which is not trained.
             window: first and last block of the window.
-            network: takes states (batch, positions, d) and the `Call` of the window's first block.
-            folded: states are those of the folded model, for LayerNorm models without their mean over directions.
+            network: replacement module; takes states (batch, positions, d) and the `Call` of the window's first block.
+            folded: whether states are those of the folded model: for LayerNorm models, without their mean over
+                directions.
         """
         super().__init__()
         self.network = network
-        self._dense = (decoder,)  # in a tuple, so that its weights are no part of this module
+        self._dense = (decoder,)  # in a tuple, so that its weights do not become part of this module
         self.window, self.folded = window, folded
 
     def train(self, mode: bool = True) -> PairRegression:
-        """Stay as in use: dropout would be part of the error."""
+        """Stay in evaluation mode: dropout would be part of the error."""
         return super().train(False)
 
     def forward(
@@ -165,7 +165,7 @@ class PairRegression(nn.Module):
         entering: torch.Tensor | None = None,
         leaving: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sum of squared errors at real tokens, and how many numbers that is."""
+        """Return the sum of squared errors at real tokens, and the number of values summed."""
         (decoder,), low = self._dense, self.window[0]
         with torch.no_grad():
             hidden, calls = capture(decoder, tokens, mask)

@@ -1,4 +1,4 @@
-"""What a training run keeps on disk: its recipe, its log, the best state so far and the state to go on from."""
+"""The folder of a training run: its recipe, its log, the best state so far, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _STATE, _BEST = "state", "best"
 
 
 class RunFolder:
-    """A folder from which a killed run goes on where it was; written whole or not at all, piece by piece.
+    """A folder from which an interrupted run resumes; every part is written atomically.
 
-    Tensors are written by `torch.distributed.checkpoint`, each process its part.
+    Tensors are written by `torch.distributed.checkpoint`, each process writing its part.
 
     Attributes:
         path: the folder.
-        lasting: whether it stays after the run, for a call that goes on.
-        writes: whether this process writes what is written once.
+        lasting: whether it stays after the run, so that a later call can resume.
+        writes: whether this process writes the files that are written once.
     """
 
     def __init__(self, path: Path | None, recipe: dict[str, Any], *, writes: bool = True) -> None:
-        """Open a folder, or a temporary one that goes away with the object.
+        """Open a folder, or a temporary one that is deleted with the object.
 
         Args:
             path: the folder; None takes a temporary one.
-            recipe: what tells this run from another: settings, data, model.
-            writes: whether this process writes what is written once.
+            recipe: what identifies this run: settings, data, model.
+            writes: whether this process writes the files that are written once.
 
         Raises:
-            InputError: the folder holds another run, or is not a run's.
+            InputError: the folder belongs to another run, or is not the folder of a run.
         """
         self.lasting = path is not None
         if path is None:
@@ -53,25 +53,25 @@ class RunFolder:
         if written.is_file():
             _require_same(path, json.loads(written.read_text(encoding="utf-8")), asked)
         elif path.is_dir() and any(path.iterdir()):
-            raise InputError(f"{path}: not the folder of a training run; name another, or remove it.")
+            raise InputError(f"{path}: not the folder of a training run; choose another, or remove it.")
         if writes and not written.is_file():
             path.mkdir(parents=True, exist_ok=True)
             written.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 
     def last_state(self) -> Path | None:
-        """Return the newest complete state to go on from, if there is one."""
+        """Return the newest complete state to resume from, if there is one."""
         return self._newest(_STATE)
 
     def best_state(self) -> Path | None:
-        """Return the best state so far, if one was kept."""
+        """Return the best state so far, if there is one."""
         return self._newest(_BEST)
 
     def save_state(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Keep a state to go on from, in place of the one before."""
+        """Save a state to resume from, replacing the one before."""
         self._save(_STATE, step, tensors, facts)
 
     def save_best(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Keep the best state, in place of the one before."""
+        """Save the best state, replacing the one before."""
         self._save(_BEST, step, tensors, facts)
 
     def log(self, entry: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def forget_after(self, step: int) -> None:
-        """Take what a killed run logged after the state it goes on from out of the log."""
+        """Remove what an interrupted run logged after its last saved state."""
         if self.writes:
             kept = [entry for entry in self.log_entries() if entry["step"] <= step]
             (self.path / _LOG).write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
@@ -113,13 +113,13 @@ class RunFolder:
 
 
 def write(tensors: dict[str, Any], folder: Path) -> None:
-    """Write tensors; every process calls it and writes its part."""
+    """Write tensors; every process must call this and writes its part."""
     with _quiet():
         dcp.save(tensors, checkpoint_id=folder, no_dist=not _together())
 
 
 def read(tensors: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Read what was written into tensors of the same names and shapes; gives the facts kept beside them."""
+    """Read saved values into tensors of the same names and shapes; return the facts saved with them."""
     with _quiet():
         dcp.load(tensors, checkpoint_id=folder, no_dist=not _together())
     facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ def _together() -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Say nothing of there being one process only."""
+    """Suppress the warning that there is only one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield

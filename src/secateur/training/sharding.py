@@ -1,7 +1,7 @@
-"""Weights, gradients and optimiser states divided among processes: FSDP2, PyTorch's `fully_shard`.
+"""Sharding of weights, gradients and optimiser states over processes: FSDP2, PyTorch's `fully_shard`.
 
-`accelerate launch --use_fsdp` asks for it. Accelerate itself divides nothing on CPUs (it goes on as plain data
-parallel without a word), so the loop divides by itself, the same way on every device.
+`accelerate launch --use_fsdp` asks for it. Accelerate itself does not shard on CPUs (it silently falls back to data
+parallelism), so the training loop shards modules itself, the same way on every device.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _ASKED = "ACCELERATE_USE_FSDP"
 
 @cache
 def sharding_asked() -> bool:
-    """Whether the launcher asked for sharding among several processes; Accelerate no longer sees that it did."""
+    """Return whether the launcher asked for sharding over several processes, and hide that request from Accelerate."""
     asked = os.environ.pop(_ASKED, "false").lower() in ("1", "true")
     return asked and process_count() > 1
 
 
 def shard(module: nn.Module, units: Iterable[nn.Module]) -> None:
-    """Divide a module among all processes, each of the units gathered only while it runs.
+    """Shard a module over all processes; each of its units is gathered only while it runs.
 
     Raises:
-        RuntimeError: parameters are still whole.
+        RuntimeError: some parameters were not sharded.
     """
     device = "cuda" if next(module.parameters()).is_cuda else "cpu"
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
@@ -44,18 +44,18 @@ def shard(module: nn.Module, units: Iterable[nn.Module]) -> None:
 
 
 def sync_gradients(module: nn.Module, wanted: bool) -> None:
-    """Say whether the next backward pass of a sharded module adds gradients up over the processes."""
+    """Set whether the next backward pass of a sharded module reduces gradients over the processes."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(wanted)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor whole, on every process."""
+    """Return the full tensor on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what is trained in a module by name, whole, on every process; a sharded one's on the CPU."""
+    """Return the full trained parameters of a module by name, on every process; those of a sharded one on the CPU."""
     found = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -1,9 +1,9 @@
-"""One training loop, on Accelerate: for every healing_recipe of healing and for networks that stand in for blocks.
+"""The training loop, on Accelerate, for healing recipes and for modules that replace blocks.
 
-What is trained is an objective: a module whose forward takes a batch and gives a sum of losses and the number of terms
-in it. The loop knows no model and no method. It divides each optimiser step's windows over the processes, runs them in
-micro-batches that fit, normalises by the number of terms in the whole step (so one process and several give the same
-gradient), looks at held-out data now and then, keeps the best state, stops early, and writes a state to go on from.
+The loop trains an objective: a module whose forward takes a batch and returns a sum of losses and its number of terms.
+It depends on no model and no method. It splits the windows of each optimiser step over the processes, runs them in
+micro-batches that fit in memory, normalises by the number of terms in the whole step (so one process and several give
+the same gradient), evaluates on held-out data, keeps the best state, stops early, and saves a state to resume from.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from secateur.modeling import SecateurExperts
 from secateur.progress import Progress
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.training.run_folder import RunFolder, read
-from secateur.training.settings import Outcome, Status, TrainingSettings
+from secateur.training.settings import Outcome, Status, StopReason, TrainingSettings
 from secateur.training.sharding import shard, sharding_asked, sync_gradients, whole
 
 Batch = dict[str, torch.Tensor]
@@ -51,11 +51,11 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 @dataclass(frozen=True, kw_only=True)
 class Tracking:
-    """Where curves go besides the log.
+    """Experiment trackers that receive the curves, besides the log.
 
     Attributes:
-        trackers: Accelerate's: tensorboard, mlflow, wandb.
-        folder: for what trackers write.
+        trackers: names known to Accelerate: tensorboard, mlflow, wandb.
+        folder: where they write.
     """
 
     trackers: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ def check_trackers(names: Iterable[str]) -> None:
     """Refuse trackers that cannot be used.
 
     Raises:
-        InputError: an unknown one, or one that is not installed.
+        InputError: a tracker that is unknown or not installed.
     """
     for name in names:
         if name not in TRACKERS:
@@ -83,14 +83,14 @@ def check_trackers(names: Iterable[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """One run of the trainer, apart from how it goes.
+    """Identity of a training run, separate from its settings.
 
     Attributes:
-        recipe: data that distinguish this run from another; settings and seed are added.
-        what: said by the progress bar.
-        units: parts of the module, such as blocks, that are gathered one by one where the launcher asked for sharding
-            (FSDP2); afterwards the module's parameters stay divided (`sharding.whole_parameters`).
-        tracking: where curves go besides.
+        recipe: data that distinguish this run from others; settings and seed are added.
+        what: description shown by the progress bar.
+        units: parts of the module, such as blocks, that are gathered one by one if the launcher asked for sharding
+            (FSDP2); afterwards the module's parameters stay sharded (`sharding.whole_parameters`).
+        tracking: experiment trackers.
     """
 
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -106,8 +106,8 @@ def accelerator_for(
     seed: int = 0,
     tracking: Tracking = UNTRACKED,
 ) -> Accelerator:
-    """Make the accelerator of a run; launched by `accelerate launch`, it knows the other processes."""
-    AcceleratorState._reset_state()  # else the precision of an earlier run in this process would stay
+    """Return the accelerator of a run; under `accelerate launch` it spans all processes."""
+    AcceleratorState._reset_state()  # otherwise the precision of an earlier run in this process would persist
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where Accelerate puts what it moves
     idle_experts = any(isinstance(module, SecateurExperts) for module in objective.modules())
@@ -131,21 +131,21 @@ def train(
     device: torch.device,
     options: RunOptions = DEFAULTS,
 ) -> Outcome:
-    """Train what requires gradients in a module; afterwards it holds the best state that was seen.
+    """Train the parameters of a module that require gradients; afterwards it holds the best state seen.
 
     Args:
-        objective: on `device`; its forward takes a batch by names and gives (sum of losses, number of terms).
-        data: items by number, dicts of tensors of equal shapes; each has `tokens` (T,).
+        objective: on `device`; its forward takes a batch by names and returns (sum of losses, number of terms).
+        data: indexed items, dicts of tensors of equal shapes; each has `tokens` (T,).
         held_out: items of the same kind that are never trained on.
-        settings: how it goes.
-        run: what distinguishes it, how it is called, and where its curves go.
-        device: where it runs.
-        options: the seed of the order of the data and of everything drawn; the work folder where the run keeps its
-            state (one that holds the same run resumes where that was killed; None keeps nothing beyond the call).
+        settings: the training settings.
+        run: what identifies the run, its description, and its trackers.
+        device: device to train on.
+        options: the random seed, also of the order of the data; the work folder in which the run saves its state (a
+            folder with a state of the same run resumes it; None saves nothing beyond the call).
 
     Raises:
         InputError: too little data, or the folder holds another run.
-        NumericsError: the loss became NaN or infinite before anything was gained.
+        NumericsError: the loss became NaN or infinite before any improvement.
     """
     folder, seed = options.work, options.seed
     if sharding_asked() and run.units:
@@ -169,7 +169,7 @@ def train(
 
 
 class _Run:
-    """A run as it goes."""
+    """A run in progress."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class _Run:
             shuffle=True,
             drop_last=True,
             collate_fn=default_collate,
-            generator=torch.Generator(),  # else a run that goes on would draw once more from the one dropout uses
+            generator=torch.Generator(),  # otherwise a resumed run would draw once more from dropout's
         )
         self.loader = accelerator.prepare_data_loader(loader)
         self.exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
@@ -220,28 +220,27 @@ class _Run:
         self.micro = settings.micro_batch or fitting
 
     def train(self) -> Outcome:
-        """Train to the end, from the beginning or from where a killed run was."""
+        """Train to the end, from the beginning or from a saved state."""
         outcome, accelerator = self.outcome, self.accelerator
         if self.tracked:
             accelerator.init_trackers("secateur", config=self.settings.model_dump(exclude_none=True))
         self._resume()
         if outcome.steps == 0:
             self._evaluate()
-        looks = {
-            round(one * outcome.planned / self.settings.evaluations) for one in range(1, self.settings.evaluations + 1)
-        }
+        count = self.settings.evaluations
+        evaluated_after = {round(one * outcome.planned / count) for one in range(1, count + 1)}
         saved = time.monotonic()
-        left = outcome.planned - outcome.steps
-        for batch in self.progress(self._batches(), self.status, left):
+        remaining = outcome.planned - outcome.steps
+        for batch in self.progress(self._batches(), self.status, remaining):
             if outcome.stopped or not self._step(batch):
                 break
-            if outcome.steps in looks:
+            if outcome.steps in evaluated_after:
                 self._evaluate()
             if self._all_agree(time.monotonic() - saved > 60 * self.settings.save_minutes):
                 self._save()
                 saved = time.monotonic()
-        if outcome.stopped and outcome.best_step == 0 and "NaN" in outcome.stopped:
-            raise NumericsError(f"training {outcome.stopped}, before anything was gained; try a lower learning rate.")
+        if outcome.stop_reason == "nan" and outcome.best_step == 0:
+            raise NumericsError(f"training {outcome.stopped}, before any improvement; try a lower learning rate.")
         if self.folder.lasting:
             self._save()
         self._take_best()
@@ -253,7 +252,7 @@ class _Run:
         return outcome
 
     def _batches(self) -> Iterator[Batch]:
-        """Return what is left of the epochs' batches, in the order that the seed gives."""
+        """Yield the remaining batches of the epochs, in the order given by the seed."""
         each = self.outcome.planned // self.settings.epochs
         begun, done = divmod(self.outcome.steps, each)
         for epoch in range(begun, self.settings.epochs):
@@ -263,7 +262,7 @@ class _Run:
             done = 0
 
     def _step(self, batch: Batch) -> bool:
-        """Take one optimiser step; False where the loss or the gradient is NaN or infinite."""
+        """Take one optimiser step; return False if the loss or the gradient is NaN or infinite."""
         started, rate = time.monotonic(), self.schedule.get_last_lr()[0]
         total, terms = self._fitting(lambda: self._accumulate(batch))
         sums = self.accelerator.reduce(torch.stack((total, terms)), reduction="sum")
@@ -274,7 +273,7 @@ class _Run:
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)))
         self.outcome.steps += 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.outcome.stopped = f"stopped at step {self.outcome.steps}: the loss or its gradient is NaN or infinite"
+            self._stop("nan", "the loss or its gradient is NaN or infinite")
             return False
         self.optimizer.step()
         self.schedule.step()
@@ -287,10 +286,10 @@ class _Run:
         return True
 
     def _fitting(self, measure: Callable[[], Sums]) -> Sums:
-        """Measure, again with smaller micro-batches where memory runs out.
+        """Run a measurement, repeating it with smaller micro-batches if memory runs out.
 
         Raises:
-            InputError: memory runs out with one window, or one of several processes runs out.
+            InputError: memory runs out with a single window, or in a multi-process run.
         """
         while True:
             try:
@@ -302,7 +301,7 @@ class _Run:
                 if self.micro == 1 or self.accelerator.num_processes > 1:
                     raise InputError(
                         f"out of memory with micro_batch={self.micro}; take fewer windows per forward, shorter "
-                        "windows, or a way that trains fewer weights."
+                        "windows, or a recipe that trains fewer weights."
                     ) from error
                 self.micro //= 2
             self.optimizer.zero_grad(set_to_none=True)
@@ -327,7 +326,7 @@ class _Run:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        """Measure the held-out loss; keep the state if it is the best, and count how long there was none."""
+        """Measure the held-out loss; keep the state if it is the best, otherwise count towards stopping early."""
         outcome = self.outcome
         total, terms = self._fitting(self._held_out_sums)
         loss = float(total / terms)
@@ -335,7 +334,7 @@ class _Run:
         if outcome.steps == 0:
             outcome.start_loss = loss
         if not math.isfinite(loss):
-            outcome.stopped = f"stopped at step {outcome.steps}: the held-out loss is NaN or infinite"
+            self._stop("nan", "the held-out loss is NaN or infinite")
         elif loss < outcome.best_loss:
             outcome.best_loss, outcome.best_step, outcome.without_gain = loss, outcome.steps, 0
             self.folder.save_best(outcome.steps, self._weights(), {})
@@ -343,10 +342,14 @@ class _Run:
         else:
             outcome.without_gain += 1
             if outcome.without_gain >= self.settings.patience:
-                outcome.stopped = f"stopped at step {outcome.steps}: {outcome.without_gain} looks without a gain"
+                self._stop("no-gain", f"{outcome.without_gain} evaluations without a gain")
+
+    def _stop(self, reason: StopReason, message: str) -> None:
+        self.outcome.stop_reason = reason
+        self.outcome.stopped = f"stopped at step {self.outcome.steps}: {message}"
 
     def _held_out_sums(self) -> Sums:
-        """Sum the loss over all held-out items, each process taking its share; all call the module equally often."""
+        """Sum the loss over all held-out items, split over the processes; all call the module equally often."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = list(range(rank, _length(self.held_out), world))
         rounds = math.ceil(math.ceil(_length(self.held_out) / world) / self.micro)
@@ -370,7 +373,7 @@ class _Run:
             self.accelerator.log(entry, step=self.outcome.steps)
 
     def _all_agree(self, due: bool) -> bool:
-        """Let the first process decide for all."""
+        """Return the main process's decision on every process."""
         if self.accelerator.num_processes == 1:
             return due
         decided = [due]
@@ -395,7 +398,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        """Go on from the newest state of a killed run, if there is one."""
+        """Resume from the newest saved state, if there is one."""
         state = self.folder.last_state()
         if state is None:
             self.folder.forget_after(-1)

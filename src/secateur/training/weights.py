@@ -1,4 +1,4 @@
-"""Which weights a run trains, on a copy of their own, and how they become those of a decoder again."""
+"""Choose the weights a run trains, copy them to float32, and merge them back into a decoder."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from secateur.models.fingerprint import of_edit
 Trained = Literal["lora", "last-layers", "full"]
 
 LAST_BLOCKS = 3
-"""Blocks that `last-layers` trains besides the head."""
+"""Number of blocks that `last-layers` trains besides the head."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model ready to be trained.
+    """A model ready for training.
 
     Attributes:
-        module: the model; what is trained requires gradients and is in float32.
-        blocks: its blocks, which several processes may share one by one.
-        trained: number of weights that are trained.
-        finish: gives the decoder with weights as trained, by their names in `module`, rounded to the dtype to be saved.
+        module: the model; trained parameters require gradients and are in float32.
+        blocks: its blocks, the units of sharding.
+        trained: number of trained weights.
+        finish: returns the decoder for trained weights, given by their names in `module`, rounded to the dtype to be
+            saved.
     """
 
     module: nn.Module
@@ -52,15 +53,15 @@ def prepare(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Prepared:
-    """Make a model of which only some weights are trained; the given one stays as it is and shares the others.
+    """Return a model of which only some weights are trained; the given one is unchanged and shares the others.
 
     Args:
-        decoder: in memory.
-        which: `full`: all; `last-layers`: the head, the final norm and the last three blocks; `lora`: low-rank
+        decoder: the model, in memory.
+        which: `full`: all weights; `last-layers`: the head, the final norm and the last three blocks; `lora`: low-rank
             updates of the linear layers of all blocks (Hu et al. 2021), merged back by `finish`.
-        mixed: weights that are not trained stay in their dtype; else they are copied to float32, as the others are.
+        mixed: keep weights that are not trained in their dtype; otherwise they too are copied to float32.
         rank, alpha, dropout: of `lora`.
-        seed: of what its updates begin with.
+        seed: random seed of the initial updates.
 
     Raises:
         InputError: the decoder is a skeleton.
@@ -86,7 +87,7 @@ def prepare(
 
 
 def _copy(decoder: Decoder) -> PreTrainedModel:
-    """A model of the same tensors, in modules of its own."""
+    """Return new modules that share the model's tensors."""
     return with_blocks(decoder.module, decoder.anatomy.family, range(decoder.block_count)).requires_grad_(False)
 
 
@@ -97,7 +98,7 @@ def _trained_count(module: nn.Module) -> int:
 def replace_parameters(
     module: PreTrainedModel, names: Iterable[str], make: Callable[[str, torch.Tensor], nn.Parameter]
 ) -> None:
-    """Return parameters new tensors by name; tied ones stay tied."""
+    """Replace parameters by new tensors, by name; tied ones stay tied."""
     for name in names:
         owner, _, leaf = name.rpartition(".")
         holder = module.get_submodule(owner)
@@ -108,7 +109,7 @@ def replace_parameters(
 
 
 def in_float32(module: PreTrainedModel) -> None:
-    """Return a module that shares its weights copies in float32 of those that are in less."""
+    """Replace weights of lower precision in a module by float32 copies."""
     less = [name for name, one in module.named_parameters() if one.dtype in (torch.bfloat16, torch.float16)]
     replace_parameters(module, less, lambda _, one: nn.Parameter(one.detach().float(), requires_grad=one.requires_grad))
 
@@ -151,7 +152,7 @@ def _with_lora(decoder: Decoder, rank: int, alpha: int, dropout: float, seed: in
 
 
 def _linear_layers(decoder: Decoder) -> Iterator[str]:
-    """Paths of the projections of all blocks that are linear layers (routers and shortcuts are not among them)."""
+    """Return the paths of the linear projections of all blocks, without routers and shortcut matrices."""
     family = decoder.anatomy.family
     named = (*family.attention_in, *family.attention_out, *family.mlp_in, *family.mlp_out)
     for index, block in enumerate(decoder.block_list):

@@ -1,4 +1,4 @@
-"""Take whole blocks out of a decoder, or give blocks other weights."""
+"""Remove blocks from a decoder, or replace their weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from secateur.models.fingerprint import of_edit
 
 
 def keep_blocks(decoder: Decoder, kept: Sequence[int]) -> Decoder:
-    """Return the decoder that keeps only these blocks; the given one stays as it is and shares its weights.
+    """Return a decoder that keeps only these blocks; the given one is unchanged and shares its weights.
 
     Raises:
-        ModelError: the architecture derives weights' scales from block numbers and the model is a skeleton, or the
-            model is sliced.
+        ModelError: the model is a skeleton of an architecture that scales weights by block number, or it is sliced.
     """
     if list(kept) == list(range(decoder.block_count)):
         return decoder
@@ -49,7 +48,7 @@ def require_one_basis(decoder: Decoder) -> None:
     """Refuse sliced models whose blocks fit only their neighbours.
 
     Raises:
-        ModelError: saying what to do.
+        ModelError: with what to do instead.
     """
     if decoder.changes_basis:
         raise ModelError(
@@ -59,12 +58,12 @@ def require_one_basis(decoder: Decoder) -> None:
 
 
 def with_block_tensors(decoder: Decoder, edits: Iterable[tuple[int, Mapping[str, torch.Tensor]]], edit: Any) -> Decoder:
-    """Return the decoder in which some blocks have other weights; the given one stays and shares all others.
+    """Return a decoder with some blocks' weights replaced; the given one is unchanged and shares all others.
 
     Args:
         decoder: the decoder.
-        edits: numbers of blocks, each with all parameters of the block by their names there; read one by one.
-        edit: what is done, as data that tells the result from any other.
+        edits: block numbers, each with all parameters of the block by name; read one by one.
+        edit: description of the edit as data, from which the result's fingerprint is made.
     """
     family = decoder.anatomy.family
     module = with_blocks(decoder.module, family, range(decoder.block_count)).requires_grad_(False)
@@ -85,7 +84,7 @@ def with_block_tensors(decoder: Decoder, edits: Iterable[tuple[int, Mapping[str,
 
 
 def query_scaled_by_number(decoder: Decoder) -> str | None:
-    """Return the fused query projection whose queries stock code divides by the block's number + 1, if it does so."""
+    """Return the fused projection whose queries the stock code divides by the block's number + 1, if there is one."""
     scaled = getattr(decoder.config, "scale_attn_by_inverse_layer_idx", False)
     return decoder.anatomy.family.depth_scaled_query if scaled else None
 
@@ -93,7 +92,7 @@ def query_scaled_by_number(decoder: Decoder) -> str | None:
 def _rescale_queries(module: nn.Module, blocks: str, path: str, kept: Sequence[int], stored: torch.dtype) -> None:
     """Fold the change of 1/(number+1) into the query columns of a fused Conv1D projection (GPT-2).
 
-    The result is rounded to the dtype it will be stored in, so that what is measured is what is saved.
+    The result is rounded to the dtype it will be saved in, so that what is measured is what is saved.
     """
     for new, old in enumerate(kept):
         projection = find(module, f"{blocks}.{new}.{path}")

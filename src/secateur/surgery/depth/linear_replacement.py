@@ -3,11 +3,11 @@
 ReplaceMe: Shopkhoev et al. 2025, "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block
 Linearization" (arXiv:2505.02819).
 
-The state that leaves a block is R + m·(h W_out + b): all of it but the MLP's part, and the MLP's part P, whose factor m
-is 1 but for a few families. P T = m·(h (W_out T) + b T), so T goes into the weights and nothing is left to be computed:
-the result is a stock model of the same size. In a mixture of experts P is a sum over experts, so T goes into each.
-This needs P to enter the state as it is. A norm between the MLP and the state would have to be undone first, so
-families that have one are refused.
+The output of a block is R + m·(h W_out + b), where P = m·(h W_out + b) is the MLP's contribution and R the rest; the
+factor m is 1 for all but a few families. Since P T = m·(h (W_out T) + b T), T can be folded into the weights, and the
+result is a stock model without extra computation. In a mixture of experts P is a sum over experts, so T is folded into
+each. This requires P to enter the residual stream unchanged: families with a norm between the MLP and the stream are
+refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from secateur.surgery.depth.blocks import keep_blocks, require_one_basis, with_b
 
 
 def require_plain_mlp_output(decoder: Decoder) -> None:
-    """Refuse models whose MLP output does not enter the residual stream as it is.
+    """Refuse models whose MLP output does not enter the residual stream unchanged.
 
     Raises:
         ModelError: with the reason.
@@ -42,12 +42,12 @@ def require_plain_mlp_output(decoder: Decoder) -> None:
     if family.order != "pre" or getattr(decoder.config, "do_layer_norm_before", True) is False:
         raise ModelError(
             f"{decoder.source}: this {family.model_type} has a norm between the MLP's output and the residual stream, "
-            "so no matrix on that output can be folded into the weights. Methods that take out or merge blocks work."
+            "so no matrix on that output can be folded into the weights. Methods that remove or merge blocks work."
         )
 
 
 def without_mlp(decoder: Decoder, index: int, call: Call, hidden: torch.Tensor) -> torch.Tensor:
-    """Run block `index`, its weights present, with an MLP that writes 0: R for the states (batch, positions, d)."""
+    """Return R for states (batch, positions, d): block `index` (weights present) run with an MLP that writes 0."""
     block = decoder.block_list[index]
     silent = {name: torch.zeros_like(tensor) for name, tensor, _ in _mlp_writers(decoder, block)}
     return run_block(block, call, hidden, silent)
@@ -55,16 +55,16 @@ def without_mlp(decoder: Decoder, index: int, call: Call, hidden: torch.Tensor) 
 
 @torch.no_grad()
 def replace_linearly(decoder: Decoder, matrices: Mapping[Span, torch.Tensor]) -> Decoder:
-    """Return the decoder without some windows of blocks; the given one stays as it is.
+    """Return a decoder without some windows of blocks; the given one is unchanged.
 
     Args:
         decoder: the model.
-        matrices: first and last block of each window that goes, with T (d, d) for rows: the MLP's part P of the state
-            that leaves the block before becomes P T.
+        matrices: first and last block of each window to remove, with T (d, d), which acts on rows: the MLP output P of
+            the preceding block becomes P T.
 
     Raises:
-        ModelError: there is a norm after the MLP, or the architecture derives weights' scales from block numbers and
-            the model is a skeleton.
+        ModelError: there is a norm after the MLP, or the model is a skeleton of an architecture that scales weights by
+            block number.
     """
     require_plain_mlp_output(decoder)
     gone = {block for low, high in matrices for block in range(low, high + 1)}
@@ -78,7 +78,7 @@ def replace_linearly(decoder: Decoder, matrices: Mapping[Span, torch.Tensor]) ->
 
 
 def _folded(decoder: Decoder, index: int, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return all parameters of a block, those by which its MLP writes with the matrix folded in."""
+    """Return all parameters of a block, with the matrix folded into the output projections of its MLP."""
     with decoder.block(index) as block:
         tensors = {name: parameter.detach() for name, parameter in block.named_parameters()}
         for name, tensor, last_is_output in _mlp_writers(decoder, block):
@@ -90,7 +90,7 @@ def _folded(decoder: Decoder, index: int, matrix: torch.Tensor) -> dict[str, tor
 
 
 def _mlp_writers(decoder: Decoder, block: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Yield name and tensor of the MLP's last projection, and whether the last axis is the output's."""
+    """Yield name and tensor of the MLP's output projections, and whether the last axis is the output."""
     for name, found in present(block, decoder.anatomy.family.mlp_out):
         if isinstance(found, nn.Parameter):
             yield name, found.detach(), False

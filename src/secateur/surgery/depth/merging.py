@@ -1,18 +1,18 @@
-"""One block's weights from those of several neighbouring blocks.
+"""Merge the weights of adjacent blocks into one block.
 
 Sliding-Window Merging: Ding et al. 2025, "A Sliding Layer Merging Method for Efficient Depth-Wise Pruning in LLMs"
 (arXiv:2502.19159).
 
-Every rule is a linear combination over the blocks of the window, one share per block, with shares of their own for
-norms. With blocks 0 … n−1 of the window, lowest first:
+Every rule is a linear combination over the blocks of the window, with one coefficient per block, and separate
+coefficients for norms. For blocks 0 … n−1 of the window, lowest first:
 
 * `delta-sum`, the paper's equation: θ* = θ_0 + Σ_{k≥1} (θ_k − θ_0) = Σ_{k≥1} θ_k − (n−2)·θ_0;
-* `top`, what the released code computes: it adds each difference to the weight already updated, which telescopes, so
-  the linear layers are those of the highest block, with the norms of the lowest;
+* `top`, what the released code computes: it adds each difference to the already updated weight, which telescopes to the
+  linear layers of the highest block, with the norms of the lowest;
 * `mean`: 1/n each;
 * `weighted`: block influence, BI_k / Σ BI, uniform where that sum is 0.
 
-Experts are merged one by one, each with those of the same number.
+Experts are merged individually, each with those of the same index.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from secateur.surgery.depth.blocks import keep_blocks, query_scaled_by_number, w
 
 @dataclass(frozen=True)
 class Shares:
-    """How much of each block of a window goes into the merged one, lowest block first.
+    """Coefficients of the blocks of a window in the merged block, lowest block first.
 
     Attributes:
-        linears: shares of all weights and biases but those of norms.
-        norms: shares of the weights and biases of norms.
+        linears: coefficients of all weights and biases except those of norms.
+        norms: coefficients of the weights and biases of norms.
     """
 
     linears: tuple[float, ...]
@@ -44,25 +44,25 @@ class Shares:
 
 
 def delta_sum(size: int) -> Shares:
-    """Add every block's difference to the lowest onto the lowest."""
+    """Add each block's difference from the lowest block to the lowest block."""
     shares = (2.0 - size, *[1.0] * (size - 1))
     return Shares(shares, shares)
 
 
 def top(size: int) -> Shares:
-    """Take the linear layers of the highest block and the norms of the lowest."""
+    """Use the linear layers of the highest block and the norms of the lowest."""
     others = [0.0] * (size - 1)
     return Shares((*others, 1.0), (1.0, *others))
 
 
 def mean(size: int) -> Shares:
-    """Take the same of every block."""
+    """Average the blocks."""
     shares = (1.0 / size,) * size
     return Shares(shares, shares)
 
 
 def weighted(influence: Sequence[float]) -> Shares:
-    """Take of every block in proportion to its influence; the same of each where no block has any."""
+    """Weight the blocks by their influence; uniformly if the sum of influences is 0."""
     total = sum(influence)
     if total == 0:
         return mean(len(influence))
@@ -71,7 +71,7 @@ def weighted(influence: Sequence[float]) -> Shares:
 
 
 def shares_for(rule: Rule, window: Span, influence: Sequence[float] = ()) -> Shares:
-    """Return the shares of a window's blocks; `influence` holds one value per block of the model, for `weighted`."""
+    """Return the coefficients of a window's blocks; `influence`, for `weighted`, has one value per block."""
     low, high = window
     if rule == "weighted":
         return weighted(influence[low : high + 1])
@@ -79,7 +79,7 @@ def shares_for(rule: Rule, window: Span, influence: Sequence[float] = ()) -> Sha
 
 
 def alike(decoder: Decoder, index: int, *, across_types: bool) -> bool:
-    """Whether a block and the next one may become one: same shapes, and same layer type unless types do not matter."""
+    """Return whether a block can be merged with the next: same shapes and, unless `across_types`, same layer type."""
     left, right = decoder.block_list[index], decoder.block_list[index + 1]
     return _shapes(left) == _shapes(right) and (across_types or _kind(decoder, index) == _kind(decoder, index + 1))
 
@@ -91,12 +91,11 @@ def merged_tensors(decoder: Decoder, window: Span, shares: Shares, place: int | 
     Args:
         decoder: the model.
         window: lowest and highest block.
-        shares: what of each block goes in.
+        shares: coefficients of the blocks.
         place: number of the block as which the result will run; None is the lowest.
 
     Returns:
-        All parameters of the merged block by their names in a block, in the model's dtype, rounded to the one they
-        will be saved in.
+        All parameters of the merged block by name, in the model's dtype, rounded to the one they will be saved in.
     """
     low, high = window
     home = decoder.device if decoder.is_skeleton else next(decoder.block_list[low].parameters()).device
@@ -121,18 +120,18 @@ def merge_windows(
     *,
     across_types: bool = False,
 ) -> Decoder:
-    """Return the decoder with one block in the place of each window; the given one stays as it is.
+    """Return a decoder with one block in place of each window; the given one is unchanged.
 
     Args:
         decoder: the model.
         windows: lowest and highest block of each window; they do not overlap.
         rule: how weights are combined.
         influence: block influence of every block, for `weighted`.
-        across_types: whether blocks of differing layer types may become one.
+        across_types: whether blocks of different layer types may be merged.
 
     Raises:
         InputError: blocks of a window differ in shape or, unless that is allowed, in layer type.
-        ModelError: the architecture derives weights' scales from block numbers and the model is a skeleton.
+        ModelError: the model is a skeleton of an architecture that scales weights by block number.
     """
     if not windows:
         return decoder
@@ -174,14 +173,14 @@ def _kind(decoder: Decoder, index: int) -> tuple[object, ...]:
 
 
 def _plus(total: torch.Tensor | None, part: torch.Tensor, share: float) -> torch.Tensor:
-    """Add a share of a part; a whole part alone stays the tensor it is, uncopied."""
+    """Add a multiple of a tensor; a lone tensor with coefficient 1 is returned uncopied."""
     if total is None:
         return part if share == 1 else part * share
     return torch.add(total, part, alpha=share)
 
 
 def _tensors(decoder: Decoder, block: nn.Module, index: int, place: int) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Yield name, tensor and whether it belongs to a norm, as the block needs them in its new place."""
+    """Yield name, tensor and whether it belongs to a norm, adapted to the block's new position."""
     scaled = query_scaled_by_number(decoder)
     for owner, holder in block.named_modules():
         for leaf, parameter in holder.named_parameters(recurse=False):

@@ -1,7 +1,7 @@
-"""Put a light MLP in the place of a window of blocks (LLM-Streamline, Chen et al. 2024, section 3.2).
+"""Replace a window of blocks by a lightweight MLP (LLM-Streamline, Chen et al. 2024, section 3.2).
 
-No stock architecture has a block without attention, so the model is folded (`folding.py`) into the form that has its
-modelling file, at full width and without shortcut matrices.
+No stock architecture has a block without attention, so the model is converted (`hidden/folding.py`) to the architecture
+of the modelling file, at full width and without shortcut matrices.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from secateur.surgery.hidden.outer import put_outer
 
 _FAMILY = FAMILIES[SecateurConfig.model_type]
 _SPREAD = 0.02
-"""Standard deviation of what reads, to begin with; what writes begins at 0, so the window is at first left out."""
+"""Initial standard deviation of input projections; output projections start at 0, so that nothing is added."""
 
 
 def network_config(decoder: Decoder, window: Span, network: Network, inner: int | None = None) -> SecateurConfig:
-    """Return the configuration of the folded model with an MLP of `inner` channels in the window's place.
+    """Return the configuration of the folded model with an MLP of `inner` channels in place of the window.
 
     Raises:
         ModelError: the family cannot be folded.
     """
     low, high = window
     kept = [block for block in range(decoder.block_count) if not low < block <= high]
-    folded = folded_config(decoder, "no network without attention can be put in", tied=can_stay_tied(decoder))
+    folded = folded_config(decoder, "no module without attention can be inserted", tied=can_stay_tied(decoder))
     config: SecateurConfig = config_with_blocks(folded, _FAMILY, kept)
     own = {"intermediate_sizes": inner, "experts": 0, "networks": network}
     for name, value in own.items():
@@ -43,7 +43,7 @@ def network_config(decoder: Decoder, window: Span, network: Network, inner: int 
 
 
 def new_network(config: SecateurConfig, low: int, device: torch.device, seed: int) -> SecateurDecoderLayer:
-    """Make the network at block `low`, which as yet adds nothing to the residual stream."""
+    """Return the replacement module for block `low`, which initially adds nothing to the residual stream."""
     layer = SecateurDecoderLayer(config, low).to(device, torch.float32)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in layer.named_parameters():
@@ -55,14 +55,14 @@ def new_network(config: SecateurConfig, low: int, device: torch.device, seed: in
 
 @torch.no_grad()
 def with_network(decoder: Decoder, config: SecateurConfig, window: Span, tensors: Tensors, edit: Any) -> Decoder:
-    """Return the folded decoder with the network in the window's place; the given one stays as it is.
+    """Return the folded decoder with the module in place of the window; the given one is unchanged.
 
     Args:
         decoder: the dense model.
-        config: of `network_config`.
+        config: from `network_config`.
         window: first and last block of the window.
-        tensors: parameters of the network.
-        edit: what is done, as data that tells the result from any other.
+        tensors: parameters of the module.
+        edit: description of the edit as data, from which the result's fingerprint is made.
     """
     assembly = Assembly(decoder, config, _FAMILY)
     put_outer(assembly, None, None)

@@ -1,7 +1,7 @@
-"""Which directions of the hidden states to keep, and how a layer best reads from what is kept.
+"""Directions of the hidden states to keep, and least-squares input weights for layers that read only those.
 
-Legend: D = dense width, d = kept width, H (tokens, D) = states at a reading point, P (D, d) = orthonormal directions
-that are kept, x = H P. Sums are float64.
+Legend: D = dense width, d = kept width, H (tokens, D) = states at a reading point, P (D, d) = kept orthonormal
+directions, x = H P. Sums are float64.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Directions = torch.Tensor
 """P, (D, d) float64."""
 
 RowsChange = Callable[[torch.Tensor], torch.Tensor]
-"""Changes rows, each independently of the others."""
+"""A function of rows that acts on each independently."""
 
 _SENSITIVITY_FLOOR = 0.3
-"""Share of the identity beside the gradient's second moments (trace D); 0.3 and 1 measured alike."""
+"""Weight of the identity added to the gradient's second moments (trace D); 0.3 and 1 measured alike."""
 _PRIOR = 1.0
-"""Weight of a plain slice in `Reconstruction`, in as many tokens as there are kept directions.
+"""Weight of the plain slice in `Reconstruction`, in multiples of as many tokens as there are kept directions.
 
-Without it few tokens do harm (the bundled model at 144 of 192 directions and 512 tokens: perplexity 36 instead of
-25); with many it is not felt.
+Without it, few tokens do harm (the bundled model at 144 of 192 directions and 512 tokens: perplexity 36 instead of 25);
+with many tokens it has no effect.
 """
 _CHUNK_BYTES = 32 << 20
 
@@ -57,7 +57,7 @@ class Covariance:
         add_up(self._sum)
 
     def matrix(self) -> torch.Tensor:
-        """The sum so far.
+        """Return the sum so far.
 
         Raises:
             NumericsError: the states held NaN or infinity.
@@ -76,10 +76,10 @@ def principal_directions(covariance: torch.Tensor) -> Directions:
 
 
 def sensitive_directions(covariance: torch.Tensor, gradients: torch.Tensor, width: int) -> Directions:
-    """Return the directions that matter to the loss, (D, d): principal directions where errors are measured by S.
+    """Return loss-weighted principal directions, (D, d).
 
-    With Γ the second moments of the loss's gradient by the states, `S = (Γ·D/trace Γ + 0.3 I)^½`; the principal
-    directions of S·C·S are mapped back by S⁻¹ and made orthonormal again (METHODS §7b).
+    With Γ the second moments of the loss gradient with respect to the states, errors are weighted by
+    `S = (Γ·D/trace Γ + 0.3 I)^½`; the principal directions of S·C·S are mapped back by S⁻¹ and orthonormalised.
     """
     size = len(covariance)
     gradients = gradients.to(covariance.device)
@@ -92,10 +92,10 @@ def sensitive_directions(covariance: torch.Tensor, gradients: torch.Tensor, widt
 
 
 class Reconstruction:
-    """Least squares for what a layer should read: M (D, d) such that norm(x) Mᵀ comes closest to norm(H).
+    """Least squares for the input weights of a layer: M (D, d) such that norm(x) Mᵀ is closest to norm(H).
 
-    A plain slice reads `W P`; `W M` also guesses, from the directions that are kept, what stood in those that are
-    not, and makes up for the energy that the norm no longer sees. The solution is pulled toward P.
+    A plain slice has input weights `W P`. `W M` also predicts the dropped directions from the kept ones, and
+    compensates for the energy that the norm no longer sees. The solution is regularised toward P.
     """
 
     def __init__(self, directions: Directions, eps: float) -> None:
@@ -116,19 +116,19 @@ class Reconstruction:
         self._cross.addmm_(kept.T, unit_scale(exact, self._eps))
 
     def reading(self) -> Directions:
-        """Return M, (D, d): P where nothing was seen, the least-squares solution where much was."""
+        """Return M, (D, d): P if no tokens were seen, and close to the least-squares solution after many."""
         weight = _PRIOR * self._gram.diagonal().mean() * len(self._gram) / max(1, self._tokens)
         steady = self._gram + weight * torch.eye(len(self._gram), dtype=torch.float64, device=self._gram.device)
         return torch.linalg.solve(steady, self._cross + weight * self._directions.T).T
 
 
 def unit_scale(states: torch.Tensor, eps: float = 1e-24) -> torch.Tensor:
-    """Divide each state by the root of its mean square."""
+    """Divide each state by its root mean square."""
     return states / (states.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
 def times(tensor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Multiply in float64, give float32; some rows at a time, so that no float64 copy of a whole table is made."""
+    """Multiply in float64 and return float32, some rows at a time, so that no float64 copy of a whole table is made."""
 
     def product(rows: torch.Tensor) -> torch.Tensor:
         return (rows.to(matrix.device, torch.float64) @ matrix).float()
@@ -137,7 +137,7 @@ def times(tensor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def by_rows(tensor: torch.Tensor, change: RowsChange, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Change some rows (along the first dimension) at a time, so that nothing but the result is as large as all."""
+    """Apply a function to some rows (along the first dimension) at a time, so that only the result is full size."""
     step = max(1, _CHUNK_BYTES // (8 * tensor[0].numel()))
     parts = (change(tensor[first : first + step]) for first in range(0, len(tensor), step))
     first = next(parts)

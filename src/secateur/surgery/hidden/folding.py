@@ -1,8 +1,9 @@
-"""Put a stock decoder into the one form in which its hidden states can be rotated (SliceGPT, section 3).
+"""Bring a stock decoder into a canonical form in which its hidden states can be rotated.
 
-Norm scales and biases go into the linear layers that read from the norm, multipliers into the weights they multiply,
-and for LayerNorm models the mean over directions is taken out of whatever writes to the residual stream. What is left
-is a `SecateurForCausalLM` at full width whose norms have no parameters. Families differ by their row only.
+Ashkboos et al. 2024, "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", section 3. Norm scales
+and biases are folded into the linear layers that read from the norm, multipliers into the weights they multiply, and
+for LayerNorm models the mean subtraction into the layers that write to the residual stream. The result is a
+`SecateurForCausalLM` at full width whose norms have no parameters. Families differ only in their row.
 
 Legend: D = width of the residual stream, h = size of a head; weights are (out, in), in float32.
 """
@@ -28,27 +29,36 @@ from secateur.surgery.assembly import Tensors
 ATTENTION_READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION_WRITER = "self_attn.o_proj"
 _FUNCTIONAL_EPS = 1e-5
-"""OLMo's LayerNorm keeps its eps in the code of its forward."""
+"""The eps of OLMo's LayerNorm, which is hard-coded in its forward."""
 
 
 CANNOT_SLICE = "the hidden size of this model cannot be sliced"
 
 
+class UnfoldableError(ModelError):
+    """A model that cannot be brought into the canonical form; `reason` says why, without a full stop."""
+
+    def __init__(self, source: str, refusal: str, reason: str) -> None:
+        """Build the message from what is refused and why."""
+        super().__init__(f"{source}: {refusal}: {reason}.")
+        self.reason = reason
+
+
 def refuse_unsliceable(decoder: Decoder, refusal: str = CANNOT_SLICE) -> None:
-    """Stop where the model cannot be folded, or the algebra of rotation does not hold.
+    """Refuse models that cannot be folded or rotated.
 
     Raises:
-        ModelError: `refusal`, with the reason.
+        UnfoldableError: `refusal`, with the reason.
     """
     reason = _reason_against(decoder.anatomy, decoder.config, decoder.module)
     if reason:
-        raise ModelError(f"{decoder.source}: {refusal}: {reason}.")
+        raise UnfoldableError(decoder.source, refusal, reason)
 
 
 def _reason_against(anatomy: Anatomy, config: Any, module: nn.Module) -> str | None:
     family = anatomy.family
     if family.model_type == SecateurConfig.model_type:
-        return "it is in secateur's own form already; cut the dense model by more instead"
+        return "it is already in secateur's own form; cut the dense model by more instead"
     if family.detected:
         return f"{family.model_type} is not among the families known exactly (secateur families)"
     if family.order != "pre":
@@ -63,10 +73,10 @@ def _reason_against(anatomy: Anatomy, config: Any, module: nn.Module) -> str | N
 
 
 def folded_config(decoder: Decoder, refusal: str = CANNOT_SLICE, *, tied: bool = False) -> SecateurConfig:
-    """Return the configuration of the folded model at full width; `tied` keeps a tied head so (`can_stay_tied`).
+    """Return the configuration of the folded model at full width; `tied` keeps a tied head tied (`can_stay_tied`).
 
     Raises:
-        ModelError: the family cannot be put into this form; says `refusal` and the reason.
+        UnfoldableError: the family cannot be brought into this form; with `refusal` and the reason.
     """
     refuse_unsliceable(decoder, refusal)
     family, config = decoder.anatomy.family, decoder.config
@@ -107,7 +117,7 @@ def folded_config(decoder: Decoder, refusal: str = CANNOT_SLICE, *, tied: bool =
 
 
 def can_stay_tied(decoder: Decoder) -> bool:
-    """Whether head and embeddings are one table and can stay so where the stream is not rotated.
+    """Return whether head and embeddings are tied and can stay tied if the stream is not rotated.
 
     The last norm must have no bias, and nothing may be folded into only one of the two.
     """
@@ -141,8 +151,9 @@ def _position_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """Return each head's slope: powers of 2^(-8/n), n the power of two below; heads beyond n take every other one
-    of the finer series (Press et al. 2022, section 3)."""
+    """Return each head's ALiBi slope: powers of 2^(-8/n), n the largest power of two up to the number of heads.
+
+    Heads beyond n take every other slope of the finer series (Press et al. 2022, section 3)."""
     closest = 2 ** math.floor(math.log2(heads))
     finer = 2 ** (-4 / closest)
     slopes = [finer ** (2 * number) for number in range(1, closest + 1)]
@@ -159,7 +170,7 @@ def _head_norm_settings(decoder: Decoder) -> dict[str, Any]:
 
 
 def _head_scales(norm: Any) -> torch.Tensor:
-    """Scales of a norm over heads: (h,) for all alike, or (heads, h)."""
+    """Return the scales of a norm over heads: (h,) shared by all, or (heads, h)."""
     parts = getattr(norm, "norms", None)
     weight: torch.Tensor = torch.stack([part.weight for part in parts]) if parts is not None else norm.weight
     return weight.float()
@@ -174,12 +185,12 @@ def _has_bias(module: Any) -> bool:
 
 
 def norm_eps(norm: nn.Module) -> float:
-    """The number that a norm adds to the mean square."""
+    """Return the eps that a norm adds to the mean square."""
     return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", _FUNCTIONAL_EPS)))
 
 
 def stream_sizes(config: SecateurConfig) -> StreamSizes:
-    """Count what stands on the residual stream of a folded model."""
+    """Return the number of parameters per residual dimension of a folded model."""
     size = int(config.head_dim or 0)
     queries = config.num_attention_heads * size
     keys = int(config.num_key_value_heads or 0) * size
@@ -211,12 +222,12 @@ def stream_sizes(config: SecateurConfig) -> StreamSizes:
 
 
 def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """Multiply; by 1 without a copy."""
+    """Multiply a tensor, without a copy if the factor is 1."""
     return tensor if factor == 1 else tensor * factor
 
 
 def folded_block(decoder: Decoder, index: int) -> Tensors:
-    """Return one block's weights, folded, under the names of `SecateurDecoderLayer`; they must be present."""
+    """Return one block's folded weights under the names of `SecateurDecoderLayer`; they must be present."""
     family, config, block = decoder.anatomy.family, decoder.config, decoder.block_list[index]
     norms = [norm for _, norm in present(block, family.norms)]
     found: Tensors = {}
@@ -239,30 +250,30 @@ Linear = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def _linear(module: Any) -> Linear:
-    """Weight (out, in) and bias of a linear layer."""
+    """Return weight (out, in) and bias of a linear layer."""
     weight: torch.Tensor = module.weight.float()
     return weight.T if isinstance(module, Conv1D) else weight, bias_of(module)
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
-    """Bias of a layer in float32, None where it has none."""
+    """Return the bias of a layer in float32, or None."""
     bias: torch.Tensor | None = getattr(module, "bias", None)
     return None if bias is None else bias.float()
 
 
 def _reading(weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.Module, kind: str) -> Linear:
-    """Take a norm's scale and bias into a linear layer that reads from it."""
+    """Fold a norm's scale and bias into a linear layer that reads from it."""
     return scaled_by_norm(weight, norm, kind), shifted_by_norm(weight, bias, norm)
 
 
 def scaled_by_norm(weight: torch.Tensor, norm: nn.Module, kind: str) -> torch.Tensor:
-    """Take a norm's scale into a float32 weight (out, D) that reads from it."""
+    """Fold a norm's scale into a float32 weight (out, D) that reads from it."""
     scale: torch.Tensor | None = getattr(norm, "weight", None)
     return weight if scale is None else weight * (scale.to(weight.device, torch.float32) + (kind == "rms-plus-one"))
 
 
 def shifted_by_norm(weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.Module) -> torch.Tensor | None:
-    """Bias of a linear layer that also takes in the bias of the norm it reads from."""
+    """Return the bias of a linear layer with the bias of the norm it reads from folded in."""
     shift: torch.Tensor | None = getattr(norm, "bias", None)
     if shift is None:
         return bias
@@ -292,7 +303,7 @@ def _attention_readers(decoder: Decoder, block: nn.Module) -> dict[str, Linear]:
 
 
 def _split_heads(rows: torch.Tensor, decoder: Decoder) -> tuple[torch.Tensor, ...]:
-    """Take the rows of a fused projection (or its bias) apart into those of queries, keys and values."""
+    """Split the rows of a fused projection (or its bias) into those of queries, keys and values."""
     widths = block_widths(decoder, 0)
     size = widths.head_size
     if decoder.anatomy.family.qkv == "stacked":
@@ -302,8 +313,9 @@ def _split_heads(rows: torch.Tensor, decoder: Decoder) -> tuple[torch.Tensor, ..
 
 
 def _fold_attention_scale(decoder: Decoder, block: nn.Module, found: Tensors) -> None:
-    """Norms of heads under their own names; the scale of attention, where it is not 1/sqrt(h), into the queries;
-    and rotary pairs moved from neighbouring rows to the two halves of a head."""
+    """Rename norms of heads, fold attention scales other than 1/sqrt(h) into queries, and split interleaved pairs.
+
+    Rotary pairs in adjacent rows are moved to the two halves of a head."""
     family = decoder.anatomy.family
     size = block_widths(decoder, 0).head_size
     names = [name for name in found if name.startswith(ATTENTION_READERS[:2])]

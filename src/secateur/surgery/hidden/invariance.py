@@ -1,4 +1,4 @@
-"""Proof, before any cut, that rotating a model's hidden states leaves its logits alone (SliceGPT, section 3)."""
+"""Check before any slicing that rotating the hidden states does not change the logits (SliceGPT, section 3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from secateur.surgery.hidden.outer import put_head, put_tables
 from secateur.surgery.hidden.own_bases import empty_sliced, rotate_readers, rotate_writers
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Difference of logits allowed, relative to the largest logit, by the dtype of the arithmetic."""
+"""Allowed difference of logits, relative to the largest logit, by the dtype of the arithmetic."""
 
 _WINDOWS, _POSITIONS = 2, 16
 
@@ -28,9 +28,9 @@ States = tuple[torch.Tensor, torch.Tensor]
 
 @torch.no_grad()
 def rotation_error(decoder: Decoder) -> float:
-    """Rotate a model at full width, a random rotation at every reading point, and compare.
+    """Rotate a model at full width, with a random rotation at every reading point, and compare logits.
 
-    Block by block, beside the model itself: one block of either is in memory at a time.
+    This runs block by block: one block of the model and one of its rotated form are in memory at a time.
 
     Returns:
         Difference of logits on seeded random tokens, relative to the largest logit.
@@ -62,10 +62,10 @@ def rotation_error(decoder: Decoder) -> float:
 
 
 def _difference(found: torch.Tensor, dense: torch.Tensor, *, exact: bool) -> float:
-    """Largest difference relative to the largest logit; in half precision that of the median position.
+    """Return the largest difference relative to the largest logit; in half precision that of the median position.
 
-    A rotation spreads the few huge entries that some positions have (the first one, mostly) over all directions, where
-    half precision rounds the small ones away; what is wrong in a family is wrong at all positions.
+    Some positions (mostly the first) have a few huge entries. A rotation spreads them over all directions, where half
+    precision then rounds small entries away. A real mistake in a family shows at all positions.
     """
     if exact:
         return float((found - dense).abs().max() / dense.abs().max().clamp_min(1e-12))
@@ -76,7 +76,7 @@ def _difference(found: torch.Tensor, dense: torch.Tensor, *, exact: bool) -> flo
 def _through_block(
     rotated: Assembly, index: int, turns: Sequence[Directions], calls: tuple[Call, Call], states: States
 ) -> States:
-    """Run one block and, even and odd reading points turned differently, its rotated form."""
+    """Run one block and its rotated form; even and odd reading points have different rotations."""
     decoder, where, points = rotated.dense, rotated.block_path(index), points_per_block(rotated.dense)
     with decoder.block(index) as block:
         expected = run_block(block, calls[0], states[0])
@@ -92,7 +92,7 @@ def _through_block(
 
 
 def require_invariance(decoder: Decoder) -> None:
-    """Stop unless rotation leaves the logits alone.
+    """Refuse models whose logits change under rotation.
 
     Raises:
         ModelError: they change; nothing was cut.

@@ -1,6 +1,6 @@
-"""Embeddings and head of a sliced model, folded and rotated some rows at a time: they are a model's largest tensors.
+"""Fold and rotate embeddings and head of a sliced model; some rows at a time, because they are its largest tensors.
 
-Legend: V = tokens, D = width of the residual stream, P (D, d) = directions that are kept.
+Legend: V = vocabulary, D = width of the residual stream, P (D, d) = kept directions.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from secateur.surgery.hidden.folding import bias_of, scaled, scaled_by_norm, shi
 
 
 def put_outer(assembly: Assembly, first: Directions | None, last: Directions | None) -> None:
-    """Put embeddings and head in place, one after the other, and finish them.
+    """Add embeddings and head to the model, one after the other.
 
     Args:
-        assembly: the model as it grows; where its head is tied, the two are one table and nothing may be rotated.
-        first: directions of the first reading point; None: the dense coordinates.
-        last: those of the head.
+        assembly: the model under construction; if its head is tied, the two share a table and must not be rotated.
+        first: directions at the first reading point; None for the dense coordinates.
+        last: directions at the head.
     """
     put_tables(assembly, first)
     assembly.finish(OUTER)
@@ -31,14 +31,14 @@ def put_outer(assembly: Assembly, first: Directions | None, last: Directions | N
 
 
 def put_tables(assembly: Assembly, directions: Directions | None) -> None:
-    """Put the embeddings in the coordinates of the first point (None: the dense ones)."""
+    """Write the embeddings in the coordinates of the first point (None: the dense ones)."""
     with assembly.dense.outer(head=False):
         found = folded_tables(assembly.dense, directions, assembly.stored)
     assembly.put("", found)
 
 
 def put_head(assembly: Assembly, directions: Directions | None) -> None:
-    """Let the head read the coordinates of the last point (None: the dense ones); a tied one gets the norm's scales."""
+    """Write the head in the coordinates of the last point (None: dense); if tied, set the last norm's scales."""
     with assembly.dense.outer(table=False):
         tied = assembly.decoder.config.final_scale
         found = final_scales(assembly.dense) if tied else folded_head(assembly.dense, directions, assembly.stored)
@@ -46,7 +46,7 @@ def put_head(assembly: Assembly, directions: Directions | None) -> None:
 
 
 def final_scales(decoder: Decoder) -> Tensors:
-    """Return the scales of the last norm, which nothing takes in where the head is tied to the embeddings."""
+    """Return the scales of the last norm, which cannot be folded into a head that is tied to the embeddings."""
     family = decoder.anatomy.family
     norm = find(decoder.module, family.final[0])
     return {"model.norm.weight": norm.weight.float() + (family.norm == "rms-plus-one")}
@@ -77,7 +77,7 @@ def folded_tables(
 
 
 def folded_head(decoder: Decoder, directions: Directions | None = None, dtype: torch.dtype = torch.float32) -> Tensors:
-    """Fold the head (V, D), multiply its weight by P if given, and round that to a dtype; a tied head is a copy.
+    """Fold the head (V, D), multiply its weight by P if given, and round it to a dtype; a tied head becomes a copy.
 
     `decoder.outer(table=False)` must be open.
     """
@@ -104,7 +104,7 @@ def _centred(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _embedded(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
-    """What tokens bring into the residual stream (tokens, D): their rows, their multiplier, a norm over them."""
+    """Return the input of block 0 (tokens, D): embedding rows, their multiplier, and a norm if there is one."""
     family = decoder.anatomy.family
     embed = find(decoder.module, family.embeddings[0])
     found = scaled(rows.float(), getattr(decoder.config, family.embedding_multiplier or "", 1.0))

@@ -1,12 +1,15 @@
-"""Rotate and slice hidden states (SliceGPT, Ashkboos et al. 2024, sections 3 and 4; METHODS §6).
+"""Rotate and slice hidden states with a basis of its own at every reading point.
 
-At each point where the residual stream is read, the principal directions of what stands there are kept. Points are
-numbered in order: attention and MLP of each block (one point where they run side by side), last the head.
+Ashkboos et al. 2024, "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", sections 3 and 4. At each
+point where the residual stream is read, Q are the eigenvectors of Σ HᵀH, largest eigenvalue first, and P its first d
+columns. Readers become `W P`, writers `Pᵀ W`, and the residual connection between two bases `P_inᵀ P_out`, a shortcut
+matrix. Points are numbered in order: attention and MLP of each block (one point if they run in parallel), last the
+head.
 
-Legend: D = dense width of the stream, d = width that is kept, P (D, d) = orthonormal directions that are kept, H =
-states in the dense coordinates (…, D), x = H P. What a branch adds follows linearly from what it adds in the dense
-coordinates, so each block's attention and MLP run once: on x, writing D directions, before P of the next point is
-known; then `H' = x Pᵀ + branch(x)` is measured, and the writer is rotated and sliced afterwards.
+Legend: D = dense width of the stream, d = kept width, P (D, d) = kept orthonormal directions, H = states in the dense
+coordinates (…, D), x = H P. The output of a branch is linear in its output projection, so each block's attention and
+MLP run only once: on x, writing D directions, before P of the next point is known. Then `H' = x Pᵀ + branch(x)` is
+measured, and the output projection is rotated and sliced afterwards.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ _FAMILY = FAMILIES[SecateurConfig.model_type]
 
 
 def rotate_readers(weights: Tensors, directions: Directions, *, attention: bool) -> Tensors:
-    """Let what reads the stream in attention (or in the MLP) read x = H P: `W ← W P`; biases stay."""
+    """Make attention's (or the MLP's) input projections read x = H P: `W ← W P`; biases are unchanged."""
     return {
         name: times(tensor, directions) if tensor.dim() == 2 and "_norm." not in name else tensor
         for name, tensor in weights.items()
@@ -52,7 +55,7 @@ def rotate_readers(weights: Tensors, directions: Directions, *, attention: bool)
 
 
 def rotate_writers(weights: Tensors, directions: Directions, *, attention: bool) -> Tensors:
-    """Let what attention (or the MLP) writes be in the coordinates of P: `W ← Pᵀ W`, `b ← Pᵀ b`."""
+    """Make attention (or the MLP) write in the coordinates of P: `W ← Pᵀ W`, `b ← Pᵀ b`."""
     return {
         name: times(tensor.T, directions).T if tensor.dim() == 2 else times(tensor, directions)
         for name, tensor in weights.items()
@@ -80,7 +83,7 @@ class _Pass:
     signals: Signals
 
     def through(self, directions: Directions, branch: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor:
-        """Take every batch over one reading point: keep P, add the branch; give the covariance of what comes out."""
+        """Advance every batch past one reading point: keep P, add the branch; return the covariance of the result."""
         covariance = Covariance(directions.shape[0], self.signals)
         kept = directions.to(self.assembly.dense.device, self.assembly.dense.module.dtype)
         for batch in self.batches:
@@ -106,12 +109,11 @@ def slice_by_principal_directions(
     The head keeps the full width and the dense coordinates.
 
     Args:
-        decoder: the dense model; it stays as it is.
+        decoder: the dense model; it is not changed.
         windows: calibration windows.
-        widths: directions kept in each block, d of both its reading points.
-        signals: principal directions of the states as they are, or as the norm leaves them.
-        batch_size: windows per batch.
-        progress: shows how far it is.
+        widths: directions kept in each block, d at both its reading points.
+        signals: whether principal directions are those of the states before or after the norm.
+        options: batch size and progress.
 
     Returns:
         The sliced model, and its mean loss in nats on the windows.
@@ -144,24 +146,24 @@ def slice_by_principal_directions(
 
 
 Imprint = tuple[int, list[float]]
-"""What a fingerprint remembers of directions: their width, and some of their numbers."""
+"""Part of a fingerprint that identifies directions: their width, and some of their values."""
 
 
 def imprint_of(directions: Directions) -> Imprint:
-    """Return the width of directions and some of their numbers; all of them would grow with the model's depth."""
+    """Return the width of directions and some of their values; all of them would grow with the model's depth."""
     some = directions.flatten()[:: max(1, directions.numel() // 64)]
     return directions.shape[1], [round(float(value), 6) for value in some]
 
 
 def sliced_fingerprint(kept: Sequence[Imprint]) -> dict[str, Any]:
-    """Say for a fingerprint which directions were kept."""
+    """Return data that identifies the kept directions, for a fingerprint."""
     return {"widths": [width for width, _ in kept], "directions": [numbers for _, numbers in kept]}
 
 
 def _dense_start(
     decoder: Decoder, windows: Windows, store: StateStore, batch_size: int | None, signals: Signals
 ) -> torch.Tensor:
-    """Put what enters block 0 in the store, its mean over directions removed for LayerNorm models."""
+    """Store the input of block 0, without its mean over directions for LayerNorm models."""
     covariance = Covariance(decoder.hidden_size, signals)
     for batch, hidden in start(decoder, windows, batch_size):
         hidden = centred(decoder, hidden)
@@ -181,7 +183,7 @@ def empty_sliced(
 
 
 def _slice_block(walk: _Pass, index: int, first: Directions, width: int, following: int | None) -> Directions:
-    """Slice one block; gives the directions that the next block (or the head) reads."""
+    """Slice one block; return the directions that the next block (or the head) reads."""
     assembly = walk.assembly
     where = assembly.block_path(index)
     with assembly.dense.block(index):
@@ -216,7 +218,7 @@ def _slice_block(walk: _Pass, index: int, first: Directions, width: int, followi
 
 
 def _next_directions(covariance: torch.Tensor, width: int | None) -> Directions:
-    """Directions of the next block; the head (width None) reads the dense coordinates."""
+    """Return the directions of the next block; the head (width None) reads the dense coordinates."""
     if width is None:
         return torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
     return principal_directions(covariance)[:, :width]
@@ -225,5 +227,5 @@ def _next_directions(covariance: torch.Tensor, width: int | None) -> Directions:
 def _final_states(walk: _Pass) -> Iterator[tuple[Batch, torch.Tensor]]:
     for batch in walk.batches:
         hidden = walk.store.get(batch.index)
-        require_finite(hidden, "what leaves the last block", batch.mask)
+        require_finite(hidden, "the output of the last block", batch.mask)
         yield batch, hidden

@@ -1,10 +1,11 @@
-"""Slice hidden states with bases that many reading points share (METHODS §7b).
+"""Slice hidden states with bases that many reading points share (docs/methods/stock-slicing.md).
 
-One basis for the whole model needs no shortcut matrix and keeps the architecture a stock one; with k bases there are
-shortcuts only where the basis changes. The states that are measured are those of the dense model.
+One basis for the whole model needs no shortcut matrices and keeps the architecture stock; with k bases there are
+shortcuts only where the basis changes. A basis holds the principal directions of Σ_p C_p over its reading points p,
+weighted by how much the loss depends on them; the states are those of the dense model.
 
-Legend: D = dense width, d = kept width, P (D, d) = orthonormal directions of one basis, M (D, d) = what a layer reads
-with instead of P (`Reconstruction`).
+Legend: D = dense width, d = kept width, P (D, d) = orthonormal directions of one basis, M (D, d) = input weights of a
+layer in place of P (`Reconstruction`).
 """
 
 from __future__ import annotations
@@ -55,17 +56,17 @@ class SharedBases:
     directions: tuple[Directions, ...]
 
     def of_block(self, index: int) -> Directions:
-        """P of a block; the head, counted as one more block, belongs to the last basis."""
+        """Return P of a block; the head, counted as one more block, belongs to the last basis."""
         return self.directions[basis_of(self.starts, index)]
 
 
 def basis_of(starts: Sequence[int], block: int) -> int:
-    """Number of the basis that a block has."""
+    """Return the number of a block's basis."""
     return sum(block >= start for start in starts) - 1
 
 
 class Slicing(Protocol):
-    """A model that takes its sliced blocks one after the other."""
+    """A sliced model under construction, block by block."""
 
     def block(self, index: int, readings: Sequence[Directions]) -> None:
         """Slice block `index`, whose dense weights are present, with M of each of its reading points."""
@@ -75,7 +76,7 @@ class Slicing(Protocol):
 
 
 class FoldedSlicing:
-    """Slices into the modelling file that travels with the weights."""
+    """Slices into the architecture of the modelling file."""
 
     def __init__(self, decoder: Decoder, bases: SharedBases) -> None:
         """Start empty.
@@ -122,13 +123,12 @@ def slice_with_shared_bases(
     """Slice with the given bases.
 
     Args:
-        decoder: the dense model; it stays as it is.
-        windows: calibration windows, read where `reconstruct` is on.
+        decoder: the dense model; it is not changed.
+        windows: calibration windows, read if `reconstruct` is on.
         bases: the bases; a stock model takes one.
-        stock: keep the architecture, or write the modelling file.
-        reconstruct: let each layer read with M, fitted by least squares, instead of P.
-        batch_size: windows per batch.
-        progress: shows how far it is.
+        stock: keep the architecture, or use the modelling file.
+        reconstruct: use M, fitted by least squares, instead of P in each layer.
+        options: batch size and progress.
 
     Raises:
         ModelError: the family cannot be sliced, or not as a stock model.
@@ -171,12 +171,11 @@ def find_bases(
     Args:
         decoder: the dense model.
         windows: calibration windows.
-        width: d, directions that are kept.
+        width: d, number of kept directions.
         starts: first block of each basis.
-        signals: what the covariances are of.
-        sensitivity: weigh errors by how much the loss feels them (costs a backward pass).
-        batch_size: windows per batch.
-        progress: shows how far it is.
+        signals: whether covariances are those of the states before or after the norm.
+        sensitivity: weight errors by their effect on the loss (costs a backward pass).
+        options: batch size and progress.
 
     Raises:
         NumericsError: NaN or infinity on the way.
@@ -198,11 +197,11 @@ def find_bases(
 
 
 def find_coordinates(decoder: Decoder, windows: Windows, width: int, *, options: RunOptions = DEFAULTS) -> SharedBases:
-    """Keep the directions of the stream as they are, those of the largest activations (Minitron, METHODS §8).
+    """Return the hidden dimensions with the largest activations, as a basis of unit vectors (Minitron).
 
-    A direction's activation is the mean over tokens of its absolute value as the norms of attention and MLP give it,
-    their scales included, added up over all blocks. (Muralidharan et al. 2024, "Compact Language Models via Pruning
-    and Knowledge Distillation"; there the 2-norm over windows of text is taken of such means.)
+    A dimension's activation is the mean over tokens of its absolute value after the norms of attention and MLP,
+    including their scales, summed over all blocks. (Muralidharan et al. 2024, "Compact Language Models via Pruning and
+    Knowledge Distillation", section 2.2, takes the 2-norm of such means over windows of text.)
     """
     family, points = decoder.anatomy.family, points_per_block(decoder)
     sizes = torch.zeros(decoder.hidden_size, dtype=torch.float64)
@@ -223,9 +222,10 @@ def find_coordinates(decoder: Decoder, windows: Windows, width: int, *, options:
 def find_borders(
     decoder: Decoder, windows: Windows, count: int, *, signals: Signals = "normed", options: RunOptions = DEFAULTS
 ) -> tuple[int, ...]:
-    """Return the first block of each of `count` bases: borders where neighbouring covariances differ most.
+    """Return the first block of each of `count` bases, with borders where adjacent covariances differ most.
 
-    The distance between two blocks is the Frobenius norm of the difference of their covariances, each with trace 1.
+    The distance between two blocks is the Frobenius norm of the difference of their covariances, each scaled to trace
+    1.
     """
     if count == 1:
         return (0,)

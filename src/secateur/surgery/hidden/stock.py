@@ -1,11 +1,11 @@
-"""Slice hidden states with one basis for the whole model, so that the architecture stays a stock one (METHODS §7b).
+"""Slice hidden states with one basis for the whole model and a stock architecture (docs/methods/stock-slicing.md).
 
-With the same P everywhere no residual connection needs a matrix, and a smaller `hidden_size` says it all. A stock
-RMSNorm divides by the mean over the d that are kept instead of the D there were; its weight √(D/d) and its eps·D/d
-make up for that.
+With the same P everywhere, residual connections need no matrices and a smaller `hidden_size` describes the result. A
+stock RMSNorm divides by √(Σ x²/d + eps) over the d kept directions, the dense norm by √(Σ x²/D + eps). With weight
+√(D/d) and eps·D/d, the stock norm equals the dense one.
 
-Legend: D = dense width, d = kept width, P (D, d) = orthonormal directions that are kept, M (D, d) = what replaces P
-where a layer reads: W ← W M. M = P is a plain slice; see `Reconstruction` for a better M.
+Legend: D = dense width, d = kept width, P (D, d) = kept orthonormal directions, M (D, d) = replacement of P in the
+input weights of a layer: W ← W M. M = P is a plain slice; see `Reconstruction` for a better M.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ def config_of_width(decoder: Decoder, width: int) -> Any:
 
 
 def width_step(decoder: Decoder, rounding: int) -> int | None:
-    """Return the number that kept widths must be multiples of: `rounding`, and the heads where the config wants it.
+    """Return what kept widths must be multiples of: `rounding`, and the heads if the configuration requires it.
 
-    None where no stock model can hold sliced states: a stock LayerNorm subtracts the mean of the kept directions,
-    which is not the mean of all, and some configurations tie the hidden size to other sizes (Phi-3 with long rope).
+    Return None if no stock model can represent sliced states: a stock LayerNorm subtracts the mean over the kept
+    directions, which is not the mean over all, and some configurations tie the hidden size to other sizes (Phi-3 with
+    long rope).
 
     Raises:
         ModelError: the hidden states cannot be rotated at all.
@@ -76,7 +77,7 @@ def _allowed(decoder: Decoder, width: int) -> bool:
 
 
 def stock_stream_sizes(decoder: Decoder) -> StreamSizes:
-    """Count what stands on the residual stream of a model that keeps its architecture: norm weights do, too."""
+    """Return the parameters per residual dimension of a model that keeps its architecture, norms included."""
     sizes = stream_sizes(folded_config(decoder))
     return sizes.model_copy(
         update={

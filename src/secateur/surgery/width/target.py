@@ -25,7 +25,7 @@ from secateur.models.families import FAMILIES
 from secateur.models.widths import BlockWidths, block_widths
 from secateur.plan.steps import BlockSizes, Widths, WidthSizes
 from secateur.surgery.assembly import Assembly, Tensors
-from secateur.surgery.hidden.folding import can_stay_tied, folded_block, folded_config, stream_sizes
+from secateur.surgery.hidden.folding import UnfoldableError, can_stay_tied, folded_block, folded_config, stream_sizes
 from secateur.surgery.hidden.invariance import require_invariance
 from secateur.surgery.hidden.outer import put_outer
 from secateur.surgery.width.coupling import Couplings, Kept, couplings_of, joint_head_norm, narrowed
@@ -113,11 +113,10 @@ def folded_at(decoder: Decoder, widths: Sequence[Widths], *, bias: bool) -> Seca
     """
     try:
         config = folded_config(decoder, tied=can_stay_tied(decoder))
-    except ModelError as error:
-        reason = str(error).rpartition("cannot be sliced: ")[2]
+    except UnfoldableError as error:
         raise ModelError(
-            f"{decoder.source}: these widths need the modelling file, which cannot hold this model: {reason} Channels "
-            "alone (heads=never), as many in all blocks, need none."
+            f"{decoder.source}: these widths need the modelling file, which cannot hold this model: {error.reason}. "
+            "Channels alone (heads=never), as many in all blocks, need none."
         ) from error
     if bias:
         config.attention_out_bias = config.mlp_out_bias = True
