@@ -23,8 +23,8 @@ from secateur.models.decoder import Decoder
 from secateur.models.fetch import BUNDLED
 from secateur.models.opening import open_model
 from secateur.progress import SILENT, Progress
+from secateur.reporting.pictures import draw_scores
 from secateur.run_options import RunOptions
-from secateur.scores.pictures import draw_scores
 
 PROMPT = '''class Stack:
     """A last-in, first-out collection."""

@@ -33,7 +33,7 @@ from secateur.models.dtypes import dtype_named
 from secateur.plan.plan import Plan
 from secateur.plan.steps import MergeBlocks
 from secateur.progress import Progress
-from secateur.scores.pictures import draw_scores, draw_windows
+from secateur.reporting.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
 from secateur.training.trainer import Tracking
 

@@ -32,7 +32,6 @@ from secateur.models.decoder import Decoder
 from secateur.models.fetch import BUNDLED
 from secateur.models.opening import open_model
 from secateur.progress import SILENT, Progress
-from secateur.scores.pictures import draw_scores
 from secateur.scores.profile import ONE_PASS, Kind
 from secateur.versions import digest
 
@@ -179,7 +178,6 @@ def _share(study: Study, folder: Path, fingerprint: str, kinds: tuple[Kind, ...]
         if pending:
             scores = score(dense(), **study.reading(), kinds=kinds, options=study.options(progress))
             scores.write(folder / SCORES)
-            draw_scores(scores, folder)
     (folder / DENSE).mkdir(exist_ok=True)
     if study.eval is not None:
         with stage("dense", measuring_key(study)) as pending:
