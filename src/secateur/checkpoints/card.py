@@ -40,7 +40,7 @@ def model_card(decoder: Decoder, record: dict[str, Any]) -> ModelCard:
         base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["secateur", "pruned", *methods_in(record["history"])],
+        tags=["secateur", *["pruned"] * bool(record["history"]), *methods_in(record["history"])],
         **{key: original[key] for key in _INHERITED if key in original},
         **related,
     )
@@ -77,7 +77,8 @@ def _body(decoder: Decoder, record: dict[str, Any]) -> str:
     base = record["base_model"]
     name = Path(base).name
     shown = base if _is_on_hub(base) else name
-    lines = [f"# {name}, pruned", "", f"Made from `{shown}` with secateur {record['secateur']}.", ""]
+    what = "pruned" if record["history"] else "converted"
+    lines = [f"# {name}, {what}", "", f"Made from `{shown}` with secateur {record['secateur']}.", ""]
     lines += ["| step | method | what it did |", "|---|---|---|"]
     done = [row for entry in record["history"] for row in _rows(entry)]
     lines += [f"| {number} | {method} | {what} |" for number, (method, what) in enumerate(done, 1)]

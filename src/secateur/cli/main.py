@@ -45,6 +45,7 @@ COMMANDS = {
     "compare": Entry("study", "compare", "Compare methods, amounts and ways of healing on one model."),
     "run": Entry("study", "run", "Run a recipe: the whole job, or a study, from one file."),
     "report": Entry("report", "report", "Make one HTML page of what the others wrote."),
+    "convert": Entry("convert", "convert", "Save a model as safetensors: from GGUF, or in another dtype."),
     "push": Entry("push", "push", "Upload a checkpoint to the hub."),
     "methods": Entry("inspect", "methods", "List the methods and ways of healing, or one's settings."),
     "families": Entry("inspect", "families", "List the families that are known exactly."),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ from rich.markup import escape
 from secateur.checkpoints.folders import check_target, replacing
 from secateur.cli.options import Opening
 from secateur.distributed import is_main_process
+from secateur.errors import SecateurWarning
 from secateur.evaluation.results import Result, append_results
 from secateur.jobs.cost import JobCost
 from secateur.jobs.runs import run_folder, write_marker
@@ -22,7 +25,7 @@ from secateur.models.decoder import Decoder
 out_console = Console()
 err = Console(stderr=True, quiet=not is_main_process())
 
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub name, or 'bundled'.")]
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, GGUF file, hub name, or 'bundled'.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write. (default: under secateur-runs/)")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need, and stop.")]
@@ -30,8 +33,22 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need,
 
 def opened(opening: Opening, source: str, **more: bool) -> Decoder:
     """Open a model as its options say, and `more` as `Opening.open` takes it."""
-    with err.status(f"opening {source}"):
+    with saying_warnings(), err.status(f"opening {source}"):
         return opening.open(source, **more)
+
+
+@contextmanager
+def saying_warnings(without: type[SecateurWarning] | None = None) -> Iterator[None]:
+    """Print our own warnings at the end of the block; those of one kind were said before."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SecateurWarning)
+        try:
+            yield
+        finally:
+            said = [one for one in caught if issubclass(one.category, SecateurWarning)]
+            for warning in said:
+                if without is None or not issubclass(warning.category, without):
+                    err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
 
 
 def target(out: Path | None, model: str, command: str) -> Path:

@@ -33,6 +33,7 @@ class Decoder:
         shapes_only: whether it is a skeleton only to say what a job needs that will hold all weights in memory.
         other_tokenizer: whether the tokenizer is another than the checkpoint's.
         history: one entry per plan already applied, oldest first (goes into `secateur.json`).
+        gguf: the GGUF file it was dequantised from; None for any other checkpoint.
     """
 
     module: PreTrainedModel
@@ -46,6 +47,7 @@ class Decoder:
     shapes_only: bool = False
     other_tokenizer: bool = False
     history: tuple[dict[str, Any], ...] = field(default=())
+    gguf: Path | None = None
     _held: dict[int, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @property
