@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from secateur.data.texts import Count
 from secateur.errors import InputError
 from secateur.evaluation.tasks import TaskRequest
 from secateur.healing.data import TrainingTexts
@@ -66,7 +67,7 @@ class Reading:
     texts: Annotated[
         str | None, typer.Option(help="Source of text: see `secateur texts`. (default: python-stdlib)")
     ] = None
-    windows: Annotated[str, typer.Option(help="Number of windows of text, or 'all'.")] = "32"
+    windows: Annotated[str, typer.Option(help="Number of windows of text, 'auto' by need, or 'all'.")] = "32"
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512, or the model's positions)")] = (
         None
     )
@@ -84,11 +85,11 @@ class Reading:
         return [f"--{name.replace('_', '-')}" for name in names]
 
     @property
-    def window_count(self) -> int | None:
-        """Number of windows, None for all.
+    def window_count(self) -> Count:
+        """Number of windows, None for all, or `auto`.
 
         Raises:
-            InputError: neither a number nor `all`.
+            InputError: none of these.
         """
         return read_windows(self.windows, "--windows")
 
@@ -101,7 +102,7 @@ class Reading:
 class HeldOut(Reading):
     """Which held-out texts are read."""
 
-    windows: Annotated[str, typer.Option(help="Number of windows of held-out text, or 'all'.")] = "64"
+    windows: Annotated[str, typer.Option(help="Number of windows of held-out text, 'auto', or 'all'.")] = "64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,16 +229,18 @@ _AMOUNTS = {
 """Fields of an amount, and the options that give them."""
 
 
-def read_windows(text: str, option: str) -> int | None:
+def read_windows(text: str, option: str) -> Count:
     """Read a number of windows; None for `all`.
 
     Raises:
-        InputError: neither a number nor `all`.
+        InputError: neither a number nor `all` nor `auto`.
     """
     if text == "all":
         return None
+    if text == "auto":
+        return "auto"
     if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{option} {text}: give a number from 1 up, or 'all'.")
+        raise InputError(f"{option} {text}: give a number from 1 up, 'auto' or 'all'.")
     return int(text)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateur.data.texts import Texts, windows_for
+from secateur.data.texts import Count, Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.evaluation.perplexity import measure_perplexity
@@ -46,7 +46,7 @@ class EvaluateJob(Job[list[Result]]):
         *,
         against: Decoder | Reference | None = None,
         texts: Texts = None,
-        windows: int | None = 64,
+        windows: Count = 64,
         seq_len: int | None = None,
         tasks: Tasks = None,
         options: RunOptions = DEFAULTS,
@@ -100,7 +100,7 @@ def evaluate(
     *,
     against: Decoder | Reference | None = None,
     texts: Texts = None,
-    windows: int | None = 64,
+    windows: Count = 64,
     seq_len: int | None = None,
     tasks: Tasks = None,
     options: RunOptions = DEFAULTS,
@@ -151,7 +151,7 @@ def measure_reference(
     model: Decoder,
     *,
     texts: Texts = None,
-    windows: int | None = 64,
+    windows: Count = 64,
     seq_len: int | None = None,
     tasks: Tasks = None,
     options: RunOptions = DEFAULTS,

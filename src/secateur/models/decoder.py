@@ -31,6 +31,7 @@ class Decoder:
         saved_dtype: the checkpoint's dtype, kept when the model is saved.
         shards: where a skeleton reads its weights; None for a model in memory.
         shapes_only: whether it is a skeleton only to say what a job needs that will hold all weights in memory.
+        for_estimate: whether it was opened only to say what a job needs (`open_shapes`).
         other_tokenizer: whether the tokenizer is another than the checkpoint's.
         history: one entry per plan already applied, oldest first (goes into `secateur.json`).
         gguf: the GGUF file it was dequantised from; None for any other checkpoint.
@@ -45,6 +46,7 @@ class Decoder:
     saved_dtype: torch.dtype
     shards: Shards | None = None
     shapes_only: bool = False
+    for_estimate: bool = False
     other_tokenizer: bool = False
     history: tuple[dict[str, Any], ...] = field(default=())
     gguf: Path | None = None

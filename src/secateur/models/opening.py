@@ -169,6 +169,7 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         saved_dtype=saved,
         shards=shards,
         shapes_only=thin and not skeleton,
+        for_estimate=shapes_only,
         other_tokenizer=asked.tokenizer is not None,
         history=_history(folder),
         gguf=Path(origin.file) if origin is not None else None,
