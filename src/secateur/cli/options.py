@@ -102,7 +102,10 @@ class Reading:
 class HeldOut(Reading):
     """Which held-out texts are read."""
 
-    windows: Annotated[str, typer.Option(help="Number of windows of held-out text, 'auto', or 'all'.")] = "64"
+    texts: Annotated[
+        str | None, typer.Option(help="Source of text; several (a,b,c) are each measured. (default: python-stdlib)")
+    ] = None
+    windows: Annotated[str, typer.Option(help="Windows of held-out text of each source, 'auto', or 'all'.")] = "64"
 
 
 @dataclass(frozen=True, kw_only=True)

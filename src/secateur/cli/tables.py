@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
 from secateur.calibration.walk import perplexity_of
+from secateur.evaluation.perplexity import GEOMEAN
 from secateur.evaluation.results import Result
 from secateur.methods.registry import METHODS
 from secateur.plan.amount import gigabytes
@@ -215,7 +217,9 @@ def results_tables(results: Sequence[Result]) -> RenderableType:
     tasks = [one for one in results if one.task is not None]
     speeds = [one for one in results if one.measure in _FORMS]
     tables: list[RenderableType] = []
-    if perplexities:
+    if len({one.texts.get("fingerprint") for one in perplexities}) > 1:
+        tables.append(_sources_table(perplexities, next((one for one in results if one.measure == GEOMEAN), None)))
+    elif perplexities:
         tables.append(results_table(perplexities))
     if tasks:
         tables.append(_tasks_table(tasks))
@@ -234,6 +238,23 @@ def results_table(results: Sequence[Result]) -> Table:
         size = f"{result.parameters / dense.parameters:.1%}" if dense else "—"
         ratio = f"{result.value / dense.value:.3f}" if dense else "—"
         table.add_row(result.model, str(result.blocks), f"{result.parameters:,}", size, f"{result.value:.3f}", ratio)
+    return table
+
+
+def _sources_table(results: Sequence[Result], mean: Result | None) -> Table:
+    """One row per source: this model, the dense one, the ratio; below the geometric mean of the ratios."""
+    table = Table(title="perplexity by source (held out)", title_justify="left")
+    for name in ("source", "windows", "model", "dense", "ratio"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for source, (one, dense) in _pairs(results, lambda result: result.texts["source"]):
+        either = one or dense
+        assert either is not None
+        ratio = f"{one.value / dense.value:.3f}" if one and dense else "—"
+        values = [f"{result.value:.3f}" if result else "—" for result in (one, dense)]
+        table.add_row(escape(source), f"{either.texts['windows']:,}", *values, ratio)
+    if mean is not None:
+        table.add_section()
+        table.add_row("geometric mean of the ratios", "", "", "", f"{mean.value:.3f}", style="bold")
     return table
 
 

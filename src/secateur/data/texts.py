@@ -274,15 +274,21 @@ def _parse(source: str) -> dict[str, float]:
     """Split "a:0.7,b:0.3" into shares that sum to one; what exists under its whole name is one source."""
     if is_source(source):
         return {source: 1.0}
-    weighed = [_name_and_weight(part.strip(), source) for part in source.split(",")]
+    weighed = _listed(source)
     names, weights = [name for name, _ in weighed], [weight for _, weight in weighed if weight is not None]
-    if len(set(names)) < len(names):
-        raise InputError(f"'{source}' names a text twice; add its weights up instead")
     if not weights:
         weights = [1.0] * len(names)
     if len(weights) < len(names):
         raise InputError(f"'{source}' gives weights to some texts only; give one to each, or to none")
     return {name: weight / sum(weights) for name, weight in zip(names, weights, strict=True)}
+
+
+def _listed(source: str) -> list[tuple[str, float | None]]:
+    """Split "a:0.7,b" into names and weights, None where there is none."""
+    found = [_name_and_weight(part.strip(), source) for part in source.split(",")]
+    if len({name for name, _ in found}) < len(found):
+        raise InputError(f"'{source}' names a text twice; name each once")
+    return found
 
 
 def _name_and_weight(part: str, source: str) -> tuple[str, float | None]:
@@ -411,6 +417,42 @@ def windows_for(
         max_positions=model.max_positions,
         own=OwnText(model, progress),
     )
+
+
+def windows_by_source(
+    model: Decoder,
+    texts: Texts,
+    *,
+    windows: Count,
+    seq_len: int | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Windows, ...]:
+    """Open the held-out part of several sources, each by itself: "a,b" are two here, and "a:0.7,b:0.3" one mixture.
+
+    Args:
+        model: the open model; it writes what is asked of "self".
+        texts: as for `windows_for`.
+        windows: how many of each source.
+        seq_len: tokens in a window.
+        progress: shows how far the model is with writing.
+
+    Raises:
+        InputError: as `windows_for`.
+    """
+    sources = [texts] if isinstance(texts, Windows) else _separate(str(texts or DEFAULT_TEXTS))
+    return tuple(
+        windows_for(model, one, windows=windows, seq_len=seq_len, split="held-out", progress=progress)
+        for one in sources
+    )
+
+
+def _separate(source: str) -> list[Texts]:
+    if source == DIVERSE:
+        source, _ = parts_of_diverse(len(DIVERSE), "held-out", None)
+    if is_source(source):
+        return [source]
+    found = _listed(source)
+    return [source] if any(weight is not None for _, weight in found) else [name for name, _ in found]
 
 
 def windows_needed(model: Decoder, seq_len: int) -> int:
