@@ -63,7 +63,7 @@ def families(as_json: Json = False) -> None:
 
 
 def texts(as_json: Json = False) -> None:
-    """List the named texts; a path of yours (txt, md, jsonl, parquet, folder, npy) works as well."""
+    """List the named texts; a path of yours (txt, md, json, jsonl, csv, parquet, folder, npy) works as well."""
     table = Table("name", "from", "for calibration", "held out")
     for row in text_names():
         table.add_row(row.name, row.origin, row.calibration, row.held_out)
