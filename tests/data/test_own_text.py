@@ -208,6 +208,11 @@ def test_diverse_is_code_prose_and_own_text(long):
     assert again.fingerprint == windows.fingerprint
 
 
+def test_diverse_is_what_is_read_without_a_word(long):
+    assert windows_for(long, None, windows=3, seq_len=32).parts == ("python-stdlib", "python-docs", "self")
+    assert windows_for(long, None, windows=2, seq_len=32, split="held-out").parts == ("python-stdlib", "python-docs")
+
+
 def test_diverse_has_questions_where_the_hub_is_reachable(monkeypatch, long):
     monkeypatch.setattr(diverse, "hub_is_reachable", lambda: True)
     own = own_text.OwnText(long)

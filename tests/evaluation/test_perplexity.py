@@ -19,7 +19,7 @@ from tiny_models import save_tiny
 
 
 def test_bundled_perplexity_is_the_published_one(bundled):
-    (result,) = evaluate(bundled, windows=16, seq_len=512)
+    (result,) = evaluate(bundled, texts="python-stdlib", windows=16, seq_len=512)
     used = result.texts
     assert used["windows"] == 16
     assert "held-out" in used["fingerprint"]
@@ -36,6 +36,12 @@ def test_against_a_plain_forward(bundled):
             loss = model.module(input_ids=windows.tokens, labels=windows.tokens).loss
         assert result.value == pytest.approx(math.exp(float(loss)), rel=1e-5)
         assert result.parameters == model.parameter_count
+
+
+def test_without_a_word_code_and_prose_are_measured(bundled):
+    code, prose = evaluate(bundled, windows=2, seq_len=64)
+    assert (code.texts["source"], prose.texts["source"]) == ("python-stdlib", "python-docs")
+    assert code.value < prose.value, "it was trained on code"
 
 
 def test_each_source_is_measured_by_itself(bundled, tmp_path):

@@ -64,9 +64,7 @@ class Opening:
 class Reading:
     """Which texts are read, and how."""
 
-    texts: Annotated[
-        str | None, typer.Option(help="Source of text: see `secateur texts`. (default: python-stdlib)")
-    ] = None
+    texts: Annotated[str | None, typer.Option(help="Source of text: see `secateur texts`. (default: diverse)")] = None
     windows: Annotated[str, typer.Option(help="Number of windows of text, 'auto' by need, or 'all'.")] = "32"
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512, or the model's positions)")] = (
         None
@@ -103,7 +101,7 @@ class HeldOut(Reading):
     """Which held-out texts are read."""
 
     texts: Annotated[
-        str | None, typer.Option(help="Source of text; several (a,b,c) are each measured. (default: python-stdlib)")
+        str | None, typer.Option(help="Source of text; several (a,b,c) are each measured. (default: diverse)")
     ] = None
     windows: Annotated[str, typer.Option(help="Windows of held-out text of each source, 'auto', or 'all'.")] = "64"
 
@@ -140,9 +138,7 @@ class Learning:
     """What a model is trained on, and how."""
 
     with_: Annotated[str, typer.Option("--with", help="lora, last-layers, full, distill, blocks.")] = "lora"
-    texts: Annotated[
-        str | None, typer.Option(help="Source of text: see `secateur texts`. (default: python-stdlib)")
-    ] = None
+    texts: Annotated[str | None, typer.Option(help="Source of text: see `secateur texts`. (default: diverse)")] = None
     tokens: Annotated[str, typer.Option(help="Tokens to learn from, at most: 500k, 10M.")] = "1M"
     instructions: Annotated[
         bool, typer.Option("--instructions", help="The texts are chats or questions; only answers are learnt.")

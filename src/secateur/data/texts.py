@@ -16,7 +16,7 @@ import torch
 
 from secateur.data.diverse import parts_of_diverse
 from secateur.data.own_text import OwnText
-from secateur.data.sources import DIVERSE, OWN, STDLIB, Documents, Split, is_source, open_documents
+from secateur.data.sources import DIVERSE, OWN, Documents, Split, is_source, open_documents
 from secateur.data.windows import Windows, check_vocabulary, counted, digest, load_windows
 from secateur.errors import InputError, unknown
 from secateur.models.decoder import Decoder
@@ -357,8 +357,8 @@ def _apportion(shares: list[float], windows: int) -> list[int]:
 Texts = str | Path | Windows | None
 """A source as in `secateur texts`, windows made before, or None for `DEFAULT_TEXTS`."""
 
-DEFAULT_TEXTS = STDLIB
-"""What is read where nothing is named."""
+DEFAULT_TEXTS = DIVERSE
+"""What is read where nothing is named: nobody should repair a model on one kind of text without having asked for it."""
 
 Count = int | Literal["auto"] | None
 """A number of windows, `auto` for as many as the model needs, or None for all the text there is."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from secateur.data.texts import Count
+from secateur.data.texts import DEFAULT_TEXTS, Count
 from secateur.errors import InputError, unknown
 from secateur.evaluation.speed import Timing
 from secateur.evaluation.tasks import TaskRequest
@@ -111,7 +111,7 @@ class Common(Section):
 
     model: str
     description: str | None = None
-    texts: str = "python-stdlib"
+    texts: str = DEFAULT_TEXTS
     windows: int | Literal["all", "auto"] = 32
     seq_len: int | None = Field(default=None, ge=2)
     seed: int = 0

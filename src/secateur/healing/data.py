@@ -20,7 +20,7 @@ class TrainingTexts:
     """How much of which texts a model learns from.
 
     Attributes:
-        source: see `secateur texts`; None is `python-stdlib`.
+        source: see `secateur texts`; None is `diverse`.
         tokens: how many tokens of it, at most (also "10M"); every token is seen once unless `epochs` says otherwise.
         instructions: the texts are questions and answers (chat messages, or Alpaca's fields), of which only answers
             are learnt.

@@ -132,7 +132,7 @@ def make_plan(
         model: the open model; it is not changed.
         method: a name of `secateur methods`, such as `streamline`; or several that are applied one after the other,
             each with its share of what is to go: `swm:0.5,slicegpt:0.5`.
-        texts: what the model is measured on: see `secateur texts`; None is `python-stdlib`.
+        texts: what the model is measured on: see `secateur texts`; None is `diverse`.
         windows: number of windows; None takes all, `auto` as many as the widest projection needs.
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
         settings: the method's own settings by name; of several methods as `swm.rule`.

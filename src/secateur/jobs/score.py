@@ -77,7 +77,7 @@ def score(
 
     Args:
         model: the open model.
-        texts: what it is measured on: see `secateur texts`; None is `python-stdlib`.
+        texts: what it is measured on: see `secateur texts`; None is `diverse`.
         windows: number of windows; None takes all, `auto` as many as the widest projection needs.
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
         pack: join documents into full windows; False puts one document in each window, padded.
