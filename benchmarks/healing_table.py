@@ -31,12 +31,12 @@ def main(words: list[str]) -> None:
     rungs = [name for name in HEALING_RECIPES if name in words] or list(HEALING_RECIPES)
     amounts = [int(word) for word in words if word.isdecimal()] or list(TOKENS)
     model = secateur.open_model("bundled")
-    held_out = windows_for(model, None, windows=64, split="held-out")
+    held_out = windows_for(model, "python-stdlib", windows=64, split="held-out")
     dense = secateur.evaluate(model, texts=held_out)[0].value
     for name in cuts:
         pruned, removed = model, 0.0
         if name != "dense":
-            plan = secateur.make_plan(model, method=name, remove=0.25, settings=CUTS[name])
+            plan = secateur.make_plan(model, method=name, remove=0.25, texts="python-stdlib", settings=CUTS[name])
             pruned, removed = secateur.prune(model, plan), plan.removed_fraction
         before = secateur.evaluate(pruned, texts=held_out)[0].value
         for tokens in amounts:
@@ -47,6 +47,7 @@ def main(words: list[str]) -> None:
                 healed = secateur.heal(
                     pruned,
                     by=recipe,
+                    texts="python-stdlib",
                     tokens=tokens,
                     teacher=model if HEALING_RECIPES[recipe].teacher else None,
                 )

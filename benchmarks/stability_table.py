@@ -14,7 +14,7 @@ def main() -> None:
     """Put all questions to the dense model and to each cut, in one run for each cut."""
     model = secateur.open_model("bundled")
     for method, blocks, settings in CUTS:
-        plan = secateur.make_plan(model, method=method, blocks=blocks, settings=settings)
+        plan = secateur.make_plan(model, method=method, blocks=blocks, texts="python-stdlib", settings=settings)
         pruned = secateur.prune(model, plan)
         results = secateur.evaluate(pruned, against=model, tasks=TaskRequest.of("stdlib-cloze", stability=True))
         for role, name in (("against", "dense"), ("model", method)):

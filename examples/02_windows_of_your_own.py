@@ -16,5 +16,5 @@ np.save(folder / "windows.npy", np.asarray(tokens[: len(tokens) // 128 * 128]).r
 
 for method in ("shortgpt", "uidl", "streamline", "last-n", "shortened-llama"):
     plan = secateur.make_plan(model, method=method, blocks=2, texts=folder / "windows.npy")
-    (result,) = secateur.evaluate(secateur.prune(model, plan), windows=16)
+    (result,) = secateur.evaluate(secateur.prune(model, plan), texts="python-stdlib", windows=16)
     print(f"{method:16} {' '.join(plan.steps[0].describe())}: held-out perplexity {result.value:.2f}")

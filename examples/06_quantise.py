@@ -11,7 +11,10 @@ import secateur
 
 folder = Path(tempfile.mkdtemp())
 model = secateur.open_model("bundled")
-secateur.save(secateur.prune(model, secateur.make_plan(model, method="sleb", blocks=2, windows=8)), folder / "cut")
+secateur.save(
+    secateur.prune(model, secateur.make_plan(model, method="sleb", blocks=2, texts="python-stdlib", windows=8)),
+    folder / "cut",
+)
 
 plain = AutoModelForCausalLM.from_pretrained(folder / "cut", dtype="auto")
 int8 = AutoModelForCausalLM.from_pretrained(

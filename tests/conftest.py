@@ -18,6 +18,14 @@ torch.cpu._is_amx_tile_supported = lambda: False  # float32 on every machine, al
 logging.disable_progress_bar()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Keep the tests out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SECATEUR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def bundled():
     """The trained 12-block model that ships with the package."""

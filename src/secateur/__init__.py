@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.versions import __version__ as __version__
 
 if TYPE_CHECKING:
+    from secateur.checkpoints.convert import convert
     from secateur.checkpoints.push import push
     from secateur.checkpoints.save import save
     from secateur.cli.demo import demo
@@ -48,6 +49,7 @@ __all__ = [
     "TrainingTexts",
     "bench",
     "compare",
+    "convert",
     "demo",
     "evaluate",
     "heal",
@@ -72,6 +74,7 @@ _WHERE = {
     "TrainingTexts": "healing.data",
     "bench": "jobs.bench",
     "compare": "experiments.run",
+    "convert": "checkpoints.convert",
     "demo": "cli.demo",
     "evaluate": "jobs.evaluate",
     "heal": "jobs.heal",

@@ -1,5 +1,6 @@
 """Where texts come from: the standard library, files, the hub; and what is said when they cannot be had."""
 
+import csv
 import gzip
 import hashlib
 import json
@@ -19,7 +20,7 @@ import torch
 from sample_texts import ids_of, prose, write_lines, written_folder
 from secateur.data import local_files, sources
 from secateur.data.local_files import stamp_of
-from secateur.data.sources import text_names
+from secateur.data.sources import open_rows, text_names
 from secateur.data.texts import open_texts
 from secateur.errors import InputError
 
@@ -96,6 +97,7 @@ def test_a_python_without_sources_is_told(tmp_path, monkeypatch, tokenizer):
 
 
 CHAT = [{"role": "user", "content": prose(0)}, {"role": "assistant", "content": prose(1)}]
+SHARED = [{"from": "human", "value": prose(0)}, {"from": "gpt", "value": prose(1)}]
 
 
 @pytest.mark.parametrize(
@@ -113,13 +115,18 @@ CHAT = [{"role": "user", "content": prose(0)}, {"role": "assistant", "content": 
             "\n".join(map(prose, (0, 2, 1))),
         ),
         ({"messages": CHAT, "id": "no"}, f"{prose(0)}\n{prose(1)}"),
+        ({"conversations": SHARED, "id": "no"}, f"{prose(0)}\n{prose(1)}"),
+        ({"id": "no", "prompt": prose(0), "response": prose(1)}, f"{prose(0)}\n{prose(1)}"),
+        ({"question": prose(0), "answer": prose(1), "topic": "no"}, f"{prose(0)}\n{prose(1)}"),
     ],
 )
-@pytest.mark.parametrize("suffix", ["jsonl", "json-lines", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json-lines", "parquet", "json"])
 def test_the_text_field_of_a_row(tmp_path, tokenizer, suffix, item, text):
     path = tmp_path / f"a.{suffix}"
     if suffix == "parquet":
         pq.write_table(pa.Table.from_pylist([item]), path)
+    elif suffix == "json":
+        path.write_text(json.dumps([item], indent=1), encoding="utf-8")
     else:
         write_lines(path, [item])
     windows = open_texts(str(path), tokenizer, windows=None, seq_len=8)
@@ -147,6 +154,113 @@ def test_a_line_without_text_is_named(tmp_path, tokenizer, line, message):
         open_texts(str(path), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (["id", "body"], r"a.csv: which field is the text\? Found id, body; rename"),
+        ([], "too little text"),
+    ],
+)
+def test_a_csv_file_without_a_text_column_is_told(tmp_path, tokenizer, header, message):
+    path = tmp_path / "a.csv"
+    path.write_text(",".join(header) + "\n" + "1,words\n" * bool(header), encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        open_texts(str(path), tokenizer)
+
+
+@pytest.mark.parametrize("names", [("text", "id"), ("prompt", "response"), ("content", "title")])
+def test_columns_of_a_csv_file(tmp_path, tokenizer, names):
+    path = tmp_path / "a.csv"
+    long = prose(1, words=40_000)  # longer than the csv module takes unless told to
+    with path.open("w", newline="", encoding="utf-8") as lines:
+        csv.writer(lines).writerows([names, (prose(0) + '\n"quoted", twice', "7"), (long, "8")])
+    windows = open_texts(str(path), tokenizer, windows=None, seq_len=16, split="held-out")
+    assert tokenizer.decode(windows.tokens.flatten()).startswith(prose(0) + '\n"quoted", twice')
+    assert windows.tokens.numel() > 40_000
+    assert next(iter(open_rows(str(path), 0)))[names[1]] == "7"
+
+
+def test_a_json_file_that_is_torn(tmp_path, tokenizer):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n{"text"', encoding="utf-8")
+    with pytest.raises(InputError, match=r"a.json, line 2: not JSON"):
+        open_texts(str(path), tokenizer)
+    path.write_text('["text"]', encoding="utf-8")
+    with pytest.raises(InputError, match="entry 1: a str; each entry must be an object"):
+        open_texts(str(path), tokenizer)
+
+
+def test_a_json_file_of_lines(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "a.json", [{"text": prose(0)}, {"text": prose(1)}])
+    windows = open_texts(path, tokenizer, windows=None, seq_len=8, split="held-out")
+    assert tokenizer.decode(windows.tokens[0]) in prose(0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", ["txt", "csv", "json", "jsonl"])
+def test_texts_in_other_encodings_are_told_by_their_mark(tmp_path, tokenizer, encoding, suffix):
+    written = {
+        "txt": prose(0),
+        "csv": f"text\n{prose(0)}\n",
+        "json": json.dumps([{"text": prose(0)}]),
+        "jsonl": json.dumps({"text": prose(0)}),
+    }[suffix]
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes((mark + written).encode(encoding))
+    windows = open_texts(str(path), tokenizer, windows=None, seq_len=8)
+    assert tokenizer.decode(windows.tokens.flatten()) in prose(0)
+
+
+def test_tables_in_a_folder_are_read_only_where_there_is_nothing_else(tmp_path, tokenizer):
+    (tmp_path / "settings.json").write_text('{"a": 1}', encoding="utf-8")
+    (tmp_path / "a.txt").write_text(prose(0), encoding="utf-8")
+    assert open_texts(str(tmp_path), tokenizer, windows=1, seq_len=16).tokens.numel() == 16
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "settings.json").write_text(json.dumps([{"text": prose(0)}]), encoding="utf-8")
+    assert open_texts(str(tmp_path), tokenizer, windows=1, seq_len=16).tokens.numel() == 16
+
+
+def test_half_a_character_is_told(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_bytes(prose(0).encode("utf-16")[:-1])
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        open_texts(str(path), tokenizer)
+
+
+# The manual
+
+
+def test_the_manual_is_split_by_the_hash_of_the_topic(tokenizer):
+    topics = sources.manual_topics()
+    held = [name for name in topics if sources.held_out(name)]
+    assert 0.1 < len(held) / len(topics) < 0.5
+    windows = open_texts("python-docs", tokenizer, windows=None, seq_len=32, split="held-out")
+    first = min(held, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    assert tokenizer.decode(windows.tokens.flatten()).startswith(topics[first][:500])
+    assert windows.fingerprint.startswith(f"python-docs(python {platform.python_version()}, held-out):sha256:")
+
+
+def test_what_is_held_out_of_the_manual_is_nowhere_in_the_other_part():
+    parts = {
+        split: sources.open_documents("python-docs", split, 0, whole=True) for split in ("calibration", "held-out")
+    }
+    calibration, held = ({piece for text in part.texts for piece in text.split("\n\n")} for part in parts.values())
+    assert not {piece for piece in calibration & held if len(piece) > 40}
+    assert sum(map(len, calibration)) > 200_000
+
+
+def test_topics_for_calibration_are_shuffled(tokenizer):
+    one, same, other = (open_texts("python-docs", tokenizer, windows=2, seed=seed) for seed in (0, 0, 1))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_a_python_without_its_manual_is_told(monkeypatch, tokenizer):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(InputError, match="python-docs: this Python comes without its manual"):
+        open_texts("python-docs", tokenizer)
+
+
 def test_a_folder_is_read_recursively_in_sorted_order(tmp_path, tokenizer):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a.md").write_text(prose(1), encoding="utf-8")
@@ -162,12 +276,12 @@ def test_a_folder_is_read_recursively_in_sorted_order(tmp_path, tokenizer):
 def test_what_cannot_be_read_is_an_error_with_advice(tmp_path, tokenizer):
     (tmp_path / "latin.txt").write_bytes("été ".encode("latin-1") * 100)
     (tmp_path / "bad.parquet").write_bytes(b"not parquet at all")
-    (tmp_path / "a.csv").write_text("a,b", encoding="utf-8")
+    (tmp_path / "a.xml").write_text("a,b", encoding="utf-8")
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("latin.txt", "latin.txt is not UTF-8 text.*iconv"),
         ("bad.parquet", "bad.parquet is not a readable parquet file"),
-        ("a.csv", r"cannot read text from .*a.csv: known are .txt, .md"),
+        ("a.xml", r"cannot read text from .*a.xml: known are .txt, .md"),
         ("empty", "nothing to read in .*empty"),
     ):
         with pytest.raises(InputError, match=message):
@@ -436,7 +550,8 @@ def test_a_data_set_that_changed_its_columns_is_told(tokenizer, monkeypatch):
 def test_text_names_describe_every_source():
     named = {text.name: text for text in text_names()}
     assert list(named) == [
-        "python-stdlib", "wikitext2", "wikitext103", "c4", "alpaca", "slimpajama", "pg19", "bookcorpus",
+        "python-stdlib", "python-docs", "self", "diverse",
+        "wikitext2", "wikitext103", "c4", "alpaca", "slimpajama", "pg19", "bookcorpus",
     ]  # fmt: skip
     assert (named["wikitext2"].calibration, named["wikitext2"].held_out) == ("train", "test")
     assert named["wikitext2"].origin == "Salesforce/wikitext (wikitext-2-raw-v1)"

@@ -268,6 +268,36 @@ def test_a_mixture_names_its_parts(tokenizer):
 
 
 @pytest.mark.usefixtures("two_files")
+def test_each_window_of_a_mixture_knows_its_part(tokenizer):
+    for split in ("calibration", "held-out"):
+        windows = open_texts("a.txt:0.75,b.txt:0.25", tokenizer, windows=8, seq_len=16, split=split)
+        assert windows.parts == ("a.txt", "b.txt")
+        assert windows.part_of.tolist().count(1) == 2
+        own = open_texts("b.txt", tokenizer, windows=2, seq_len=16, split=split)
+        assert torch.equal(windows.tokens[windows.part_of == 1].sort(0).values, own.tokens.sort(0).values)
+        some = windows.some([1, 5, 7])
+        assert torch.equal(some.part_of, windows.part_of[[1, 5, 7]])
+        kept, held = windows.split_off(0.25)
+        assert len(kept.part_of) + len(held.part_of) == 8
+        assert kept.parts == held.parts == windows.parts
+    assert open_texts("a.txt", tokenizer, windows=2, seq_len=16).part_of is None
+
+
+@pytest.mark.usefixtures("two_files")
+def test_a_mixture_with_too_little_text_in_a_part_says_which(tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text(prose(0))
+    windows = open_texts("a.txt,short.txt", tokenizer, windows=8, seq_len=16)
+    (note,) = [note for note in windows.notes if "instead of" in note]
+    assert note.startswith("short.txt: ")
+    (tmp_path / "short.txt").write_text("no")
+    with pytest.raises(InputError, match=r"too little text in short.txt: 1 tokens? of text, one window needs 16"):
+        open_texts("a.txt,short.txt", tokenizer, windows=8, seq_len=16)
+    (tmp_path / "short.txt").write_bytes(b"\xff\xff\xff\xff")
+    with pytest.raises(InputError, match=r"short.txt is not UTF-8 text"):
+        open_texts("a.txt,short.txt", tokenizer, windows=8, seq_len=16)
+
+
+@pytest.mark.usefixtures("two_files")
 def test_an_unpacked_mixture_keeps_masks_with_their_windows(tokenizer):
     Path("a.jsonl").write_text('{"text": "a a a a a a a a a a a a"}\n' * 6, encoding="utf-8")
     Path("b.jsonl").write_text('{"text": "b b b b b b b b b b b b b b b b b b b"}\n' * 6, encoding="utf-8")

@@ -189,7 +189,9 @@ def test_several_filters_of_one_metric_are_told_apart(pair, tmp_path):
 
 def test_a_reference_of_other_questions_is_refused(folder, pair):
     cut, dense = pair
-    reference = measure_reference(dense, windows=1, tasks=TaskRequest.of(str(folder / "choice.yaml"), limit=2))
+    reference = measure_reference(
+        dense, texts="python-stdlib", windows=1, tasks=TaskRequest.of(str(folder / "choice.yaml"), limit=2)
+    )
     found = evaluate(cut, against=reference, tasks=TaskRequest.of(str(folder / "choice.yaml"), limit=2))
     assert {one.role for one in found} == {"model", "against"}
     with pytest.raises(InputError, match="was not asked the same questions of choice"):

@@ -260,7 +260,15 @@ def test_texts_that_cannot_be_found_again(plan, tiny):
 
 
 def test_texts_are_found_again_by_name(bundled):
-    plan = make_plan(bundled, method="slicegpt", windows=2, seq_len=32, options=RunOptions(seed=4), slicing=0.3)
+    plan = make_plan(
+        bundled,
+        method="slicegpt",
+        texts="python-stdlib",
+        windows=2,
+        seq_len=32,
+        options=RunOptions(seed=4),
+        slicing=0.3,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pruned = prune(bundled, plan)

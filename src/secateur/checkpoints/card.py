@@ -40,7 +40,7 @@ def model_card(decoder: Decoder, record: dict[str, Any]) -> ModelCard:
         base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["secateur", "pruned", *methods_in(record["history"])],
+        tags=["secateur", *["pruned"] * bool(record["history"]), *methods_in(record["history"])],
         **{key: original[key] for key in _INHERITED if key in original},
         **related,
     )
@@ -77,15 +77,16 @@ def _body(decoder: Decoder, record: dict[str, Any]) -> str:
     base = record["base_model"]
     name = Path(base).name
     shown = base if _is_on_hub(base) else name
-    lines = [f"# {name}, pruned", "", f"Made from `{shown}` with secateur {record['secateur']}.", ""]
-    lines += ["| step | method | what it did |", "|---|---|---|"]
     done = [row for entry in record["history"] for row in _rows(entry)]
+    title = f"# {name}, {'pruned' if done else 'converted'}"
+    lines = [title, "", f"Made from `{shown}` with secateur {record['secateur']}.", ""]
+    lines += ["| step | method | what it did |", "|---|---|---|"] if done else []
     lines += [f"| {number} | {method} | {what} |" for number, (method, what) in enumerate(done, 1)]
     before, after = record["parameters_before"], record["parameters_after"]
+    size = f"{before:,} before, {after:,} after ({1 - after / before:.1%} removed)" if done else f"{after:,}"
     lines += [
         "",
-        f"Parameters: {before:,} before, {after:,} after ({1 - after / before:.1%} removed). "
-        f"Blocks: {decoder.block_count}.",
+        f"Parameters: {size}. Blocks: {decoder.block_count}.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",

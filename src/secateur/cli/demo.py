@@ -12,6 +12,7 @@ from rich.panel import Panel
 from secateur.checkpoints.folders import replacing
 from secateur.checkpoints.save import save
 from secateur.cli.tables import plan_summary, results_table, scores_table
+from secateur.data.sources import STDLIB
 from secateur.data.texts import windows_for
 from secateur.evaluation.results import append_results
 from secateur.jobs.evaluate import evaluate
@@ -52,7 +53,7 @@ def demo(
     with replacing(folder) as part:
         model = open_model(BUNDLED)
         show(f"1. Open: a trained Llama with {model.block_count} blocks and {model.parameter_count:,} parameters.")
-        windows = windows_for(model, None, windows=32)
+        windows = windows_for(model, STDLIB, windows=32)
         show(f"2. Score: {len(windows)} windows of {windows.seq_len} tokens of Python's standard library.")
         scores = score(model, texts=windows, options=RunOptions(progress=progress))
         scores.write(part / "scores.json")
@@ -69,7 +70,7 @@ def demo(
         record = save(pruned, part / "cut")
         show(f"   {record['check']['architecture']} with {record['blocks']} blocks: same logits, same generation.")
         show("5. Evaluate on modules used neither for training nor for calibration.")
-        results = evaluate(pruned, against=model, windows=64, options=RunOptions(progress=progress))
+        results = evaluate(pruned, against=model, texts=STDLIB, windows=64, options=RunOptions(progress=progress))
         append_results(part / "results.jsonl", results)
         show(results_table(results))
         for name, one in {"dense": model, "pruned": pruned}.items():

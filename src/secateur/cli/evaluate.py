@@ -41,8 +41,8 @@ def evaluate(
             return
         results = job.run()
     details: dict[str, Any] = {"model": model, "against": against, "tasks": asking.tasks}
-    if job.windows is not None:
-        details["texts"] = job.windows.describe()
+    if job.sources:
+        details["texts"] = [windows.describe() for windows in job.sources]
     keep(results, folder, "eval", details, results_tables(results), as_json=output.as_json)
 
 

@@ -65,7 +65,7 @@ def families(as_json: Json = False) -> None:
 
 
 def texts(as_json: Json = False) -> None:
-    """List the named text sources; your own files (txt, md, jsonl, parquet, folder, npy) work as well."""
+    """List the named text sources; your own files (txt, md, json, jsonl, csv, parquet, folder, npy) work as well."""
     table = Table("name", "from", "for calibration", "held out")
     for row in text_names():
         table.add_row(row.name, row.origin, row.calibration, row.held_out)

@@ -45,6 +45,7 @@ COMMANDS = {
     "compare": Entry("study", "compare", "Compare methods, amounts and healing recipes on one model."),
     "run": Entry("study", "run", "Run a recipe: a whole pipeline, or a study, from one file."),
     "report": Entry("report", "report", "Make one HTML page from the results of other commands."),
+    "convert": Entry("convert", "convert", "Save a model as safetensors: from GGUF, or in another dtype."),
     "push": Entry("push", "push", "Upload a checkpoint to the Hub."),
     "methods": Entry("inspect", "methods", "List methods and healing recipes, or the settings of one."),
     "families": Entry("inspect", "families", "List the model families that are known exactly."),

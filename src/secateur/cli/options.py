@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from secateur.data.texts import Count
 from secateur.errors import InputError
 from secateur.evaluation.speed import BATCHES, NEW_TOKENS, Timing
 from secateur.evaluation.tasks import TaskRequest
@@ -66,10 +67,8 @@ class Opening:
 class Reading:
     """Texts to read, and how."""
 
-    texts: Annotated[str | None, typer.Option(help="Text source: see `secateur texts`. (default: python-stdlib)")] = (
-        None
-    )
-    windows: Annotated[str, typer.Option(help="Number of windows of text, or 'all'.")] = "32"
+    texts: Annotated[str | None, typer.Option(help="Text source: see `secateur texts`. (default: diverse)")] = None
+    windows: Annotated[str, typer.Option(help="Number of windows of text, 'auto' by need, or 'all'.")] = "32"
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512, or the model's positions)")] = (
         None
     )
@@ -87,11 +86,11 @@ class Reading:
         return [f"--{name.replace('_', '-')}" for name in names]
 
     @property
-    def window_count(self) -> int | None:
-        """Number of windows, None for all.
+    def window_count(self) -> Count:
+        """Number of windows, None for all, or `auto`.
 
         Raises:
-            InputError: neither a number nor `all`.
+            InputError: none of these.
         """
         return read_windows(self.windows, "--windows")
 
@@ -104,7 +103,10 @@ class Reading:
 class HeldOut(Reading):
     """Held-out texts to read."""
 
-    windows: Annotated[str, typer.Option(help="Number of windows of held-out text, or 'all'.")] = "64"
+    texts: Annotated[
+        str | None, typer.Option(help="Source of text; several (a,b,c) are each measured. (default: diverse)")
+    ] = None
+    windows: Annotated[str, typer.Option(help="Windows of held-out text of each source, 'auto', or 'all'.")] = "64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +141,7 @@ class Learning:
     """Healing recipe, training texts and settings."""
 
     with_: Annotated[str, typer.Option("--with", help="lora, last-layers, full, distill, blocks.")] = "lora"
-    texts: Annotated[str | None, typer.Option(help="Text source: see `secateur texts`. (default: python-stdlib)")] = (
-        None
-    )
+    texts: Annotated[str | None, typer.Option(help="Text source: see `secateur texts`. (default: diverse)")] = None
     tokens: Annotated[str, typer.Option(help="Maximum number of training tokens: 500k, 10M.")] = "1M"
     instructions: Annotated[
         bool, typer.Option("--instructions", help="The texts are chats or questions; only answers count in the loss.")
@@ -276,16 +276,18 @@ class Rounds:
         )
 
 
-def read_windows(text: str, option: str) -> int | None:
+def read_windows(text: str, option: str) -> Count:
     """Read a number of windows; None for `all`.
 
     Raises:
-        InputError: neither a number nor `all`.
+        InputError: neither a number nor `all` nor `auto`.
     """
     if text == "all":
         return None
+    if text == "auto":
+        return "auto"
     if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{option} {text}: give a number from 1 up, or 'all'.")
+        raise InputError(f"{option} {text}: give a number from 1 up, 'auto' or 'all'.")
     return int(text)
 
 

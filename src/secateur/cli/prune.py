@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +17,21 @@ from secateur.checkpoints.save import save
 from secateur.cli.demo import demo as run_demo
 from secateur.cli.options import AmountOptions, Learning, Opening, Output, Reading, Saving, grouped
 from secateur.cli.tables import healing_table, plan_summary, scores_table, showing_progress
-from secateur.cli.terminal import DryRun, Json, ModelArg, Out, announce, answer, err, opened, out_console, target
+from secateur.cli.terminal import (
+    DryRun,
+    Json,
+    ModelArg,
+    Out,
+    announce,
+    answer,
+    err,
+    opened,
+    out_console,
+    saying_warnings,
+    target,
+)
 from secateur.distributed import is_main_process, process_count
-from secateur.errors import InputError, SecateurError, SecateurWarning, TextsWarning, unknown
+from secateur.errors import InputError, SecateurError, TextsWarning, unknown
 from secateur.files import replace_file
 from secateur.healing.recipes import find_healing_recipe
 from secateur.jobs.heal import HealJob, dense_source, require_origin
@@ -95,7 +106,7 @@ def plan(
         announce(job.cost())
         if dry_run:
             return
-        with _saying_warnings():
+        with saying_warnings():
             made = job.run()
     if not is_main_process():
         return
@@ -140,7 +151,7 @@ def prune(
             announce(planning.cost())
             if saving.dry_run:
                 return
-            with _saying_warnings():
+            with saying_warnings():
                 made = planning.run()
             err.print(plan_summary(made))
             texts = planning.windows
@@ -148,12 +159,12 @@ def prune(
             announce(dataclasses.replace(cutting.cost(), models=(), reads="", notes=()))
         else:
             err.print(plan_summary(made))
-            with _saying_warnings():
+            with saying_warnings():
                 cutting = PruneJob.prepare(decoder, made, texts=reading.texts, options=reading.options(progress, work))
             announce(cutting.cost())
             if saving.dry_run:
                 return
-        with _saying_warnings(without=TextsWarning):
+        with saying_warnings(without=TextsWarning):
             pruned = cutting.run()
     if not is_main_process():
         return
@@ -193,7 +204,7 @@ def heal(
         if saving.dry_run:
             return
         err.print(f"{recipe.name}: {recipe.summary}. If interrupted, it resumes when started again with -o {folder}.")
-        with _saying_warnings():
+        with saying_warnings():
             healed = job.run()
     if not is_main_process():
         return
@@ -226,7 +237,7 @@ def _teacher(decoder: Decoder, learning: Learning, opening: Opening, folder: Pat
 def _plan_job(
     decoder: Decoder, method: str, amount: AmountOptions, reading: Reading, *, progress: Progress, work: Path
 ) -> PlanJob:
-    with _saying_warnings():
+    with saying_warnings():
         return PlanJob.prepare(
             decoder,
             method=method,
@@ -247,20 +258,6 @@ def _keeping(work: Path, out: Path) -> Iterator[None]:
         if work.is_dir():
             err.print(f"Stopped. Progress is saved: started again with -o {escape(str(out))}, it resumes.")
         raise
-
-
-@contextmanager
-def _saying_warnings(without: type[SecateurWarning] | None = None) -> Iterator[None]:
-    """Print secateur's warnings at the end of the block, except those of one kind, which were printed before."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SecateurWarning)
-        try:
-            yield
-        finally:
-            said = [one for one in caught if issubclass(one.category, SecateurWarning)]
-            for warning in said:
-                if without is None or not issubclass(warning.category, without):
-                    err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
 
 
 def _draw_merged(job: PlanJob, made: Plan, path: Path) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -221,7 +222,11 @@ def results_tables(results: Sequence[Result]) -> RenderableType:
     for one in results:
         if one.task is None and one.measure not in _FORMS:
             metrics.setdefault(one.measure, []).append(one)
-    tables: list[RenderableType] = [results_table(measured) for measured in metrics.values()]
+    mean = next(iter(metrics.pop(GEOMEAN, [])), None)
+    tables: list[RenderableType] = [
+        _sources_table(measured, mean) if len(_sources(measured)) > 1 else results_table(measured)
+        for measured in metrics.values()
+    ]
     if tasks:
         tables.append(_tasks_table(tasks))
     if speeds:
@@ -239,6 +244,27 @@ def results_table(results: Sequence[Result]) -> Table:
         size = f"{result.parameters / dense.parameters:.1%}" if dense else "—"
         ratio = f"{result.value / dense.value:.3f}" if dense else "—"
         table.add_row(result.model, str(result.blocks), f"{result.parameters:,}", size, f"{result.value:.3f}", ratio)
+    return table
+
+
+def _sources(results: Sequence[Result]) -> set[str | None]:
+    return {one.texts.get("fingerprint") for one in results}
+
+
+def _sources_table(results: Sequence[Result], mean: Result | None) -> Table:
+    """Return a table with a row per source: this model, the dense one, the ratio; below the mean of the ratios."""
+    table = Table(title=f"{results[0].measure} by source (held out)", title_justify="left")
+    for name in ("source", "windows", "model", "dense", "ratio"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for source, (one, dense) in _pairs(results, lambda result: result.texts["source"]):
+        either = one or dense
+        assert either is not None
+        ratio = f"{one.value / dense.value:.3f}" if one and dense else "—"
+        values = [f"{result.value:.3f}" if result else "—" for result in (one, dense)]
+        table.add_row(escape(source), f"{either.texts['windows']:,}", *values, ratio)
+    if mean is not None:
+        table.add_section()
+        table.add_row("geometric mean of the ratios", "", "", "", f"{mean.value:.3f}", style="bold")
     return table
 
 

@@ -6,7 +6,9 @@ Messages for people go to stderr, results to stdout.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ from rich.markup import escape
 from secateur.checkpoints.folders import check_target, replacing
 from secateur.cli.options import Opening
 from secateur.distributed import is_main_process
+from secateur.errors import SecateurWarning
 from secateur.evaluation.results import Result, append_results
 from secateur.jobs.cost import JobCost
 from secateur.jobs.runs import run_folder, write_marker
@@ -25,7 +28,7 @@ from secateur.models.decoder import Decoder
 out_console = Console()
 err = Console(stderr=True, quiet=not is_main_process())
 
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, Hub name, or 'bundled'.")]
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, GGUF file, Hub name, or 'bundled'.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Output folder. (default: under secateur-runs/)")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would need, and stop.")]
@@ -33,8 +36,22 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would nee
 
 def opened(opening: Opening, source: str, **more: bool) -> Decoder:
     """Open a model with the given options; `more` are arguments of `Opening.open`."""
-    with err.status(f"opening {source}"):
+    with saying_warnings(), err.status(f"opening {source}"):
         return opening.open(source, **more)
+
+
+@contextmanager
+def saying_warnings(without: type[SecateurWarning] | None = None) -> Iterator[None]:
+    """Print our own warnings at the end of the block; those of one kind were said before."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SecateurWarning)
+        try:
+            yield
+        finally:
+            said = [one for one in caught if issubclass(one.category, SecateurWarning)]
+            for warning in said:
+                if without is None or not issubclass(warning.category, without):
+                    err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
 
 
 def target(out: Path | None, model: str, command: str) -> Path:

@@ -1,5 +1,7 @@
-"""Documents in files of one's own: text, Markdown, JSON lines, parquet, and folders of these."""
+"""Documents in files of one's own: text, Markdown, JSON, JSON lines, CSV, parquet, and folders of these."""
 
+import codecs
+import csv
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,11 +11,26 @@ from typing import Any
 from secateur.errors import InputError
 
 LINES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson")
-READABLE = (".txt", ".md", *LINES, ".parquet")
+TABLES = (".json", ".csv")
+ROWS = (*LINES, *TABLES, ".parquet")
+READABLE = (".txt", ".md", *ROWS)
+
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # begins like UTF-16 and has to be looked for first
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
+"""Fields that are a text together, in this order."""
+_LONGEST_FIELD = 1 << 30
+"""Characters in a field of a CSV file; the csv module stops at 131,072 unless told otherwise."""
 
 
 def local_documents(path: Path) -> Iterator[str]:
     """Return the documents of a file, or of all files in a folder and below, in the order of their names.
+
+    JSON and CSV files of a folder are read only where there is nothing else: they are settings as often as texts.
 
     Raises:
         InputError: nothing readable; later, while documents are taken, a file that cannot be read.
@@ -22,6 +39,7 @@ def local_documents(path: Path) -> Iterator[str]:
         return _file_documents(path)
     inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
     files = [file for file in inside if file.suffix.lower() in READABLE and file.is_file()]
+    files = [file for file in files if file.suffix.lower() not in TABLES] or files
     if not files:
         raise InputError(f"nothing to read in {path}: no {', '.join(READABLE)} in it or below")
     return (text for file in files for text in _file_documents(file))
@@ -46,8 +64,8 @@ def _file_documents(path: Path) -> Iterator[str]:
     kind = path.suffix.lower()
     if kind in (".txt", ".md"):
         return _whole_file(path)
-    if kind in LINES:
-        return _json_lines(path)
+    if kind in (*LINES, *TABLES):
+        return _documents_in(_placed_rows(path))
     if kind == ".parquet":
         return _parquet(path)
     raise InputError(f"cannot read text from {path}: known are {', '.join(READABLE)}, .npy and folders")
@@ -57,29 +75,75 @@ def _file_documents(path: Path) -> Iterator[str]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        reason = getattr(error, "reason", error)
         advice = f"convert it, for example with: iconv -f latin1 -t utf-8 {path.name}"
-        raise InputError(f"{path} is not UTF-8 text ({error.reason}); {advice}") from error
+        raise InputError(f"{path} is not UTF-8 text ({reason}); {advice}") from error
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"cannot read {path}: {reason}; check the file and its rights") from error
 
 
+def _encoding(path: Path) -> str:
+    """Tell the encoding of a text by its byte order mark; UTF-8 where there is none."""
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
+
+
 def _whole_file(path: Path) -> Iterator[str]:
     with _reading(path):
-        yield path.read_text(encoding="utf-8-sig")
+        yield path.read_text(encoding=_encoding(path))
 
 
-def _json_lines(path: Path) -> Iterator[str]:
+Placed = tuple[str, dict[str, Any]]
+"""A row, and where it stands."""
+
+
+def _documents_in(rows: Iterator[Placed]) -> Iterator[str]:
     fields: tuple[str, ...] = ()
-    for where, item in _json_rows(path):
+    for where, item in rows:
         fields = fields or text_fields({name: _kind(value) for name, value in item.items()}, where)
         yield joined(item, fields, where)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _placed_rows(path: Path) -> Iterator[Placed]:
+    if path.suffix.lower() == ".csv":
+        return _csv_rows(path)
+    return _json_list(path) if path.suffix.lower() == ".json" else _json_rows(path)
+
+
+def _csv_rows(path: Path) -> Iterator[Placed]:
+    """Return each row of a CSV file by the names in its first line."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    with _reading(path), path.open(encoding=_encoding(path), newline="") as lines:
+        try:
+            for row in csv.DictReader(lines):
+                row.pop(None, None)  # cells beyond the last name
+                yield f"{path}", dict(row)
+        except csv.Error as error:
+            raise InputError(f"{path}: not a CSV file ({error}); write it again, quoted") from error
+
+
+def _json_list(path: Path) -> Iterator[Placed]:
+    """Return the objects of a JSON file that is a list of them; a file of JSON lines is read as such."""
+    with _reading(path):
+        text = path.read_text(encoding=_encoding(path))
+    if not text.lstrip().startswith("["):
+        yield from _json_rows(path)
+        return
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg}); copy the file again") from error
+    for number, item in enumerate(items, start=1):
+        where = f"{path}, entry {number}"
+        yield where, _object(item, where)
+
+
+def _json_rows(path: Path) -> Iterator[Placed]:
     """Return each object of a file of JSON lines, and where it stands."""
-    with _reading(path), path.open(encoding="utf-8-sig") as lines:
+    with _reading(path), path.open(encoding=_encoding(path)) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{path}, line {number}"
@@ -91,8 +155,12 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
         item = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg}); each line must be one object") from error
+    return _object(item, where, "each line")
+
+
+def _object(item: Any, where: str, each: str = "each entry") -> dict[str, Any]:
     if not isinstance(item, dict):
-        raise InputError(f"{where}: a {type(item).__name__}; each line must be an object with a field 'text'")
+        raise InputError(f"{where}: a {type(item).__name__}; {each} must be an object with a field 'text'")
     return item
 
 
@@ -128,18 +196,18 @@ def _parquet_rows(file: Any, columns: list[str] | None = None) -> Iterator[dict[
 
 
 def local_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Return the rows of a file of JSON lines or of a parquet file, all fields of them.
+    """Return the rows of a file of JSON, JSON lines, CSV or parquet, all fields of them.
 
     Raises:
         InputError: another kind of file, or one that cannot be read.
     """
-    if path.suffix.lower() in LINES:
-        yield from (item for _, item in _json_rows(path))
+    if path.suffix.lower() in (*LINES, *TABLES):
+        yield from (item for _, item in _placed_rows(path))
     elif path.suffix.lower() == ".parquet":
         with _parquet_file(path) as file:
             yield from _parquet_rows(file)
     else:
-        raise InputError(f"cannot read rows from {path}: known are {', '.join((*LINES, '.parquet'))}")
+        raise InputError(f"cannot read rows from {path}: known are {', '.join(ROWS)}")
 
 
 def _arrow_kind(arrow_type: Any) -> str:
@@ -155,7 +223,8 @@ def _arrow_kind(arrow_type: Any) -> str:
 def text_fields(kinds: Mapping[str, str], where: str) -> tuple[str, ...]:
     """Choose the fields that hold the text, given the kind ("string", "list", "null", ...) of each field.
 
-    The first of: `text`; `messages` of a chat; `instruction`, `input`, `output`; the only string; `content`.
+    The first of: `text`; `messages` or `conversations` of a chat; `instruction`, `input`, `output`; the only string;
+    `content`; a pair such as `prompt` and `response`, or `question` and `answer`.
 
     Raises:
         InputError: none of these; the message names the fields there are.
@@ -164,14 +233,18 @@ def text_fields(kinds: Mapping[str, str], where: str) -> tuple[str, ...]:
     possible = [name for name, kind in kinds.items() if kind in ("string", "null")]
     if "text" in possible:
         return ("text",)
-    if kinds.get("messages") == "list":
-        return ("messages",)
+    for chat in ("messages", "conversations"):
+        if kinds.get(chat) == "list":
+            return (chat,)
     if "instruction" in possible and "output" in possible:
         return tuple(name for name in ("instruction", "input", "output") if name in possible)
     if len(strings) == 1:
         return (strings[0],)
     if "content" in possible:
         return ("content",)
+    for pair in _PAIRS:
+        if set(pair) <= set(possible):
+            return pair
     raise InputError(
         f"{where}: which field is the text? Found {', '.join(kinds) or 'none'}; rename the right one 'text'"
     )
@@ -192,7 +265,12 @@ def _strings(value: Any, name: str, where: str) -> list[str]:
         return []
     if isinstance(value, str):
         return [value]
-    if name == "messages" and isinstance(value, list):
-        contents = [turn.get("content") if isinstance(turn, dict) else turn for turn in value]
+    if name in ("messages", "conversations") and isinstance(value, list):
+        contents = [_said(turn) if isinstance(turn, dict) else turn for turn in value]
         return [text for content in contents for text in _strings(content, f"{name}.content", where)]
     raise InputError(f"{where}: field '{name}' is of type {type(value).__name__}, not text")
+
+
+def _said(turn: Mapping[str, Any]) -> Any:
+    """Return what a turn of a chat says: `content`, or ShareGPT's `value`."""
+    return turn["content"] if "content" in turn else turn.get("value")

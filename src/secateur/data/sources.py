@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library, data sets on the hub, local files. Gives documents: strings.
+"""Where text comes from: the interpreter's library and manual, data sets on the hub, local files. Gives documents.
 
 Documents are read lazily: whoever needs 32 windows of a 600 GB data set reads a few megabytes of it.
 Nothing here knows about tokens; `texts.py` turns documents into windows.
@@ -23,6 +23,11 @@ from secateur.errors import InputError, unknown
 Split = Literal["calibration", "held-out"]
 
 STDLIB = "python-stdlib"
+DOCS = "python-docs"
+OWN = "self"
+"""Text that the model writes itself: `own_text.py`, for documents have nothing to do with it."""
+DIVERSE = "diverse"
+"""Code, prose and the model's own text: `diverse.py` says what that is here and now."""
 
 # A local file is shuffled through a pool of this size, so that small ones are shuffled as a whole.
 POOL_DOCUMENTS = 100_000
@@ -109,7 +114,10 @@ HUB: dict[str, HubText] = {
 def text_names() -> list[NamedText]:
     """Return every named source, the ones that need no download first."""
     return [
-        NamedText(STDLIB, "the standard library of the running Python", "7 of 10 modules", "3 of 10 modules"),
+        NamedText(STDLIB, "the standard library of the running Python: code", "7 of 10 modules", "3 of 10 modules"),
+        NamedText(DOCS, "the language reference of the running Python: prose", "7 of 10 topics", "3 of 10 topics"),
+        NamedText(OWN, "the model itself: sampled, kept in the cache", "windows of the seed", "others"),
+        NamedText(DIVERSE, f"{STDLIB}, {DOCS}, {OWN}; alpaca with a network", "equal parts", f"{STDLIB}, {DOCS}"),
         *(_named(name, row) for name, row in HUB.items()),
     ]
 
@@ -123,7 +131,7 @@ def _named(name: str, row: HubText) -> NamedText:
 
 def is_source(source: str) -> bool:
     """Tell whether `source` is a named source or a path that exists."""
-    return source == STDLIB or source in HUB or os.path.exists(os.path.expanduser(source))
+    return source in (STDLIB, DOCS, OWN) or source in HUB or os.path.exists(os.path.expanduser(source))
 
 
 def open_documents(source: str, split: Split, seed: int, *, whole: bool) -> Documents:
@@ -141,9 +149,13 @@ def open_documents(source: str, split: Split, seed: int, *, whole: bool) -> Docu
     """
     if source == STDLIB:
         return _stdlib_documents(split, seed)
+    if source == DOCS:
+        return _manual_documents(split, seed)
     if source in HUB:
         return _hub_documents(source, split, seed, whole)
-    if not is_source(source):
+    if source == DIVERSE:
+        raise InputError(f"{DIVERSE} is a mixture itself and no part of one; name its parts: {STDLIB},{DOCS},{OWN}")
+    if not is_source(source) or source == OWN:
         names = [named.name for named in text_names()]
         raise InputError(f"{unknown('text', source, names)} A file or folder of your own may be given too.")
     path = Path(source).expanduser()
@@ -225,12 +237,18 @@ def _stdlib_documents(split: Split, seed: int) -> Documents:
             f"the source of the standard library is not at {sysconfig.get_paths()['stdlib']}; "
             "give a local file or folder instead"
         )
-    wanted = [name for name in modules if held_out(name) == (split == "held-out")]
+    wanted = _names_of(modules, split, seed)
+    label = f"{STDLIB}(python {platform.python_version()}, {split})"
+    return Documents(_valid_utf8(modules[name] for name in wanted), label)
+
+
+def _names_of(names: Iterable[str], split: Split, seed: int) -> list[str]:
+    """Return the names of one part: held-out ones in the order of their hashes, those for calibration shuffled."""
+    wanted = [name for name in names if held_out(name) == (split == "held-out")]
     wanted.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     if split == "calibration":
         random.Random(seed).shuffle(wanted)
-    label = f"{STDLIB}(python {platform.python_version()}, {split})"
-    return Documents(_valid_utf8(modules[name] for name in wanted), label)
+    return wanted
 
 
 def _valid_utf8(paths: Iterable[Path]) -> Iterator[str]:
@@ -239,6 +257,39 @@ def _valid_utf8(paths: Iterable[Path]) -> Iterator[str]:
             yield path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
+
+
+# The manual of the running interpreter
+
+
+def manual_topics() -> dict[str, str]:
+    """Return the topics of Python's language reference by name, as `help("assert")` shows them: reStructuredText.
+
+    Raises:
+        InputError: this Python comes without them.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise InputError(
+            f"{DOCS}: this Python comes without its manual (pydoc_data); give {STDLIB} or a file of your own"
+        ) from error
+    found: dict[str, str] = topics
+    return found
+
+
+def _manual_documents(split: Split, seed: int) -> Documents:
+    """Open the topics of one part. Some quote others: what is held out is cut from those for calibration."""
+    topics = manual_topics()
+    kept_back = {piece for name in topics if held_out(name) for piece in _paragraphs(topics[name])}
+    texts = (topics[name] for name in _names_of(topics, split, seed))
+    if split == "calibration":
+        texts = ("\n\n".join(piece for piece in _paragraphs(text) if piece not in kept_back) for text in texts)
+    return Documents(texts, f"{DOCS}(python {platform.python_version()}, {split})")
+
+
+def _paragraphs(text: str) -> list[str]:
+    return text.strip().split("\n\n")
 
 
 # Data sets on the hub

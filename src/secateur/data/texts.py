@@ -7,17 +7,21 @@ import math
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from secateur.data.sources import STDLIB, Documents, Split, is_source, open_documents
+from secateur.data.diverse import parts_of_diverse
+from secateur.data.own_text import OwnText
+from secateur.data.sources import DIVERSE, OWN, Documents, Split, is_source, open_documents
 from secateur.data.windows import Windows, check_vocabulary, counted, digest, load_windows
 from secateur.errors import InputError, unknown
 from secateur.models.decoder import Decoder
+from secateur.models.widths import rows_per_token
+from secateur.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +44,7 @@ class _Cutting:
     pack: bool
     bos: bool
     vocab_size: int | None
+    own: OwnText | None
 
     @property
     def text_tokens(self) -> int:
@@ -58,13 +63,14 @@ def open_texts(
     bos: Bos = "auto",
     vocab_size: int | None = None,
     max_positions: int | None = None,
+    own: OwnText | None = None,
 ) -> Windows:
     """Turn a source of text into windows of tokens. The same arguments always give the same windows.
 
     Args:
-        source: a name (see `text_names`), a local file or folder (.txt, .md, .jsonl, .parquet), a mixture of
-            these ("wikitext2:0.7,alpaca:0.3", or "a,b" for equal shares; shares are of the windows), or a
-            .npy file of token ids (W, T), which is used exactly as given: no tokenizer, no shuffling, and
+        source: a name (see `text_names`), a local file or folder (.txt, .md, .json, .jsonl, .csv, .parquet), a
+            mixture of these ("wikitext2:0.7,alpaca:0.3", or "a,b" for equal shares; shares are of the windows), or
+            a .npy file of token ids (W, T), which is used exactly as given: no tokenizer, no shuffling, and
             `windows`, `seq_len`, `pack` and `bos` do not apply.
         tokenizer: of the model that will read the windows.
         windows: how many; None for all the text there is.
@@ -79,11 +85,28 @@ def open_texts(
             does when left alone.
         vocab_size: of the model; larger token ids are refused.
         max_positions: of the model; longer windows are refused.
+        own: the model, where the source is or contains "self": text that it writes.
 
     Raises:
         InputError: an unknown source, one that cannot be read or holds too little text, or a setting that
             cannot be met.
     """
+    if source == DIVERSE:
+        source, said = parts_of_diverse(windows, split, own)
+        found = open_texts(
+            source,
+            tokenizer,
+            windows=windows,
+            seq_len=seq_len,
+            seed=seed,
+            split=split,
+            pack=pack,
+            bos=bos,
+            vocab_size=vocab_size,
+            max_positions=max_positions,
+            own=own,
+        )
+        return replace(found, notes=(*said, *found.notes))
     shares = _parse(source)
     first = next(iter(shares))
     if len(shares) == 1 and first.lower().endswith(".npy"):
@@ -93,7 +116,7 @@ def open_texts(
         raise unknown("split", split, ["calibration", "held-out"])
     if tokenizer is None:
         raise InputError(f"no tokenizer to read '{source}' with; give one, or a .npy file of token ids")
-    cutting = _Cutting(tokenizer, seq_len, seed, split, pack, wants_bos(tokenizer, bos), vocab_size)
+    cutting = _Cutting(tokenizer, seq_len, seed, split, pack, wants_bos(tokenizer, bos), vocab_size, own)
     if len(shares) == 1:
         return _cut(source, first, windows, cutting)
     return _mixed(source, shares, windows, cutting)
@@ -131,6 +154,8 @@ def wants_bos(tokenizer: "PreTrainedTokenizerBase", bos: Bos) -> bool:
 
 def _cut(source: str, part: str, count: int | None, cutting: _Cutting) -> Windows:
     """Open one part of `source` and cut it into at most `count` windows."""
+    if part == OWN:
+        return _own(source, count, cutting)
     documents = open_documents(part, cutting.split, cutting.seed, whole=count is None)
     rows, mask_WT, notes = (_packed if cutting.pack else _one_each)(documents, count, cutting)
     tokens_WT = torch.tensor(rows, dtype=torch.int64)
@@ -149,6 +174,22 @@ def _cut(source: str, part: str, count: int | None, cutting: _Cutting) -> Window
         cutting.bos,
         (*documents.notes, *notes),
     )
+
+
+def _own(source: str, count: int | None, cutting: _Cutting) -> Windows:
+    """Let the model write so many windows."""
+    if cutting.own is None:
+        raise InputError(f"{OWN} is text that the model writes: open it for a model (windows_for), not for a tokenizer")
+    if count is None:
+        raise InputError(f"{OWN} has no end; say how many windows")
+    tokens_WT = cutting.own.windows(
+        count, cutting.seq_len, seed=cutting.seed, held_out=cutting.split == "held-out", bos=cutting.bos
+    )
+    label = f"{OWN}({cutting.own.label}, {cutting.split})"
+    mask_WT = None if cutting.pack else torch.ones_like(tokens_WT, dtype=torch.bool)
+    fingerprint = f"{label}:{digest(tokens_WT, mask_WT)}"
+    seed = cutting.seed if cutting.split == "calibration" else None
+    return Windows(tokens_WT, mask_WT, source, fingerprint, seed, cutting.bos, cutting.own.notes)
 
 
 Cut = tuple[list[list[int]], torch.Tensor | None, list[str]]
@@ -233,15 +274,21 @@ def _parse(source: str) -> dict[str, float]:
     """Split "a:0.7,b:0.3" into shares that sum to one; what exists under its whole name is one source."""
     if is_source(source):
         return {source: 1.0}
-    weighed = [_name_and_weight(part.strip(), source) for part in source.split(",")]
+    weighed = _listed(source)
     names, weights = [name for name, _ in weighed], [weight for _, weight in weighed if weight is not None]
-    if len(set(names)) < len(names):
-        raise InputError(f"'{source}' names a text twice; add its weights up instead")
     if not weights:
         weights = [1.0] * len(names)
     if len(weights) < len(names):
         raise InputError(f"'{source}' gives weights to some texts only; give one to each, or to none")
     return {name: weight / sum(weights) for name, weight in zip(names, weights, strict=True)}
+
+
+def _listed(source: str) -> list[tuple[str, float | None]]:
+    """Split "a:0.7,b" into names and weights, None where there is none."""
+    found = [_name_and_weight(part.strip(), source) for part in source.split(",")]
+    if len({name for name, _ in found}) < len(found):
+        raise InputError(f"'{source}' names a text twice; name each once")
+    return found
 
 
 def _name_and_weight(part: str, source: str) -> tuple[str, float | None]:
@@ -275,11 +322,22 @@ def _mixed(source: str, shares: dict[str, float], windows: int | None, cutting: 
     masks = [part.mask for part in parts if part.mask is not None]
     tokens_WT = torch.cat([part.tokens for part in parts])[order]
     mask_WT = torch.cat(masks)[order] if masks else None
+    part_of = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))[order]
     labels = [part.fingerprint.rsplit(":sha256:", 1)[0] for part in parts]
     label = ",".join(f"{name}:{share:.4g}" for name, share in zip(labels, shares.values(), strict=True))
     notes = tuple(f"{part.source}: {note}" for part in parts for note in part.notes)
     fingerprint = f"{label}:{digest(tokens_WT, mask_WT)}"
-    return Windows(tokens_WT, mask_WT, source, fingerprint, parts[0].seed, cutting.bos, notes)
+    return Windows(
+        tokens_WT,
+        mask_WT,
+        source,
+        fingerprint,
+        parts[0].seed,
+        cutting.bos,
+        notes,
+        parts=tuple(shares),
+        part_of=part_of,
+    )
 
 
 def _apportion(shares: list[float], windows: int) -> list[int]:
@@ -297,35 +355,59 @@ def _apportion(shares: list[float], windows: int) -> list[int]:
 
 
 Texts = str | Path | Windows | None
-"""A source as in `secateur texts`, windows made before, or None for the default, `python-stdlib`."""
+"""A source as in `secateur texts`, windows made before, or None for `DEFAULT_TEXTS`."""
+
+DEFAULT_TEXTS = DIVERSE
+"""What is read where nothing is named: nobody should repair a model on one kind of text without having asked for it."""
+
+Count = int | Literal["auto"] | None
+"""A number of windows, `auto` for as many as the model needs, or None for all the text there is."""
 
 DEFAULT_SEQ_LEN = 512
+ROWS_PER_INPUT = 16
+FEWEST, MOST = 32, 256
+"""Windows that `auto` takes at least, and at most."""
 
 
 def windows_for(
     model: Decoder,
     texts: Texts,
     *,
-    windows: int | None,
+    windows: Count,
     seq_len: int | None = None,
     seed: int = 0,
     split: Split = "calibration",
     pack: bool = True,
     bos: Bos = "auto",
+    progress: Progress = SILENT,
 ) -> Windows:
-    """Open texts for a model: its tokenizer, its vocabulary, its positions.
+    """Open texts for a model: its tokenizer, its vocabulary, its positions, and text that it writes itself.
+
+    For a model that was opened only to say what a job needs, random tokens stand in for what it would write.
+
+    Args:
+        model: the open model.
+        texts: a source, windows made before (returned as they are), or None for the default.
+        windows: how many; `auto` as `windows_needed` says, None for all the text there is.
+        seq_len: tokens in a window; None takes 512, or the model's positions if those are fewer.
+        seed: of the shuffling, and of what the model writes.
+        split: as in `open_texts`; so are `pack` and `bos`.
+        pack: whether documents are joined.
+        bos: whether windows begin with the beginning-of-sequence token.
+        progress: shows how far the model is with writing.
 
     Raises:
-        InputError: an unknown source, too little text, or windows the model cannot read.
+        InputError: an unknown source, too little text, windows the model cannot read, or a model that degenerates when
+            it writes.
     """
     if isinstance(texts, Windows):
         return texts
     if seq_len is None:
         seq_len = min(DEFAULT_SEQ_LEN, model.max_positions or DEFAULT_SEQ_LEN)
     return open_texts(
-        str(texts or STDLIB),
+        str(texts or DEFAULT_TEXTS),
         model.tokenizer,
-        windows=windows,
+        windows=windows_needed(model, seq_len) if windows == "auto" else windows,
         seq_len=seq_len,
         seed=seed,
         split=split,
@@ -333,4 +415,56 @@ def windows_for(
         bos=bos,
         vocab_size=model.module.get_input_embeddings().num_embeddings,
         max_positions=model.max_positions,
+        own=OwnText(model, progress),
     )
+
+
+def windows_by_source(
+    model: Decoder,
+    texts: Texts,
+    *,
+    windows: Count,
+    seq_len: int | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Windows, ...]:
+    """Open the held-out part of several sources, each by itself: "a,b" are two here, and "a:0.7,b:0.3" one mixture.
+
+    Args:
+        model: the open model; it writes what is asked of "self".
+        texts: as for `windows_for`.
+        windows: how many of each source.
+        seq_len: tokens in a window.
+        progress: shows how far the model is with writing.
+
+    Raises:
+        InputError: as `windows_for`.
+    """
+    sources = [texts] if isinstance(texts, Windows) else _separate(str(texts or DEFAULT_TEXTS))
+    return tuple(
+        windows_for(model, one, windows=windows, seq_len=seq_len, split="held-out", progress=progress)
+        for one in sources
+    )
+
+
+def _separate(source: str) -> list[Texts]:
+    if source == DIVERSE:
+        source, _ = parts_of_diverse(len(DIVERSE), "held-out", None)
+    if is_source(source):
+        return [source]
+    found = _listed(source)
+    return [source] if any(weight is not None for _, weight in found) else [name for name, _ in found]
+
+
+def windows_needed(model: Decoder, seq_len: int) -> int:
+    """Return how many windows give every projection 16 tokens per input: fewer determine no least-squares repair.
+
+    Of experts each sees only the tokens that are sent to it. At least 32 windows, at most 256.
+    """
+    tokens = ROWS_PER_INPUT * rows_per_token(model)
+    return min(max(FEWEST, math.ceil(tokens / seq_len)), MOST)
+
+
+def without_own(windows: Windows) -> str:
+    """Name the source of windows without the model's own text, to open more of it than a model would write."""
+    others = [part for part in windows.parts if part != OWN]
+    return ",".join(others) if others and OWN in windows.parts else windows.source

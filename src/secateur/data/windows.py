@@ -33,6 +33,8 @@ class Windows:
         seed: of the shuffling; None when nothing was shuffled.
         bos: whether the beginning-of-sequence token starts each window.
         notes: what the user should be told, e.g. "last 131 tokens dropped".
+        parts: of a mixture, the sources it is made of; empty for a single source.
+        part_of: int64 (W,), which of `parts` each window is from; None for a single source.
     """
 
     tokens: torch.Tensor
@@ -44,6 +46,8 @@ class Windows:
     notes: tuple[str, ...] = ()
     given: bool = False
     """Made by `of`: the source is a name for the reader and cannot be opened for more."""
+    parts: tuple[str, ...] = ()
+    part_of: torch.Tensor | None = None
 
     @classmethod
     def of(cls, tokens: Any, mask: Any = None, source: str = "tokens", *, bos: bool = False) -> Windows:
@@ -81,7 +85,12 @@ class Windows:
     def some(self, numbers: Iterable[int]) -> Windows:
         """Return the windows of these numbers, which have the fingerprint of the whole."""
         rows = list(numbers)
-        return replace(self, tokens=self.tokens[rows], mask=None if self.mask is None else self.mask[rows])
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            mask=None if self.mask is None else self.mask[rows],
+            part_of=None if self.part_of is None else self.part_of[rows],
+        )
 
     def split_off(self, share: float) -> tuple[Windows, Windows]:
         """Split into those that stay and a share, at least one, evenly spaced, that is held back.

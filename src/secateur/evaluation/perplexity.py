@@ -6,11 +6,17 @@ starts with the tokenizer's default beginning-of-sequence token, so a window of 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from secateur.data.windows import Windows
 from secateur.evaluation.metrics.metric import measure
-from secateur.evaluation.results import Result
+from secateur.evaluation.results import Result, result_of
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
+
+GEOMEAN = "perplexity_ratio_geomean"
+"""Geometric mean over sources of a model's perplexity divided by the dense model's."""
 
 
 def measure_perplexity(model: Decoder, role: str, windows: Windows, options: RunOptions = DEFAULTS) -> Result:
@@ -21,3 +27,21 @@ def measure_perplexity(model: Decoder, role: str, windows: Windows, options: Run
     """
     (result,) = measure(("perplexity",), model, role, windows, options)
     return result
+
+
+def mean_ratio(model: Decoder, results: Sequence[Result]) -> list[Result]:
+    """Return the geometric mean of the ratios over sources, of results of both models; none for a single source.
+
+    `spread` holds the best ratio as `low` and the worst as `high`, `settings` each source's.
+    """
+    found: dict[str, dict[str, Result]] = {}
+    for one in results:
+        found.setdefault(one.texts["fingerprint"], {})[one.role] = one
+    pairs = [(both["model"], both["against"]) for both in found.values() if len(both) == 2]
+    if len(pairs) < 2:
+        return []
+    ratios = {own.texts["source"]: own.value / dense.value for own, dense in pairs}
+    value = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+    spread = {"low": min(ratios.values()), "high": max(ratios.values())}
+    texts = {"source": ",".join(ratios), "fingerprint": ", ".join(found)}
+    return [result_of(model, "model", GEOMEAN, value, spread=spread, texts=texts, settings={"ratios": ratios})]

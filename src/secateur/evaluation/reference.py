@@ -29,20 +29,20 @@ class Reference:
     answers: tuple[Outcome, ...] = ()
 
     def perplexity_on(self, windows: Windows) -> list[Result]:
-        """Return the perplexity, if there is one.
+        """Return the perplexity on these windows, if any was measured.
 
         Raises:
-            InputError: it was measured on other texts.
+            InputError: it was measured on other texts only.
         """
         found = [one for one in self.results if one.measure == "perplexity"]
-        for one in found:
-            if one.texts.get("fingerprint") != windows.fingerprint:
-                before = f"{one.texts.get('source')}, {one.texts.get('fingerprint')}"
-                raise InputError(
-                    f"{one.model} was measured on other texts ({before}) than these ({windows.source}, "
-                    f"{windows.fingerprint}); measure it again."
-                )
-        return found
+        same = [one for one in found if one.texts.get("fingerprint") == windows.fingerprint]
+        if found and not same:
+            before = f"{found[0].texts.get('source')}, {found[0].texts.get('fingerprint')}"
+            raise InputError(
+                f"{found[0].model} was measured on other texts ({before}) than these ({windows.source}, "
+                f"{windows.fingerprint}); measure it again."
+            )
+        return same
 
     def results_on(self, asked: Sequence[Outcome]) -> list[Result]:
         """Return the results on tasks, if there are any.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from secateur.data.texts import DEFAULT_TEXTS, Count
 from secateur.errors import InputError, unknown
 from secateur.evaluation.speed import NEW_TOKENS, Timing
 from secateur.evaluation.tasks import TaskRequest
@@ -68,7 +69,7 @@ class Measuring(Section):
     """How quality is evaluated, as for `secateur eval`; `texts` defaults to the held-out part of the recipe's texts."""
 
     texts: str | None = None
-    windows: int | Literal["all"] = 64
+    windows: int | Literal["all", "auto"] = 64
     seq_len: int | None = None
     tasks: str | tuple[str, ...] | None = None
     limit: int | None = Field(default=None, ge=1)
@@ -113,8 +114,8 @@ class Common(Section):
 
     model: str
     description: str | None = None
-    texts: str = "python-stdlib"
-    windows: int | Literal["all"] = 32
+    texts: str = DEFAULT_TEXTS
+    windows: int | Literal["all", "auto"] = 32
     seq_len: int | None = Field(default=None, ge=2)
     seed: int = 0
     batch_size: int | None = Field(default=None, ge=1)
@@ -255,6 +256,6 @@ def _keys_at(kind: type[Section], place: tuple[Any, ...]) -> list[str]:
     return [f"{prefix}{field.alias or name}" for name, field in owner.model_fields.items()]
 
 
-def count_of(windows: int | Literal["all"]) -> int | None:
-    """Return the number of windows, None for all."""
+def count_of(windows: int | Literal["all", "auto"]) -> Count:
+    """Return the number of windows, None for all; `auto` stays."""
     return None if windows == "all" else windows

@@ -20,7 +20,7 @@ class TrainingTexts:
     """The texts a model is trained on, and how much of them.
 
     Attributes:
-        source: see `secateur texts`; None is `python-stdlib`.
+        source: see `secateur texts`; None is `diverse`.
         tokens: maximum number of tokens (also "10M"); every token is seen once unless `epochs` says otherwise.
         instructions: the texts are instruction data (chat messages, or Alpaca's fields); the loss covers answers only.
         seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.

@@ -1,6 +1,7 @@
 """Instruction data: questions and answers, with a loss on the answers only.
 
-Two formats are read from jsonl and parquet files and from Hub data sets: chats, `messages` with `role` and `content`,
+Two formats are read from files (jsonl, json, csv, parquet) and from Hub data sets: chats, `messages` with
+`role` and `content` or ShareGPT's `conversations` with `from` and `value`,
 rendered with the tokenizer's chat template; and Alpaca's `instruction`, `input` and `output` (Taori et al. 2023), which
 become a chat if the tokenizer has a template, and plain text with headings otherwise.
 """
@@ -115,6 +116,8 @@ def _conversations(source: str, seed: int) -> Iterator[list[Message]]:
     for number, row in enumerate(open_rows(source, seed)):
         if isinstance(row.get("messages"), list) and row["messages"]:
             yield [{"role": str(one["role"]), "content": str(one["content"])} for one in row["messages"]]
+        elif isinstance(row.get("conversations"), list) and row["conversations"]:
+            yield [{"role": _role(one["from"]), "content": str(one["value"])} for one in row["conversations"]]
         elif row.get("instruction") and row.get("output"):
             asked = "\n\n".join(str(row[key]) for key in ("instruction", "input") if row.get(key))
             yield [{"role": "user", "content": asked}, {"role": "assistant", "content": str(row["output"])}]
@@ -123,6 +126,11 @@ def _conversations(source: str, seed: int) -> Iterator[list[Message]]:
                 f"{source}: no instruction data: a row has {', '.join(sorted(row)) or 'nothing'}; wanted are "
                 "'messages', or 'instruction' and 'output'."
             )
+
+
+def _role(speaker: str) -> str:
+    """Return the role by which chat templates know one of ShareGPT's speakers."""
+    return {"human": "user", "gpt": "assistant"}.get(speaker, speaker)
 
 
 def _encoded(messages: list[Message], tokenizer: PreTrainedTokenizerBase, source: str) -> tuple[list[int], list[bool]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateur.data.texts import Texts, windows_for
+from secateur.data.texts import Count, Texts, windows_by_source
 from secateur.data.windows import Windows
 from secateur.errors import InputError
-from secateur.evaluation.perplexity import measure_perplexity
+from secateur.evaluation.perplexity import mean_ratio, measure_perplexity
 from secateur.evaluation.reference import Reference
 from secateur.evaluation.results import Result
 from secateur.evaluation.tasks import TaskRequest, ask_tasks, task_results
@@ -28,14 +28,14 @@ class EvaluateJob(Job[list[Result]]):
     Attributes:
         model: the open model; None measures only the dense one.
         against: the dense model, or its earlier measurements; None compares with nothing.
-        windows: held-out windows for perplexity; None skips perplexity.
+        sources: held-out windows for perplexity, of each source; empty skips perplexity.
         tasks: tasks to run; None runs none.
         options: run options.
     """
 
     model: Decoder | None
     against: Decoder | Reference | None
-    windows: Windows | None
+    sources: tuple[Windows, ...]
     tasks: TaskRequest | None
     options: RunOptions
 
@@ -46,7 +46,7 @@ class EvaluateJob(Job[list[Result]]):
         *,
         against: Decoder | Reference | None = None,
         texts: Texts = None,
-        windows: int | None = 64,
+        windows: Count = 64,
         seq_len: int | None = None,
         tasks: Tasks = None,
         options: RunOptions = DEFAULTS,
@@ -57,8 +57,9 @@ class EvaluateJob(Job[list[Result]]):
             model: the open model.
             against: the dense model to compare with, which must read the same tokens; or what it came to, measured
                 before (`measure_reference`) on the same texts and questions.
-            texts: see `secateur texts`; the held-out part is taken where a source has one. None is `python-stdlib`, or
-                no text where tasks are named.
+            texts: see `secateur texts`; the held-out part is taken where a source has one. Several sources ("a,b") are
+                measured separately, a mixture ("a:0.7,b:0.3") as one. None is the default, or no text where tasks are
+                named. The dense model writes what `self` asks for.
             windows: number of windows; None takes all the text there is.
             seq_len: tokens per window; None takes 512, or the models' positions if those are fewer.
             tasks: names such as `stdlib-cloze`, `commonsense` (the seven of the papers) or `piqa,arc_easy`, any of
@@ -67,7 +68,8 @@ class EvaluateJob(Job[list[Result]]):
             options: seed of the choice of examples, windows or questions per batch, progress.
 
         Returns:
-            One result per number: perplexity of the model, then of the one it is compared with; then task by task.
+            One result per number: for each source perplexity of the model, then of the one it is compared with; of several
+            sources the geometric mean of the ratios (`perplexity_ratio_geomean`); then task by task.
 
         Raises:
             InputError: unusable texts, an unknown task or one without options for stability, data that cannot be had,
@@ -79,10 +81,11 @@ class EvaluateJob(Job[list[Result]]):
             require_same_vocabulary(model, against)
         if asked is not None and asked.stability and against is None:
             raise InputError("stability compares two models; name the dense one (--against).")
-        used = None
-        if asked is None or texts is not None:
-            used = windows_for(model, texts, windows=windows, seq_len=seq_len, split="held-out")
-        return cls(model, against, used, asked, options)
+        if asked is not None and texts is None:
+            return cls(model, against, (), asked, options)
+        writer = against if isinstance(against, Decoder) and against.tokenizer is not None else model
+        read = windows_by_source(writer, texts, windows=windows, seq_len=seq_len, progress=options.progress)
+        return cls(model, against, read, asked, options)
 
     @property
     def models(self) -> dict[str, Decoder]:
@@ -94,12 +97,12 @@ class EvaluateJob(Job[list[Result]]):
         """Return the cost of measuring."""
         models = list(self.models.values())
         first = models[0]
-        if self.windows is None:
+        if not self.sources:
             whole = sum(memory_of(one, 0, whole=True) for one in models)
             names = ", ".join(self.tasks.names) if self.tasks else ""
             return JobCost(models=tuple(map(describe_model, models)), reads=f"tasks: {names}", memory=whole)
         passes = sum(one.parameter_count / first.parameter_count for one in models)
-        return cost_of(first, self.windows, {"": passes}, also=models[1:])
+        return cost_of(first, _Together(self.sources), {"": passes}, also=models[1:])
 
     def run(self) -> list[Result]:
         """Run the evaluation."""
@@ -111,10 +114,38 @@ class EvaluateJob(Job[list[Result]]):
             before = (outcomes.get("against") or known.answers_to(own)) if self.tasks.stability else None
             asked = task_results(self.models, outcomes, limit=self.tasks.limit, stable_to=before)
             asked += known.results_on(own)
-        if self.windows is None:
-            return asked
-        read = [measure_perplexity(one, role, self.windows, self.options) for role, one in self.models.items()]
-        return read + known.perplexity_on(self.windows) + asked
+        read: list[Result] = []
+        for windows in self.sources:
+            read += [measure_perplexity(one, role, windows, self.options) for role, one in self.models.items()]
+            read += known.perplexity_on(windows)
+        ratios = mean_ratio(self.model, read) if self.model is not None else []
+        return read + ratios + asked
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Windows of several sources as one amount of text."""
+
+    sources: tuple[Windows, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    @property
+    def source(self) -> str:
+        return ", ".join(windows.source for windows in self.sources)
+
+    @property
+    def seq_len(self) -> int:
+        return max(windows.seq_len for windows in self.sources)
+
+    @property
+    def token_count(self) -> int:
+        return sum(windows.token_count for windows in self.sources)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(note for windows in self.sources for note in windows.notes)
 
 
 evaluate = function_of(EvaluateJob.prepare, "evaluate")
@@ -138,7 +169,7 @@ def measure_reference(
     model: Decoder,
     *,
     texts: Texts = None,
-    windows: int | None = 64,
+    windows: Count = 64,
     seq_len: int | None = None,
     tasks: Tasks = None,
     options: RunOptions = DEFAULTS,
@@ -150,8 +181,8 @@ def measure_reference(
     Raises:
         InputError, NumericsError: as `evaluate`.
     """
-    used = windows_for(model, texts, windows=windows, seq_len=seq_len, split="held-out")
-    results = [measure_perplexity(model, "against", used, options)]
+    read = windows_by_source(model, texts, windows=windows, seq_len=seq_len, progress=options.progress)
+    results = [measure_perplexity(model, "against", one, options) for one in read]
     if tasks is None:
         return Reference(tuple(results))
     asked, models = TaskRequest.of(tasks), {"against": model}

@@ -62,7 +62,7 @@ class HealJob(Job[Decoder]):
             model: the pruned model (any decoder).
             by: a recipe: `lora`, `last-layers`, `full`, `distill`, `blocks`.
             texts: what it learns from: a source as in `secateur texts`, or `TrainingTexts` that say more of it, such as
-                whether they are instruction data; None is `python-stdlib`. One window in twenty is held back to see
+                whether they are instruction data; None is `diverse`. One window in twenty is held back to see
                 when to stop.
             tokens: how many tokens of the source, at most (also "10M"); None is a million, or what `TrainingTexts` say.
             teacher: the dense model, for `distill` and `blocks`; as a skeleton it is never whole in memory, for which

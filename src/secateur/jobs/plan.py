@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
-from secateur.data.texts import Texts, windows_for
+from secateur.data.texts import Count, Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import InputError, TextsWarning
 from secateur.jobs.cost import JobCost, cost_of, describe_model
@@ -53,7 +53,7 @@ class PlanJob(Job[Plan]):
         *,
         method: str,
         texts: Texts = None,
-        windows: int | None = 32,
+        windows: Count = 32,
         seq_len: int | None = None,
         settings: Mapping[str, Any] | None = None,
         scores: Scores | None = None,
@@ -66,8 +66,8 @@ class PlanJob(Job[Plan]):
             model: the open model; it is not changed.
             method: a name of `secateur methods`, such as `streamline`; or several that are applied one after the
                 other, each with its share of what is to go: `swm:0.5,slicegpt:0.5`.
-            texts: what the model is measured on: see `secateur texts`; None is `python-stdlib`.
-            windows: number of windows; None takes all.
+            texts: what the model is measured on: see `secateur texts`; None is `diverse`.
+            windows: number of windows; None takes all, `auto` as many as the widest projection needs.
             seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
             settings: the method's own settings by name; of several methods as `swm.rule`.
             scores: scores of this model measured earlier, so that they are not measured again.
@@ -90,7 +90,9 @@ class PlanJob(Job[Plan]):
             raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
         used: Windows | None = None
         if any(part.method.needs_texts(part.settings) for part in parts) and not budget.is_zero:
-            used = windows_for(model, texts, windows=windows, seq_len=seq_len, seed=options.seed)
+            used = windows_for(
+                model, texts, windows=windows, seq_len=seq_len, seed=options.seed, progress=options.progress
+            )
             if scores is not None and not scores.are_of(used):
                 source = (scores.texts or {}).get("source")
                 warnings.warn(f"the scores are of other texts ({source}) and are measured anew", TextsWarning, 2)

@@ -59,7 +59,8 @@ class PruneJob(Job[Decoder]):
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
         if model.fingerprint:  # a model whose weights are not available locally has none yet
             require_made_for(plan, model)
-        windows = windows_of_plan(model, plan, texts) if any(step.measures for step in plan.steps) else None
+        measures = any(step.measures for step in plan.steps)
+        windows = windows_of_plan(model, plan, texts, progress=options.progress) if measures else None
         return cls(model, plan, windows, replace(options, seed=plan.seed))
 
     def cost(self) -> JobCost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateur.data.texts import Texts, windows_for
+from secateur.data.texts import Count, Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import unknown
 from secateur.jobs.cost import JobCost, cost_of
@@ -38,7 +38,7 @@ class ScoreJob(Job[Scores]):
         model: Decoder,
         *,
         texts: Texts = None,
-        windows: int | None = 32,
+        windows: Count = 32,
         seq_len: int | None = None,
         pack: bool = True,
         kinds: Sequence[Kind] = ONE_PASS,
@@ -48,8 +48,8 @@ class ScoreJob(Job[Scores]):
 
         Args:
             model: the open model.
-            texts: what it is measured on: see `secateur texts`; None is `python-stdlib`.
-            windows: number of windows; None takes all.
+            texts: what it is measured on: see `secateur texts`; None is `diverse`.
+            windows: number of windows; None takes all, `auto` as many as the widest projection needs.
             seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
             pack: join documents into full windows; False puts one document in each window, padded.
             kinds: what to measure, of `cosine`, `angular`, `magnitude`, `cka` (these four in one pass), `perplexity`
@@ -63,7 +63,9 @@ class ScoreJob(Job[Scores]):
         for kind in kinds:
             if kind not in KINDS:
                 raise unknown("score", kind, list(KINDS))
-        used = windows_for(model, texts, windows=windows, seq_len=seq_len, seed=options.seed, pack=pack)
+        used = windows_for(
+            model, texts, windows=windows, seq_len=seq_len, seed=options.seed, pack=pack, progress=options.progress
+        )
         return cls(model, used, tuple(kinds), options)
 
     def cost(self) -> JobCost:

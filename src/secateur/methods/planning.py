@@ -19,6 +19,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.widths import unit_counts
 from secateur.plan.plan import ModelRef, Plan
 from secateur.plan.steps import AnyStep
+from secateur.progress import SILENT, Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,7 @@ def apply_plan(plan: Plan, measurements: Measurements) -> Decoder:
     return dataclasses.replace(pruned, history=(*model.history, entry))
 
 
-def windows_of_plan(model: Decoder, plan: Plan, texts: Texts = None) -> Windows:
+def windows_of_plan(model: Decoder, plan: Plan, texts: Texts = None, *, progress: Progress = SILENT) -> Windows:
     """Open the calibration windows a plan was made on, or the given ones instead.
 
     Raises:
@@ -136,6 +137,7 @@ def windows_of_plan(model: Decoder, plan: Plan, texts: Texts = None) -> Windows:
             windows=recorded.get("windows", 32),
             seq_len=recorded.get("seq_len"),
             seed=plan.seed,
+            progress=progress,
         )
     except InputError as error:
         if texts is not None:
@@ -143,7 +145,7 @@ def windows_of_plan(model: Decoder, plan: Plan, texts: Texts = None) -> Windows:
         raise InputError(
             f"the texts this plan was made on cannot be opened again; give them (--texts). {error}"
         ) from error
-    if recorded and found.fingerprint != recorded.get("fingerprint"):
+    if not model.for_estimate and recorded and found.fingerprint != recorded.get("fingerprint"):
         warnings.warn(
             f"the texts differ from those the plan was made on ({found.fingerprint} instead of "
             f"{recorded.get('fingerprint')}); bases and matrices are measured on them as they are now.",

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from torch import nn
 from torch.utils.data import Dataset
 
-from secateur.data.texts import windows_for
+from secateur.data.texts import windows_for, without_own
 from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks, choose_size
@@ -265,7 +265,7 @@ def training_windows(measurements: Measurements, settings: StreamlineSettings, t
         return calibration
     return windows_for(
         measurements.decoder,
-        settings.train_texts or calibration.source,
+        settings.train_texts or without_own(calibration),
         windows=max(2, tokens // calibration.seq_len),
         seq_len=calibration.seq_len,
         seed=measurements.options.seed,

@@ -31,8 +31,10 @@ class Decoder:
         saved_dtype: the checkpoint's dtype, kept when the model is saved.
         shards: where a skeleton reads its weights; None for a model in memory.
         shapes_only: whether it is a skeleton only for estimating a job that will hold all weights in memory.
+        for_estimate: whether it was opened only to estimate a job (`open_shapes`).
         other_tokenizer: whether the tokenizer is not the checkpoint's.
         history: one entry per plan or healing applied so far, oldest first (saved in `secateur.json`).
+        gguf: the GGUF file it was dequantised from; None for any other checkpoint.
     """
 
     module: PreTrainedModel
@@ -44,8 +46,10 @@ class Decoder:
     saved_dtype: torch.dtype
     shards: Shards | None = None
     shapes_only: bool = False
+    for_estimate: bool = False
     other_tokenizer: bool = False
     history: tuple[dict[str, Any], ...] = field(default=())
+    gguf: Path | None = None
     _held: dict[int, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @property

@@ -6,15 +6,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from transformers import AutoConfig
 
 from secateur.errors import InputError, ModelError, first_line
+from secateur.models import gguf
 from secateur.models.shards import INDEX, files_in_index
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 """What a name on the hub looks like: owner/name."""
+
+_HUB_FILE = re.compile(rf"({HUB_NAME.pattern})/(.+\.gguf)", re.IGNORECASE)
+"""What a GGUF file on the hub looks like: owner/name/file.gguf."""
 
 BUNDLED = "bundled"
 """The name under which the small model that ships with the package is opened."""
@@ -36,22 +46,67 @@ def fetch(
 ) -> Path:
     """Return the folder of a checkpoint, fetched from the hub where it is not local; arguments as `open_model`.
 
-    The configuration comes first, so that nothing large is fetched of a model that is refused.
+    The configuration comes first, so that nothing large is fetched of a model that is refused. Of a GGUF file it is the
+    cached folder with what was dequantised.
 
     Args:
         weights: whether the weights are wanted, too.
 
     Raises:
-        InputError: the source does not exist.
-        ModelError: it is refused for its configuration.
+        InputError: the source does not exist, or holds several GGUF files.
+        ModelError: it is refused for its configuration, or is a GGUF file that cannot be read.
     """
     folder = local_folder(source)
-    if folder is None:
-        folder = _from_hub(source, revision, [*_FILES, *_CODE * trust_remote_code])
+    if not (folder and allow_pickle and pickled_weights(folder)) and (file := gguf.find_gguf(folder or source)):
+        return _from_gguf(file, source, weights=weights)
+    if folder is not None:
+        return folder
+    if named := _HUB_FILE.fullmatch(source):
+        return _from_gguf(_gguf_on_hub(named[1], named[2], revision), source, weights=weights)
+    folder = _from_hub(source, revision, [*_FILES, *_CODE * trust_remote_code])
+    if (folder / "config.json").is_file():
         read_config(folder, source, trust_remote_code=trust_remote_code)
         if weights:
             _from_hub(source, revision, [*_weight_files(folder), *_PICKLES * allow_pickle])
+    if not (folder / "config.json").is_file() or (weights and not has_safetensors(folder) and not allow_pickle):
+        name = _only_gguf(source, revision, folder)
+        if name is not None:
+            return _from_gguf(_gguf_on_hub(source, name, revision), source, weights=weights)
+        read_config(folder, source, trust_remote_code=trust_remote_code)
     return folder
+
+
+def _from_gguf(file: Path, source: str, *, weights: bool) -> Path:
+    """Return the cached folder of a GGUF file; its configuration is looked at before weights are dequantised."""
+    done = gguf.finished(file)
+    if done is not None:
+        return done
+    shapes = gguf.described(file)
+    read_config(shapes, source, trust_remote_code=False)
+    return gguf.dequantised(file) if weights else shapes
+
+
+def _gguf_on_hub(repository: str, name: str, revision: str | None) -> Path:
+    file = _from_hub(repository, revision, [name]) / name
+    if not file.is_file():
+        raise InputError(f"{repository}/{name}: no such file on the hub.")
+    return file
+
+
+def _only_gguf(source: str, revision: str | None, folder: Path) -> str | None:
+    """Name the GGUF file of a repository that holds no safetensors; None where there is none.
+
+    Raises:
+        InputError: there are several.
+    """
+    try:
+        names = list_repo_files(source, revision=revision)
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError):  # no network: what was fetched before counts
+        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    found = sorted(name for name in names if name.lower().endswith(gguf.SUFFIX))
+    if not found or any(name.endswith(".safetensors") for name in names):
+        return None
+    return gguf.choose(found, source)
 
 
 def has_all_weights(folder: Path) -> bool:
@@ -74,7 +129,9 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _from_hub(source: str, revision: str | None, patterns: list[str]) -> Path:
     if not HUB_NAME.fullmatch(source):
-        raise InputError(f"{source}: no such folder, and not a hub name of the form owner/name.")
+        raise InputError(
+            f"{source}: no such folder, and not a hub name of the form owner/name (or owner/name/file.gguf)."
+        )
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_COPIES))
     except LocalEntryNotFoundError as error:
@@ -139,6 +196,11 @@ def has_safetensors(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
 
 
+def pickled_weights(folder: Path) -> list[Path]:
+    """List the pickled weights in a folder."""
+    return sorted(file for pattern in _PICKLES for file in folder.glob(pattern))
+
+
 def refuse_files(folder: Path, *, allow_pickle: bool) -> None:
     """Refuse folders without a configuration or with pickled weights only.
 
@@ -149,7 +211,7 @@ def refuse_files(folder: Path, *, allow_pickle: bool) -> None:
         raise ModelError(f"{folder}: no config.json, so this is not a transformers checkpoint.")
     if has_safetensors(folder):
         return
-    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    pickled = pickled_weights(folder)
     if pickled and not allow_pickle:
         raise ModelError(
             f"{folder}: only pickled weights ({pickled[0].name}), which can run code when loaded. Convert them to "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from secateur.distributed import launched, local_rank
-from secateur.errors import InputError, ModelError, first_line
+from secateur.errors import InputError, ModelError, SecateurWarning, first_line
 from secateur.models import fingerprint
 from secateur.models.anatomy import Family, resolve
 from secateur.models.decoder import Decoder
@@ -35,6 +36,7 @@ from secateur.models.fetch import (
     refuse_config,
     refuse_files,
 )
+from secateur.models.gguf import Origin, origin_of
 from secateur.models.shards import Shards, open_shard, shard_files
 
 _SHARE_OF_MEMORY = 0.7
@@ -55,7 +57,8 @@ def open_model(
 
     Args:
         source: a checkpoint folder, a hub name such as `Qwen/Qwen3-0.6B`, `bundled` for the small model that
-            ships with the package, or a transformers model already in memory.
+            ships with the package, a GGUF file (or a folder or hub name with one in it: `owner/name/file.gguf`), or a
+            transformers model already in memory.
         dtype: arithmetic: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU, float32 on
             a CPU without fast bfloat16. The dtype a model is saved in does not change with it.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the GPUs there are (all of them, if the model needs
@@ -66,6 +69,8 @@ def open_model(
         tokenizer: another tokenizer than the checkpoint's: a folder, a hub name, or the object.
         trust_remote_code: allow code that comes with the checkpoint to run.
         allow_pickle: accept pickled weights, which can run code when loaded.
+
+    A GGUF file is dequantised once, into the user's cache (`SECATEUR_CACHE`); a warning says what was lost.
 
     Raises:
         InputError: the source, dtype or device does not exist.
@@ -122,7 +127,8 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         trust_remote_code=trusted,
         allow_pickle=asked.allow_pickle,
     )
-    here = not shapes_only or local_folder(source) is not None or has_all_weights(folder)
+    origin = _said(origin_of(folder))
+    here = not shapes_only or folder == local_folder(source) or has_all_weights(folder)
     if here:
         refuse_files(folder, allow_pickle=asked.allow_pickle)
     config = read_config(folder, source, trust_remote_code=trusted)
@@ -163,9 +169,19 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         saved_dtype=saved,
         shards=shards,
         shapes_only=thin and not skeleton,
+        for_estimate=shapes_only,
         other_tokenizer=asked.tokenizer is not None,
         history=_history(folder),
+        gguf=Path(origin.file) if origin is not None else None,
     )
+
+
+def _said(origin: Origin | None) -> Origin | None:
+    """Warn of what was lost on the way from a GGUF file."""
+    sentence = origin.sentence() if origin is not None else None
+    if sentence is not None:
+        warnings.warn(sentence, SecateurWarning, stacklevel=4)
+    return origin
 
 
 def _fingerprint(folder: Path, module: PreTrainedModel, *, pickled: bool) -> str:

@@ -138,3 +138,20 @@ def _configured(config: Any) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * int(heads) * int(size)
+
+
+def rows_per_token(decoder: Decoder) -> float:
+    """Return how many tokens it takes for the widest projection of any block to see as many as it has inputs.
+
+    That is its number of inputs, and of experts so many times more as a token passes by them.
+    """
+    chosen = getattr(decoder.config, "num_experts_per_tok", None)
+    most = 0.0
+    for block in decoder.block_list:
+        for module in block.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                most = max(most, _shape(module)[1])
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 3 and chosen:  # experts, stacked: (experts, outputs, inputs)
+                    most = max(most, parameter.shape[-1] * parameter.shape[0] / chosen)
+    return most

@@ -1,0 +1,254 @@
+"""Text that a model writes itself: calibration without any data, in the model's own words.
+
+What a model writes lies where its own distribution lies: Williams, Chrysostomou and Aletras 2024, Self-calibration for
+Language Model Quantization and Pruning (arXiv 2410.17170), from single tokens; Wang et al. 2025, Think Before You Prune
+(RESP, arXiv 2512.02185), from prompts. Here half of the windows begin with one random token, half with the chat
+template, where there is one, and an end of text is followed by the next beginning; sampled from the whole distribution,
+temperature 1.
+
+Shapes: R windows written side by side, T tokens each, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from secateur.distributed import from_main_process, is_main_process
+from secateur.errors import InputError, NumericsError, first_line
+from secateur.files import cache_folder
+from secateur.models.decoder import Decoder
+from secateur.progress import SILENT, Progress
+from secateur.versions import digest
+
+AT_A_TIME = 32
+FEWEST_KINDS = 5
+"""A window of fewer different tokens says nothing."""
+
+PROMPTS = (
+    "",
+    "Hello!",
+    "Tell me something interesting.",
+    "Explain something you know well.",
+    "Write a short story.",
+    "Give me an example, step by step.",
+    "Write a short program.",
+    "What should I know about this?",
+)
+"""What the user asks where the chat template needs a user: about nothing in particular."""
+
+_VERSION = 1  # of what is written: part of the name under which it is kept
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """A model as a source of text.
+
+    Attributes:
+        model: the open model that writes.
+        progress: shows how far it is.
+    """
+
+    model: Decoder
+    progress: Progress = SILENT
+
+    @property
+    def label(self) -> str:
+        """Name of the model in fingerprints of windows."""
+        return self.model.fingerprint[:16] or self.model.source
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should be told."""
+        if self.model.for_estimate:
+            return ("the model's own text is not written yet: it would take its time before the job",)
+        if self.model.history:
+            return ("written by the pruned model, with its damage; a file the dense one wrote would serve better",)
+        return ()
+
+    def windows(self, count: int, seq_len: int, *, seed: int, held_out: bool, bos: bool) -> torch.Tensor:
+        """Return windows as `own_windows` gives them; of a model opened for an estimate random tokens.
+
+        Raises:
+            InputError, NumericsError: as `own_windows`.
+        """
+        if self.model.for_estimate:
+            known = self.model.module.get_input_embeddings().num_embeddings
+            return torch.randint(0, known, (count, seq_len), generator=torch.Generator().manual_seed(seed))
+        return own_windows(self.model, count, seq_len, seed=seed, held_out=held_out, bos=bos, progress=self.progress)
+
+
+def own_windows(
+    model: Decoder, count: int, seq_len: int, *, seed: int, held_out: bool, bos: bool, progress: Progress = SILENT
+) -> torch.Tensor:
+    """Let a model write windows; the same call on the same model finds them in the cache.
+
+    Args:
+        model: the open model; a skeleton is read into memory for as long as it writes.
+        count: number of windows R.
+        seq_len: tokens in a window T, the beginning-of-sequence token included.
+        seed: of everything drawn.
+        held_out: whether they are to judge by: others than for calibration.
+        bos: whether each window starts with the beginning-of-sequence token.
+        progress: shows how far it is.
+
+    Returns:
+        int64 (R, T).
+
+    Raises:
+        InputError: the model has no tokenizer, or writes the same few tokens over and over.
+        NumericsError: NaN in the logits.
+    """
+    kept = _kept(model, count, seq_len, seed, held_out, bos)
+    found = _read(kept, (count, seq_len))
+    if from_main_process(found is not None):
+        return from_main_process(found)  # type: ignore[return-value]
+    written = _written(model, count, seq_len, seed, held_out, bos, progress) if is_main_process() else None
+    if written is not None and kept is not None:
+        _keep(kept, written)
+    return from_main_process(written)  # type: ignore[return-value]
+
+
+def _written(
+    model: Decoder, count: int, seq_len: int, seed: int, held_out: bool, bos: bool, progress: Progress
+) -> torch.Tensor:
+    if model.tokenizer is None:
+        raise InputError(f"{model.source}: to write text of its own a model needs a tokenizer; give one (--tokenizer).")
+    writer = _Writer(model, seed, held_out=held_out, bos=bos)
+    batches = [range(first, min(first + AT_A_TIME, count)) for first in range(0, count, AT_A_TIME)]
+    steps = iter(progress(range(len(batches) * seq_len), "the model's own text", len(batches) * seq_len))
+    with model.whole() as module, torch.inference_mode():
+        rows = [writer.write(module, numbers, seq_len, lambda: next(steps, None)) for numbers in batches]
+    list(steps)
+    poor = sum(kinds < FEWEST_KINDS for _, found in rows for kinds in found)
+    if 2 * poor > count:
+        raise InputError(
+            f"{model.source}: degenerates when it writes: {poor} of {count} windows hold fewer than {FEWEST_KINDS} "
+            "different tokens. Calibrate on other texts (--texts), or check the model."
+        )
+    return torch.cat([tokens for tokens, _ in rows])
+
+
+class _Writer:
+    """Beginnings of texts, and the loop that continues them."""
+
+    def __init__(self, model: Decoder, seed: int, *, held_out: bool, bos: bool) -> None:
+        tokenizer = model.tokenizer
+        assert tokenizer is not None, "checked before"
+        self._seed, self._device = (2 * seed + held_out) % (1 << 63), model.device
+        known = min(len(tokenizer), model.module.get_input_embeddings().num_embeddings)
+        special = set(tokenizer.all_special_ids)
+        self._first = [token for token in range(known) if token not in special] or list(range(known))
+        self._known = known
+        self._bos = [tokenizer.bos_token_id] if bos else []
+        self._ends = _end_tokens(model, tokenizer)
+        self._chats = _chats(tokenizer, self._bos)
+
+    def write(
+        self, module: Any, numbers: range, length: int, tick: Callable[[], object]
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Write the windows of these numbers; gives tokens (R, T) and how many different ones were drawn in each."""
+        draws = [np.random.default_rng((self._seed, number)) for number in numbers]
+        ahead = [deque([*self._bos, *self._begin(n, draw)]) for n, draw in zip(numbers, draws, strict=True)]
+        tokens_RT = torch.empty(len(numbers), length, dtype=torch.int64)
+        drawn: list[set[int]] = [set() for _ in numbers]
+        cache, logits_RV = None, None
+        for position in range(length):
+            sampled = [0] * len(numbers) if logits_RV is None else _sample(logits_RV[:, : self._known], draws)
+            for row, number in enumerate(numbers):
+                if ahead[row]:
+                    tokens_RT[row, position] = ahead[row].popleft()
+                    continue
+                tokens_RT[row, position] = sampled[row]
+                drawn[row].add(sampled[row])
+                if sampled[row] in self._ends:
+                    ahead[row].extend(self._begin(number, draws[row]))
+            if position + 1 < length:
+                fed = tokens_RT[:, position : position + 1].to(self._device)
+                found = module(input_ids=fed, past_key_values=cache, use_cache=True)
+                cache, logits_RV = found.past_key_values, found.logits[:, -1]
+            tick()
+        return tokens_RT, [len(kinds) for kinds in drawn]
+
+    def _begin(self, number: int, draw: np.random.Generator) -> list[int]:
+        """Begin a text: every second window with the chat template, the others with any one token."""
+        if self._chats and number % 2:
+            return self._chats[int(draw.integers(len(self._chats)))]
+        return [self._first[int(draw.integers(len(self._first)))]]
+
+
+def _sample(logits_RV: torch.Tensor, draws: list[np.random.Generator]) -> list[int]:
+    """Draw one token per row at temperature 1, each row by numbers of its own."""
+    if bool(torch.isnan(logits_RV).any()):
+        raise NumericsError("NaN while the model writes; the weights may be damaged: try --dtype float32.")
+    sums_RV = torch.softmax(logits_RV.float(), dim=-1).double().cumsum(dim=-1)
+    aims_R1 = torch.tensor([[draw.random()] for draw in draws], dtype=torch.float64, device=sums_RV.device)
+    found = torch.searchsorted(sums_RV, aims_R1 * sums_RV[:, -1:], right=True)
+    chosen: list[int] = found.clamp(max=logits_RV.shape[1] - 1).flatten().tolist()
+    return chosen
+
+
+def _end_tokens(model: Decoder, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    settings = getattr(model.module, "generation_config", None)
+    named = getattr(settings, "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
+
+
+def _chats(tokenizer: PreTrainedTokenizerBase, bos: list[int]) -> list[list[int]]:
+    """Return the beginnings of chats, up to where the assistant speaks; none without a template."""
+    if tokenizer.chat_template is None:
+        return []
+    found = []
+    for prompt in PROMPTS:
+        asked = [{"role": "user", "content": prompt}]
+        try:
+            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of somebody else's, and may raise anything
+            raise InputError(
+                f"the chat template refuses a question: {first_line(error)}; give another tokenizer."
+            ) from (error)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        found.append(ids[1:] if bos and ids[:1] == bos else ids)
+    return found
+
+
+# What was written before
+
+
+def _kept(model: Decoder, count: int, seq_len: int, seed: int, held_out: bool, bos: bool) -> Path | None:
+    """Name the file that holds these windows; None for a model that cannot be told from others."""
+    if not model.fingerprint:
+        return None
+    template = model.tokenizer.chat_template if model.tokenizer is not None else None
+    name = digest(_VERSION, model.fingerprint, count, seq_len, seed, held_out, bos, template)
+    return cache_folder("own-text") / f"{name}.npy"
+
+
+def _read(kept: Path | None, shape: tuple[int, int]) -> torch.Tensor | None:
+    if kept is None or not kept.is_file():
+        return None
+    try:
+        found = np.load(kept, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None  # damaged: written again
+    return torch.from_numpy(found) if found.shape == shape and found.dtype == np.int64 else None
+
+
+def _keep(kept: Path, tokens: torch.Tensor) -> None:
+    temporary = kept.with_name(f".{kept.name}.{np.random.default_rng().integers(1 << 32)}.npy")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        np.save(temporary, tokens.numpy())
+        temporary.replace(kept)
+    except OSError as error:
+        raise InputError(f"{kept.parent}: cannot be written ({error.strerror}); set SECATEUR_CACHE.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
