@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.calibration.walk import perplexity_of
+from secateur.evaluation.perplexity import GEOMEAN
 from secateur.evaluation.results import Result
 from secateur.methods.registry import METHODS
 from secateur.plan.amount import gigabytes

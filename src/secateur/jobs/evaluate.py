@@ -68,7 +68,7 @@ class EvaluateJob(Job[list[Result]]):
             options: seed of the choice of examples, windows or questions per batch, progress.
 
         Returns:
-            One result per number: for each source perplexity of the model, then of the one it is compared with; of several
+            One result per number: for each source the perplexity of the model, then of the dense one; for several
             sources the geometric mean of the ratios (`perplexity_ratio_geomean`); then task by task.
 
         Raises:
