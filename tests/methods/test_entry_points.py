@@ -82,7 +82,7 @@ def test_it_is_compared_and_reported(site, tiny_with_tokenizer, window_file, tmp
     page = (study / "report.html").read_text()
     assert page.count('<li class="block changed"') == 2
     assert "block 7: MLP output times 0.5" in page
-    assert page.count('<li class="block removed"') == 2
+    assert page.count('<li class="block removed"') == 3
 
 
 def test_without_the_package_its_plan_says_what_is_missing(made, tiny_with_tokenizer):
