@@ -9,10 +9,10 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test lint types unit contract quantise clean
 
-demo: $(STAMP)  ## set up, then the main job on the bundled model
+demo: $(STAMP)  ## set up, then the demo on the bundled model
 	$(BIN)/secateur demo $(if $(OUT),-o $(OUT))
 
-test: lint types  ## set up, linters, type checker, tests in two halves side by side
+test: lint types  ## set up, linters, type checker, tests in two parallel halves
 	$(MAKE) -j2 --output-sync=target unit contract
 	$(MAKE) quantise
 
@@ -32,7 +32,7 @@ contract: $(STAMP)  ## every method on every family, and whole runs: studies, he
 quantise: $(TORCHAO)
 	PYTHONPATH=$(TORCHAO) $(PYTEST) tests/checkpoints/test_quantise.py
 
-$(TORCHAO): $(STAMP)  ## beside the environment: transformers imports it wherever it is, and it is loud on a CPU
+$(TORCHAO): $(STAMP)  ## outside the environment: transformers imports it wherever it is installed, and it warns on a CPU
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --target $@ torchao
 	touch $@
 

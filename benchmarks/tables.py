@@ -91,12 +91,12 @@ def comparison() -> str:
 
 
 def healing() -> str:
-    """Return what each way of healing brings back: perplexity, the share of the gap that is closed, seconds."""
+    """Return what each healing recipe recovers: perplexity, the share of the gap that is closed, seconds."""
     found: dict[str, dict[int, dict[str, Record]]] = {}
     for one in _records("healing_table"):
-        of = one["setting"]
-        found.setdefault(of["cut"], {}).setdefault(of["tokens"], {})[of["recipe"]] = one
-    rungs = [
+        setting = one["setting"]
+        found.setdefault(setting["cut"], {}).setdefault(setting["tokens"], {})[setting["recipe"]] = one
+    recipes = [
         name
         for name in HEALING_RECIPES
         if any(name in cells for amounts in found.values() for cells in amounts.values())
@@ -108,10 +108,10 @@ def healing() -> str:
         how = ", ".join([f"`{cut}`", *(f"`{key}={_word(value)}`" for key, value in given.items())])
         removed = first["setting"]["removed"]
         label = f"{_share(removed)} gone by {how}" if removed else "the dense model, given the same training"
-        rows.append([f"{label}: {_number(first['found']['before'])}", *[""] * (1 + len(rungs))])
+        rows.append([f"{label}: {_number(first['found']['before'])}", *[""] * (1 + len(recipes))])
         for tokens in sorted(amounts):
-            rows.append(["", f"{tokens:,}", *(_healed(amounts[tokens].get(name)) for name in rungs)])
-    return markdown(("", "tokens", *(f"`{name}`" for name in rungs)), rows)
+            rows.append(["", f"{tokens:,}", *(_healed(amounts[tokens].get(name)) for name in recipes)])
+    return markdown(("", "tokens", *(f"`{name}`" for name in recipes)), rows)
 
 
 def quantised() -> str:

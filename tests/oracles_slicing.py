@@ -1,6 +1,10 @@
-"""SliceGPT written straight from METHODS §6: float64, the whole model in memory, nothing from secateur.
+"""SliceGPT written from the paper: float64, the whole model in memory, nothing from secateur.
 
-Legend: D = width of the stream, Q (D, d) = directions that are kept at a reading point, x (windows, positions, d) =
+Ashkboos et al. 2024, "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", sections 3 and 4: norms
+are folded into the layers that read the stream; at each reading point Q has the first d eigenvectors of Σ XᵀX, readers
+become W Q, writers Qᵀ W, and residual connections Q_inᵀ Q_out.
+
+Legend: D = width of the stream, Q (D, d) = kept directions at a reading point, x (windows, positions, d) =
 the residual stream in the coordinates of Q; weights are (out, in).
 """
 

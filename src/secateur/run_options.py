@@ -10,7 +10,7 @@ from secateur.progress import SILENT, Progress
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a job is run; none of these options changes what is asked for.
+    """How a job is run; these options do not change what is requested.
 
     Attributes:
         batch_size: windows (or questions) per batch; None depends on the device.

@@ -1,4 +1,4 @@
-"""Running sums against the formulas of METHODS §1, written out token by token in float64."""
+"""Running sums against the formulas of their docstrings, written out token by token in float64."""
 
 import itertools
 import math

@@ -193,17 +193,17 @@ BAD = {
     "setting without value": (["plan", "MODEL", "--method", "sleb", "--blocks", "1", "--set", "x"], "key=value"),
     "a plan and an amount": (
         ["prune", "MODEL", "--plan", "SCORES", "--target-params", "1M", "--set", "x=1"],
-        "--target-params, --set: the plan says already how much goes",
+        "--target-params, --set: the plan already says how much to remove",
     ),
     "a plan and other windows": (
         ["prune", "MODEL", "--plan", "SCORES", "--windows", "8", "--seed", "1"],
-        "--windows, --seed: the plan says already how texts are read",
+        "--windows, --seed: the plan already says how texts are read",
     ),
     "unknown dtype to save in": (
         ["prune", "MODEL", "--method", "last-n", "--blocks", "1", "--save-dtype", "bf16"],
         "unknown dtype 'bf16'. Did you mean 'bfloat16'",
     ),
-    "the folder one is in": (["score", "MODEL", "--texts", "NPY", "-o", "."], "is the folder you are in"),
+    "the folder one is in": (["score", "MODEL", "--texts", "NPY", "-o", "."], "is the current folder"),
     "unknown recipe": (
         ["heal", "MODEL", "--with", "loar"],
         "unknown healing recipe 'loar'. Did you mean 'lora'",
@@ -272,7 +272,7 @@ def test_full_memory_of_a_device_is_one_message(run, model, windows, monkeypatch
     monkeypatch.setattr(ScoreJob, "run", full)
     code, _, err = run("score", model, "--texts", windows)
     assert code == 2
-    assert "Take a smaller --batch-size" in err
+    assert "Use a smaller --batch-size" in err
 
 
 def test_scores_of_other_texts_are_told(run, model, windows):
@@ -428,7 +428,7 @@ def test_a_picture_that_cannot_be_drawn_is_said(run, model, tmp_path):
     np.save(tmp_path / "short.npy", np.array([[5, 6, 7]]))
     code, _, err = run("plan", model, "--method", "swm", "--blocks", "2", "--texts", "short.npy", "-o", "plan.json")
     assert code == 0
-    assert "no picture of the windows: CKA needs at least 4 tokens" in err
+    assert "no plot of the windows: CKA needs at least 4 tokens" in err
     assert not (tmp_path / "windows.png").exists()
     assert Plan.read("plan.json").steps[0].windows
 

@@ -1,4 +1,9 @@
-"""Stability and answer flips against METHODS §10, written out with plain numbers."""
+"""Stability and answer flips against the formulas of LLM-Streamline, written out with plain numbers.
+
+Chen et al. 2024, "Streamlining Redundant Layers to Compress Large Language Models", section 3.4: w = softmax(c)
+with c_i the standard deviation of the original model's losses over the options of question i; stability is Σ w_i over
+the questions that both models get right, or both wrong.
+"""
 
 import math
 import random

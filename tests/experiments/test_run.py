@@ -155,7 +155,7 @@ def test_mistakes_are_found_before_anything_is_done(recipe, tmp_path):
         ({"prune": {"method": "shortgppt", "blocks": 2}}, "Did you mean 'shortgpt'"),
         ({"prune": {"method": "shortgpt", "slice": 0.2}}, "does not count in slice"),
         ({"heal": {"with": "lroa"}}, "Did you mean 'lora'"),
-        ({"heal": {"with": "lora", "instructions": True}}, "have to be named"),
+        ({"heal": {"with": "lora", "instructions": True}}, "need a source"),
         ({"eval": {"tasks": "stdlib-clozze"}}, "stdlib-cloze"),
     ):
         with pytest.raises(InputError, match=message):

@@ -218,8 +218,8 @@ def test_blocks_of_skeletons(tiny):
         ("loar", {}, "unknown healing recipe 'loar'. Did you mean 'lora'"),
         ("lora", {"settings": {"rnak": 4}}, "unknown setting of heal --with lora 'rnak'. Did you mean 'rank'"),
         ("lora", {"settings": {"rank": 0}}, "heal --with lora: rank=0"),
-        ("distill", {}, "the dense model has to teach here; name it"),
-        ("lora", {"texts": Windows.of(WINDOWS.tokens[:1])}, "1 window to train on; some must be held back"),
+        ("distill", {}, "this recipe needs the dense model as teacher; name it"),
+        ("lora", {"texts": Windows.of(WINDOWS.tokens[:1])}, "1 window to train on; some must be held out"),
         ("lora", {"settings": {"batch_size": 50}}, "5 windows to train on and 1 held out are too few"),
         (
             "lora",
@@ -368,5 +368,5 @@ def test_data_without_answers(name, content, message, tiny_folder, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
         heal(decoder, texts=TrainingTexts(source=str(tmp_path / name), instructions=True, seq_len=40))
-    with pytest.raises(InputError, match="instruction data have to be named"):
+    with pytest.raises(InputError, match="instruction data need a source"):
         heal(decoder, texts=TrainingTexts(instructions=True))

@@ -1,4 +1,4 @@
-"""One budget for all methods (METHODS §9): what is asked for, what is taken, what cannot be had."""
+"""One budget for all methods (docs/guide.md): what is requested, what is removed, and what is out of reach."""
 
 import pytest
 

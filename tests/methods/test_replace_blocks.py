@@ -259,7 +259,7 @@ def test_what_it_is_trained_on(tiny_folder, tiny, tmp_path):
     assert training_windows(measurements, StreamlineSettings(), 400) is given
     named = training_windows(measurements, StreamlineSettings(train_texts=str(text)), 400)
     assert len(named) == 20
-    with pytest.raises(InputError, match="1 window to train on; some must be held back"):
+    with pytest.raises(InputError, match="1 window to train on; some must be held out"):
         cut(tiny("llama"), Windows.of(given.tokens[:1]))
 
 

@@ -1,4 +1,4 @@
-"""Targets in bytes and in times as fast, for methods that take blocks out and methods that slice (METHODS §9)."""
+"""Targets in bytes and in times as fast, for depth methods and slicing methods (docs/evaluate.md)."""
 
 import io
 

@@ -42,7 +42,7 @@ COSINE = ((1.0, 0.9, 0.5, 0.2), (0.9, 1.0, 0.8, 0.4), (0.5, 0.8, 1.0, 0.6), (0.2
 
 @MODES
 def test_everything_from_npy_windows(skeleton, tiny, tmp_path):
-    """METHODS §1 from a file of windows, used exactly as given, against plain forward passes in float64."""
+    """All scores from a file of windows, used exactly as given, against plain forward passes in float64."""
     windows = draw_windows()
     np.save(tmp_path / "windows.npy", windows.tokens.numpy())
     decoder = tiny("llama")

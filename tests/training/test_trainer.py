@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from secateur.errors import InputError, NumericsError
+from secateur.run_options import RunOptions
 from secateur.training.run_folder import RunFolder
 from secateur.training.settings import TrainingSettings
-from secateur.training.trainer import train
+from secateur.training.trainer import TrainingRun, train
 
 CPU = torch.device("cpu")
 FEATURES = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
@@ -51,8 +52,9 @@ class Numbers:
 DATA, HELD_OUT = Numbers(range(200)), Numbers(range(200, 256))
 
 
-def run(objective, settings=SETTINGS, *, data=DATA, held_out=HELD_OUT, folder=None, recipe=None, **more):
-    return train(objective, data, held_out, settings, device=CPU, recipe=recipe or {}, folder=folder, **more)
+def run(objective, settings=SETTINGS, *, data=DATA, held_out=HELD_OUT, folder=None, recipe=None):
+    options = RunOptions(work=folder)
+    return train(objective, data, held_out, settings, TrainingRun(recipe=recipe or {}), device=CPU, options=options)
 
 
 def mean_loss(weight, numbers):

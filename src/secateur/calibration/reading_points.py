@@ -51,7 +51,7 @@ def visit_reading_points(
     points = points_per_block(decoder)
 
     def shown(point: int, hidden: torch.Tensor, batch: Batch) -> None:
-        visit(point, centred(decoder, _of_real_tokens(hidden, batch)))
+        visit(point, centred(decoder, _real_tokens(hidden, batch)))
 
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, options.batch_size)
@@ -80,7 +80,7 @@ def visit_gradients(decoder: Decoder, windows: Windows, visit: Visit, *, options
 
     def shown(point: int, gradient: torch.Tensor | None, batch: Batch) -> None:
         assert gradient is not None, "every point of a decoder reaches its loss"
-        visit(point, centred(decoder, _of_real_tokens(gradient, batch).float() / predictions))
+        visit(point, centred(decoder, _real_tokens(gradient, batch).float() / predictions))
 
     with open_store(decoder) as kept:
         batches = walk_blocks(decoder, windows, kept, options=options)
@@ -97,7 +97,7 @@ def visit_gradients(decoder: Decoder, windows: Windows, visit: Visit, *, options
                     shown(points * index, kept.get(("gradient", batch.index)), batch)
 
 
-def _of_real_tokens(states: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _real_tokens(states: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return the states of real tokens, (tokens, D); some models flatten windows and positions before a norm."""
     (found,) = real_tokens([states.reshape(*batch.tokens.shape, -1)], batch.mask)
     return found

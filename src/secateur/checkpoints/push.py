@@ -80,7 +80,7 @@ def push(
     page = _card(folder, record, repo, card)
     files = {name: size for name, size in _files(folder).items() if name != _CARD}
     files[_CARD] = len(str(page).encode())
-    said: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "repo": repo,
         "revision": revision,
         "private": private,
@@ -89,10 +89,10 @@ def push(
         "url": None,
     }
     if dry_run:
-        return said
+        return summary
     page.save(folder / _CARD)
-    said["url"] = _upload(HfApi(), folder, said, token, message or _message(record))
-    return said
+    summary["url"] = _upload(HfApi(), folder, summary, token, message or _message(record))
+    return summary
 
 
 def _finished(folder: Path) -> dict[str, Any]:
@@ -153,8 +153,8 @@ def _card(folder: Path, record: dict[str, Any], repo: str, facts: CardFacts) -> 
         data["base_model_relation"] = RELATION
     for missing, what in (("license", "licence"), ("base_model", "base model (--base-model)")):
         if not getattr(data, missing, None):
-            said = f"{readme}: the card names no {what}; add it for those who find the model."
-            warnings.warn(said, SecateurWarning, stacklevel=3)
+            advice = f"{readme}: the card names no {what}; add it for those who find the model."
+            warnings.warn(advice, SecateurWarning, stacklevel=3)
     if facts.results is None:
         return card
     found = read_results(facts.results)
@@ -175,10 +175,10 @@ def _message(record: dict[str, Any]) -> str:
     return f"{', '.join(methods_in(record['history'])) or 'unchanged'}, by secateur {record['secateur']}"
 
 
-def _upload(api: HfApi, folder: Path, said: dict[str, Any], token: str | None, message: str) -> str:
-    repo, revision = said["repo"], said["revision"]
+def _upload(api: HfApi, folder: Path, summary: dict[str, Any], token: str | None, message: str) -> str:
+    repo, revision = summary["repo"], summary["revision"]
     try:
-        api.create_repo(repo, private=said["private"], exist_ok=True, token=token)
+        api.create_repo(repo, private=summary["private"], exist_ok=True, token=token)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True, token=token)
         commit = api.upload_folder(
@@ -186,7 +186,7 @@ def _upload(api: HfApi, folder: Path, said: dict[str, Any], token: str | None, m
             folder_path=folder,
             revision=revision,
             commit_message=message,
-            allow_patterns=[glob.escape(name) for name in said["files"]],
+            allow_patterns=[glob.escape(name) for name in summary["files"]],
             token=token,
         )
     except OfflineModeIsEnabled as error:

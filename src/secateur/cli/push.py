@@ -44,7 +44,7 @@ def push(
     """Upload a finished checkpoint to the Hub: card, weights, record. Log in first: hf auth login, or HF_TOKEN."""
     with warnings.catch_warnings(record=True) as caught, err.status("checking and uploading"):
         warnings.simplefilter("always", SecateurWarning)
-        said = upload(
+        uploaded = upload(
             folder,
             name,
             private=not public,
@@ -56,18 +56,18 @@ def push(
     for warning in caught:
         if issubclass(warning.category, SecateurWarning):
             err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
-    answer(said, _files_table(said), as_json=as_json)
+    answer(uploaded, _files_table(uploaded), as_json=as_json)
     if dry_run:
         err.print(f"To {name}; nothing was sent (--dry-run).")
     else:
-        err.print(f"Uploaded: [bold]{escape(said['url'])}[/]")
+        err.print(f"Uploaded: [bold]{escape(uploaded['url'])}[/]")
 
 
-def _files_table(said: dict[str, Any]) -> Table:
+def _files_table(uploaded: dict[str, Any]) -> Table:
     table = Table("file", "bytes")
     table.columns[1].justify = "right"
-    for name, size in said["files"].items():
+    for name, size in uploaded["files"].items():
         table.add_row(name, f"{size:,}")
     table.add_section()
-    table.add_row("all", f"{said['bytes']:,}")
+    table.add_row("all", f"{uploaded['bytes']:,}")
     return table

@@ -148,10 +148,10 @@ def _unusual(step: Step) -> dict[str, Any]:
 
 def _asked(plan: Plan) -> str:
     readers: dict[str, Callable[[float], str]] = {
-        "remove": lambda value: f"; asked for {value:.1%}",
-        "target_params": lambda value: f"; asked for at most {value:,.0f}",
-        "target_memory": lambda value: f"; asked for at most {gigabytes(value)}",
-        "target_speedup": lambda value: f"; asked for {value:g} times as fast",
+        "remove": lambda value: f"; requested {value:.1%}",
+        "target_params": lambda value: f"; requested at most {value:,.0f}",
+        "target_memory": lambda value: f"; requested at most {gigabytes(value)}",
+        "target_speedup": lambda value: f"; requested {value:g} times as fast",
     }
     return "".join(readers[name](value) for name, value in plan.requested.items() if name in readers)
 

@@ -157,7 +157,7 @@ def time_blocks(
     rounds: list[tuple[list[float], float]] = []
     with decoder.whole() as module:
         for _ in range(repeats + 1):
-            with _clocked(decoder.block_list) as seconds:
+            with _timing_blocks(decoder.block_list) as seconds:
                 lap = answer(module, tokens, request.new_tokens)
             rounds.append((seconds(), lap.whole))
     counted = rounds[1:]
@@ -171,23 +171,23 @@ def time_blocks(
 
 
 @contextmanager
-def _clocked(blocks: nn.ModuleList) -> Iterator[Callable[[], list[float]]]:
+def _timing_blocks(blocks: nn.ModuleList) -> Iterator[Callable[[], list[float]]]:
     """Time every call of every block; yield a function that returns the total seconds of each."""
-    marks: list[list[Any]] = [[] for _ in blocks]
+    timestamps: list[list[Any]] = [[] for _ in blocks]
 
     def watch(index: int) -> Callable[..., None]:
-        return lambda block, *_: marks[index].append(_mark(block))
+        return lambda block, *_: timestamps[index].append(_timestamp(block))
 
     hooks = [block.register_forward_pre_hook(watch(index)) for index, block in enumerate(blocks)]
     hooks += [block.register_forward_hook(watch(index)) for index, block in enumerate(blocks)]
     try:
-        yield lambda: [sum(map(_between, one[::2], one[1::2])) for one in marks]
+        yield lambda: [sum(map(_between, one[::2], one[1::2])) for one in timestamps]
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _mark(block: nn.Module) -> Any:
+def _timestamp(block: nn.Module) -> Any:
     """Record the time; on CUDA as a device event, so that nothing has to wait."""
     device = next(block.parameters()).device
     if device.type != "cuda":

@@ -27,11 +27,11 @@ def run_groups(groups: Sequence[CellGroup], workers: int | None, address: str | 
     try:
         gpus = ray.cluster_resources().get("GPU", 0) > 0
         remote = ray.remote(run_group).options(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0)
-        left = list(groups)
+        waiting = list(groups)
         running: dict[ray.ObjectRef, CellGroup] = {}
-        while left or running:
-            while left and (workers is None or len(running) < workers):
-                group = left.pop(0)
+        while waiting or running:
+            while waiting and (workers is None or len(running) < workers):
+                group = waiting.pop(0)
                 running[remote.remote(group, {})] = group
             (done, *_), _ = ray.wait(list(running))
             group = running.pop(done)

@@ -58,10 +58,10 @@ def run_group(
         started: called with each process, which leads a process group of its own.
         stopped: returns whether the study was stopped, in which case a process that ended has not failed.
     """
-    left = group.cells
-    while left:
-        with (group.study / CELLS / left[0] / LOG).open("a", encoding="utf-8") as log:
-            command = [sys.executable, "-m", "secateur.experiments.cell", str(group.study), *left]
+    remaining = group.cells
+    while remaining:
+        with (group.study / CELLS / remaining[0] / LOG).open("a", encoding="utf-8") as log:
+            command = [sys.executable, "-m", "secateur.experiments.cell", str(group.study), *remaining]
             command += ["--first", group.first] + (["--stages", ",".join(group.stages)] if group.stages else [])
             process = subprocess.Popen(
                 command,
@@ -77,10 +77,10 @@ def run_group(
         if stopped():
             return
         over = [line.removeprefix(f"{DONE} ") for line in output.splitlines() if line.startswith(f"{DONE} ")]
-        left = tuple(name for name in left if name not in over)
-        if left:
-            _note_death(group.study / CELLS / left[0], code)
-            left = left[1:]
+        remaining = tuple(name for name in remaining if name not in over)
+        if remaining:
+            _note_death(group.study / CELLS / remaining[0], code)
+            remaining = remaining[1:]
 
 
 def _note_death(folder: Path, code: int) -> None:

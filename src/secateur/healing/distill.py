@@ -61,9 +61,9 @@ class Distillation(nn.Module):
         given = {"input_ids": tokens, "use_cache": False, "output_hidden_states": self.hidden_weight > 0}
         if mask is not None:
             given["attention_mask"] = mask.long()
-        said = self.student(**given)
+        output = self.student(**given)
         wanted = (targets_of(tokens, mask, labels) != IGNORED).flatten()
-        student = _log_probabilities(said.logits, wanted, self.temperature)
+        student = _log_probabilities(output.logits, wanted, self.temperature)
         (teacher,) = self._teacher
         if teacher is None:
             assert top_scores is not None
@@ -76,13 +76,13 @@ class Distillation(nn.Module):
             total = nn.functional.kl_div(student, target, reduction="sum", log_target=True)
         total = total * self.temperature**2
         if self.hidden_weight and teacher is not None:
-            total = total + self.hidden_weight * wanted.sum() * self._hidden_errors(said, taught, mask)
+            total = total + self.hidden_weight * wanted.sum() * self._hidden_errors(output, taught, mask)
         return total, wanted.sum()
 
-    def _hidden_errors(self, said: Any, taught: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    def _hidden_errors(self, output: Any, taught: Any, mask: torch.Tensor | None) -> torch.Tensor:
         errors = []
         for place, block in list(enumerate(self.kept))[1:]:  # the input of block 0 are the embeddings
-            own, dense = said.hidden_states[place].float(), taught.hidden_states[block].float()
+            own, dense = output.hidden_states[place].float(), taught.hidden_states[block].float()
             if mask is not None:
                 own, dense = own[mask], dense[mask]
             errors.append((own - dense).square().mean() / dense.square().mean())
@@ -156,16 +156,16 @@ def teacher_bytes(windows: int, seq_len: int, top: int) -> int:
 class TaughtData(Dataset[dict[str, torch.Tensor]]):
     """Windows, each with the teacher's top tokens."""
 
-    def __init__(self, items: WindowData, said: TeacherScores) -> None:
+    def __init__(self, items: WindowData, teacher: TeacherScores) -> None:
         """Join windows and scores."""
-        self.items, self.said = items, said
+        self.items, self.teacher = items, teacher
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         number = self.items.numbers[item]
-        return self.items[item] | {"top_scores": self.said.scores[number], "top_tokens": self.said.tokens[number]}
+        return self.items[item] | {"top_scores": self.teacher.scores[number], "top_tokens": self.teacher.tokens[number]}
 
 
 def require_same_vocabulary(student: Decoder, teacher: Decoder) -> None:

@@ -174,7 +174,7 @@ def _by_distillation(job: HealingRun) -> Decoder:
     data, held_out = job.items()
     if settings.top is not None:
         windows = job.need_windows()
-        said = TeacherScores(
+        teacher_scores = TeacherScores(
             teacher,
             windows,
             top=settings.top,
@@ -182,8 +182,8 @@ def _by_distillation(job: HealingRun) -> Decoder:
             options=job.options,
         )
         numbers, held_back = split_off_validation(windows)
-        data = TaughtData(WindowData(windows, numbers), said)
-        held_out = TaughtData(WindowData(windows, held_back), said)
+        data = TaughtData(WindowData(windows, numbers), teacher_scores)
+        held_out = TaughtData(WindowData(windows, held_back), teacher_scores)
     elif teacher.is_skeleton:
         raise InputError("the teacher runs beside the student: open both with --in-memory, or set top=64.")
     prepared, rate = _prepared(job, settings.trains)

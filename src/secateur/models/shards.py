@@ -80,7 +80,7 @@ def files_in_index(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Shards:
-    """A checkpoint's safetensors files, with the block numbers that a cut model reads from them.
+    """A checkpoint's safetensors files, with the block numbers that a pruned model reads from them.
 
     Attributes:
         folder: the checkpoint.

@@ -37,7 +37,7 @@ def read_folder(folder: str | Path) -> Contents:
         dense = _measured(folder / DENSE, "against") or Measured()
     else:
         one = _cell(folder)
-        cells = [one] if _says_something(one) else []
+        cells = [one] if _has_content(one) else []
         dense = _dense_beside(folder)
     scores = Scores.read(folder / SCORES) if (folder / SCORES).is_file() else None
     if not cells and scores is None:
@@ -127,7 +127,7 @@ def _dense_beside(folder: Path) -> Measured:
     return shared or Measured(results=own)
 
 
-def _says_something(cell: Cell) -> bool:
+def _has_content(cell: Cell) -> bool:
     return bool(cell.plans or cell.healed or cell.measured.results or cell.failure or cell.seconds or cell.recipe)
 
 

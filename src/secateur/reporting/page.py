@@ -53,8 +53,8 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
 def render(contents: Contents) -> str:
     """Return the page as HTML text."""
     rows = rows_of(contents)
-    said = verdict(contents, rows)
-    drawn = _figures(contents, rows, said)
+    summary = verdict(contents, rows)
+    drawn = _figures(contents, rows, summary)
     environment = Environment(
         loader=PackageLoader("secateur.reporting"),
         autoescape=True,
@@ -66,9 +66,9 @@ def render(contents: Contents) -> str:
     shown = [figure for group in drawn.values() for figure in group]
     return environment.get_template("report.html.j2").render(
         contents=contents,
-        verdict=said,
+        verdict=summary,
         facts=_facts(contents),
-        keys=_keys(said.best),
+        keys=_keys(summary.best),
         rankings=_bars(rows) if contents.is_study else [],
         strips=_strips(rows),
         legend=_legend(rows),
@@ -77,7 +77,7 @@ def render(contents: Contents) -> str:
         table=cells_table(rows, size_front(rows) if contents.is_study else []) if rows else None,
         tasks=tasks_table(contents, rows),
         healing=healing_lines(contents),
-        prompts=_prompts(contents, rows, said),
+        prompts=_prompts(contents, rows, summary),
         by_perplexity=any(row.ratio is not None for row in rows),
         failures=[(row.cell.name, row.cell.failure) for row in rows if row.cell.failure],
         commands=[(row.cell.name, commands_of(contents, row.cell)) for row in rows],
@@ -87,8 +87,8 @@ def render(contents: Contents) -> str:
     )
 
 
-def _figures(contents: Contents, rows: Sequence[Row], said: Verdict) -> dict[str, list[Figure]]:
-    winner = said.best.cell.label if said.best is not None else None
+def _figures(contents: Contents, rows: Sequence[Row], summary: Verdict) -> dict[str, list[Figure]]:
+    winner = summary.best.cell.label if summary.best is not None else None
     scores = contents.scores
     return {
         "quality": quality_figures(contents, rows, winner),
@@ -187,9 +187,9 @@ class _Prompt:
     folded: list[tuple[str, str]]
 
 
-def _prompts(contents: Contents, rows: Sequence[Row], said: Verdict) -> list[_Prompt]:
+def _prompts(contents: Contents, rows: Sequence[Row], summary: Verdict) -> list[_Prompt]:
     """Return the samples side by side: the real continuation, the dense model, the best, then the others."""
-    best = said.best.cell if said.best else None
+    best = summary.best.cell if summary.best else None
     order = sorted(rows, key=lambda row: (row.cell is not best, row.quality is None, row.quality or 0.0))
     wrote = [(row.cell.name, row.cell.measured.samples) for row in order if row.cell.measured.samples]
     written: dict[str, list[tuple[str, Sample]]] = {}

@@ -44,8 +44,8 @@ _COLUMNS: tuple[_Column, ...] = (
     ("asked", "requested amount", lambda row: row.cell.amount or None, str),
     ("healing", "healing recipe", lambda row: row.cell.healing, str),
     ("removed", "share of all parameters removed", lambda row: row.cell.removed, share),
-    ("parameters", "what is left", lambda row: row.cell.parameters, "{:,}".format),
-    ("blocks", "what is left", lambda row: row.cell.blocks, "{:d}".format),
+    ("parameters", "of the result", lambda row: row.cell.parameters, "{:,}".format),
+    ("blocks", "of the result", lambda row: row.cell.blocks, "{:d}".format),
     ("perplexity", "on held-out text", lambda row: row.perplexity, "{:.2f}".format),
     ("× dense", "perplexity as a multiple of the dense model's", lambda row: row.ratio, "{:.3f}".format),
     ("price", "quality lost per 1 % of parameters removed", lambda row: row.price, "{:.2f}".format),
@@ -107,14 +107,18 @@ def tasks_table(contents: Contents, rows: Sequence[Row]) -> Table | None:
         Line(name=name, entries=tuple(_score(measured.of_task(task, *measures)) for task, _, measures in wanted))
         for name, measured in models
     )
-    says = {"accuracy": "share of right answers", "stability": "answers that stay right or wrong", "flips": "changed"}
-    columns = tuple((f"{task} {name}", says[name], True) for task, name, _ in wanted)
+    meanings = {
+        "accuracy": "share of right answers",
+        "stability": "answers that stay right or wrong",
+        "flips": "changed",
+    }
+    columns = tuple((f"{task} {name}", meanings[name], True) for task, name, _ in wanted)
     return Table(columns=columns, lines=lines)
 
 
 def healing_lines(contents: Contents) -> list[tuple[str, str]]:
     """Return a line for each healing: recipe, amount of text, and the gain on held-out text."""
-    said = []
+    lines = []
     for cell in contents.cells:
         for facts in cell.healed:
             source = (facts.get("texts") or {}).get("source", "text")
@@ -125,8 +129,8 @@ def healing_lines(contents: Contents) -> list[tuple[str, str]]:
                 f"block {block}: error {one['start_loss']:.3g} → {one['best_loss']:.3g}"
                 for block, one in facts.get("blocks", {}).items()
             ]
-            said.append((cell.name, "; ".join(parts)))
-    return said
+            lines.append((cell.name, "; ".join(parts)))
+    return lines
 
 
 def duration(seconds: float) -> str:

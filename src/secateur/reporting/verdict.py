@@ -68,7 +68,7 @@ class Verdict:
         """Return headline and sentence as one text."""
         if self.best is None or self.best.ratio is None or not self.sentence:
             return self.headline
-        return f"{self.headline}: {says_row(self.best)}"
+        return f"{self.headline}: {describe_row(self.best)}"
 
 
 def rows_of(contents: Contents) -> list[Row]:
@@ -152,9 +152,9 @@ def _winner(model: str, ranked: Sequence[Ranking]) -> Verdict:
     name, firsts = min(won.items(), key=lambda item: (-len(item[1]), sum(map(_price, item[1])) / len(item[1])))
     best = firsts[-1]
     rivals = next(one.rows for one in fair if best in one.rows)
-    parts = [f"{says_row(best)}."]
+    parts = [f"{describe_row(best)}."]
     if len(rivals) > 1:
-        parts.append(f"Next is {rivals[1].cell.label}: {says_row(rivals[1], short=True)}.")
+        parts.append(f"Next is {rivals[1].cell.label}: {describe_row(rivals[1], short=True)}.")
     others = [f"{one.rows[0].cell.label} at {one.amount}" for one in fair if one.rows[0] not in firsts]
     if others:
         parts.append(f"Elsewhere {', '.join(others)} comes first.")
@@ -163,7 +163,7 @@ def _winner(model: str, ranked: Sequence[Ranking]) -> Verdict:
     healed = [row for one in ranked if one.healed and one not in fair for row in one.rows]
     if healed:
         cheapest = min(healed, key=lambda row: (row.cell.amount != best.cell.amount, row.price))
-        parts.append(f"Best with training: {cheapest.cell.label}, {says_row(cheapest, short=True)}.")
+        parts.append(f"Best with training: {cheapest.cell.label}, {describe_row(cheapest, short=True)}.")
     return Verdict(headline=f"{name} preserves {model} best", sentence=" ".join(parts), best=best)
 
 
@@ -187,7 +187,7 @@ def _single(model: str, row: Row) -> Verdict:
     return Verdict(headline=headline, sentence=sentence, best=row)
 
 
-def says_row(row: Row, *, short: bool = False) -> str:
+def describe_row(row: Row, *, short: bool = False) -> str:
     """Return a clause about what one cell lost and how much it removed."""
     removed = share(row.cell.removed)
     size = f"{removed} removed" if short else f"{removed} of the parameters removed"

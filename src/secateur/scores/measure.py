@@ -46,7 +46,7 @@ def score_model(
         check_windows(decoder, windows)
         if decoder.changes_basis and set(kinds) - {"taylor"}:
             raise ModelError(
-                f"{decoder.source}: the states of this sliced model stand in different bases and cannot be compared; "
+                f"{decoder.source}: the states of this sliced model are in different bases and cannot be compared; "
                 "score the dense model."
             )
         if set(kinds) & set(ONE_PASS):

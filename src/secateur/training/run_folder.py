@@ -144,5 +144,5 @@ def _require_same(path: Path, written: dict[str, Any], asked: dict[str, Any]) ->
     differing = sorted(key for key in written.keys() | asked.keys() if written.get(key) != asked.get(key))
     raise InputError(
         f"{path}: holds a run of another recipe (other {', '.join(differing)}); give the settings it was begun with to "
-        "go on, or remove the folder to start again."
+        "resume, or remove the folder to start over."
     )

@@ -33,7 +33,7 @@ def test_repair_is_least_squares():
     assert not found[:, ~STAY].any()
     torch.testing.assert_close(found[:, STAY], torch.linalg.lstsq(x[:, STAY], x @ weight.T).solution.T)
     gram = x.T @ x
-    of_paper = weight @ gram[:, STAY] @ torch.linalg.inv(gram[STAY][:, STAY])  # METHODS 8b for λ → 0
+    of_paper = weight @ gram[:, STAY] @ torch.linalg.inv(gram[STAY][:, STAY])  # W G[:,K] (G[K,K] + λI)⁻¹ for λ → 0
     torch.testing.assert_close(found[:, STAY], of_paper)
 
 

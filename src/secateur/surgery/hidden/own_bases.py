@@ -87,8 +87,8 @@ class _Pass:
         covariance = Covariance(directions.shape[0], self.signals)
         kept = directions.to(self.assembly.dense.device, self.assembly.dense.module.dtype)
         for batch in self.batches:
-            narrow = self.store.get(batch.index) @ kept
-            hidden = narrow @ kept.T + branch(narrow, batch)
+            sliced = self.store.get(batch.index) @ kept
+            hidden = sliced @ kept.T + branch(sliced, batch)
             self.store.put(batch.index, hidden)
             covariance.update(*real_tokens([hidden], batch.mask))
         covariance.combine()
@@ -193,16 +193,16 @@ def _slice_block(walk: _Pass, index: int, first: Directions, width: int, followi
     writers = {name: one for name, one in weights.items() if "o_proj" in name or "down_proj" in name}
     assembly.put(where, writers)
 
-    def attention(narrow: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return layer.attention_branch(narrow, **batch.calls[index].kwargs)
+    def attention(sliced: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return layer.attention_branch(sliced, **batch.calls[index].kwargs)
 
-    def mlp(narrow: torch.Tensor, _: Batch) -> torch.Tensor:
-        return layer.mlp_branch(narrow)
+    def mlp(sliced: torch.Tensor, _: Batch) -> torch.Tensor:
+        return layer.mlp_branch(sliced)
 
     if layer.parallel:
         assembly.put(where, rotate_readers(weights, first, attention=False))
         del weights
-        leaving = walk.through(first, lambda narrow, batch: attention(narrow, batch) + mlp(narrow, batch))
+        leaving = walk.through(first, lambda sliced, batch: attention(sliced, batch) + mlp(sliced, batch))
         middle = last = _next_directions(leaving, following)
         second = first
     else:
