@@ -24,6 +24,7 @@ from secateur.healing.data import TrainingTexts
 from secateur.healing.distill import Distillation, TeacherScores, teacher_bytes
 from secateur.healing.recipes import HEALING_RECIPES
 from secateur.plan.plan import blocks_kept_by
+from secateur.run_options import RunOptions
 from secateur.training.data import LanguageModelling
 from secateur.training.trainer import Tracking
 
@@ -254,9 +255,9 @@ def test_teachers_that_do_not_fit(tiny, tiny_folder):
 
 def test_nan_and_other_recipes(tiny, tmp_path, monkeypatch):
     pruned = cut(tiny("llama"))
-    healed(pruned, "full", work=tmp_path / "work")
+    healed(pruned, "full", options=RunOptions(work=tmp_path / "work"))
     with pytest.raises(InputError, match=r"holds a run of another recipe \(other .*settings"):
-        healed(pruned, "full", work=tmp_path / "work", settings={"clip": 0.3})
+        healed(pruned, "full", options=RunOptions(work=tmp_path / "work"), settings={"clip": 0.3})
     plain, steps = LanguageModelling.forward, []
 
     def spoilt(self, **batch):
@@ -275,7 +276,7 @@ def test_nan_and_other_recipes(tiny, tmp_path, monkeypatch):
 
 
 def test_trackers_that_are_not_installed(tiny, monkeypatch):
-    monkeypatch.setattr("secateur.healing.heal.find_spec", lambda _: None)
+    monkeypatch.setattr("secateur.training.trainer.find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"wandb is not installed: pip install 'secateur\[wandb\]'"):
         healed(cut(tiny("llama")), "lora", tracking=Tracking(trackers=("wandb",)))
 
