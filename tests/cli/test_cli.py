@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import secateur
 from secateur import files as scratch
 from secateur import open_model
 from secateur.cli import main as cli
 from secateur.cli import prune as pruning
 from secateur.cli import terminal
+from secateur.jobs.score import ScoreJob
 from secateur.methods.search import trials
 from secateur.plan.plan import Plan
 from tiny_models import save_tiny
@@ -269,7 +269,7 @@ def test_full_memory_of_a_device_is_one_message(run, model, windows, monkeypatch
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(secateur, "score", full)
+    monkeypatch.setattr(ScoreJob, "run", full)
     code, _, err = run("score", model, "--texts", windows)
     assert code == 2
     assert "Use a smaller --batch-size" in err
@@ -280,7 +280,8 @@ def test_scores_of_other_texts_are_told(run, model, windows):
     words = ["plan", model, "--method", "shortgpt", "--blocks", "1", "--scores", "scores/scores.json"]
     code, _, err = run(*words, "--windows", "2", "--seq-len", "16", "-o", "plan.json")
     assert code == 0
-    assert "scores of other texts; they are measured anew" in err
+    assert "the scores are of other texts" in err
+    assert "measured anew" in err
     code, _, err = run(*words, "--texts", windows, "-o", "plan.json")
     assert code == 0
     assert "anew" not in err
@@ -349,7 +350,7 @@ def test_ctrl_c_is_130_and_keeps_what_was_there(run, model, windows, tmp_path, m
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(secateur, "score", interrupted)
+    monkeypatch.setattr(ScoreJob, "run", interrupted)
     assert run("score", model, "--texts", windows, "-o", "scores")[0] == 130
     monkeypatch.setattr(pruning, "draw_scores", interrupted)
     assert run("score", model, "--texts", windows, "-o", "scores")[0] == 130
@@ -370,7 +371,7 @@ def test_a_search_goes_on_after_ctrl_c(run, model, windows, tmp_path, monkeypatc
     monkeypatch.setattr(trials, "mean_loss", interrupted)
     code, _, err = run(*words, "-o", "plan.json")
     assert code == 130
-    assert "started again with -o plan.json, it goes on" in err
+    assert "started again with -o plan.json, it resumes" in err
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json.training"]
     monkeypatch.setattr(trials, "mean_loss", lambda *a, **n: (done.append(1), measure(*a, **n))[1])
     assert run(*words, "-o", "plan.json")[0] == 0
