@@ -24,7 +24,9 @@ from secateur.healing.data import TrainingTexts
 from secateur.healing.distill import Distillation, TeacherScores, teacher_bytes
 from secateur.healing.recipes import HEALING_RECIPES
 from secateur.plan.plan import blocks_kept_by
+from secateur.run_options import RunOptions
 from secateur.training.data import LanguageModelling
+from secateur.training.trainer import Tracking
 
 TEXT = draw_windows(windows=5, positions=20)
 WINDOWS = Windows.of(torch.cat((TEXT.tokens, TEXT.tokens[:1])))
@@ -217,7 +219,11 @@ def test_blocks_of_skeletons(tiny):
         ("distill", {}, "this recipe needs the dense model as teacher; name it"),
         ("lora", {"texts": Windows.of(WINDOWS.tokens[:1])}, "1 window to train on; some must be held out"),
         ("lora", {"settings": {"batch_size": 50}}, "5 windows to train on and 1 held out are too few"),
-        ("lora", {"trackers": ("tensorbord",)}, "unknown tracker 'tensorbord'. Did you mean 'tensorboard'"),
+        (
+            "lora",
+            {"tracking": Tracking(trackers=("tensorbord",))},
+            "unknown tracker 'tensorbord'. Did you mean 'tensorboard'",
+        ),
         ("lora", {"texts": None, "tokens": 10}, "10 tokens are fewer than two windows"),
     ],
 )
@@ -246,9 +252,9 @@ def test_teachers_that_do_not_fit(tiny, tiny_folder):
 
 def test_nan_and_other_recipes(tiny, tmp_path, monkeypatch):
     pruned = cut(tiny("llama"))
-    healed(pruned, "full", work=tmp_path / "work")
+    healed(pruned, "full", options=RunOptions(work=tmp_path / "work"))
     with pytest.raises(InputError, match=r"holds a run of another recipe \(other .*settings"):
-        healed(pruned, "full", work=tmp_path / "work", settings={"clip": 0.3})
+        healed(pruned, "full", options=RunOptions(work=tmp_path / "work"), settings={"clip": 0.3})
     plain, steps = LanguageModelling.forward, []
 
     def spoilt(self, **batch):
@@ -267,9 +273,9 @@ def test_nan_and_other_recipes(tiny, tmp_path, monkeypatch):
 
 
 def test_trackers_that_are_not_installed(tiny, monkeypatch):
-    monkeypatch.setattr("secateur.healing.heal.find_spec", lambda _: None)
+    monkeypatch.setattr("secateur.training.trainer.find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"wandb is not installed: pip install 'secateur\[wandb\]'"):
-        healed(cut(tiny("llama")), "lora", trackers=("wandb",))
+        healed(cut(tiny("llama")), "lora", tracking=Tracking(trackers=("wandb",)))
 
 
 def test_killed_by_the_system_and_started_again(tiny_folder, tmp_path):
