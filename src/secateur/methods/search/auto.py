@@ -27,7 +27,7 @@ from secateur.methods.budget import Budget, already
 from secateur.methods.method import METHODS, Decision, Measurements, Method, MethodSettings, method
 from secateur.methods.registry import apply_step
 from secateur.methods.search.splits import Split, all_splits, search
-from secateur.methods.search.trials import FAILURES, Made, Member, Steps, TrialLog, Trials
+from secateur.methods.search.trials import FAILURES, Made, Member, Steps, TrialLog, Trials, kind_of
 from secateur.plan.pareto import pareto_front
 from secateur.plan.plan import Candidate, Search
 
@@ -249,7 +249,7 @@ class _Tried:
             SecateurError: there is none; of the kind of what went wrong.
         """
         if not self._steps:
-            kinds = {type(error) for error in self._failures}
+            kinds = {kind_of(error) for error in self._failures}
             kind = kinds.pop() if len(kinds) == 1 else InputError
             raise kind(f"auto: no plan can be made. {' '.join(dict.fromkeys(map(str, self._failures)))}")
         place = min(self._steps, key=lambda one: (self.candidates[one].loss, self.candidates[one].parameters))

@@ -207,6 +207,12 @@ def _left(decoder: Decoder, steps: Steps) -> int:
 FAILURES = (InputError, ModelError, NumericsError)
 """What can come of a candidate instead of a model."""
 
+
+def kind_of(error: SecateurError) -> type[SecateurError]:
+    """Return which of `FAILURES` an error is."""
+    return next(kind for kind in FAILURES if isinstance(error, kind))
+
+
 _STEPS: TypeAdapter[Steps] = TypeAdapter(Steps)
 
 
@@ -247,7 +253,7 @@ class TrialLog:
         if isinstance(found, Made):
             entry = found._asdict() | {"steps": [step.model_dump(mode="json") for step in found.steps]}
         else:
-            entry = {"failed": type(found).__name__, "why": str(found)}
+            entry = {"failed": kind_of(found).__name__, "why": str(found)}
         replace_file(path, json.dumps(entry) + "\n")
 
     def _path(self, split: Split) -> Path | None:
