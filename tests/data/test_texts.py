@@ -268,6 +268,21 @@ def test_a_mixture_names_its_parts(tokenizer):
 
 
 @pytest.mark.usefixtures("two_files")
+def test_a_mixture_knows_which_source_each_window_is_from(tokenizer):
+    mixed = open_texts("a.txt,b.txt", tokenizer, windows=20, seq_len=16, seed=1)
+    assert mixed.sources == ("a.txt", "b.txt")
+    firsts = [open_texts(name, tokenizer, windows=10, seq_len=16).tokens[:, 1].unique() for name in mixed.sources]
+    for window, number in zip(mixed.tokens, mixed.source_of.tolist(), strict=True):
+        assert window[1] in firsts[number]
+        assert window[1] not in firsts[1 - number]
+    assert torch.equal(mixed.some([3, 0]).source_of, mixed.source_of[[3, 0]])
+    stay, back = mixed.split_off(0.2)
+    assert (len(stay.source_of), len(back.source_of), back.sources) == (16, 4, mixed.sources)
+    alone = open_texts("a.txt", tokenizer, windows=4, seq_len=16)
+    assert (alone.sources, alone.some([1]).source_of) == ((), None)
+
+
+@pytest.mark.usefixtures("two_files")
 def test_an_unpacked_mixture_keeps_masks_with_their_windows(tokenizer):
     Path("a.jsonl").write_text('{"text": "a a a a a a a a a a a a"}\n' * 6, encoding="utf-8")
     Path("b.jsonl").write_text('{"text": "b b b b b b b b b b b b b b b b b b b"}\n' * 6, encoding="utf-8")

@@ -273,13 +273,24 @@ def _mixed(source: str, shares: dict[str, float], windows: int | None, cutting: 
     if cutting.split == "calibration":
         random.Random(cutting.seed).shuffle(order)
     masks = [part.mask for part in parts if part.mask is not None]
+    source_of = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))[order]
     tokens_WT = torch.cat([part.tokens for part in parts])[order]
     mask_WT = torch.cat(masks)[order] if masks else None
     labels = [part.fingerprint.rsplit(":sha256:", 1)[0] for part in parts]
     label = ",".join(f"{name}:{share:.4g}" for name, share in zip(labels, shares.values(), strict=True))
     notes = tuple(f"{part.source}: {note}" for part in parts for note in part.notes)
     fingerprint = f"{label}:{digest(tokens_WT, mask_WT)}"
-    return Windows(tokens_WT, mask_WT, source, fingerprint, parts[0].seed, cutting.bos, notes)
+    return Windows(
+        tokens_WT,
+        mask_WT,
+        source,
+        fingerprint,
+        parts[0].seed,
+        cutting.bos,
+        notes,
+        sources=tuple(shares),
+        source_of=source_of,
+    )
 
 
 def _apportion(shares: list[float], windows: int) -> list[int]:

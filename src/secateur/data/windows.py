@@ -33,6 +33,8 @@ class Windows:
         seed: of the shuffling; None when nothing was shuffled.
         bos: whether the beginning-of-sequence token starts each window.
         notes: what the user should be told, e.g. "last 131 tokens dropped".
+        sources: names of the parts of a mixture; empty where all windows are of one source.
+        source_of: int64 (W,), for each window the index of its source in `sources`; None where there is one source.
     """
 
     tokens: torch.Tensor
@@ -44,6 +46,8 @@ class Windows:
     notes: tuple[str, ...] = ()
     given: bool = False
     """Made by `of`: the source is a name for the reader and cannot be opened for more."""
+    sources: tuple[str, ...] = ()
+    source_of: torch.Tensor | None = None
 
     @classmethod
     def of(cls, tokens: Any, mask: Any = None, source: str = "tokens", *, bos: bool = False) -> Windows:
@@ -81,7 +85,11 @@ class Windows:
     def some(self, numbers: Iterable[int]) -> Windows:
         """Return the windows of these numbers, which have the fingerprint of the whole."""
         rows = list(numbers)
-        return replace(self, tokens=self.tokens[rows], mask=None if self.mask is None else self.mask[rows])
+        chosen = {
+            name: None if (whole := getattr(self, name)) is None else whole[rows]
+            for name in ("tokens", "mask", "source_of")
+        }
+        return replace(self, **chosen)
 
     def split_off(self, share: float) -> tuple[Windows, Windows]:
         """Split into those that stay and a share, at least one, evenly spaced, that is held back.
