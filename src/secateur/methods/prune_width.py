@@ -17,6 +17,7 @@ Heads go last: where a group of heads goes instead of as many parameters of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -82,6 +83,7 @@ def decide_evenly(method: str, choose: Choice) -> Callable[[Evidence, EvenSettin
                 choose=choose,
                 stock=candidates.stock,
                 repair=settings.repair,
+                ridge=settings.ridge,
                 rounding=1 if budget.aim == "own" else candidates.multiple,
                 unrounded=unrounded,
                 sizes=candidates.sizes,
@@ -179,6 +181,7 @@ def decide_flap(evidence: Evidence, settings: FlapSettings, budget: Budget) -> S
             choose="fluctuation",
             stock=stock,
             repair=settings.repair,
+            ridge=settings.ridge,
             bias=bias,
             without_bias=blocks_without_bias(decoder, stock=stock),
             rounding=multiple,
@@ -199,18 +202,24 @@ def apply(evidence: Evidence, step: PruneWidth) -> Decoder:
     decoder = evidence.decoder
     if width_sizes(decoder, stock=step.stock, bias=step.bias) != step.sizes:
         raise InputError("this narrowing step was made for a model of another shape; make a new plan for this one.")
-    return prune_width(
+    fits: list[dict[str, Any]] = []
+    found = prune_width(
         decoder,
         evidence.need_windows(),
         step.widths,
         _chooser(evidence, step.choose),
         stock=step.stock,
         repair=step.repair,
+        ridge=step.ridge,
         bias=step.bias,
         gram=step.repair or step.choose == "brain-surgeon",
+        facts=fits,
         batch_size=evidence.batch_size,
         progress=evidence.progress,
     )
+    if fits:
+        evidence.facts["repair"] = fits
+    return found
 
 
 _SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {
@@ -255,9 +264,10 @@ def _of_head_units(scores: torch.Tensor, dense: BlockWidths, *, pens: int) -> to
 
 
 def _surgeon(_: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
-    assert sums.gram is not None
+    moments = sums.moments
+    assert moments is not None
     batch = max(1, units.shape[0] * units.shape[1] // _OBS_BATCHES)
-    return cheapest_to_lose(weight, sums.gram, units, keep, batch=batch)
+    return cheapest_to_lose(weight, moments.gram, units, keep, batch=batch)
 
 
 def _row(name: str, summary: str, paper: str, choose: Choice) -> Method:

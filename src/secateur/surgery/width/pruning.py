@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from secateur.calibration.inputs import InputSums, collecting_inputs
+from secateur.calibration.folds import Folds, folds_of
+from secateur.calibration.inputs import Captured, InputSums, capturing_inputs
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.store import StateStore
 from secateur.calibration.walk import Batch, open_store, step, stored_start, through_block
@@ -29,8 +30,11 @@ from secateur.models.widths import BlockWidths, block_widths
 from secateur.plan.steps import Widths
 from secateur.progress import SILENT, Progress
 from secateur.surgery.width.coupling import Kept, Part
-from secateur.surgery.width.repair import rewritten
+from secateur.surgery.width.repair import Fit, Ridge, choose_fit, rewritten
 from secateur.surgery.width.target import WidthAssembly
+
+
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,10 @@ def prune_width(
     *,
     stock: bool,
     repair: bool = True,
+    ridge: Ridge = "auto",
     bias: bool = False,
     gram: bool = True,
+    facts: list[dict[str, Any]] | None = None,
     batch_size: int | None = None,
     progress: Progress = SILENT,
 ) -> Decoder:
@@ -98,9 +104,11 @@ def prune_width(
         widths: what each block keeps.
         choose: says which units stay.
         stock: keep the architecture, or write the modelling file.
-        repair: fit what writes by least squares.
+        repair: fit what writes by least squares, where that serves windows held out of the fit.
+        ridge: of that fit; "auto" is chosen on windows held out.
         bias: put what a constant can make up for into biases, where the result has them.
         gram: gather the products of inputs, which repair and some choices read.
+        facts: gets, for each projection that was fitted, its block, part, expert, ridge and error on windows held out.
         batch_size: windows per batch.
         progress: shows how far it is.
 
@@ -109,12 +117,15 @@ def prune_width(
         NumericsError: NaN or infinity on the way.
     """
     target = WidthAssembly(decoder, widths, stock=stock, bias=bias)
+    folds = folds_of(windows) if gram else None
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, batch_size)
         for index in progress(range(decoder.block_count), "narrowing block by block", decoder.block_count):
             with decoder.block(index):
-                walk = _Block(decoder, index, widths[index], batches, store, target, repair, bias, gram)
+                walk = _Block(decoder, index, widths[index], batches, store, target, repair, ridge, bias, folds)
                 walk.narrow(choose)
+                if facts is not None:
+                    facts += walk.facts
     return target.finish()
 
 
@@ -129,8 +140,10 @@ class _Block:
     store: StateStore
     target: WidthAssembly
     repair: bool
+    ridge: Ridge
     bias: bool
-    gram: bool
+    folds: Folds | None
+    facts: list[dict[str, Any]] = field(default_factory=list)
 
     def narrow(self, choose: Choose) -> None:
         """Choose, refit, take the batches through, and hand the block over."""
@@ -145,7 +158,7 @@ class _Block:
         edits: dict[str, torch.Tensor] = {}
         for parts in stages:
             with _holding(self.block, edits):
-                measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, gram=self.gram)
+                measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, self.folds)
             for part, sums in measured.items():
                 edits |= self._edit(part, sums, choose, kept, dense)
         with _holding(self.block, edits):
@@ -170,10 +183,16 @@ class _Block:
             stay = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
             stay[units[chosen].flatten()] = True
             _note(kept, part, expert, chosen.cpu(), dense, self.keep)
-            weight, shift = rewritten(weight, one, stay, repair=self.repair, bias=bias)
+            fit = choose_fit(weight, one, stay, repair=self.repair, bias=bias, ridge=self.ridge)
+            self._note_fit(part, expert, fit)
+            weight, shift = fit.applied(weight, one, stay)
             written.append(weight)
             shifts.append(shift)
         return self._parameters(part, written, shifts[0])
+
+    def _note_fit(self, part: Part, expert: int, fit: Fit) -> None:
+        if self.repair:
+            self.facts.append({"block": self.index, "part": part, "expert": expert, **fit.describe()})
 
     def _parameters(
         self, part: Part, weights: list[torch.Tensor], shift: torch.Tensor | None
@@ -221,20 +240,50 @@ def units_of(part: Part, dense: BlockWidths, keep: Widths) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def measure_inputs(
-    decoder: Decoder, index: int, parts: Sequence[Part], batches: Sequence[Batch], store: StateStore, *, gram: bool
+    decoder: Decoder,
+    index: int,
+    parts: Sequence[Part],
+    batches: Sequence[Batch],
+    store: StateStore,
+    folds: Folds | None = None,
 ) -> dict[Part, list[InputSums]]:
-    """Run block `index`, its weights present, on the states in the store, and sum up what enters what writes."""
+    """Run block `index`, its weights present, on the states in the store, and sum up what enters what writes.
+
+    With `folds` also what a fit reads: a token weighs 1 / ‖h‖² there, h the residual stream that leaves the block, by
+    whose length the next norm divides; else the few tokens with massive activations (Sun et al. 2024, "Massive
+    Activations in Large Language Models") outweigh all others.
+    """
     block = decoder.block_list[index]
-    sums = {part: new_sums(decoder, index, part, gram=gram) for part in parts}
+    sums = {part: new_sums(decoder, index, part, gram=folds is not None) for part in parts}
+    first = 0
     for batch in batches:
         with ExitStack() as hooks:
-            for part, into in sums.items():
-                hooks.enter_context(collecting_inputs(block, writer_of(decoder, index, part), batch, into))
-            step(decoder, index, batch, store.get(batch.index))
+            captured = {
+                part: hooks.enter_context(capturing_inputs(block, writer_of(decoder, index, part), batch, len(into)))
+                for part, into in sums.items()
+            }
+            hidden = step(decoder, index, batch, store.get(batch.index))
+        own = None if folds is None else folds.slice(first, len(batch.tokens))
+        for part, found in captured.items():
+            for one in found:
+                _add(sums[part][one.expert], one, hidden, own)
+        first += len(batch.tokens)
     for part, into in sums.items():
         for one in into:
             one.require_finite(f"what enters {writer_of(decoder, index, part)} of block {index}")
     return sums
+
+
+def _add(sums: InputSums, captured: Captured, hidden: torch.Tensor, folds: Folds | None) -> None:
+    """Add what was captured in a batch, from which the states `hidden` (windows, positions, d) came."""
+    window = captured.rows // hidden.shape[1]
+    if folds is None:
+        sums.update(captured.inputs, window)
+        return
+    states = hidden.flatten(0, 1)[captured.rows.to(hidden.device)].to(sums.total.device).double()
+    length = states.square().mean(dim=1).clamp_min(_TINY)
+    weight = folds.weight.to(length.device)[window.to(length.device)] / length
+    sums.update(captured.inputs, window, weight, folds.held_out[window])
 
 
 @contextmanager
