@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from secateur.calibration.reading_points import visit_reading_points
 from secateur.calibration.walk import mean_loss
 from secateur.data.texts import windows_for
 from secateur.data.windows import Windows
-from secateur.errors import InputError, ModelError, SecateurError
+from secateur.errors import InputError, ModelError, SecateurError, SecateurWarning
 from secateur.methods.uniform_widths import rounded
 from secateur.plan.steps import PruneWidth
 from secateur.surgery.hidden.shared_basis import find_coordinates
@@ -250,6 +251,28 @@ def test_repair_pays(bundled):
         mean_loss(cut(bundled, "wanda-sp", {}, windows, ffn=256, repair=repair), windows) for repair in (False, True)
     )
     assert repaired < plain - 0.1
+
+
+def test_a_result_tells_how_each_part_was_fitted(tiny):
+    windows = draw_windows(8, 16)
+    found = cut(tiny("llama"), "obs-width", {}, windows, ffn=30, groups=1)
+    told = found.history[-1]["repair"]
+    assert [(one["block"], one["part"]) for one in told] == [
+        (b, part) for b in range(8) for part in ("heads", "channels")
+    ]
+    assert all(one["error"] <= one["error_without_repair"] for one in told)
+    assert "repair" not in cut(tiny("llama"), "obs-width", {}, windows, ffn=30, repair=False).history[-1]
+    experts = cut(tiny("mixtral"), "obs-width", {}, windows, ffn=24).history[-1]["repair"]
+    assert {len(one["ridge"]) for one in experts} == {4}
+
+
+def test_too_few_tokens_for_a_fit_are_told(tiny):
+    plan = plan_for(tiny("llama"), "wanda-sp", {}, ffn=30)
+    with pytest.warns(SecateurWarning, match="64 calibration tokens .* of 48 inputs; 48 windows of 16 tokens"):
+        prune(tiny("llama"), plan, texts=draw_windows(4, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SecateurWarning)
+        prune(tiny("llama"), plan_for(tiny("llama"), "wanda-sp", {}, ffn=30, repair=False), texts=draw_windows())
 
 
 @pytest.mark.parametrize("method", ["wanda-sp", "obs-width"])

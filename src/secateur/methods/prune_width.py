@@ -16,13 +16,16 @@ Heads go last: where a group of heads goes instead of as many parameters of the 
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from secateur.calibration.inputs import InputSums
-from secateur.errors import InputError, ModelError
+from secateur.data.windows import Windows
+from secateur.errors import InputError, ModelError, SecateurWarning
 from secateur.methods import slice_hidden
 from secateur.methods.budget import Budget
 from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
@@ -52,6 +55,8 @@ from secateur.surgery.width.target import (
     width_sizes,
 )
 
+_TOKENS_PER_INPUT = 16
+"""With fewer calibration tokens than this for each input of a projection, its repair serves other texts badly."""
 _OBS_BATCHES = 128
 """Costs are computed anew this often while all units of a projection would go."""
 
@@ -202,6 +207,8 @@ def apply(evidence: Evidence, step: PruneWidth) -> Decoder:
     decoder = evidence.decoder
     if width_sizes(decoder, stock=step.stock, bias=step.bias) != step.sizes:
         raise InputError("this narrowing step was made for a model of another shape; make a new plan for this one.")
+    if step.repair:
+        _warn_of_few_tokens(decoder, evidence.need_windows())
     fits: list[dict[str, Any]] = []
     found = prune_width(
         decoder,
@@ -218,8 +225,23 @@ def apply(evidence: Evidence, step: PruneWidth) -> Decoder:
         progress=evidence.progress,
     )
     if fits:
-        evidence.facts["repair"] = fits
+        evidence.facts["repair"] = evidence.facts.get("repair", []) + fits
     return found
+
+
+def _warn_of_few_tokens(decoder: Decoder, windows: Windows) -> None:
+    """Say how many windows a fit of the widest projection wants."""
+    widths = [block_widths(decoder, block) for block in range(decoder.block_count)]
+    inputs = max(max(one.channels, one.heads * one.head_size) for one in widths)
+    wanted = _TOKENS_PER_INPUT * inputs
+    if windows.token_count < wanted:
+        count = math.ceil(wanted * len(windows) / windows.token_count)
+        warnings.warn(
+            f"repair: {windows.token_count:,} calibration tokens are few for projections of {inputs:,} inputs; "
+            f"{count} windows of {windows.seq_len} tokens would be {_TOKENS_PER_INPUT} for each.",
+            SecateurWarning,
+            stacklevel=4,
+        )
 
 
 _SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {

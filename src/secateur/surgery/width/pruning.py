@@ -30,9 +30,8 @@ from secateur.models.widths import BlockWidths, block_widths
 from secateur.plan.steps import Widths
 from secateur.progress import SILENT, Progress
 from secateur.surgery.width.coupling import Kept, Part
-from secateur.surgery.width.repair import Fit, Ridge, choose_fit, rewritten
+from secateur.surgery.width.repair import Ridge, choose_fit, described
 from secateur.surgery.width.target import WidthAssembly
-
 
 _TINY = 1e-30
 
@@ -108,7 +107,7 @@ def prune_width(
         ridge: of that fit; "auto" is chosen on windows held out.
         bias: put what a constant can make up for into biases, where the result has them.
         gram: gather the products of inputs, which repair and some choices read.
-        facts: gets, for each projection that was fitted, its block, part, expert, ridge and error on windows held out.
+        facts: gets, for each part of a block that was fitted, the ridge and the errors on windows held out.
         batch_size: windows per batch.
         progress: shows how far it is.
 
@@ -175,7 +174,7 @@ class _Block:
         """Choose what stays of one part, note it in `kept`, and give the projection that writes as it is then."""
         bias = self.bias and self.target.writes_bias(self.index, part)
         units, keep = units_of(part, dense, self.keep)
-        written, shifts = [], []
+        written, shifts, fits = [], [], []
         weights = writer_weights(self.decoder, self.index, part)
         for expert, (weight, one) in enumerate(zip(weights, sums, strict=True)):
             weight, units = weight.to(one.total.device), units.to(one.total.device)
@@ -183,16 +182,13 @@ class _Block:
             stay = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
             stay[units[chosen].flatten()] = True
             _note(kept, part, expert, chosen.cpu(), dense, self.keep)
-            fit = choose_fit(weight, one, stay, repair=self.repair, bias=bias, ridge=self.ridge)
-            self._note_fit(part, expert, fit)
-            weight, shift = fit.applied(weight, one, stay)
+            fits.append(choose_fit(weight, one, stay, repair=self.repair, bias=bias, ridge=self.ridge))
+            weight, shift = fits[-1].applied(weight, one, stay)
             written.append(weight)
             shifts.append(shift)
-        return self._parameters(part, written, shifts[0])
-
-    def _note_fit(self, part: Part, expert: int, fit: Fit) -> None:
         if self.repair:
-            self.facts.append({"block": self.index, "part": part, "expert": expert, **fit.describe()})
+            self.facts.append({"block": self.index, "part": part, **described(fits)})
+        return self._parameters(part, written, shifts[0])
 
     def _parameters(
         self, part: Part, weights: list[torch.Tensor], shift: torch.Tensor | None

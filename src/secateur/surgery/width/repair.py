@@ -19,14 +19,17 @@ Sources: Hassibi & Stork 1993, "Second order derivatives for network pruning: Op
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from secateur.calibration.inputs import InputSums
 
 RIDGE = 1e-3
+UNJUDGED = 0.1
+"""Ridge where nothing was held out to choose one by: about what is chosen for models that people use."""
 GRID = tuple(10 ** (half / 2) for half in range(-8, 3))
 """Ridges that cross-validation tries: 1e-4 … 10."""
 
@@ -57,9 +60,18 @@ class Fit:
             return rewritten(weight, sums, stay, repair=False, bias=self.bias)
         return rewritten(weight, sums, stay, repair=True, bias=self.bias, ridge=self.ridge)
 
-    def describe(self) -> dict[str, float | bool | None]:
-        """Return what was chosen and what it leaves, ready for JSON."""
-        return {"ridge": self.ridge, "bias": self.bias, "error": self.error, "plain": self.plain}
+
+def described(fits: Sequence[Fit]) -> dict[str, Any]:
+    """Return what was chosen for a projection, or for those of all experts in lists, ready for JSON."""
+    rows = [
+        {
+            "ridge": fit.ridge,
+            "error": None if fit.error is None else round(fit.error, 5),
+            "error_without_repair": None if fit.plain is None else round(fit.plain, 5),
+        }
+        for fit in fits
+    ]
+    return rows[0] if len(rows) == 1 else {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def strength(gram: torch.Tensor, ridge: float = RIDGE) -> float:
@@ -79,7 +91,7 @@ def choose_fit(
         stay: which inputs stay, (n,) bool.
         repair: whether least squares may make up for the others.
         bias: whether a constant may.
-        ridge: λ in mean diagonals of G, or "auto"; where nothing was held out, 0.001 stands for that.
+        ridge: λ in mean diagonals of G, or "auto"; where nothing was held out that is 0.1.
     """
     if not repair:
         return Fit(None, bias)
@@ -87,10 +99,10 @@ def choose_fit(
     if ridge != "auto":
         return Fit(ridge, bias)
     if sums.held_out is None:
-        return Fit(RIDGE, bias)
+        return Fit(UNJUDGED, bias)
     size = float(torch.sum((weight @ sums.held_out.gram) * weight))
     if size <= 0:
-        return Fit(RIDGE, bias)
+        return Fit(UNJUDGED, bias)
     found = []
     for constant in (False, True) if bias else (False,):
         point = sums.fitted.mean() if constant else torch.zeros_like(sums.total)
