@@ -1,4 +1,4 @@
-"""One threshold for all blocks, so that each finds its own width (FLAP, METHODS §8).
+"""One threshold for all blocks, so that each finds its own width (FLAP).
 
 Scores are brought to mean 0 and standard deviation 1 over the channels of one layer, then all units of the model stand
 in one row and those below a threshold go; what the budget counts are their parameters. The scores that decide how many
