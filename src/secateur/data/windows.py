@@ -85,11 +85,9 @@ class Windows:
     def some(self, numbers: Iterable[int]) -> Windows:
         """Return the windows of these numbers, which have the fingerprint of the whole."""
         rows = list(numbers)
-        chosen = {
-            name: None if (whole := getattr(self, name)) is None else whole[rows]
-            for name in ("tokens", "mask", "source_of")
-        }
-        return replace(self, **chosen)
+        mask = None if self.mask is None else self.mask[rows]
+        source_of = None if self.source_of is None else self.source_of[rows]
+        return replace(self, tokens=self.tokens[rows], mask=mask, source_of=source_of)
 
     def split_off(self, share: float) -> tuple[Windows, Windows]:
         """Split into those that stay and a share, at least one, evenly spaced, that is held back.

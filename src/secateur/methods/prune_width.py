@@ -46,7 +46,6 @@ from secateur.scores.taylor import taylor_by_unit
 from secateur.scores.unit_scores import best_units, cheapest_to_lose, fluctuation, magnitude, weighted_norm
 from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
 from secateur.surgery.width.pruning import Choose, Place, prune_width
-from secateur.surgery.width.repair import Ridge
 from secateur.surgery.width.target import (
     blocks_without_bias,
     dense_widths,
@@ -58,8 +57,6 @@ from secateur.surgery.width.target import (
 
 _TOKENS_PER_INPUT = 16
 """With fewer calibration tokens than this for each input of a projection, its repair serves other texts badly."""
-_CHOICE_RIDGE = 0.3
-"""Of the greedy choice where the repair's ridge is chosen later: about what that comes to."""
 _OBS_BATCHES = 128
 """Costs are computed anew this often while all units of a projection would go."""
 
@@ -217,7 +214,7 @@ def apply(evidence: Evidence, step: PruneWidth) -> Decoder:
         decoder,
         evidence.need_windows(),
         step.widths,
-        _chooser(evidence, step.choose, step.ridge),
+        _chooser(evidence, step.choose),
         stock=step.stock,
         repair=step.repair,
         ridge=step.ridge,
@@ -254,10 +251,10 @@ _SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {
 }
 
 
-def _chooser(evidence: Evidence, choose: Choice, ridge: Ridge) -> Choose:
+def _chooser(evidence: Evidence, choose: Choice) -> Choose:
     """Make the function that says which units stay."""
     if choose == "brain-surgeon":
-        return _surgeon(ridge)
+        return _surgeon
     if choose in _SCORES:
         score = _SCORES[choose]
 
@@ -288,17 +285,12 @@ def _of_head_units(scores: torch.Tensor, dense: BlockWidths, *, pens: int) -> to
     return queries if pens == dense.groups else (queries.sum(dim=1) + groups)[None]
 
 
-def _surgeon(ridge: Ridge) -> Choose:
-    """Make the greedy choice by what the absence of a unit costs after repair."""
-    strength = _CHOICE_RIDGE if ridge == "auto" else ridge
-
-    def by_cost(_: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
-        moments = sums.moments
-        assert moments is not None
-        batch = max(1, units.shape[0] * units.shape[1] // _OBS_BATCHES)
-        return cheapest_to_lose(weight, moments.gram, units, keep, batch=batch, ridge=strength)
-
-    return by_cost
+def _surgeon(_: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
+    """Choose greedily; the ridge stays small: with that of the repair, channels that few tokens rely on are lost."""
+    moments = sums.moments
+    assert moments is not None
+    batch = max(1, units.shape[0] * units.shape[1] // _OBS_BATCHES)
+    return cheapest_to_lose(weight, moments.gram, units, keep, batch=batch)
 
 
 def _row(name: str, summary: str, paper: str, choose: Choice) -> Method:

@@ -261,8 +261,8 @@ def measure_inputs(
             hidden = step(decoder, index, batch, store.get(batch.index))
         own = None if folds is None else folds.slice(first, len(batch.tokens))
         for part, found in captured.items():
-            for one in found:
-                _add(sums[part][one.expert], one, hidden, own)
+            for inputs in found:
+                _add(sums[part][inputs.expert], inputs, hidden, own)
         first += len(batch.tokens)
     for part, into in sums.items():
         for one in into:
