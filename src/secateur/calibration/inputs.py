@@ -136,9 +136,11 @@ class InputSums:
             return
         if self.held_out is None:
             self.held_out = Moments.zero(exact.shape[1], exact.device)
-        held_out = held_out.to(exact.device)
-        for moments, rows in ((self.fitted, ~held_out), (self.held_out, held_out)):
-            moments.add(exact[rows], heavy[rows])
+        held_out = held_out.cpu()
+        bounds = ((held_out[1:] != held_out[:-1]).nonzero().flatten() + 1).tolist()
+        runs = zip([0, *bounds], exact.tensor_split(bounds), heavy.tensor_split(bounds), strict=True)
+        for first, inputs, weights in runs:  # runs of neighbours are views: nothing is copied
+            (self.held_out if held_out[first] else self.fitted).add(inputs, weights)
 
     def require_finite(self, where: str) -> None:
         """Stop at NaN or infinity.
