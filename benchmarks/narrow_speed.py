@@ -27,9 +27,10 @@ def floor(model: Decoder, windows: Windows, kept: int) -> None:
         sums = InputSums(channels, model.device)
         for first in range(0, windows.token_count, len(inputs)):
             sums.update(inputs[: windows.token_count - first], owner[: windows.token_count - first])
-        assert sums.gram is not None
-        torch.linalg.inv(sums.gram)
-        torch.linalg.solve(sums.gram[:kept, :kept], torch.randn(kept, model.hidden_size, dtype=torch.float64))
+        assert sums.fitted is not None
+        gram = sums.fitted.gram
+        torch.linalg.inv(gram)
+        torch.linalg.solve(gram[:kept, :kept], torch.randn(kept, model.hidden_size, dtype=torch.float64))
 
 
 def main(windows: int = 8, length: int = 512, kept: int = 1536, rounds: int = 1) -> None:

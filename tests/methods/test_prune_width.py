@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from secateur.calibration.reading_points import visit_reading_points
 from secateur.calibration.walk import mean_loss
 from secateur.data.texts import windows_for
 from secateur.data.windows import Windows
-from secateur.errors import InputError, ModelError, SecateurError
+from secateur.errors import InputError, ModelError, SecateurError, SecateurWarning
 from secateur.methods.uniform_widths import rounded
 from secateur.plan.steps import PruneWidth
 from secateur.surgery.hidden.shared_basis import find_coordinates
@@ -136,16 +137,47 @@ def test_experts_stay_in_multiples_that_grouped_products_want(tiny):
 # The walk
 
 
-def straight_line(decoder, windows, keep_groups, keep_channels):
+def fitted(x, w, weight, stay, ridge):
+    """Weighted least squares that a ridge pulls toward the plain slice, by a tall matrix."""
+    root = w.sqrt()[:, None]
+    strength = (ridge * (root * x).square().sum(dim=0).mean()).sqrt()
+    tall = torch.cat([root * x[:, stay], strength * torch.eye(int(stay.sum()), dtype=x.dtype)])
+    target = torch.cat([root * (x @ weight.T), strength * weight[:, stay].T])
+    repaired = torch.zeros_like(weight)
+    repaired[:, stay] = torch.linalg.lstsq(tall, target).solution.T
+    return repaired
+
+
+def fitted_by_trial(x, w, weight, stay, held_out):
+    """Try every ridge and none on the tokens held out, then fit the best on all."""
+    plain = weight * stay
+    tried = {None: plain} | {
+        ridge: fitted(x[~held_out], w[~held_out], weight, stay, ridge)
+        for ridge in [1e-4 * 10 ** (half / 2) for half in range(11)]
+    }
+
+    def missed(ridge):
+        return float((w[held_out] * (x[held_out] @ (weight - tried[ridge]).T).square().sum(dim=1)).sum())
+
+    best = min(tried, key=missed)
+    return plain if best is None else fitted(x, w, weight, stay, best)
+
+
+def straight_line(decoder, windows, keep_groups, keep_channels, ridge):
     """Wanda-sp with repair on a Llama: hooks on the whole module, least squares, one projection after the other."""
     module, tokens = copy.deepcopy(decoder.module).double(), windows.tokens
+    held_out = (torch.arange(len(tokens)) % 4 == 3).repeat_interleave(tokens.shape[1])
     for block in module.model.layers:
         for writer, units, keep in ((block.self_attn.o_proj, 2, keep_groups), (block.mlp.down_proj, 48, keep_channels)):
             seen = []
-            hook = writer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1)))
+            hooks = [
+                writer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1))),
+                block.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out.flatten(0, 1))),
+            ]
             forward(module, tokens)
-            hook.remove()
-            x, weight = seen[0], writer.weight.data
+            for hook in hooks:
+                hook.remove()
+            (x, states), weight = seen, writer.weight.data
             size = x.shape[1] // units
             scores = [
                 sum(float(weight[:, j].abs().sum() * x[:, j].norm()) for j in range(u * size, (u + 1) * size))
@@ -153,19 +185,18 @@ def straight_line(decoder, windows, keep_groups, keep_channels):
             ]
             kept = sorted(range(units), key=lambda u: -scores[u])[:keep]
             stay = torch.tensor([column // size in kept for column in range(x.shape[1])])
-            strength = (1e-3 * (x.T @ x).diagonal().mean()).sqrt()
-            tall = torch.cat([x[:, stay], strength * torch.eye(int(stay.sum()), dtype=x.dtype)])
-            target = torch.cat([x @ weight.T, strength * weight[:, stay].T])
-            repaired = torch.zeros_like(weight)
-            repaired[:, stay] = torch.linalg.lstsq(tall, target).solution.T
-            writer.weight.data = repaired
+            w = 1 / states.square().sum(dim=1)
+            writer.weight.data = (
+                fitted_by_trial(x, w, weight, stay, held_out) if ridge == "auto" else fitted(x, w, weight, stay, ridge)
+            )
     return module
 
 
-def test_the_walk_is_block_by_block_on_what_is_cut_already(tiny):
-    windows, tokens = draw_windows(4, 16), draw_tokens(2, 16, seed=5)
-    found = cut(tiny("llama"), "wanda-sp", {}, windows, ffn=30, groups=1)
-    expected = straight_line(tiny("llama"), windows, 1, 30)
+@pytest.mark.parametrize("ridge", [1e-3, "auto"])
+def test_the_walk_is_block_by_block_on_what_is_cut_already(ridge, tiny):
+    windows, tokens = draw_windows(8, 16), draw_tokens(2, 16, seed=5)
+    found = cut(tiny("llama"), "wanda-sp", {}, windows, ffn=30, groups=1, ridge=ridge)
+    expected = straight_line(tiny("llama"), windows, 1, 30, ridge)
     torch.testing.assert_close(forward(found.module, tokens).double(), forward(expected, tokens), rtol=1e-3, atol=1e-3)
 
 
@@ -220,6 +251,28 @@ def test_repair_pays(bundled):
         mean_loss(cut(bundled, "wanda-sp", {}, windows, ffn=256, repair=repair), windows) for repair in (False, True)
     )
     assert repaired < plain - 0.1
+
+
+def test_a_result_tells_how_each_part_was_fitted(tiny):
+    windows = draw_windows(8, 16)
+    found = cut(tiny("llama"), "obs-width", {}, windows, ffn=30, groups=1)
+    told = found.history[-1]["repair"]
+    assert [(one["block"], one["part"]) for one in told] == [
+        (b, part) for b in range(8) for part in ("heads", "channels")
+    ]
+    assert all(one["error"] <= one["error_without_repair"] for one in told)
+    assert "repair" not in cut(tiny("llama"), "obs-width", {}, windows, ffn=30, repair=False).history[-1]
+    experts = cut(tiny("mixtral"), "obs-width", {}, windows, ffn=24).history[-1]["repair"]
+    assert {len(one["ridge"]) for one in experts} == {4}
+
+
+def test_too_few_tokens_for_a_fit_are_told(tiny):
+    plan = plan_for(tiny("llama"), "wanda-sp", {}, ffn=30)
+    with pytest.warns(SecateurWarning, match="64 calibration tokens .* of 48 inputs; 48 windows of 16 tokens"):
+        prune(tiny("llama"), plan, texts=draw_windows(4, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SecateurWarning)
+        prune(tiny("llama"), plan_for(tiny("llama"), "wanda-sp", {}, ffn=30, repair=False), texts=draw_windows())
 
 
 @pytest.mark.parametrize("method", ["wanda-sp", "obs-width"])

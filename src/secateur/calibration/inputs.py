@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,46 @@ from secateur.models.anatomy import find
 _CHUNK_BYTES = 64 << 20
 
 
+class Moments:
+    """Weighted sums over tokens of one projection's inputs x, float64.
+
+    Attributes:
+        weight: Σ w.
+        total: Σ w x, (n,).
+        gram: Σ w x xᵀ, (n, n).
+    """
+
+    def __init__(self, weight: torch.Tensor, total: torch.Tensor, gram: torch.Tensor) -> None:
+        """Take sums that exist."""
+        self.weight, self.total, self.gram = weight, total, gram
+
+    @classmethod
+    def zero(cls, width: int, home: torch.device) -> Moments:
+        """Start at zero for n = `width` inputs."""
+        zeros = [torch.zeros(shape, dtype=torch.float64, device=home) for shape in ((), (width,), (width, width))]
+        return cls(*zeros)
+
+    def add(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add tokens: x (M, n) and w (M,), float64."""
+        weighted = inputs * weight[:, None]
+        self.weight += weight.sum()
+        self.total += weighted.sum(dim=0)
+        self.gram.addmm_(weighted.T, inputs)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Return the sums over the tokens of both."""
+        return Moments(self.weight + other.weight, self.total + other.total, self.gram + other.gram)
+
+    def mean(self) -> torch.Tensor:
+        """Weighted mean input, (n,); 0 where no token came by."""
+        return self.total / torch.where(self.weight > 0, self.weight, 1.0)
+
+    def gram_about(self, point: torch.Tensor) -> torch.Tensor:
+        """Return Σ w (x − p)(x − p)ᵀ for a point p (n,)."""
+        crossed = torch.outer(self.total, point)
+        return self.gram - crossed - crossed.T + self.weight * torch.outer(point, point)
+
+
 class InputSums:
     """Sums over tokens of one projection's inputs x, float64.
 
@@ -27,7 +68,8 @@ class InputSums:
         tokens: number of tokens M.
         total: Σ x, (n,).
         squares: Σ x², (n,).
-        gram: Σ x xᵀ, (n, n); None where it was not asked for.
+        fitted: weighted sums over the tokens that a fit is made on; None where they were not asked for.
+        held_out: weighted sums over the tokens that judge the fit; None where they were not asked for.
         magnitudes: for each unit of `unit` neighbouring inputs the sum over windows of (the mean over the window's
             tokens of its length)², (n / unit,).
     """
@@ -41,16 +83,32 @@ class InputSums:
 
         self.tokens = 0
         self.total, self.squares = zeros(width), zeros(width)
-        self.gram = zeros(width, width) if gram else None
+        self.fitted = Moments.zero(width, home) if gram else None
+        self.held_out: Moments | None = None
         self.magnitudes = zeros(width // unit)
         self._unit = unit
 
-    def update(self, inputs: torch.Tensor, window: torch.Tensor) -> None:
+    @property
+    def moments(self) -> Moments | None:
+        """Weighted sums over all tokens; None where they were not asked for."""
+        if self.fitted is None or self.held_out is None:
+            return self.fitted
+        return self.fitted + self.held_out
+
+    def update(
+        self,
+        inputs: torch.Tensor,
+        window: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        held_out: torch.Tensor | None = None,
+    ) -> None:
         """Add tokens.
 
         Args:
             inputs: x, (M, n).
             window: for each token the number of its window in the batch, (M,) int64.
+            weight: w, of each token in a fit, (M,); 1 where None.
+            held_out: whether a token judges the fit instead of taking part in it, (M,) bool; none does where None.
         """
         home, width = self.total.device, self.total.shape[0]
         windows = int(window.max()) + 1 if len(window) else 0
@@ -60,13 +118,29 @@ class InputSums:
             exact = inputs[first : first + rows].to(home).double()
             self.total += exact.sum(dim=0)
             self.squares += exact.square().sum(dim=0)
-            if self.gram is not None:
-                self.gram.addmm_(exact.T, exact)
+            self._add_moments(
+                exact, *(None if one is None else one[first : first + rows] for one in (weight, held_out))
+            )
             owners = window[first : first + rows].to(home)
             lengths.index_add_(0, owners, exact.unflatten(1, (-1, self._unit)).norm(dim=-1))
         counts = torch.bincount(window.to(home), minlength=windows).clamp_min(1)
         self.magnitudes += (lengths / counts[:, None]).square().sum(dim=0)
         self.tokens += len(inputs)
+
+    def _add_moments(self, exact: torch.Tensor, weight: torch.Tensor | None, held_out: torch.Tensor | None) -> None:
+        if self.fitted is None:
+            return
+        heavy = exact.new_ones(len(exact)) if weight is None else weight.to(exact)
+        if held_out is None or not bool(held_out.any()):
+            self.fitted.add(exact, heavy)
+            return
+        if self.held_out is None:
+            self.held_out = Moments.zero(exact.shape[1], exact.device)
+        held_out = held_out.cpu()
+        bounds = ((held_out[1:] != held_out[:-1]).nonzero().flatten() + 1).tolist()
+        runs = zip([0, *bounds], exact.tensor_split(bounds), heavy.tensor_split(bounds), strict=True)
+        for first, inputs, weights in runs:  # runs of neighbours are views: nothing is copied
+            (self.held_out if held_out[first] else self.fitted).add(inputs, weights)
 
     def require_finite(self, where: str) -> None:
         """Stop at NaN or infinity.
@@ -86,30 +160,44 @@ class InputSums:
         return (self.squares / max(1, self.tokens) - self.mean().square()).clamp_min(0)
 
 
+@dataclass(frozen=True)
+class Captured:
+    """What entered a projection while a block ran on a batch.
+
+    Attributes:
+        expert: number of the expert; 0 where there is none.
+        inputs: x of real tokens, (M, n).
+        rows: their numbers among all tokens of the batch, window after window, (M,) int64.
+    """
+
+    expert: int
+    inputs: torch.Tensor
+    rows: torch.Tensor
+
+
 @contextmanager
-def collecting_inputs(block: nn.Module, writer: str, batch: Batch, sums: list[InputSums]) -> Iterator[None]:
-    """Add to the sums, one per expert, what enters a block's projection `writer` while the block runs on a batch."""
-    window = torch.arange(len(batch.tokens)).repeat_interleave(batch.tokens.shape[1])
-    real = None if batch.mask is None else batch.mask.flatten().cpu()
-    found = find(block, writer)
+def capturing_inputs(block: nn.Module, writer: str, batch: Batch, experts: int) -> Iterator[list[Captured]]:
+    """Fill a list with what enters a block's projection `writer`, of each expert, while the block runs on a batch."""
+    real = torch.ones(batch.tokens.numel(), dtype=torch.bool) if batch.mask is None else batch.mask.flatten().cpu()
+    found, captured = find(block, writer), list[Captured]()
 
     def of_linear(_: nn.Module, args: tuple[Any, ...]) -> None:
         inputs = args[0].reshape(-1, args[0].shape[-1])
-        sums[0].update(*(inputs, window) if real is None else (inputs[real.to(inputs.device)], window[real]))
+        inputs = inputs if batch.mask is None else inputs[real.to(inputs.device)]
+        captured.append(Captured(0, inputs, real.nonzero().flatten()))
 
     def of_experts(module: Any, args: tuple[Any, ...]) -> None:
         hidden, chosen = args[0], args[1]
-        for number, one in enumerate(sums):
-            rows = (chosen == number).any(dim=-1).cpu()
-            rows = (rows if real is None else rows & real).nonzero().flatten()
+        for number in range(experts):
+            rows = ((chosen == number).any(dim=-1).cpu() & real).nonzero().flatten()
             gate, up = nn.functional.linear(hidden[rows.to(hidden.device)], module.gate_up_proj[number]).chunk(2, -1)
-            one.update(module.act_fn(gate) * up, window[rows])
+            captured.append(Captured(number, module.act_fn(gate) * up, rows))
 
     if isinstance(found, nn.Parameter):
         hook = find(block, writer.rpartition(".")[0]).register_forward_pre_hook(of_experts)
     else:
         hook = found.register_forward_pre_hook(of_linear)
     try:
-        yield
+        yield captured
     finally:
         hook.remove()

@@ -58,7 +58,7 @@ def fluctuation_profiles(
         for index in options.progress(range(free.stop), "walking the blocks", free.stop):
             with decoder.block(index):
                 if index in free:
-                    sums = measure_inputs(decoder, index, parts, batches, store, gram=False)
+                    sums = measure_inputs(decoder, index, parts, batches, store)
                     found[index] = Profile(*(_profile(decoder, index, part, sums.get(part, [])) for part in _BOTH))
                 through_block(decoder, index, batches, store)
     return found

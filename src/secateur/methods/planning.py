@@ -112,7 +112,8 @@ def apply_plan(plan: Plan, measurements: Measurements) -> Decoder:
     for step in plan.steps:
         applied = apply_step(measurements.on(pruned), step)
         pruned = applied.decoder
-        facts |= applied.facts
+        for name, value in applied.facts.items():
+            facts[name] = facts[name] + value if isinstance(value, list) and name in facts else value
     if pruned.parameter_count != plan.parameters_after:
         raise ModelError(
             f"the result has {pruned.parameter_count:,} parameters where the plan counts {plan.parameters_after:,}."

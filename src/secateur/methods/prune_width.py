@@ -16,16 +16,19 @@ Heads go last: where a group of heads goes instead of as many parameters of the 
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 
 from secateur.calibration.inputs import InputSums
-from secateur.errors import InputError, ModelError
+from secateur.data.windows import Windows
+from secateur.errors import InputError, ModelError, SecateurWarning
 from secateur.methods import slice_hidden
 from secateur.methods.budget import Budget
 from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
-from secateur.methods.method import Measurements, applies, method
+from secateur.methods.method import Applied, Measurements, applies, method
 from secateur.methods.slice_hidden import rounded_width
 from secateur.methods.uniform_widths import (
     Candidates,
@@ -43,7 +46,7 @@ from secateur.plan.width import width_forwards
 from secateur.scores.taylor import taylor_by_unit
 from secateur.scores.unit_scores import best_units, cheapest_to_lose, fluctuation, magnitude, weighted_norm
 from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
-from secateur.surgery.width.pruning import Choose, Place, prune_width
+from secateur.surgery.width.pruning import Choose, Place, Refit, prune_width
 from secateur.surgery.width.target import (
     blocks_without_bias,
     dense_widths,
@@ -53,6 +56,8 @@ from secateur.surgery.width.target import (
     width_sizes,
 )
 
+_TOKENS_PER_INPUT = 16
+"""With fewer calibration tokens than this for each input of a projection, its repair serves other texts badly."""
 _OBS_BATCHES = 128
 """Costs are computed anew this often while all units of a projection would go."""
 
@@ -84,6 +89,7 @@ def decide_evenly(name: str, choose: Choice) -> Callable[[Measurements, EvenSett
                 choose=choose,
                 stock=candidates.stock,
                 repair=settings.repair,
+                ridge=settings.ridge,
                 rounding=1 if budget.aim == "own" else candidates.multiple,
                 unrounded=unrounded,
                 sizes=candidates.sizes,
@@ -151,6 +157,7 @@ def decide_flap(measurements: Measurements, settings: FlapSettings, budget: Budg
             choose="fluctuation",
             stock=stock,
             repair=settings.repair,
+            ridge=settings.ridge,
             bias=bias,
             without_bias=blocks_without_bias(decoder, stock=stock),
             rounding=multiple,
@@ -251,7 +258,7 @@ _even_method(
 
 
 @applies(PruneWidth)
-def apply(measurements: Measurements, step: PruneWidth) -> Decoder:
+def apply(measurements: Measurements, step: PruneWidth) -> Applied:
     """Prune as the step says; which units stay is measured on the texts.
 
     Raises:
@@ -262,17 +269,34 @@ def apply(measurements: Measurements, step: PruneWidth) -> Decoder:
     decoder = measurements.decoder
     if width_sizes(decoder, stock=step.stock, bias=step.bias) != step.sizes:
         raise InputError("this width-pruning step was made for a model of another shape; make a new plan for this one.")
-    return prune_width(
+    if step.repair:
+        _warn_of_few_tokens(decoder, measurements.need_windows())
+    pruned = prune_width(
         decoder,
         measurements.need_windows(),
         step.widths,
         _chooser(measurements, step.choose),
         stock=step.stock,
-        repair=step.repair,
-        bias=step.bias,
+        refit=Refit(repair=step.repair, ridge=step.ridge, bias=step.bias),
         gram=step.repair or step.choose == "brain-surgeon",
         options=measurements.options,
     )
+    return Applied(pruned.decoder, {"repair": pruned.fits} if pruned.fits else {})
+
+
+def _warn_of_few_tokens(decoder: Decoder, windows: Windows) -> None:
+    """Say how many windows a fit of the widest projection wants."""
+    widths = [block_widths(decoder, block) for block in range(decoder.block_count)]
+    inputs = max(max(one.channels, one.heads * one.head_size) for one in widths)
+    wanted = _TOKENS_PER_INPUT * inputs
+    if windows.token_count < wanted:
+        count = math.ceil(wanted * len(windows) / windows.token_count)
+        warnings.warn(
+            f"repair: {windows.token_count:,} calibration tokens are few for projections of {inputs:,} inputs; "
+            f"{count} windows of {windows.seq_len} tokens would be {_TOKENS_PER_INPUT} for each.",
+            SecateurWarning,
+            stacklevel=4,
+        )
 
 
 _SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {
@@ -315,6 +339,8 @@ def _of_head_units(scores: torch.Tensor, dense: BlockWidths, *, groups: int) -> 
 
 
 def _surgeon(_: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
-    assert sums.gram is not None
+    """Choose greedily; the ridge stays small: with that of the repair, channels that few tokens rely on are lost."""
+    moments = sums.moments
+    assert moments is not None
     batch = max(1, units.shape[0] * units.shape[1] // _OBS_BATCHES)
-    return cheapest_to_lose(weight, sums.gram, units, keep, batch=batch)
+    return cheapest_to_lose(weight, moments.gram, units, keep, batch=batch)

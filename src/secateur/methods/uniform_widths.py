@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PositiveFloat
 
 from secateur.errors import InputError, ModelError
 from secateur.methods.budget import Budget, choose_size
@@ -201,7 +201,12 @@ class WidthSettings(Settings):
     rounding: int | None = Field(
         None, ge=1, description="channels stay in multiples of this; by itself 256, 64, 8 or 1, by the MLP's width"
     )
-    repair: bool = Field(True, description="fit what writes by least squares to what it wrote before")
+    repair: bool = Field(
+        True, description="fit what writes by least squares, where that serves windows held out of the fit"
+    )
+    ridge: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="pull of the fit toward the weights as they are; by default chosen on windows held out"
+    )
 
     def own_amount(self) -> Budget | None:
         """Return the papers' ratio."""

@@ -95,7 +95,8 @@ class PruneWidth(Step):
         widths: what each block keeps.
         choose: what decides which of a block's units go.
         stock: the result keeps its architecture, a stock one unless it has the modelling file; else it gets that.
-        repair: projections that write are fitted by least squares to what they wrote before.
+        repair: projections that write are fitted by least squares, where that serves windows held out of the fit.
+        ridge: of that fit; "auto" is chosen on windows held out.
         bias: what a constant can make up for goes into biases; only where the result has a place for them.
         without_bias: blocks in which something that writes has no place for one.
         rounding: channels were rounded to multiples of this.
@@ -109,6 +110,7 @@ class PruneWidth(Step):
     choose: Choice
     stock: bool
     repair: bool = True
+    ridge: float | Literal["auto"] = "auto"
     bias: bool = False
     without_bias: int = 0
     rounding: int = Field(1, ge=1)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from secateur.calibration.folds import folds_of
 from secateur.calibration.inputs import InputSums
+from secateur.data.windows import Windows
 from secateur.scores.unit_scores import cheapest_to_lose, forget
-from secateur.surgery.width.repair import RIDGE, rewritten, strength
+from secateur.surgery.width.repair import GRID, RIDGE, UNJUDGED, choose_fit, described, rewritten, strength
 
 STAY = torch.tensor([True, False, True, True, False, True, True, False])
 
@@ -129,3 +131,118 @@ def test_the_greedy_choice_by_hand(units, keep):
 def test_batches_take_no_more_than_may_go():
     found = cheapest_to_lose(drawn(5, 8), inputs().T @ inputs(), torch.arange(8).view(2, 4, 1), 3, batch=5)
     assert found.sum(dim=1).tolist() == [3, 3]
+
+
+# Cross-validation
+
+
+def summed_apart(fit, held_out, fit_weight=None, held_weight=None):
+    """Sums of tokens that are fitted and of others that are held out, fed together in two parts."""
+    sums = InputSums(fit.shape[1], torch.device("cpu"))
+    x, held = torch.cat([fit, held_out]), torch.arange(len(fit) + len(held_out)) >= len(fit)
+    weights = [torch.ones(len(one)) if w is None else w for one, w in ((fit, fit_weight), (held_out, held_weight))]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(4))
+    for rows in order.split(33):
+        sums.update(x[rows], torch.zeros(len(rows), dtype=torch.long), torch.cat(weights)[rows].double(), held[rows])
+    return sums
+
+
+def by_hand(fit, w, held_out, v, weight, ridge, *, constant=False):
+    """The weighted error on the tokens held out of a fit made with a tall matrix, relative to what W writes."""
+    mean = (w[:, None] * fit).sum(dim=0) / w.sum() if constant else torch.zeros(8, dtype=fit.dtype)
+    x, y = (w.sqrt()[:, None] * (fit - mean)), v.sqrt()[:, None] * (held_out - mean)
+    found = weight * STAY
+    if ridge is not None:
+        root = (ridge * (x.T @ x).diagonal().mean()).sqrt()
+        tall = torch.cat([x[:, STAY], root * torch.eye(5, dtype=x.dtype)])
+        target = torch.cat([x @ weight.T, root * weight[:, STAY].T])
+        found[:, STAY] = torch.linalg.lstsq(tall, target).solution.T
+    return float((y @ (weight - found).T).square().sum() / (v[:, None] * (held_out @ weight.T).square()).sum())
+
+
+@pytest.mark.parametrize("tokens", [12, 24, 400])
+def test_the_ridge_is_the_one_that_serves_the_tokens_held_out_best(tokens):
+    fit, held_out, weight = inputs(tokens) + drawn(tokens, 8, seed=7), inputs(50) + drawn(50, 8, seed=8), drawn(5, 8)
+    w, v = drawn(tokens, seed=5).abs() + 0.1, drawn(50, seed=6).abs() + 0.1
+    errors = {ridge: by_hand(fit, w, held_out, v, weight, ridge) for ridge in (None, *GRID)}
+    best = min(errors, key=errors.get)
+    sums = summed_apart(fit, held_out, w, v)
+    found = choose_fit(weight, sums, STAY, repair=True, bias=False)
+    assert found.ridge == best
+    assert (found.error, found.plain) == pytest.approx((errors[best], errors[None]))
+    both, heavy = torch.cat([fit, held_out]), torch.cat([w, v]).sqrt()[:, None]
+    refitted = rewritten(weight, summed(heavy * both), STAY, repair=True, bias=False, ridge=best)[0]
+    torch.testing.assert_close(found.applied(weight, sums, STAY)[0], refitted)
+
+
+def test_more_tokens_want_less_ridge():
+    weight, chosen = drawn(5, 8), []
+    for tokens in (6, 24, 4000):
+        x = inputs(tokens) + 0.3 * drawn(tokens, 8, seed=7)
+        sums = summed_apart(x, inputs(50) + 0.3 * drawn(50, 8, seed=8))
+        chosen.append(choose_fit(weight, sums, STAY, repair=True, bias=False).ridge)
+    assert chosen[0] > chosen[1] > chosen[2]
+
+
+def test_a_repair_that_serves_other_text_worse_is_not_made():
+    """What goes equals a channel that stays in the fit, and its opposite in the text held out."""
+    fit, held_out, weight = drawn(200, 8), drawn(50, 8, seed=1), drawn(5, 8, seed=2)
+    fit[:, 1], held_out[:, 1] = fit[:, 0], -held_out[:, 0]
+    fit[:, 4], held_out[:, 4] = fit[:, 2], -held_out[:, 2]
+    fit[:, 7], held_out[:, 7] = fit[:, 3], -held_out[:, 3]
+    sums = summed_apart(fit, held_out)
+    found = choose_fit(weight, sums, STAY, repair=True, bias=False)
+    assert (found.ridge, found.error) == (None, found.plain)
+    assert torch.equal(found.applied(weight, sums, STAY)[0], weight * STAY)
+    assert choose_fit(
+        weight, summed_apart(fit, drawn(50, 8, seed=1) * 0 + fit[:50]), STAY, repair=True, bias=False
+    ).ridge
+
+
+def test_a_bias_is_put_in_only_where_it_serves_the_tokens_held_out():
+    weight = drawn(5, 8, seed=2)
+    fit, same, opposite = inputs(400, mean=3.0), inputs(50, mean=3.0), inputs(50, mean=-3.0)
+    one = torch.ones(400, dtype=fit.dtype), torch.ones(50, dtype=fit.dtype)
+    found = choose_fit(weight, summed_apart(fit, same), STAY, repair=True, bias=True)
+    errors = {r: by_hand(fit, one[0], same, one[1], weight, r, constant=True) for r in (None, *GRID)}
+    assert (found.bias, found.ridge) == (True, min(errors, key=errors.get))
+    assert found.error == pytest.approx(min(errors.values()))
+    assert not choose_fit(weight, summed_apart(fit, opposite), STAY, repair=True, bias=True).bias
+
+
+def test_without_tokens_held_out_the_ridge_is_fixed():
+    sums, weight = summed(inputs()), drawn(5, 8, seed=2)
+    assert choose_fit(weight, sums, STAY, repair=True, bias=True).ridge == UNJUDGED
+    assert choose_fit(weight, sums, STAY, repair=True, bias=True, ridge=0.5).ridge == 0.5
+    assert choose_fit(weight, sums, STAY, repair=False, bias=True).ridge is None
+    silent = summed_apart(inputs(), torch.zeros(5, 8, dtype=torch.float64))
+    assert choose_fit(weight, silent, STAY, repair=True, bias=False).ridge == UNJUDGED
+
+
+def test_what_was_chosen_is_told_for_one_projection_or_for_all_experts():
+    weight, sums = drawn(5, 8), summed_apart(inputs(400), inputs(50))
+    fit = choose_fit(weight, sums, STAY, repair=True, bias=False)
+    assert described([fit]) == {
+        "ridge": fit.ridge,
+        "error": round(fit.error, 5),
+        "error_without_repair": round(fit.plain, 5),
+    }
+    assert described([fit, fit])["ridge"] == [fit.ridge, fit.ridge]
+
+
+# Which windows are held out
+
+
+def test_windows_are_held_out_by_source_and_sources_weigh_the_same():
+    source_of = torch.tensor([0, 1, 0, 0, 1, 0, 2, 0, 1, 0, 0, 0, 1])
+    mask = torch.ones(13, 6, dtype=torch.bool)
+    mask[1, 3:] = False
+    windows = Windows(torch.ones(13, 6, dtype=torch.long), mask, "a,b,c", "", 0, False, (), part_of=source_of)
+    folds = folds_of(windows)
+    assert folds.held_out.nonzero().flatten().tolist() == [5, 11, 12]
+    of_sources = [float((folds.weight * mask.sum(dim=1))[source_of == one].sum()) for one in range(3)]
+    assert of_sources == pytest.approx([1.0] * 3)
+    assert len({round(one, 9) for one in folds.weight[source_of == 1].tolist()}) == 1
+    alone = folds_of(windows.some([0, 2, 3]))
+    assert not alone.held_out.any()
+    assert folds.slice(4, 3).held_out.tolist() == [False, True, False]

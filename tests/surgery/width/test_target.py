@@ -15,7 +15,7 @@ from secateur.models.families import FAMILIES
 from secateur.models.opening import empty_model
 from secateur.models.widths import block_widths
 from secateur.plan.steps import Widths
-from secateur.surgery.width.pruning import prune_width
+from secateur.surgery.width.pruning import Refit, prune_width
 from secateur.surgery.width.target import dense_widths, reason_against_heads, stock_config, width_sizes
 from tiny_models import FAMILIES as SUPPORTED
 from tiny_models import VARIANTS
@@ -53,7 +53,7 @@ def with_zeros(decoder, widths):
 
 
 def narrowed_and_expected(decoder, widths, *, stock):
-    found = prune_width(decoder, draw_windows(2, 8), widths, last_units, stock=stock, repair=False)
+    found = prune_width(decoder, draw_windows(2, 8), widths, last_units, stock=stock, refit=Refit(repair=False)).decoder
     assert found.parameter_count == width_sizes(decoder, stock=stock).sizes_at(widths).total
     tokens = draw_tokens(2, 12, seed=3)
     torch.testing.assert_close(
@@ -104,7 +104,7 @@ def test_uneven_models(name, tiny):
 def test_nothing_removed_is_the_same_model(tiny):
     for name in ("llama", "gpt2"):
         decoder = tiny(name)
-        same = prune_width(decoder, draw_windows(1, 4), dense_widths(decoder), last_units, stock=True)
+        same = prune_width(decoder, draw_windows(1, 4), dense_widths(decoder), last_units, stock=True).decoder
         assert torch.equal(forward(same.module, draw_tokens()), forward(decoder.module, draw_tokens()))
 
 

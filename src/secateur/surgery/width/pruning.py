@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from secateur.calibration.inputs import InputSums, collecting_inputs
+from secateur.calibration.folds import Folds, folds_of
+from secateur.calibration.inputs import Captured, InputSums, capturing_inputs
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.store import StateStore
 from secateur.calibration.walk import Batch, open_store, step, stored_start, through_block
@@ -29,8 +30,10 @@ from secateur.models.widths import BlockWidths, block_widths
 from secateur.plan.steps import Widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.width.coupling import Kept, Part
-from secateur.surgery.width.repair import rewritten
+from secateur.surgery.width.repair import Ridge, choose_fit, described
 from secateur.surgery.width.target import WidthAssembly
+
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,37 @@ def writer_weights(decoder: Decoder, index: int, part: Part) -> list[torch.Tenso
     return [weight.T if isinstance(found, Conv1D) else weight]
 
 
+@dataclass(frozen=True)
+class Refit:
+    """How the projections that write are fitted to the inputs that are left.
+
+    Attributes:
+        repair: by least squares, where that serves windows held out of the fit; else their columns are left out.
+        ridge: of that fit; "auto" is chosen on windows held out.
+        bias: put what a constant can make up for into biases, where the result has them.
+    """
+
+    repair: bool = True
+    ridge: Ridge = "auto"
+    bias: bool = False
+
+
+REFIT = Refit()
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model with fewer units in its blocks.
+
+    Attributes:
+        decoder: the model.
+        fits: for each part of a block that was fitted, the ridge and the errors on windows held out.
+    """
+
+    decoder: Decoder
+    fits: list[dict[str, Any]]
+
+
 @torch.no_grad()
 def prune_width(
     decoder: Decoder,
@@ -84,11 +118,10 @@ def prune_width(
     choose: Choose,
     *,
     stock: bool,
-    repair: bool = True,
-    bias: bool = False,
+    refit: Refit = REFIT,
     gram: bool = True,
     options: RunOptions = DEFAULTS,
-) -> Decoder:
+) -> Pruned:
     """Narrow every block.
 
     Args:
@@ -97,24 +130,25 @@ def prune_width(
         widths: what each block keeps.
         choose: says which units stay.
         stock: keep the architecture, or write the modelling file.
-        repair: fit what writes by least squares.
-        bias: put what a constant can make up for into biases, where the result has them.
+        refit: how the projections that write are fitted to what is left.
         gram: gather the products of inputs, which repair and some choices read.
-        batch_size: windows per batch.
-        progress: shows how far it is.
+        options: batch size and progress.
 
     Raises:
         ModelError: the family cannot be narrowed, or not like this.
         NumericsError: NaN or infinity on the way.
     """
-    target = WidthAssembly(decoder, widths, stock=stock, bias=bias)
+    target = WidthAssembly(decoder, widths, stock=stock, bias=refit.bias)
+    folds = folds_of(windows) if gram else None
+    fits: list[dict[str, Any]] = []
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, options.batch_size)
         for index in options.progress(range(decoder.block_count), "narrowing block by block", decoder.block_count):
             with decoder.block(index):
-                walk = _Block(decoder, index, widths[index], batches, store, target, repair, bias, gram)
+                walk = _Block(decoder, index, widths[index], batches, store, target, refit, folds)
                 walk.narrow(choose)
-    return target.finish()
+                fits += walk.fits
+    return Pruned(target.finish(), fits)
 
 
 @dataclass
@@ -127,9 +161,9 @@ class _Block:
     batches: list[Batch]
     store: StateStore
     target: WidthAssembly
-    repair: bool
-    bias: bool
-    gram: bool
+    refit: Refit
+    folds: Folds | None
+    fits: list[dict[str, Any]] = field(default_factory=list)
 
     def narrow(self, choose: Choose) -> None:
         """Choose, refit, take the batches through, and hand the block over."""
@@ -144,7 +178,7 @@ class _Block:
         edits: dict[str, torch.Tensor] = {}
         for parts in stages:
             with _holding(self.block, edits):
-                measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, gram=self.gram)
+                measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, self.folds)
             for part, sums in measured.items():
                 edits |= self._edit(part, sums, choose, kept, dense)
         with _holding(self.block, edits):
@@ -159,9 +193,9 @@ class _Block:
         self, part: Part, sums: list[InputSums], choose: Choose, kept: Kept, dense: BlockWidths
     ) -> dict[str, torch.Tensor]:
         """Choose what stays of one part, note it in `kept`, and give the projection that writes as it is then."""
-        bias = self.bias and self.target.writes_bias(self.index, part)
+        bias = self.refit.bias and self.target.writes_bias(self.index, part)
         units, keep = units_of(part, dense, self.keep)
-        written, shifts = [], []
+        written, shifts, fits = [], [], []
         weights = writer_weights(self.decoder, self.index, part)
         for expert, (weight, one) in enumerate(zip(weights, sums, strict=True)):
             weight, units = weight.to(one.total.device), units.to(one.total.device)
@@ -169,9 +203,12 @@ class _Block:
             stay = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
             stay[units[chosen].flatten()] = True
             _note(kept, part, expert, chosen.cpu(), dense, self.keep)
-            weight, shift = rewritten(weight, one, stay, repair=self.repair, bias=bias)
+            fits.append(choose_fit(weight, one, stay, repair=self.refit.repair, bias=bias, ridge=self.refit.ridge))
+            weight, shift = fits[-1].applied(weight, one, stay)
             written.append(weight)
             shifts.append(shift)
+        if self.refit.repair:
+            self.fits.append({"block": self.index, "part": part, **described(fits)})
         return self._parameters(part, written, shifts[0])
 
     def _parameters(
@@ -220,20 +257,50 @@ def units_of(part: Part, dense: BlockWidths, keep: Widths) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def measure_inputs(
-    decoder: Decoder, index: int, parts: Sequence[Part], batches: Sequence[Batch], store: StateStore, *, gram: bool
+    decoder: Decoder,
+    index: int,
+    parts: Sequence[Part],
+    batches: Sequence[Batch],
+    store: StateStore,
+    folds: Folds | None = None,
 ) -> dict[Part, list[InputSums]]:
-    """Run block `index`, its weights present, on the states in the store, and sum up what enters what writes."""
+    """Run block `index`, its weights present, on the states in the store, and sum up what enters what writes.
+
+    With `folds` also what a fit reads: a token weighs 1 / ‖h‖² there, h the residual stream that leaves the block, by
+    whose length the next norm divides; else the few tokens with massive activations (Sun et al. 2024, "Massive
+    Activations in Large Language Models") outweigh all others.
+    """
     block = decoder.block_list[index]
-    sums = {part: new_sums(decoder, index, part, gram=gram) for part in parts}
+    sums = {part: new_sums(decoder, index, part, gram=folds is not None) for part in parts}
+    first = 0
     for batch in batches:
         with ExitStack() as hooks:
-            for part, into in sums.items():
-                hooks.enter_context(collecting_inputs(block, writer_of(decoder, index, part), batch, into))
-            step(decoder, index, batch, store.get(batch.index))
+            captured = {
+                part: hooks.enter_context(capturing_inputs(block, writer_of(decoder, index, part), batch, len(into)))
+                for part, into in sums.items()
+            }
+            hidden = step(decoder, index, batch, store.get(batch.index))
+        own = None if folds is None else folds.slice(first, len(batch.tokens))
+        for part, found in captured.items():
+            for inputs in found:
+                _add(sums[part][inputs.expert], inputs, hidden, own)
+        first += len(batch.tokens)
     for part, into in sums.items():
         for one in into:
             one.require_finite(f"what enters {writer_of(decoder, index, part)} of block {index}")
     return sums
+
+
+def _add(sums: InputSums, captured: Captured, hidden: torch.Tensor, folds: Folds | None) -> None:
+    """Add what was captured in a batch, from which the states `hidden` (windows, positions, d) came."""
+    window = captured.rows // hidden.shape[1]
+    if folds is None:
+        sums.update(captured.inputs, window)
+        return
+    states = hidden.flatten(0, 1)[captured.rows.to(hidden.device)].to(sums.total.device).double()
+    length = states.square().mean(dim=1).clamp_min(_TINY)
+    weight = folds.weight.to(length.device)[window.to(length.device)] / length
+    sums.update(captured.inputs, window, weight, folds.held_out[window])
 
 
 @contextmanager

@@ -1,25 +1,77 @@
-"""What is left of a projection when some of its inputs go: closed-form least squares (METHODS §8b).
+"""What is left of a projection when some of its inputs go: closed-form least squares whose ridge is cross-validated.
 
-With the Gram matrix G = Σ x xᵀ of the inputs over calibration tokens, and K the inputs that stay, R those that go:
+With the Gram matrix G = Σ w x xᵀ of the inputs over calibration tokens, and K the inputs that stay, R those that go:
 
     W'_K = W_K + W_R G[R,K] (G[K,K] + λI)⁻¹,    λ = ridge · mean diagonal of G,
 
-which minimises Σ ‖W x − W'_K x_K‖² + λ ‖W'_K − W_K‖². For λ → 0 this is `W G[:,K] G[K,K]⁻¹`. Departure from §8b, whose
-`W G[:,K] (G[K,K] + λI)⁻¹` pulls W' toward 0: here it is pulled toward the plain slice, so that with nothing removed
-nothing changes, an expert that few tokens came by keeps what it knew, and greedy selection, which works with the
-inverse of G + λI, ends at the same weights. On the bundled model both give the same perplexity.
+which minimises Σ w ‖W x − W'_K x_K‖² + λ ‖W'_K − W_K‖². The ridge pulls toward the plain slice, not toward 0, so that
+with nothing removed nothing changes, an expert that few tokens came by keeps what it knew, and greedy selection, which
+works with the inverse of G + λI, ends at the same weights.
+
+A least-squares fit learns the domain of its texts and forgets others. So λ is the one that serves windows held out of
+the fit best, and a projection whose fit serves them worse than the plain slice keeps that.
 
 With a bias the inputs are taken from their means: `b' = b + W μ − W'_K μ_K`. Without repair that is what FLAP adds.
-Legend: W is (out, n), float64; G (n, n), μ (n,).
+
+Sources: Hassibi & Stork 1993, "Second order derivatives for network pruning: Optimal Brain Surgeon"; Kurtic et al.
+2023, "ZipLM". Choosing λ on held-out text is not theirs. Legend: W is (out, n), float64; G and H (n, n), μ (n,).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
 from secateur.calibration.inputs import InputSums
 
 RIDGE = 1e-3
+UNJUDGED = 0.1
+"""Ridge where nothing was held out to choose one by: about what is chosen for models that people use."""
+GRID = tuple(10 ** (half / 2) for half in range(-8, 3))
+"""Ridges that cross-validation tries: 1e-4 … 10."""
+
+Ridge = float | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a projection is fitted, and how well that serves tokens that took no part in the fit.
+
+    Attributes:
+        ridge: λ in mean diagonals of G; None keeps the plain slice.
+        bias: whether a constant makes up for a part.
+        error: Σ w ‖W x − W'_K x_K‖² / Σ w ‖W x‖² over tokens held out; None where none were.
+        plain: the same of the plain slice.
+    """
+
+    ridge: float | None
+    bias: bool
+    error: float | None = None
+    plain: float | None = None
+
+    def applied(
+        self, weight: torch.Tensor, sums: InputSums, stay: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what `rewritten` does with this ridge and bias."""
+        if self.ridge is None:
+            return rewritten(weight, sums, stay, repair=False, bias=self.bias)
+        return rewritten(weight, sums, stay, repair=True, bias=self.bias, ridge=self.ridge)
+
+
+def described(fits: Sequence[Fit]) -> dict[str, Any]:
+    """Return what was chosen for a projection, or for those of all experts in lists, ready for JSON."""
+    rows = [
+        {
+            "ridge": fit.ridge,
+            "error": None if fit.error is None else round(fit.error, 5),
+            "error_without_repair": None if fit.plain is None else round(fit.plain, 5),
+        }
+        for fit in fits
+    ]
+    return rows[0] if len(rows) == 1 else {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def strength(gram: torch.Tensor, ridge: float = RIDGE) -> float:
@@ -28,10 +80,68 @@ def strength(gram: torch.Tensor, ridge: float = RIDGE) -> float:
     return ridge * scale if scale > 0 else 1.0
 
 
+def choose_fit(
+    weight: torch.Tensor, sums: InputSums, stay: torch.Tensor, *, repair: bool, bias: bool, ridge: Ridge = "auto"
+) -> Fit:
+    """Choose ridge and bias by what they leave on the tokens held out; a number is taken as it is, without a choice.
+
+    Args:
+        weight: W, (out, n), float64.
+        sums: sums over its inputs.
+        stay: which inputs stay, (n,) bool.
+        repair: whether least squares may make up for the others.
+        bias: whether a constant may.
+        ridge: λ in mean diagonals of G, or "auto"; where nothing was held out that is 0.1.
+    """
+    if not repair:
+        return Fit(None, bias)
+    assert sums.fitted is not None, "repair needs the Gram matrix"
+    if ridge != "auto":
+        return Fit(ridge, bias)
+    if sums.held_out is None:
+        return Fit(UNJUDGED, bias)
+    size = float(torch.sum((weight @ sums.held_out.gram) * weight))
+    if size <= 0:
+        return Fit(UNJUDGED, bias)
+    found = []
+    for constant in (False, True) if bias else (False,):
+        point = sums.fitted.mean() if constant else torch.zeros_like(sums.total)
+        plain, errors = held_out_errors(weight, sums.fitted.gram_about(point), sums.held_out.gram_about(point), stay)
+        found += [(plain, None, constant), *((error, one, constant) for error, one in zip(errors, GRID, strict=True))]
+    error, best, constant = min(found, key=lambda one: one[0])
+    return Fit(best, constant, error / size, found[0][0] / size)
+
+
+def held_out_errors(
+    weight: torch.Tensor, gram: torch.Tensor, held_out: torch.Tensor, stay: torch.Tensor
+) -> tuple[float, list[float]]:
+    """Return what the plain slice, and the repair at each ridge of the grid, miss on the tokens held out.
+
+    With G[K,K] = U diag(e) Uᵀ and C = W_R G[R,K] U, the repair at λ adds Δ = C diag(s) Uᵀ to W_K, s = 1 / (e + λ), and
+
+        Σ w ‖W x − W'_K x_K‖² = tr W_R H[R,R] W_Rᵀ − 2 Σ_i s_i (Cᵀ W_R H[R,K] U)_ii + sᵀ (CᵀC ∘ Uᵀ H[K,K] U) s,
+
+    so one eigendecomposition serves all λ. G is of the tokens that are fitted, H of those held out.
+    """
+    kept, gone = stay.nonzero().flatten(), (~stay).nonzero().flatten()
+    lost = weight[:, gone]
+    values, vectors = torch.linalg.eigh(gram[kept][:, kept])
+    turned = lost @ gram[gone][:, kept] @ vectors
+    wanted = lost @ held_out[gone][:, kept] @ vectors
+    plain = float(torch.sum((lost @ held_out[gone][:, gone]) * lost))
+    linear = (turned * wanted).sum(dim=0)
+    square = (turned.T @ turned) * (vectors.T @ held_out[kept][:, kept] @ vectors)
+    errors = []
+    for ridge in GRID:
+        shrunk = 1 / (values.clamp_min(0) + strength(gram, ridge))
+        errors.append(plain - 2 * float(shrunk @ linear) + float(shrunk @ square @ shrunk))
+    return plain, errors
+
+
 def rewritten(
     weight: torch.Tensor, sums: InputSums, stay: torch.Tensor, *, repair: bool, bias: bool, ridge: float = RIDGE
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the projection whose inputs `stay` are all it reads.
+    """Return the projection whose inputs `stay` are all it reads, fitted on all tokens.
 
     Args:
         weight: W, (out, n), float64.
@@ -47,10 +157,10 @@ def rewritten(
     result = torch.zeros_like(weight)
     kept, gone = stay.nonzero().flatten(), (~stay).nonzero().flatten()
     result[:, kept] = weight[:, kept]
-    mean = sums.mean()
-    if repair and len(gone):
-        assert sums.gram is not None, "repair needs the Gram matrix"
-        gram = sums.gram - sums.tokens * torch.outer(mean, mean) if bias else sums.gram
+    moments = sums.moments if repair else None
+    mean = sums.mean() if moments is None else moments.mean()
+    if moments is not None and len(gone):
+        gram = moments.gram_about(mean) if bias else moments.gram
         left = gram[kept][:, kept]
         left.diagonal().add_(strength(gram, ridge))
         factor = torch.linalg.cholesky(left)
