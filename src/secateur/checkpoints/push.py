@@ -193,7 +193,7 @@ def _upload(api: HfApi, folder: Path, summary: dict[str, Any], token: str | None
         raise InputError(f"{repo}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it.") from error
     except (HTTPError, OSError) as error:
         raise InputError(
-            f"{repo}: the Hub refused the upload ({first_line(error)}). Log in with `hf auth login`, or set HF_TOKEN to "
-            "a token that may write there; the same command resumes where it stopped."
+            f"{repo}: the Hub refused the upload ({first_line(error)}). Log in with `hf auth login`, or set HF_TOKEN "
+            "to a token that may write there; the same command resumes where it stopped."
         ) from error
     return str(commit.commit_url)

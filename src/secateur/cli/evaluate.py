@@ -11,7 +11,7 @@ from secateur.cli.options import Asking, HeldOut, Opening, Output, Rounds, group
 from secateur.cli.tables import results_tables, showing_progress
 from secateur.cli.terminal import ModelArg, announce, err, keep, opened, target
 from secateur.jobs.bench import BenchJob
-from secateur.jobs.evaluate import EvaluateJob
+from secateur.jobs.evaluate import PERPLEXITY, EvaluateJob
 from secateur.run_options import RunOptions
 
 
@@ -23,6 +23,9 @@ def evaluate(
     opening: Opening,
     output: Output,
     against: Annotated[str | None, typer.Option(help="The dense model, measured in the same run.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="What is measured on the texts (repeatable). (default: perplexity)")
+    ] = None,
 ) -> None:
     """Measure perplexity on held-out text, or tasks (or both), of the model and of the dense one in one run."""
     folder = target(output.out, model, "eval")
@@ -35,7 +38,10 @@ def evaluate(
             check_target(folder, reads=one.folder)
     with showing_progress(err) as progress:
         options = reading.options(progress)
-        job = EvaluateJob.prepare(decoder, against=dense, **reading.fields(), tasks=asked, options=options)
+        names = tuple(metric or PERPLEXITY)
+        job = EvaluateJob.prepare(
+            decoder, against=dense, **reading.fields(), tasks=asked, metrics=names, options=options
+        )
         announce(job.cost())
         if output.dry_run:
             return

@@ -42,7 +42,6 @@ from secateur.jobs.score import ScoreJob
 from secateur.models.decoder import Decoder
 from secateur.models.dtypes import dtype_named
 from secateur.plan.plan import Plan
-from secateur.plan.steps import MergeBlocks
 from secateur.progress import Progress
 from secateur.reporting.pictures import draw_scores, draw_windows
 from secateur.scores.profile import KINDS, ONE_PASS, Kind
@@ -262,7 +261,7 @@ def _keeping(work: Path, out: Path) -> Iterator[None]:
 
 def _draw_merged(job: PlanJob, made: Plan, path: Path) -> None:
     """Draw the windows that a plan merges on the model's CKA map, measuring CKA unless the scores hold it."""
-    windows = [window for step in made.steps[:1] if isinstance(step, MergeBlocks) for window in step.windows]
+    windows = [window for step in made.steps[:1] for window in step.merged_spans]
     if not windows or process_count() > 1 or job.windows is None:
         return
     try:

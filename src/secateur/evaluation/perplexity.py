@@ -9,24 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from secateur.data.windows import Windows
-from secateur.evaluation.metrics.metric import measure
 from secateur.evaluation.results import Result, result_of
 from secateur.models.decoder import Decoder
-from secateur.run_options import DEFAULTS, RunOptions
 
 GEOMEAN = "perplexity_ratio_geomean"
 """Geometric mean over sources of a model's perplexity divided by the dense model's."""
-
-
-def measure_perplexity(model: Decoder, role: str, windows: Windows, options: RunOptions = DEFAULTS) -> Result:
-    """Measure the perplexity of one model on windows, block by block for a skeleton.
-
-    Raises:
-        NumericsError: NaN or infinity on the way; it never becomes a perplexity.
-    """
-    (result,) = measure(("perplexity",), model, role, windows, options)
-    return result
 
 
 def mean_ratio(model: Decoder, results: Sequence[Result]) -> list[Result]:
@@ -35,7 +22,7 @@ def mean_ratio(model: Decoder, results: Sequence[Result]) -> list[Result]:
     `spread` holds the best ratio as `low` and the worst as `high`, `settings` each source's.
     """
     found: dict[str, dict[str, Result]] = {}
-    for one in results:
+    for one in (one for one in results if one.measure == "perplexity"):
         found.setdefault(one.texts["fingerprint"], {})[one.role] = one
     pairs = [(both["model"], both["against"]) for both in found.values() if len(both) == 2]
     if len(pairs) < 2:

@@ -28,13 +28,13 @@ class Reference:
     results: tuple[Result, ...] = ()
     answers: tuple[Outcome, ...] = ()
 
-    def perplexity_on(self, windows: Windows) -> list[Result]:
-        """Return the perplexity on these windows, if any was measured.
+    def metrics_on(self, windows: Windows, names: Sequence[str]) -> list[Result]:
+        """Return what was measured on these windows by the metrics of these names, if anything was.
 
         Raises:
             InputError: it was measured on other texts only.
         """
-        found = [one for one in self.results if one.measure == "perplexity"]
+        found = [one for one in self.results if one.task is None and one.measure in names]
         same = [one for one in found if one.texts.get("fingerprint") == windows.fingerprint]
         if found and not same:
             before = f"{found[0].texts.get('source')}, {found[0].texts.get('fingerprint')}"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from secateur.data.texts import Count, Texts, windows_by_source
 from secateur.data.windows import Windows
 from secateur.errors import InputError
-from secateur.evaluation.perplexity import mean_ratio, measure_perplexity
+from secateur.evaluation.metrics.metric import METRICS, measure
+from secateur.evaluation.perplexity import mean_ratio
 from secateur.evaluation.reference import Reference
 from secateur.evaluation.results import Result
 from secateur.evaluation.tasks import TaskRequest, ask_tasks, task_results
@@ -17,6 +18,7 @@ from secateur.jobs.job import Job, function_of
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 
+PERPLEXITY = ("perplexity",)
 Tasks = str | Sequence[str] | TaskRequest | None
 """Names of tasks, or a `TaskRequest`, or None."""
 
@@ -30,6 +32,7 @@ class EvaluateJob(Job[list[Result]]):
         against: the dense model, or its earlier measurements; None compares with nothing.
         sources: held-out windows for perplexity, of each source; empty skips perplexity.
         tasks: tasks to run; None runs none.
+        metrics: what is measured on the windows, by name.
         options: run options.
     """
 
@@ -37,6 +40,7 @@ class EvaluateJob(Job[list[Result]]):
     against: Decoder | Reference | None
     sources: tuple[Windows, ...]
     tasks: TaskRequest | None
+    metrics: tuple[str, ...]
     options: RunOptions
 
     @classmethod
@@ -49,6 +53,7 @@ class EvaluateJob(Job[list[Result]]):
         windows: Count = 64,
         seq_len: int | None = None,
         tasks: Tasks = None,
+        metrics: Sequence[str] = PERPLEXITY,
         options: RunOptions = DEFAULTS,
     ) -> EvaluateJob:
         """Measure perplexity on held-out text, and tasks, of a model and of the one it is compared with, in one run.
@@ -65,6 +70,7 @@ class EvaluateJob(Job[list[Result]]):
             tasks: names such as `stdlib-cloze`, `commonsense` (the seven of the papers) or `piqa,arc_easy`, any of
                 lm-evaluation-harness, and folders with tasks in its form; or a `TaskRequest` that says how many
                 questions and whether stability is measured. A skeleton is read into memory for them.
+            metrics: what is measured on the windows: `perplexity`, and what installed packages add.
             options: seed of the choice of examples, windows or questions per batch, progress.
 
         Returns:
@@ -77,15 +83,18 @@ class EvaluateJob(Job[list[Result]]):
             NumericsError: NaN or infinity on the way; it never becomes a number.
         """
         asked = None if tasks is None else TaskRequest.of(tasks)
+        names = tuple(metrics)
+        for name in names:
+            METRICS.find(name)
         if isinstance(against, Decoder):
             require_same_vocabulary(model, against)
         if asked is not None and asked.stability and against is None:
             raise InputError("stability compares two models; name the dense one (--against).")
         if asked is not None and texts is None:
-            return cls(model, against, (), asked, options)
+            return cls(model, against, (), asked, names, options)
         writer = against if isinstance(against, Decoder) and against.tokenizer is not None else model
         read = windows_by_source(writer, texts, windows=windows, seq_len=seq_len, progress=options.progress)
-        return cls(model, against, read, asked, options)
+        return cls(model, against, read, asked, names, options)
 
     @property
     def models(self) -> dict[str, Decoder]:
@@ -116,8 +125,9 @@ class EvaluateJob(Job[list[Result]]):
             asked += known.results_on(own)
         read: list[Result] = []
         for windows in self.sources:
-            read += [measure_perplexity(one, role, windows, self.options) for role, one in self.models.items()]
-            read += known.perplexity_on(windows)
+            for role, one in self.models.items():
+                read += measure(self.metrics, one, role, windows, self.options)
+            read += known.metrics_on(windows, self.metrics)
         ratios = mean_ratio(self.model, read) if self.model is not None else []
         return read + ratios + asked
 
@@ -182,7 +192,7 @@ def measure_reference(
         InputError, NumericsError: as `evaluate`.
     """
     read = windows_by_source(model, texts, windows=windows, seq_len=seq_len, progress=options.progress)
-    results = [measure_perplexity(model, "against", one, options) for one in read]
+    results = [found for one in read for found in measure(PERPLEXITY, model, "against", one, options)]
     if tasks is None:
         return Reference(tuple(results))
     asked, models = TaskRequest.of(tasks), {"against": model}

@@ -95,6 +95,11 @@ class MergeBlocks(Step):
         """Return the sizes with one block in the place of each window."""
         return sizes.with_blocks(self.kept_blocks(len(sizes.blocks)))
 
+    @property
+    def merged_spans(self) -> tuple[Span, ...]:
+        """The windows."""
+        return self.windows
+
     def describe(self) -> tuple[str, str]:
         """Name the windows."""
         windows = ", ".join(f"{low} to {high}" for low, high in sorted(self.windows))

@@ -130,6 +130,11 @@ class Step(BaseModel, ABC):
             changes[place] = BlockChange(state="reduced", text=", ".join(parts), share=share)
         return changes
 
+    @property
+    def merged_spans(self) -> tuple[tuple[int, int], ...]:
+        """First and last block of each run of neighbours that becomes one block."""
+        return ()
+
     def forwards(self, tokens: int) -> float:
         """What applying it costs, in plain forward passes over the calibration windows, which hold so many tokens."""
         return 0.0
