@@ -203,7 +203,7 @@ def _records(name: str) -> list[Record]:
 def _variants(method: str) -> dict[Variant, dict[Any, Record]]:
     """Return a method's measurements by settings and amount (blocks, or share of the parameters)."""
     found: dict[Variant, dict[Any, Record]] = {}
-    for name in ("methods_table", "slicing_table", "narrow_table"):
+    for name in ("methods_table", "slicing_table", "width_table"):
         for one in _records(name):
             given = dict(one["setting"])
             if given.pop("method") != method or "perplexity" not in one["found"]:

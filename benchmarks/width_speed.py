@@ -46,7 +46,7 @@ def main(windows: int = 8, length: int = 512, kept: int = 1536, rounds: int = 1)
         rounds,
     )
     setting = {"windows": windows, "seq_len": length, "width": 768, "blocks": 12, "kept": kept, "rounds": rounds}
-    keep("narrow_speed", setting, compare(seconds, "obs_width", "floor"))
+    keep("width_speed", setting, compare(seconds, "obs_width", "floor"))
 
 
 if __name__ == "__main__":

@@ -46,11 +46,11 @@ def main(only: list[str], windows: int = 32) -> None:
             try:
                 plan = secateur.make_plan(model, method=method, remove=amount, texts=calibration, settings=settings)
             except secateur.SecateurError as error:
-                keep("narrow_table", setting, {"refused": str(error)})
+                keep("width_table", setting, {"refused": str(error)})
                 continue
             found = secateur.evaluate(secateur.prune(model, plan, texts=calibration), texts=held_out)[0].value
             keep(
-                "narrow_table",
+                "width_table",
                 setting,
                 {
                     "removed": round(plan.removed_fraction, 4),
