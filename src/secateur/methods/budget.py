@@ -1,7 +1,7 @@
-"""One budget for all methods: how much has to go, and the candidate that comes closest.
+"""One budget for all methods: how much to remove, and the candidate that comes closest.
 
 A fraction is of all parameters, embeddings and shortcut matrices included, measured on the result (tied tensors count
-once). `remove` takes the closest non-zero cut; targets take the largest model that stays within them.
+once). `remove` takes the closest non-zero cut; targets take the largest model within them.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from secateur.methods.cost import Cost
 from secateur.plan.amount import Amount, gigabytes
 
 Native = Literal["blocks", "slice", "ratio"]
-"""What a method counts in by itself."""
+"""The native unit of a method."""
 
 Aim = Literal["blocks", "slice", "ratio", "remove", "target_params", "target_memory", "target_speedup", "own"]
 
 
 class TooSmall(InputError):
-    """Less is to go than the smallest cut of a method takes."""
+    """The request is below the smallest cut of a method."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much has to go.
+    """How much to remove.
 
     Attributes:
         aim: `blocks`: exactly that many blocks; `slice`: that fraction of the hidden directions; `ratio`: that fraction
-            of what stands inside blocks; `remove`: the closest non-zero cut to this fraction of all parameters;
-            `target_params`: the largest model that has no more than this many parameters; `target_memory`: the largest
-            whose weights and cache take no more than this many bytes; `target_speedup`: the smallest cut by which a
-            request is answered so many times as fast; `own`: what the method's own knob gives.
+            of what is inside blocks; `remove`: the closest non-zero cut to this fraction of all parameters;
+            `target_params`: the largest model with at most this many parameters; `target_memory`: the largest whose
+            weights and cache take at most this many bytes; `target_speedup`: the smallest cut that makes a request this
+            many times as fast; `own`: whatever the method's own setting gives.
         value: a number of blocks, a fraction in [0, 1) or (0, 1), a number of parameters or bytes, a factor above 1,
-            or the value of the knob.
-        knob: name of the method's setting that asks for it, if one does.
+            or the value of the setting.
+        knob: name of the method's setting that requests it, if one does.
         context: tokens in the cache that `target_memory` counts.
-        cost: what the model at hand weighs in bytes or seconds, where the aim is counted in those.
-        is_rest: whether it is what others left to do: half of the smallest cut is enough to make that one.
+        cost: cost of the current model in bytes or seconds, if the aim is in those units.
+        is_rest: whether it is the remainder left by other methods: half of the smallest cut is enough to make that cut.
     """
 
     aim: Aim
@@ -61,12 +61,12 @@ class Budget:
 
     @property
     def is_zero(self) -> bool:
-        """Whether nothing is to go, which is legal only in a method's own unit."""
+        """Whether nothing is to be removed, which is allowed only in a method's own unit."""
         return self.aim in ("blocks", "slice", "ratio") and self.value == 0
 
     @property
     def is_target(self) -> bool:
-        """Whether the largest model is wanted that stays within what is asked for."""
+        """Whether the request is for the largest model within a limit."""
         return self.aim.startswith("target_")
 
     def describe(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Budget:
         return {name: self.value} | ({"context": self.context} if self.context is not None else {})
 
     def limit(self, total: float) -> float:
-        """Return what may be left of a model that weighs `total`."""
+        """Return how much may remain of a model whose cost is `total`."""
         if self.aim == "remove":
             return total * (1 - self.value)
         if self.aim == "target_speedup":
@@ -84,7 +84,7 @@ class Budget:
         return self.value
 
     def asked(self) -> str:
-        """Say what was asked for, as it is written on the command line."""
+        """Return the request as it is written on the command line."""
         if self.aim == "remove":
             return f"remove={self.value:.1%}"
         if self.aim == "target_memory":
@@ -101,17 +101,17 @@ def choose_blocks(
     total: int,
     most: int,
 ) -> tuple[int, ...]:
-    """Take the candidate that meets the budget.
+    """Return the candidate that meets the budget.
 
     Args:
-        budget: what is asked for.
-        candidates: blocks to take out, for 1, 2, … `most` blocks; read only as far as needed.
+        budget: the request.
+        candidates: blocks to remove, for 1, 2, … `most` blocks; read only as far as needed.
         block_parameters: number of parameters of each block.
         total: number of all parameters.
-        most: how many blocks may go at most.
+        most: maximum number of blocks that can be removed.
 
     Raises:
-        InputError: the budget lies outside what these candidates can reach; `TooSmall` where it lies below.
+        InputError: the budget is outside the range of these candidates; `TooSmall` if it is below.
     """
     if budget.aim == "blocks":
         return _exactly(int(budget.value), candidates, most)
@@ -141,22 +141,22 @@ def choose_blocks(
 
 
 def weigh(budget: Budget, block_parameters: tuple[int, ...], total: int) -> tuple[tuple[float, ...], float]:
-    """Return what each block and the whole model weigh in the unit of a budget."""
+    """Return the cost of each block and of the whole model in the unit of a budget."""
     return (block_parameters, total) if budget.cost is None else (budget.cost.blocks, budget.cost.total)
 
 
 def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[Sequence[int]] | None = None) -> int:
-    """Return the position of the candidate that meets a budget.
+    """Return the index of the candidate that meets a budget.
 
     Args:
         budget: a fraction or a target.
-        left: parameters that each candidate leaves.
+        left: parameters that remain with each candidate.
         total: parameters of the dense model.
-        kept: blocks that each candidate keeps; None where all keep all.
+        kept: blocks that each candidate keeps; None if all keep all.
 
     Raises:
-        InputError: no candidate is smaller than the dense model, or the budget lies outside what they reach; `TooSmall`
-            where it lies below.
+        InputError: no candidate is smaller than the dense model, or the budget is outside their range; `TooSmall` if it
+            is below.
     """
     weights: Sequence[float] = left
     whole: float = total
@@ -179,7 +179,7 @@ def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[
                 f"remove={budget.value:.1%}: unreachable, this method's smallest cut is {1 - most / whole:.1%}."
             )
         return min(smaller, key=lambda place: abs(weights[place] - wanted))
-    raise InputError(f"{budget.asked()}: unreachable, at most {_at_most(budget, whole - least, whole)} like this.")
+    raise InputError(f"{budget.asked()}: unreachable, at most {_at_most(budget, whole - least, whole)} this way.")
 
 
 _ROUNDING = 0.005
@@ -188,21 +188,23 @@ _ROUNDING = 0.005
 
 def _exactly(count: int, candidates: Iterable[tuple[int, ...]], most: int) -> tuple[int, ...]:
     if count > most:
-        raise InputError(f"blocks={count}: at most {most} blocks can go (some are protected, and one must stay).")
+        raise InputError(
+            f"blocks={count}: at most {most} blocks can be removed (some are protected, and one must remain)."
+        )
     return next(found for found in candidates if len(found) == count)
 
 
 def already(budget: Budget, total: float) -> str:
-    """Say that a model that weighs `total` needs no cut for this target."""
+    """Return the message that a model of this cost needs no cut for this target."""
     if budget.aim == "target_memory":
         return f"{budget.asked()}: the model takes only {gigabytes(total)} as it is."
     if budget.aim == "target_speedup":
-        return f"{budget.asked()}: the model is as fast as that already."
+        return f"{budget.asked()}: the model is already that fast."
     return f"{budget.asked()}: the model has only {total:,} parameters."
 
 
 def _too_much(budget: Budget, gone: float, total: float, most: int) -> str:
-    everything = f"{budget.asked()}: unreachable, taking out all {most} blocks that may go"
+    everything = f"{budget.asked()}: unreachable, dropping all {most} removable blocks"
     if budget.aim == "target_memory":
         return f"{everything} leaves {gigabytes(total - gone)}."
     if budget.aim == "target_speedup":
@@ -217,4 +219,4 @@ def _at_most(budget: Budget, gone: float, total: float) -> str:
     if budget.aim == "target_speedup":
         assert budget.cost is not None
         return f"{budget.cost.dense / (total - gone):.2f} times as fast is possible"
-    return f"{gone / total:.1%} of the parameters can go"
+    return f"{gone / total:.1%} of the parameters can be removed"

@@ -1,4 +1,4 @@
-"""What a model costs where it is not counted in parameters: bytes in memory, or seconds on this device."""
+"""The cost of a model where it is not counted in parameters: bytes of memory, or seconds on this device."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from secateur.models.depth import block_kind
 from secateur.models.widths import cache_size
 
 REQUEST = Request(batch=1, prompt=128, new_tokens=32)
-"""What a speed-up is counted on, as far as the model's positions allow."""
+"""The request on which a speed-up is measured, as far as the model's positions allow."""
 
 SpeedModel = Callable[[Decoder, BlockTimes], Callable[[int], float]]
-"""How a method's models run: from the dense model and its times to seconds by the number of parameters left."""
+"""How a method's models run: from the dense model and its times to seconds by the number of remaining parameters."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """How much a model weighs, and each of its blocks.
+    """The cost of a model, and of each of its blocks.
 
     Attributes:
         unit: bytes of weights and cache, or seconds of a request.
-        blocks: what goes with each block.
-        total: what the model weighs.
-        dense: what the model weighed before anything went.
-        weigh: what a model weighs that keeps these blocks and has so many parameters.
-        facts: what it is counted on, for the plan.
+        blocks: cost that is saved with each block.
+        total: cost of the model.
+        dense: cost of the original model.
+        weigh: cost of a model with these blocks and this many parameters.
+        facts: what the cost is based on, for the plan.
     """
 
     unit: Literal["bytes", "seconds"]
@@ -41,7 +41,7 @@ class Cost:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def after(self, kept: Sequence[int], parameters: int) -> Cost:
-        """Weigh what is left when only these blocks stay, with so many parameters, by what was measured here."""
+        """Return the cost of the model with only these blocks and this many parameters, by what was measured here."""
         return replace(
             self,
             blocks=tuple(self.blocks[block] for block in kept),
@@ -51,7 +51,7 @@ class Cost:
 
 
 def memory_cost(decoder: Decoder, context: int) -> Cost:
-    """Weigh weights and key/value cache of one sequence of `context` tokens, both in the checkpoint's dtype."""
+    """Return the bytes of weights and of the cache of one sequence of `context` tokens, in the checkpoint's dtype."""
     each = decoder.saved_dtype.itemsize
     cache = [numbers * each for numbers in cache_size(decoder, context)]
     total = decoder.parameter_count * each + sum(cache)
@@ -66,14 +66,14 @@ def memory_cost(decoder: Decoder, context: int) -> Cost:
 
 
 def time_cost(decoder: Decoder, speed_model: SpeedModel | None = None) -> Cost:
-    """Measure where the time of a request goes; blocks alike in kind and size count the same.
+    """Measure where the time of a request is spent; blocks of equal kind and size count the same.
 
     Args:
-        decoder: the model; a skeleton is read into memory for it.
-        speed_model: how the method's models run that keep all blocks; None: the time in blocks follows their size.
+        decoder: the model; a skeleton is read into memory for this.
+        speed_model: how those of the method's models run that keep all blocks; None: time in blocks follows their size.
 
     Raises:
-        InputError: one of several processes measures: each would find another time, and decide by it.
+        InputError: this is one of several processes: each would measure another time, and decide by it.
     """
     if process_count() > 1:
         raise InputError(
@@ -113,7 +113,7 @@ def _fitting(decoder: Decoder) -> Request:
 
 
 def _by_size(decoder: Decoder, times: BlockTimes) -> Callable[[Sequence[int], int], float]:
-    """Let the time in the blocks that are kept follow their size; a head that is untied on the way adds nothing."""
+    """Scale the time of the kept blocks by their size; a head that becomes untied adds nothing."""
     sizes = decoder.block_parameter_counts()
     outside = decoder.parameter_count - sum(sizes)
 

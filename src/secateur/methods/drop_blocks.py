@@ -1,4 +1,4 @@
-"""Methods that take whole blocks out; they differ in which.
+"""Methods that remove whole blocks; they differ in which.
 
 * ShortGPT: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect".
 * UIDL, last-n: Gromov et al. 2024, "The Unreasonable Ineffectiveness of the Deeper Layers".
@@ -6,7 +6,7 @@
 * SLEB: Song et al. 2024, "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer
   Blocks".
 
-Each gives candidates: the blocks to take out for 1, 2, 3, … blocks. The budget picks one of them. Scores are taken
+Each yields candidates: the blocks to remove for 1, 2, 3, … blocks. The budget picks one of them. Scores are taken
 before the final norm (released code often takes the last one after it), and ties go to the lower block.
 """
 
@@ -33,9 +33,9 @@ Candidate = TypeVar("Candidate", bound=Callable[[Measurements, Any, Budget], Can
 
 
 class WindowSettings(Settings):
-    """Settings of methods that take out neighbouring blocks."""
+    """Settings of methods that remove neighbouring blocks."""
 
-    window: int | None = Field(None, ge=0, description="how many neighbouring blocks go (the papers' n)")
+    window: int | None = Field(None, ge=0, description="number of neighbouring blocks to remove (the papers' n)")
 
     def own_amount(self) -> Budget | None:
         """Return the papers' n."""
@@ -45,7 +45,7 @@ class WindowSettings(Settings):
 class LastSettings(Settings):
     """Settings of `last-n`; the paper keeps the very last block."""
 
-    protect_last: int = Field(1, ge=0, description="how many of the last blocks are never touched")
+    protect_last: int = Field(1, ge=0, description="number of blocks at the end that never change")
 
 
 class ShortenedSettings(Settings):
@@ -56,14 +56,14 @@ class ShortenedSettings(Settings):
         False, description="taylor: take absolute values window by window, so that signed products cannot cancel"
     )
     protect_first: int | None = Field(  # type: ignore[assignment]
-        None, ge=0, description="first blocks never touched; the paper's 4 for taylor and magnitude, else 0"
+        None, ge=0, description="blocks at the start that never change; the paper's 4 for taylor and magnitude, else 0"
     )
     protect_last: int | None = Field(  # type: ignore[assignment]
-        None, ge=0, description="last blocks never touched; the paper's 2 for taylor and magnitude, else 0"
+        None, ge=0, description="blocks at the end that never change; the paper's 2 for taylor and magnitude, else 0"
     )
 
     def free_blocks(self, count: int) -> range:
-        """Return the blocks that may go, of `count`."""
+        """Return the removable blocks, of `count`."""
         paper = (0, 0) if self.criterion == "ppl" else (4, 2)
         first = paper[0] if self.protect_first is None else self.protect_first
         last = paper[1] if self.protect_last is None else self.protect_last
@@ -73,14 +73,14 @@ class ShortenedSettings(Settings):
 class SlebSettings(Settings):
     """Settings of `sleb`; the paper keeps the first and the last block."""
 
-    protect_first: int = Field(1, ge=0, description="how many of the first blocks are never touched")
-    protect_last: int = Field(1, ge=0, description="how many of the last blocks are never touched")
+    protect_first: int = Field(1, ge=0, description="number of blocks at the start that never change")
+    protect_last: int = Field(1, ge=0, description="number of blocks at the end that never change")
 
 
 def _decide(
     name: str, candidates: Callable[[Measurements, Any, Budget], Candidates]
 ) -> Callable[..., Sequence[DropBlocks]]:
-    """Make the deciding function of a method from its candidates."""
+    """Create the deciding function of a method from its candidates."""
 
     def decide(measurements: Measurements, settings: Any, budget: Budget) -> Sequence[DropBlocks]:
         decoder = measurements.decoder
@@ -105,7 +105,7 @@ def drop_method(*, name: str, **row: Any) -> Callable[[Candidate], Candidate]:
     """Register a method whose candidates the decorated function yields; the one that meets the budget is removed.
 
     Args:
-        name: of the method.
+        name: name of the method.
         row: other fields of `Method`.
     """
 
@@ -121,7 +121,7 @@ _UIDL = "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Laye
 
 @drop_method(
     name="shortgpt",
-    summary="take out the blocks that change the hidden states least (block influence)",
+    summary="remove the blocks that change the hidden states least (block influence)",
     paper="Men et al. 2024, ShortGPT",
     settings=Settings,
 )
@@ -134,12 +134,12 @@ def by_block_influence(measurements: Measurements, settings: Settings, _budget: 
 
 @drop_method(
     name="uidl",
-    summary="take out the window of blocks with the smallest angular distance at the last token",
+    summary="remove the window of blocks with the smallest angular distance at the last token",
     paper=_UIDL,
     settings=WindowSettings,
 )
 def by_angle(measurements: Measurements, settings: WindowSettings, _budget: Budget) -> Candidates:
-    """For each length take the window with the smallest angular distance A(l, n)."""
+    """For each length choose the window with the smallest angular distance A(l, n)."""
     scores = measurements.scores("angular")
     free = settings.free_blocks(measurements.decoder.block_count)
     for length in range(1, len(free) + 1):
@@ -149,14 +149,14 @@ def by_angle(measurements: Measurements, settings: WindowSettings, _budget: Budg
 
 @drop_method(
     name="last-n",
-    summary="take out the deepest blocks but the last; needs no texts",
+    summary="remove the deepest blocks except the last; needs no texts",
     paper=_UIDL + " (its simple strategy)",
     settings=LastSettings,
     needs_texts=lambda _: False,
     forwards=lambda _blocks, _gone, _settings: 0.0,
 )
 def deepest(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
-    """Take the last blocks that are not protected."""
+    """Remove the last blocks that are not protected."""
     free = settings.free_blocks(measurements.decoder.block_count)
     for length in range(1, len(free) + 1):
         yield tuple(free[len(free) - length :])
@@ -173,7 +173,7 @@ def _shortened_scores(settings: ShortenedSettings) -> tuple[Kind, ...]:
 
 @drop_method(
     name="shortened-llama",
-    summary="take out the blocks of lowest removal perplexity, Taylor or magnitude, in one shot",
+    summary="remove the blocks of lowest removal perplexity, Taylor or magnitude, in one shot",
     paper="Kim et al. 2024, Shortened LLaMA",
     settings=ShortenedSettings,
     needs_texts=lambda settings: settings.criterion != "magnitude",
@@ -197,13 +197,13 @@ def by_shortened_criterion(measurements: Measurements, settings: ShortenedSettin
 
 @drop_method(
     name="sleb",
-    summary="greedily take out the block whose absence costs the least loss, one after the other",
+    summary="greedily remove the block whose absence costs the least loss, one after the other",
     paper="Song et al. 2024, SLEB",
     settings=SlebSettings,
     forwards=lambda blocks, gone, _settings: 1 + gone * blocks / 2,
 )
 def greedily(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
-    """Again and again skip the block whose absence costs least, on the model without those already skipped."""
+    """Repeatedly skip the block whose absence costs least, on the model without those already skipped."""
     free = list(settings.free_blocks(measurements.decoder.block_count))
     with open_store(measurements.decoder) as store:
         known = measurements.cache.setdefault("loss without blocks", {})

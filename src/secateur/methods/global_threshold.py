@@ -1,8 +1,8 @@
-"""One threshold for all blocks, so that each finds its own width (FLAP, An et al. 2024).
+"""One threshold for all blocks, so that each gets its own width (FLAP, An et al. 2024).
 
-Scores are brought to mean 0 and standard deviation 1 over the channels of one layer, then all units of the model stand
-in one row and those below a threshold go; what the budget counts are their parameters. The scores that decide how many
-units a block keeps are those of the dense model; which ones they are is decided again when the plan is applied.
+Scores are standardised to mean 0 and standard deviation 1 over the channels of one layer; then all units of the model
+are ranked together and those below a threshold are removed; the budget counts their parameters. The scores that decide
+how many units a block keeps are those of the dense model; which ones is decided again when the plan is applied.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Profile:
     """Scores of a block's units, highest first.
 
     Attributes:
-        heads: of key/value groups, or of query heads where there is one group; empty where none may go.
-        channels: of channels; of a mixture of experts the mean over them, rank by rank.
+        heads: of key/value groups, or of query heads if there is one group; empty if none may be removed.
+        channels: of channels; for a mixture of experts the mean over them, rank by rank.
     """
 
     heads: torch.Tensor
@@ -80,7 +80,7 @@ def _profile(decoder: Decoder, index: int, part: Part, sums: list[InputSums]) ->
 
 
 def fewest(dense: BlockWidths) -> Widths:
-    """Return the narrowest a block can become: one group, or one query head where there is one group."""
+    """Return the smallest widths a block can have: one group, or one query head if there is one group."""
     return Widths(groups=1, queries=dense.queries if dense.groups > 1 else 1, channels=1)
 
 
@@ -90,14 +90,14 @@ class Thresholds:
     def __init__(
         self, profiles: dict[int, Profile], dense: Sequence[Widths], sizes: WidthSizes, multiple: int, total: int
     ) -> None:
-        """Stand the units in one row; `total` is the number of parameters of the dense model."""
+        """Rank the units of all blocks; `total` is the number of parameters of the dense model."""
         self._profiles, self._dense, self._sizes = profiles, tuple(dense), sizes
         self._multiple, self._total = multiple, total
         row = torch.cat([part for one in profiles.values() for part in (one.heads, one.channels)]).unique()
         self._levels = row[torch.linspace(0, len(row) - 1, min(len(row), _LEVELS)).round().long()]
 
     def meet(self, budget: Budget) -> tuple[AllWidths, float | None]:
-        """Return the widths that meet a budget, and what would go with single channels if that differs.
+        """Return the widths that meet a budget, and the fraction removed with single channels if that differs.
 
         Raises:
             InputError: the budget is out of reach.
@@ -130,17 +130,17 @@ class Thresholds:
         return tuple(widths), 1 - left[place] / self._total
 
     def _units(self, block: int) -> tuple[int, int]:
-        """Count groups (query heads where there is one group), and channels, of the dense block."""
+        """Return the number of groups (query heads if there is one group), and of channels, of the dense block."""
         dense = self._dense[block]
         return dense.groups if dense.groups > 1 else dense.queries, dense.channels
 
     def _weights(self, block: int) -> tuple[int, int]:
-        """Count the parameters of such a unit, and of a channel."""
+        """Return the number of parameters of such a unit, and of a channel."""
         sizes, dense = self._sizes.blocks[block], self._dense[block]
         return sizes.query if dense.groups == 1 else sizes.group + dense.queries * sizes.query, sizes.channel
 
     def _kept(self, block: int, multiple: int) -> torch.Tensor:
-        """Count the units that stay for every threshold, (levels, 2): all of a higher score, at least one of a kind."""
+        """Return the units kept at every threshold, (levels, 2): those of a higher score, at least one of each kind."""
         profile, (units, channels) = self._profiles[block], self._units(block)
         heads = torch.full_like(self._levels, units, dtype=torch.long)
         if len(profile.heads):
@@ -149,5 +149,5 @@ class Thresholds:
         return torch.stack([heads, rounded.clamp(min(multiple, channels), channels)], dim=1)
 
     def _up_to(self, scores: torch.Tensor) -> torch.Tensor:
-        """Count the scores that are no higher than each threshold."""
+        """Count the scores that do not exceed each threshold."""
         return torch.searchsorted(scores.flip(0).contiguous(), self._levels, right=True)

@@ -1,17 +1,17 @@
-"""ReplaceMe: windows of blocks go, and a matrix on the MLP output of the block before each stands in for them.
+"""ReplaceMe: windows of blocks are removed, each replaced by a matrix on the MLP output of the block before it.
 
 Shopkhoev et al. 2025, "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization"
 (arXiv:2505.02819). The matrix is the solution of a least-squares problem; nothing is trained, and it is folded into
-weights that are there anyway, so the result is a stock model.
+existing weights, so the result is a stock model.
 
 With the state X^l = R + P that enters the window (P: what the MLP of the block before adds) and X^{l+n} that leaves it,
 T = argmin ‖R + P T − X^{l+n}‖² + λ‖T − I‖², λ = ridge · mean diagonal of Pᵀ P. Departures from the paper: the ridge
-pulls toward the identity, so that a strong one simply drops the blocks; and the window can be chosen by the error that
-is left after T, relative to the size of the state that is to be reproduced, not only by the distance before.
+regularises toward the identity, so that a strong one simply drops the blocks; and the window can be chosen by the error
+that remains after T, relative to the size of the target state, not only by the distance before.
 
-Where the paper takes one window, the blocks go in several, as short as the amount allows unless asked otherwise: on
-the bundled model that is far better from three blocks on (docs/methods.md). Their matrices are all measured on the
-uncut model, in one walk. The first block is never in a window, since no block stands before it.
+Where the paper removes one window, the blocks are removed in several, by default as short as the amount allows: on the
+bundled model that is far better from three blocks on (docs/methods.md). Their matrices are all measured on the uncut
+model, in one walk. The first block is never in a window, since there is no block before it.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ Choice = Literal["error", "cosine", "angular"]
 
 
 class LinearReplacementSettings(Settings):
-    """Settings of `replaceme`; a window's block before counts as touched."""
+    """Settings of `replaceme`; the block before a window counts as changed."""
 
     choose: Choice = Field(
-        "error", description="what windows are chosen by: the least-squares error, or the cosine or angle before it"
+        "error", description="criterion for windows: the least-squares error, or the cosine or angle before it"
     )
-    ridge: float = Field(0.1, ge=0, allow_inf_nan=False, description="pull of the matrix toward the identity")
+    ridge: float = Field(0.1, ge=0, allow_inf_nan=False, description="regularisation of the matrix toward the identity")
     max_window: int | None = Field(
-        None, ge=1, description="longest window, more blocks go in several; by itself as short as the amount allows"
+        None, ge=1, description="longest window (more blocks take several); by default as short as the amount allows"
     )
-    window: int | None = Field(None, ge=0, description="how many blocks go, all in one window (the paper's n)")
+    window: int | None = Field(None, ge=0, description="number of blocks to remove, all in one window (the paper's n)")
 
     def longest(self, count: int, free: int) -> int:
-        """Return the longest window allowed when `count` of `free` neighbouring blocks go."""
+        """Return the longest window allowed when `count` of `free` neighbouring blocks are removed."""
         if self.window is not None:
             return max(1, count)
         return self.max_window or next(size for size in range(1, free) if most_blocks(free, size) >= count)
@@ -63,7 +63,7 @@ def _forwards(_blocks: int, _gone: int, settings: LinearReplacementSettings) -> 
 @method(
     order=40,
     name="replaceme",
-    summary="take out windows of blocks and fold a least-squares matrix for each into the block before it",
+    summary="remove windows of blocks and fold a least-squares matrix for each into the block before it",
     paper="Shopkhoev et al. 2025, ReplaceMe",
     settings=LinearReplacementSettings,
     forwards=_forwards,
@@ -114,7 +114,7 @@ def decide(
 def _windows_within(
     budget: Budget, windows_for: Callable[[int], tuple[Span, ...]], most: int, decoder: Decoder
 ) -> tuple[Span, ...]:
-    """Take the number of blocks that meets the budget; where it cannot be told before, go through 1, 2, 3, …"""
+    """Choose the number of blocks that meets the budget; if it is not known in advance, try 1, 2, 3, …"""
     sizes, total = decoder.block_parameter_counts(), decoder.parameter_count
     if budget.aim == "blocks" or len(set(weigh(budget, sizes, total)[0])) == 1:
         any_blocks = (tuple(range(count)) for count in range(1, most + 1))
@@ -132,7 +132,7 @@ def _windows_within(
 
 
 def most_blocks(free: int, longest: int | None) -> int:
-    """Count how many of `free` neighbouring blocks can go, each window having a block before it that stays."""
+    """Return how many of `free` neighbouring blocks can be removed if a block remains before each window."""
     if longest is None:
         return max(0, free - 1)
     whole, rest = divmod(free, longest + 1)
@@ -140,14 +140,14 @@ def most_blocks(free: int, longest: int | None) -> int:
 
 
 def window_sizes(count: int, longest: int) -> tuple[int, ...]:
-    """Split a number of blocks into as few windows as allowed, of sizes as equal as can be, largest first."""
+    """Split a number of blocks into as few windows as allowed, as equal in size as possible, largest first."""
     parts = -(-count // longest)
     small, larger = divmod(count, parts)
     return (small + 1,) * larger + (small,) * (parts - larger)
 
 
 def best_windows(free: range, sizes: tuple[int, ...], costs: Mapping[Span, float]) -> tuple[Span, ...]:
-    """Place windows of these sizes among the free blocks, a block that stays before each, at the least total cost."""
+    """Place windows of these sizes among the free blocks, each after a block that remains, at the lowest total cost."""
 
     @cache
     def best(first: int, sizes: tuple[int, ...]) -> tuple[float, tuple[Span, ...]] | None:
@@ -173,7 +173,7 @@ def best_windows(free: range, sizes: tuple[int, ...], costs: Mapping[Span, float
 def _costs(
     measurements: Measurements, settings: LinearReplacementSettings, free: range, sizes: tuple[int, ...]
 ) -> dict[Span, float]:
-    """Return what each window of these sizes costs, by the measure that was chosen."""
+    """Return the cost of each window of these sizes, by the chosen criterion."""
     spans = [
         (low, low + size - 1) for size in sorted(set(sizes)) for low in range(free.start + 1, free.stop - size + 1)
     ]
@@ -192,7 +192,7 @@ def _costs(
 
 @applies(LinearReplacement)
 def apply(measurements: Measurements, step: LinearReplacement) -> Decoder:
-    """Measure the matrices and put them in the place of the step's windows."""
+    """Measure the matrices and replace the step's windows by them."""
     decoder = measurements.decoder
     step.kept_blocks(decoder.block_count)
     require_plain_mlp_output(decoder)

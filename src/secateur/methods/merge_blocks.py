@@ -2,19 +2,19 @@
 
 Ding et al. 2025, "A Sliding Layer Merging Method for Efficient Depth-Wise Pruning in LLMs" (arXiv:2502.19159).
 
-At a given threshold the window begins with the two highest blocks that may change (the last block stays out). As long
-as the model with every merge so far keeps a similarity above the threshold, the window takes in one block more; where
-it does not, the window is closed and the next one begins with the block that was refused. A window open at the lowest
-block that may change is merged too (the released code loses it). Windows never hold blocks of differing shapes, nor,
-unless asked, of differing layer types: there the window is closed without measuring.
+At a given threshold the window starts with the two highest blocks that may change (the last block is excluded). As long
+as the model with every merge so far has a similarity above the threshold, the window grows by one block; otherwise the
+window is closed and the next one starts with the rejected block. A window still open at the lowest block that may
+change is merged too (the released code loses it). Windows never contain blocks of different shapes, nor, by default,
+of different layer types: there the window is closed without measuring.
 
-The paper tunes the threshold by hand. Here a budget searches it. What a run at one threshold does is the same for all
-thresholds from the largest similarity it refused up to the smallest it accepted, so the runs at neighbouring
-thresholds can be listed one by one without leaving any out; bisection between them proposes the next threshold, always
-one of the similarities seen, until a run takes out as many blocks as wanted or all runs are known. Similarities are
-measured once for each set of windows, whatever the threshold. Where no threshold takes out exactly the number wanted
-(the number jumps where a window opens that then grows by several blocks), the answer is an earlier stage of a run:
-of all the models measured on the way that lack this many blocks, the one most alike the original.
+The paper tunes the threshold by hand. Here a budget determines it. A run is the same for all thresholds from the
+largest similarity it rejected up to the smallest it accepted, so the runs at neighbouring thresholds can be enumerated
+without gaps; bisection between them proposes the next threshold, always one of the similarities seen, until a run
+removes the requested number of blocks or all runs are known. Similarities are measured once for each set of windows,
+whatever the threshold. If no threshold removes exactly the requested number (it jumps where a new window then grows
+by several blocks), the result is an intermediate stage of a run: of all models measured on the way that lack this many
+blocks, the one most similar to the original.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from secateur.surgery.depth.blocks import require_one_basis
 from secateur.surgery.depth.merging import alike, merge_windows, shares_for
 
 _ALL, _NONE = -1.0, 1.0
-"""Thresholds that every similarity is above, and none."""
+"""A threshold that every similarity exceeds, and one that none does."""
 
 
 class MergeSettings(Settings):
     """Settings of `swm`; the paper keeps the last block."""
 
     threshold: float | None = Field(
-        None, gt=0, le=1, description="similarity above which a window grows (the paper's T); an amount by itself"
+        None, gt=0, le=1, description="similarity above which a window grows (the paper's T); sets the amount"
     )
-    rule: Rule = Field("top", description="how the weights of a window become one block's")
+    rule: Rule = Field("top", description="how the weights of a window are merged")
     across_types: bool = Field(
-        False, description="let blocks of differing layer types become one, of the lowest block's type"
+        False, description="merge blocks of different layer types too, into the lowest block's type"
     )
-    protect_last: int = Field(1, ge=1, description="how many of the last blocks are never touched")
+    protect_last: int = Field(1, ge=1, description="number of blocks at the end that never change")
 
     def own_amount(self) -> Budget | None:
         """Return the paper's threshold."""
@@ -60,11 +60,11 @@ class MergeSettings(Settings):
 
 @dataclass(frozen=True)
 class Slide:
-    """One run of the window from the top of the model down.
+    """One pass of the window from the top of the model down.
 
     Attributes:
         merged: the windows that were merged.
-        floor: the largest similarity that was refused.
+        floor: the largest similarity that was rejected.
         ceiling: the smallest that was accepted; every threshold from `floor` to below `ceiling` gives this run.
     """
 
@@ -74,20 +74,20 @@ class Slide:
 
     @property
     def gone(self) -> int:
-        """How many blocks fewer the model has."""
+        """Number of blocks removed."""
         return _gone(self.merged)
 
 
 def slide(
     similarity: Callable[[Merged], float], fits: Callable[[int], bool], lows: Iterable[int], threshold: float
 ) -> Slide:
-    """Run the window once.
+    """Move the window through the model once.
 
     Args:
         similarity: similarity to the original model with these windows merged, from the top down.
         fits: whether a block and the one above it may be in one window.
-        lows: blocks that a window may take in, from the highest down; the block above the first is where it begins.
-        threshold: a window grows as long as the similarity is larger.
+        lows: blocks that a window may take in, from the highest down; the window starts at the block above the first.
+        threshold: a window grows as long as the similarity exceeds this.
     """
     merged: Merged = ()
     floor, ceiling = -math.inf, math.inf
@@ -107,15 +107,15 @@ def slide(
 
 
 def find_threshold(run: Callable[[float], Slide], seen: Callable[[], Iterable[float]], wanted: int) -> list[Slide]:
-    """Try thresholds until a run takes out `wanted` blocks, or every run there is has been made.
+    """Try thresholds until a run removes `wanted` blocks, or every possible run is known.
 
     Args:
-        run: makes a run at a threshold.
+        run: performs a run at a threshold.
         seen: all similarities measured so far, by any run.
-        wanted: how many blocks fewer the model is to have.
+        wanted: number of blocks to remove.
 
     Returns:
-        All runs made, in the order of their thresholds.
+        All runs, in the order of their thresholds.
     """
     runs = [run(_ALL)]
     if runs[0].ceiling <= _NONE:
@@ -132,7 +132,7 @@ def find_threshold(run: Callable[[float], Slide], seen: Callable[[], Iterable[fl
 
 
 def _promise(left: int, right: int) -> tuple[bool, int]:
-    """Rank two neighbouring runs by how many blocks too many they take out: first those with the wanted in between."""
+    """Rank two neighbouring runs by how far they overshoot: first those that bracket the wanted number."""
     return (left > 0) == (right > 0), min(abs(left), abs(right))
 
 
@@ -144,7 +144,7 @@ def _forwards(blocks: int, _gone: int, settings: MergeSettings) -> float:
 @method(
     order=30,
     name="swm",
-    summary="merge windows of neighbouring blocks into one each, as long as the final states stay alike",
+    summary="merge windows of neighbouring blocks into one each, as long as the final states stay similar",
     paper="Ding et al. 2025, Sliding-Window Merging",
     settings=MergeSettings,
     forwards=_forwards,
@@ -201,14 +201,14 @@ def decide(measurements: Measurements, settings: MergeSettings, budget: Budget) 
 
 
 def _runs_for(budget: Budget, run: Callable[[float], Slide], probe: MergeProbe, decoder: Decoder) -> list[Slide]:
-    """Make the runs for a budget; the stages of the run that merges everything say how many blocks that is."""
+    """Make the runs for a budget; the stages of the run that merges everything tell how many blocks it takes."""
     run(_ALL)
     wanted = _gone(_choose(budget, probe.known, decoder))
     return find_threshold(run, probe.known.values, wanted)
 
 
 def _choose(budget: Budget, candidates: Iterable[Merged], decoder: Decoder) -> Merged:
-    """Take the candidate that meets the budget; they take out 1, 2, 3, … blocks."""
+    """Return the candidate that meets the budget; they remove 1, 2, 3, … blocks."""
     by_blocks = {_absorbed(merged): merged for merged in candidates}
     chosen = choose_blocks(
         budget, by_blocks, decoder.block_parameter_counts(), decoder.parameter_count, max(map(len, by_blocks))
@@ -217,7 +217,7 @@ def _choose(budget: Budget, candidates: Iterable[Merged], decoder: Decoder) -> M
 
 
 def _most_alike(known: Mapping[Merged, float], thresholds: Mapping[Merged, float]) -> list[Merged]:
-    """For each number of blocks take what a threshold gives, else what is most alike the original model."""
+    """For each number of blocks, return what a threshold gives, else what is most similar to the original model."""
     best: dict[int, Merged] = {}
     for merged in sorted(known, key=lambda one: (one not in thresholds, -known[one])):
         best.setdefault(_gone(merged), merged)
@@ -255,7 +255,7 @@ def _influence(measurements: Measurements, settings: MergeSettings) -> tuple[flo
 
 
 def _open_store(decoder: Decoder) -> StateStore:
-    """Keep few states in memory: they are read once per candidate, which costs nothing beside running its blocks."""
+    """Keep few states in memory: they are read once per candidate, which costs little next to running its blocks."""
     if decoder.is_skeleton:
         return open_store(decoder)
     return StateStore(max(decoder.block_parameter_counts()) * decoder.module.dtype.itemsize)
@@ -265,8 +265,8 @@ def _nothing_to_merge(decoder: Decoder, lows: range) -> str:
     if len(lows) == 0:
         return f"swm: fewer than two of {decoder.block_count} blocks may change; lower protect_first or protect_last."
     if any(alike(decoder, low, across_types=True) for low in lows):
-        return "swm: neighbouring blocks differ in layer type everywhere; across_types=true merges them all the same."
-    return "swm: neighbouring blocks differ in shape everywhere, so no two of them can become one."
+        return "swm: neighbouring blocks differ in layer type everywhere; across_types=true merges them anyway."
+    return "swm: neighbouring blocks differ in shape everywhere, so no two of them can be merged."
 
 
 @applies(MergeBlocks)

@@ -1,4 +1,4 @@
-"""What a method is: settings, and a function that decides. Each kind of step is applied by one function for all."""
+"""What a method is: settings, and a function that decides. One function per kind of step applies it for all methods."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ class MethodSettings(BaseModel):
 
     @classmethod
     def gathered(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Return settings by the names they have here, of those by the names under which they are typed."""
+        """Return settings by their names in this class, given the names as typed."""
         return given
 
     def own_amount(self) -> Budget | None:
-        """Return the amount that one of these settings asks for by itself, as the papers' knobs do; None without."""
+        """Return the amount that one of these settings requests, as the papers' parameters do; None if none does."""
         return None
 
 
 class Settings(MethodSettings):
-    """Settings every method that takes out blocks has."""
+    """Settings of every method that removes blocks."""
 
-    protect_first: int = Field(0, ge=0, description="how many of the first blocks are never touched")
-    protect_last: int = Field(0, ge=0, description="how many of the last blocks are never touched")
+    protect_first: int = Field(0, ge=0, description="number of blocks at the start that never change")
+    protect_last: int = Field(0, ge=0, description="number of blocks at the end that never change")
 
     def free_blocks(self, count: int) -> range:
-        """Return the blocks that may go, of `count`."""
+        """Return the removable blocks, of `count`."""
         return range(self.protect_first, max(self.protect_first, count - self.protect_last))
 
 
 @dataclass
 class Measurements:
-    """What a method may look at to decide; scores are measured once, when first asked for.
+    """What a method may look at to decide; scores are measured once, on first use.
 
     Attributes:
         decoder: the model.
-        windows: calibration windows, None where the method needs none.
-        options: batch size, seed, progress, and the folder in which training and searches keep their states.
+        windows: calibration windows; None if the method needs none.
+        options: batch size, seed, progress, and the folder in which training and searches save their state.
         known: scores measured earlier for this model and these windows.
-        cache: what was measured on this model and these windows and may be asked for again, by what it is.
+        cache: other measurements of this model on these windows that may be needed again, by key.
     """
 
     decoder: Decoder
@@ -68,7 +68,7 @@ class Measurements:
     cache: dict[Hashable, Any] = field(default_factory=dict)
 
     def on(self, decoder: Decoder) -> Measurements:
-        """Return measurements of another model on the same windows: nothing measured on this one counts there."""
+        """Return measurements of another model on the same windows; nothing measured on this one is reused."""
         return replace(self, decoder=decoder, known=None, cache={})
 
     def scores(self, *kinds: Kind) -> Scores:
@@ -94,7 +94,7 @@ class Decision:
 
     Attributes:
         steps: the steps of the plan, in order.
-        search: how they were found, where that was done by trying.
+        search: how they were found, if by a search.
     """
 
     steps: tuple[AnyStep, ...]
@@ -103,11 +103,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Applied:
-    """What came of a step.
+    """The result of applying a step.
 
     Attributes:
         decoder: the new model.
-        facts: what applying it found out, by name, for the record of the result.
+        facts: what was found while applying it, by name, for the record of the result.
     """
 
     decoder: Decoder
@@ -119,22 +119,22 @@ class Method:
     """One way to prune.
 
     Attributes:
-        name: the name people know from the paper.
+        name: the name known from the paper.
         summary: one line for `secateur methods`.
         paper: authors, year, title.
         settings: its settings and their defaults.
         decide: measurements, settings and budget to the steps of a plan.
-        native: what it counts in by itself: whole blocks, directions sliced away, or a share of what is inside blocks;
-            None where only amounts common to all methods make sense.
-        needs_texts: whether the model is measured on texts to decide or to apply, given its settings.
-        forwards: what deciding costs, in plain forward passes over the windows, given the number of blocks, the
-            number to go, and the settings.
-        apply_forwards: what applying its steps costs, in the same passes, given the settings and the tokens of all
-            windows; what a plan's steps say of themselves counts once there is one.
+        native: its native unit: whole blocks, directions sliced away, or a share of what is inside blocks; None if only
+            the amounts common to all methods make sense.
+        needs_texts: whether deciding or applying measures the model on texts, given its settings.
+        forwards: cost of deciding, in plain forward passes over the windows, given the number of blocks, the number to
+            remove, and the settings.
+        apply_forwards: cost of applying its steps, in the same passes, given the settings and the number of tokens;
+            once there is a plan, the costs of its steps count instead.
         scores: given its settings, the scores that deciding reads and that no single pass gives; a study measures them
             once for all amounts.
-        speed_model: given its settings, how fast the models run that it makes without taking blocks out; None where
-            the time in blocks follows their size.
+        speed_model: given its settings, how fast its models run that keep all blocks; None if the time in blocks
+            follows their size.
     """
 
     name: str
@@ -150,12 +150,12 @@ class Method:
     speed_model: Callable[[Any], SpeedModel] | None = None
 
     def decision(self, measurements: Measurements, settings: Any, budget: Budget) -> Decision:
-        """Decide; of several processes all continue with what the main one decided."""
+        """Decide; with several processes, all continue with the decision of the main one."""
         found = self.decide(measurements, settings, budget)
         return from_main_process(found if isinstance(found, Decision) else Decision(tuple(found)))
 
     def speed_model_of(self, settings: Any) -> SpeedModel | None:
-        """Return how the models run that it makes with these settings; None where time follows size."""
+        """Return how the models it makes with these settings run; None if time follows size."""
         return None if self.speed_model is None else self.speed_model(settings)
 
     def read_settings(self, given: dict[str, Any]) -> Any:
@@ -174,15 +174,15 @@ Decide = TypeVar("Decide", bound=Callable[..., Sequence[AnyStep] | Decision])
 Apply = TypeVar("Apply", bound=Callable[[Measurements, Any], Decoder | Applied])
 
 APPLY: dict[type[Step], Callable[[Measurements, Any], Decoder | Applied]] = {}
-"""How each kind of step is applied: from measurements of the model before it, and the step, to the new model."""
+"""The function that applies each kind of step, from measurements of the model before it and the step."""
 
 
 def method(*, order: int = 50, **row: Any) -> Callable[[Decide], Decide]:
     """Register the decorated deciding function as a method.
 
     Args:
-        order: its place in listings; methods of the same order stand by file, as the file defines them.
-        row: the other fields of `Method`: name, summary, paper, settings, and what else differs from its defaults.
+        order: its place in listings; methods of the same order are sorted by file, then as the file defines them.
+        row: the other fields of `Method`: name, summary, paper, settings, and whatever differs from its defaults.
     """
 
     def register(decide: Decide) -> Decide:

@@ -1,4 +1,4 @@
-"""Decide with one or several methods, and apply a plan. Neither knows a method or a kind of step by name."""
+"""Decide with one or several methods, and apply a plan, without knowing any method or kind of step by name."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Decided:
     """What the methods of a sequence decided together.
 
     Attributes:
-        decision: their steps in order, and the search of the last that searched.
-        counted: for a target in bytes or seconds, what it was counted on and what is expected.
+        decision: their steps in order, and the last search there was.
+        counted: for a target in bytes or seconds, what it is based on and what is expected.
     """
 
     decision: Decision
@@ -36,7 +36,7 @@ class Decided:
 
 
 def decide(parts: tuple[Part, ...], budget: Budget, measurements: Measurements) -> Decided:
-    """Let each method decide on the model that the methods before it leave.
+    """Let each method decide on the model that the previous methods leave.
 
     Raises:
         InputError: the budget cannot be reached.
@@ -75,7 +75,7 @@ def _decide_part(part: Part, measurements: Measurements, budget: Budget) -> Deci
 
 
 def model_ref(model: Decoder) -> ModelRef:
-    """Describe a model as plans name it."""
+    """Return the reference to a model that plans store."""
     sizes = model.block_parameter_counts()
     return ModelRef(
         source=model.source,
@@ -105,7 +105,7 @@ def apply_plan(plan: Plan, measurements: Measurements) -> Decoder:
 
     Raises:
         InputError: a step cannot be applied to this model.
-        ModelError: the result has another size than the plan counts.
+        ModelError: the result does not have the size that the plan counts.
     """
     model = measurements.decoder
     pruned, facts = model, dict[str, Any]()

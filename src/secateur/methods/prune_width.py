@@ -6,12 +6,12 @@
 * LLM-Pruner: Ma et al. 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models" (NeurIPS).
 * Minitron: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation" (NeurIPS), its
   width part without the training that follows there.
-* obs-width is ours: greedy choice by what the absence of a unit costs after repair.
+* obs-width is secateur's own: greedy choice by the cost of a unit's absence after repair.
 
-Departures from the papers, for all of them: blocks are cut one after the other, each measured on the model as cut so
-far (LLM-Pruner's gradients are those of the dense model), and what writes is refitted in closed form (`repair`).
-Heads go last: where a group of heads goes instead of as many parameters of the MLPs, the bundled model loses far more
-(docs/methods.md); `heads=even` is what the papers do.
+Departures from the papers, for all of them: blocks are pruned one after the other, each measured on the model as pruned
+so far (LLM-Pruner's gradients are those of the dense model), and output projections are refitted in closed form
+(`repair`). Heads are removed last: where a group of heads goes instead of as many parameters of the MLPs, the bundled
+model loses far more (docs/methods.md); `heads=even` is what the papers do.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ from secateur.surgery.width.target import (
 )
 
 _TOKENS_PER_INPUT = 16
-"""With fewer calibration tokens than this for each input of a projection, its repair serves other texts badly."""
+"""With fewer calibration tokens than this per input of a projection, its repair generalises badly to other texts."""
 _OBS_BATCHES = 128
-"""Costs are computed anew this often while all units of a projection would go."""
+"""How often costs are recomputed while all units of a projection would be removed."""
 
 
 def decide_evenly(name: str, choose: Choice) -> Callable[[Measurements, EvenSettings, Budget], Sequence[PruneWidth]]:
-    """Make the function that keeps the same widths in all free blocks."""
+    """Create the function that keeps the same widths in all free blocks."""
 
     def decide(measurements: Measurements, settings: EvenSettings, budget: Budget) -> Sequence[PruneWidth]:
         if budget.is_zero:
@@ -116,7 +116,7 @@ def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
 @method(
     order=70,
     name="flap",
-    summary="channels and heads that fluctuate least, by one threshold for all blocks, with a bias in their place",
+    summary="remove channels and heads that fluctuate least, by one threshold for all blocks; a bias compensates",
     paper="An et al. 2024, FLAP",
     settings=FlapSettings,
     native="ratio",
@@ -124,7 +124,7 @@ def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
     apply_forwards=lambda _settings, _tokens: width_forwards("fluctuation"),
 )
 def decide_flap(measurements: Measurements, settings: FlapSettings, budget: Budget) -> Sequence[PruneWidth]:
-    """Let every free block find its width by one threshold.
+    """Let one threshold set the width of every free block.
 
     Raises:
         InputError: no block is free, or the budget is out of reach.
@@ -169,13 +169,13 @@ def decide_flap(measurements: Measurements, settings: FlapSettings, budget: Budg
 
 _even_method(
     "wanda-sp",
-    "channels and heads of the smallest weights times activations, as many in every block",
+    "remove channels and heads of the smallest weights times activations, as many in every block",
     "An et al. 2024, FLAP (after Sun et al. 2024, Wanda)",
     "weighted-norm",
 )
 _even_method(
     "llm-pruner",
-    "channels and heads that the loss depends on least to first order; first and last blocks stay",
+    "remove channels and heads that the loss depends on least to first order; first and last blocks stay",
     "Ma et al. 2023, LLM-Pruner",
     "taylor",
 )
@@ -191,7 +191,7 @@ def _minitron_apply_forwards(settings: MinitronSettings, _tokens: int) -> float:
 @method(
     order=70,
     name="minitron-width",
-    summary="channels, heads and hidden directions of the smallest activations; the result is a stock model",
+    summary="remove channels, heads and hidden directions of the smallest activations; the result is a stock model",
     paper="Muralidharan et al. 2024, Minitron",
     settings=MinitronSettings,
     native="ratio",
@@ -199,11 +199,11 @@ def _minitron_apply_forwards(settings: MinitronSettings, _tokens: int) -> float:
     apply_forwards=_minitron_apply_forwards,
 )
 def decide_minitron(measurements: Measurements, settings: MinitronSettings, budget: Budget) -> Sequence[AnyStep]:
-    """Keep the hidden directions of largest activations first if asked for, then narrow what that leaves.
+    """Keep the hidden directions of largest activations first if requested, then prune the widths of the rest.
 
     Raises:
-        InputError: the hidden directions alone are more than the budget.
-        ModelError: no stock model can hold fewer hidden directions.
+        InputError: the hidden directions alone exceed the budget.
+        ModelError: no stock model can have fewer hidden directions.
     """
     decoder, whole = measurements.decoder, measurements.decoder.parameter_count
     if budget.is_zero:
@@ -251,7 +251,7 @@ def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidd
 
 _even_method(
     "obs-width",
-    "greedily the channels and heads whose absence the others make up for best; the result is a stock model",
+    "greedily remove channels and heads that the others compensate for best; the result is a stock model",
     "secateur's own (docs/methods.md)",
     "brain-surgeon",
 )
@@ -259,7 +259,7 @@ _even_method(
 
 @applies(PruneWidth)
 def apply(measurements: Measurements, step: PruneWidth) -> Applied:
-    """Prune as the step says; which units stay is measured on the texts.
+    """Prune as the step says; which units remain is measured on the texts.
 
     Raises:
         InputError: the step was made for a model of another shape.
@@ -285,7 +285,7 @@ def apply(measurements: Measurements, step: PruneWidth) -> Applied:
 
 
 def _warn_of_few_tokens(decoder: Decoder, windows: Windows) -> None:
-    """Say how many windows a fit of the widest projection wants."""
+    """Warn if there are few tokens, with the number of windows that a fit of the widest projection needs."""
     widths = [block_widths(decoder, block) for block in range(decoder.block_count)]
     inputs = max(max(one.channels, one.heads * one.head_size) for one in widths)
     wanted = _TOKENS_PER_INPUT * inputs
@@ -307,7 +307,7 @@ _SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {
 
 
 def _chooser(measurements: Measurements, choose: Choice) -> Choose:
-    """Make the function that says which units stay."""
+    """Create the function that decides which units remain."""
     if choose == "brain-surgeon":
         return _surgeon
     if choose in _SCORES:
@@ -339,7 +339,7 @@ def _of_head_units(scores: torch.Tensor, dense: BlockWidths, *, groups: int) -> 
 
 
 def _surgeon(_: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
-    """Choose greedily; the ridge stays small: with that of the repair, channels that few tokens rely on are lost."""
+    """Choose greedily; the ridge stays small: that of the repair would lose channels on which few tokens rely."""
     moments = sums.moments
     assert moments is not None
     batch = max(1, units.shape[0] * units.shape[1] // _OBS_BATCHES)

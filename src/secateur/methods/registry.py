@@ -22,10 +22,10 @@ def apply_step(measurements: Measurements, step: Step) -> Applied:
     """Apply one step to the model that `measurements` are of.
 
     Raises:
-        InputError: the step cannot be applied to this model, or nothing says how to apply steps of its kind.
+        InputError: the step cannot be applied to this model, or no function applies steps of its kind.
     """
     METHODS.load()
     if type(step) not in APPLY:
-        raise InputError(f"nothing says how steps of kind '{step.kind}' are applied; a function with @applies does.")
+        raise InputError(f"no function applies steps of kind '{step.kind}'; register one with @applies.")
     found = APPLY[type(step)](measurements, step)
     return found if isinstance(found, Applied) else Applied(found)

@@ -1,10 +1,10 @@
-"""LLM-Streamline: a window of neighbouring blocks goes, and one light network, trained for it, stands in its place.
+"""LLM-Streamline: a window of neighbouring blocks is replaced by one light network that is trained for it.
 
 Chen et al. 2024, "Streamlining Redundant Layers to Compress Large Language Models" (arXiv:2403.19135). The window is
-the one with the largest mean cosine C(l, n+1) between what enters and what leaves; its n+1 blocks become one network,
-so n blocks go net. Departures from the paper and its code: cosines and targets are taken before the final norm also
-where the window ends with the last block; the network of lowest validation loss is really kept; the rate falls along
-one cosine; with `network=none` the window of n blocks simply goes.
+the one with the largest mean cosine C(l, n+1) between its input and its output; its n+1 blocks become one network, so n
+blocks are removed net. Departures from the paper and its code: cosines and targets are taken before the final norm even
+if the window ends with the last block; the network of lowest validation loss is the one kept; the learning rate falls
+along one cosine; with `network=none` the window of n blocks is simply removed.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from secateur.training.weights import in_float32
 
 
 class StreamlineSettings(WindowSettings, TrainingSettings):
-    """Settings of `streamline`: the window, what stands in for it, and how that is trained."""
+    """Settings of `streamline`: the window, its replacement, and how that is trained."""
 
     network: Literal["block", "ffn", "swiglu", "none"] = Field(
-        "block", description="what stands in for the window: block (the result stays stock), ffn, swiglu, or none"
+        "block", description="what replaces the window: block (the result stays stock), ffn, swiglu, or none"
     )
-    inner: int | None = Field(None, ge=1, description="channels of ffn and swiglu; by itself those of the blocks' MLP")
+    inner: int | None = Field(None, ge=1, description="channels of ffn and swiglu; by default those of the blocks' MLP")
     loss: Loss = Field(
         "mse", description="mse on hidden states, the language-modelling loss (in memory only), or one after the other"
     )
-    train_texts: str | None = Field(None, description="what the network is trained on; by itself the calibration texts")
-    train_tokens: int = Field(1_000_000, ge=1, description="tokens it is trained on, such as 2M (the paper's: 205M)")
+    train_texts: str | None = Field(None, description="texts to train the network on; by default the calibration texts")
+    train_tokens: int = Field(1_000_000, ge=1, description="number of training tokens, such as 2M (the paper's: 205M)")
     pairs: Pairs | None = Field(
-        None, description="hidden states computed anew or kept on disk in bfloat16; by itself on disk for skeletons"
+        None, description="hidden states recomputed or kept on disk in bfloat16; by default on disk for skeletons"
     )
 
     @field_validator("train_tokens", mode="before")
@@ -64,7 +64,7 @@ class StreamlineSettings(WindowSettings, TrainingSettings):
         return int(read_count(value, "train_tokens")) if isinstance(value, str) else value
 
     def training(self) -> TrainingSettings:
-        """Return those of them that the training loop takes."""
+        """Return those that the training loop takes."""
         return TrainingSettings(**{name: getattr(self, name) for name in TrainingSettings.model_fields})
 
 
@@ -75,7 +75,7 @@ def _apply_forwards(settings: StreamlineSettings, tokens: int) -> float:
 @method(
     order=20,
     name="streamline",
-    summary="take out the window that changes the hidden states least, and train a light network in its place",
+    summary="remove the window that changes the hidden states least, and train a light network in its place",
     paper="Chen et al. 2024, LLM-Streamline",
     settings=StreamlineSettings,
     apply_forwards=_apply_forwards,
@@ -119,7 +119,7 @@ def decide(
     steps = [_step(decoder, settings, window(gone), cosines) for gone in range(1, most + 1)]
     if budget.aim == "blocks":
         if budget.value > most:
-            raise InputError(f"blocks={int(budget.value)}: at most {most} blocks can go, one network in their place.")
+            raise InputError(f"blocks={int(budget.value)}: at most {most} blocks can be removed, with one network in their place.")
         return (steps[int(budget.value) - 1],)
     left = [step.sizes_after(Sizes(sizes, total - sum(sizes))).total for step in steps]
     kept = [step.kept_blocks(decoder.block_count) for step in steps]
@@ -158,7 +158,7 @@ class _MlpNetwork(nn.Module):
 
 
 class _Training:
-    """Makes the network of one step, trains it, and puts it in."""
+    """Creates the network of one step, trains it, and inserts it."""
 
     def __init__(self, measurements: Measurements, step: ReplaceBlocks) -> None:
         self.measurements, self.step, self.decoder = measurements, step, measurements.decoder
@@ -179,7 +179,7 @@ class _Training:
         self.numbers, self.held_back = split_off_validation(self.windows)
 
     def result(self) -> Decoder:
-        """Train as the step says; gives the model with the network in it."""
+        """Train as the step says; return the model with the network in it."""
         network = self._new_network()
         if "mse" in self.step.loss:
             self._on_pairs(network)
@@ -195,7 +195,7 @@ class _Training:
             return BlockNetwork.copy_of(block)
 
     def _on_pairs(self, network: nn.Module) -> None:
-        """Train the network by itself, on what enters and what leaves the window."""
+        """Train the network alone, on the input and output of the window."""
         network.requires_grad_(True)
         objective = PairRegression(self.decoder, self.step.window, network, folded=self.config is not None)
         data, held_out = self._items(self.numbers), self._items(self.held_back)
@@ -220,7 +220,7 @@ class _Training:
         return WindowData(self.windows, numbers)
 
     def _train(self, loss: str, objective: nn.Module, data: Any, held_out: Any) -> None:
-        """Run the loop, in a folder of its own where the caller keeps states."""
+        """Run the training loop, in a folder of its own if the caller keeps states."""
         recipe = {
             "model": self.decoder.fingerprint,
             "step": self.step.model_dump(mode="json"),
@@ -240,7 +240,7 @@ class _Training:
         warn_of(outcome.describe(), f"training what stands in for blocks {self.low} to {self.high} ({loss})")
 
     def _put_in(self, tensors: Tensors) -> Decoder:
-        """Return the model with the network in the window's place, its weights rounded to the dtype to be saved."""
+        """Return the model with the network in place of the window, its weights rounded to the dtype to be saved."""
         edit = {
             "replace": [self.low, self.high, self.step.network],
             "weights": [[name, float(one.double().sum()), float(one.double().norm())] for name, one in tensors.items()],
@@ -253,12 +253,12 @@ class _Training:
 
 
 def training_windows(measurements: Measurements, settings: StreamlineSettings, tokens: int) -> Windows:
-    """Open the texts a network is trained on: those named, else more of what the calibration texts are from.
+    """Open the texts a network is trained on: the given ones, else more from the source of the calibration texts.
 
-    Windows that were given as tokens cannot be opened for more and are taken as they are.
+    Windows that were given as tokens cannot be extended and are used as they are.
 
     Raises:
-        InputError: the texts cannot be opened, or there is too little of them.
+        InputError: the texts cannot be opened, or there is too little text.
     """
     calibration = measurements.need_windows()
     if settings.train_texts is None and calibration.given:
@@ -278,11 +278,11 @@ def _tensors(block: nn.Module) -> Tensors:
 
 @applies(ReplaceBlocks)
 def apply(measurements: Measurements, step: ReplaceBlocks) -> Applied:
-    """Train the network that stands in for the step's window, and put it there.
+    """Train the network that replaces the step's window, and insert it.
 
     Raises:
         InputError: the step is for another model, there is too little text, or the model is not whole in memory.
-        NumericsError: the loss became NaN before anything was gained.
+        NumericsError: the loss became NaN before any improvement.
     """
     step.kept_blocks(measurements.decoder.block_count)
     training = _Training(measurements, step)

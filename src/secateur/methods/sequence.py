@@ -1,7 +1,7 @@
-"""Several methods one after the other, each on what the one before left, with one budget split between them.
+"""Several methods in sequence, each on what the previous one left, with one budget split between them.
 
-`swm:0.5,slicegpt:0.5` gives each half of what is to go; shares are of parameters of the dense model, and what one step
-misses the next makes up for. Methods that take blocks out come before those that slice.
+`swm:0.5,slicegpt:0.5` gives each half of the amount; shares are of parameters of the dense model, and what one step
+misses the next makes up for. Methods that remove blocks come before those that slice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Part:
     """One method of a sequence.
 
     Attributes:
-        method: the method.
+        share: its share of the amount; those of a sequence sum to 1.
         settings: its settings.
         share: its share of what is to go; those of a sequence sum to 1.
     """
@@ -35,7 +35,7 @@ def read_sequence(spec: str, settings: dict[str, Any]) -> tuple[Part, ...]:
     """Read `streamline` or `swm:0.5,slicegpt:0.5`.
 
     Args:
-        spec: names, each with its share; without shares all have the same.
+        spec: names, each with its share; without shares all are equal.
         settings: settings by name; in a sequence with the method before a dot, `swm.rule`.
 
     Raises:
@@ -61,7 +61,7 @@ def read_sequence(spec: str, settings: dict[str, Any]) -> tuple[Part, ...]:
 
 
 def names_in(spec: str) -> list[str]:
-    """Return the methods' names of `swm:0.5,slicegpt:0.5` in order, as they are written."""
+    """Return the methods' names of `swm:0.5,slicegpt:0.5` in order, as written."""
     return [entry.partition(":")[0].strip() for entry in spec.split(",")]
 
 
@@ -76,7 +76,7 @@ def _share(text: str, spec: str) -> float:
 
 
 def whole_budget(parts: tuple[Part, ...], amount: Amount) -> Budget:
-    """Return what is to go altogether: the amount given, or what a setting of a single method asks for.
+    """Return the total amount: the one given, or what a setting of a single method requests.
 
     Raises:
         InputError: no amount or two, or one that these methods do not count in.
@@ -99,10 +99,10 @@ def whole_budget(parts: tuple[Part, ...], amount: Amount) -> Budget:
 def part_of(budget: Budget, parts: tuple[Part, ...], number: int, dense: int, current: int) -> Budget | None:
     """Return what part `number` is to remove of a model that has `current` of `dense` parameters left.
 
-    None where the parts before have removed that much already.
+    None if the previous parts have removed that much already.
 
     Raises:
-        InputError: the model is as small as that to begin with.
+        InputError: the model is already that small.
     """
     if len(parts) == 1:
         return budget

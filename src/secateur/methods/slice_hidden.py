@@ -1,11 +1,11 @@
-"""Methods that slice hidden states; they differ in how many directions each block keeps, and in whose basis.
+"""Methods that slice hidden states; they differ in how many directions each block keeps, and in the basis.
 
 * SliceGPT: Ashkboos et al. 2024, "SliceGPT: Compress Large Language Models by Deleting Rows and Columns".
 * DynamicSlicing: Dumitru et al. 2024, "Change Is the Only Constant: Dynamic LLM Slicing based on Layer
   Redundancy":
   block l loses the fraction `FS(l) = SB + LR(l) · (SP − SB) / mean(LR)`.
-* stock-slicing is ours (docs/methods/stock-slicing.md): one basis for the whole model, which therefore stays a stock
-  one.
+* stock-slicing is secateur's own (docs/methods/stock-slicing.md): one basis for the whole model, which therefore keeps a
+  stock architecture.
 
 Legend: SP = mean fraction sliced away, SB = the fraction every block loses, LR = layer redundancy in [0, 1].
 """
@@ -33,7 +33,7 @@ Normalise = Literal["minmax", "interior", "rank"]
 Widths = tuple[int, ...]
 
 _STEPS = 1000
-"""Slice percentages tried when a number of parameters is asked for."""
+"""Slice percentages tried when a number of parameters is requested."""
 _BASES_TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)
 """`slice_base="auto"`: shares of SP that are tried as SB; 1 is constant slicing."""
 
@@ -52,11 +52,11 @@ class DynamicSettings(ConstantSettings):
         "auto", description="fraction every block loses (the paper's SB), or auto: the best of several on the texts"
     )
     normalise: Normalise = Field(
-        "minmax", description="how layer redundancy becomes [0, 1]: the paper's minmax, without outer blocks, by rank"
+        "minmax", description="how layer redundancy is mapped to [0, 1]: the paper's minmax, without outer blocks, by rank"
     )
     cap: float = Field(0.9, gt=0, lt=1, description="largest fraction any block loses")
     slice_percentage: float | None = Field(
-        None, ge=0, lt=1, description="mean fraction sliced away (the paper's SP); an amount by itself, as --slice"
+        None, ge=0, lt=1, description="mean fraction sliced away (the paper's SP); sets the amount, as --slice does"
     )
 
     def own_amount(self) -> Budget | None:
@@ -72,18 +72,18 @@ class StockSettings(MethodSettings):
     rounding: int = Field(8, ge=1, description="the kept width is a multiple of this (and of the heads if need be)")
     bases: int = Field(1, ge=1, description="number of bases; with more than one the result needs its modelling file")
     signals: Signals = Field("normed", description="covariances of the states as they are, or as normed")
-    sensitivity: bool = Field(True, description="weigh directions by how much the loss feels them (a backward pass)")
-    reconstruct: bool = Field(True, description="let layers read by least squares what the kept directions tell")
+    sensitivity: bool = Field(True, description="weight directions by how much the loss depends on them (a backward pass)")
+    reconstruct: bool = Field(True, description="refit layers that read, by least squares, to the kept directions")
 
 
 def slice_fractions(redundancy: Sequence[float], mean: float, base: float, cap: float = 0.9) -> list[float]:
-    """Share the slicing among blocks: `FS(l) = SB + LR(l) · (SP − SB) / mean(LR)`, capped, the mean kept.
+    """Distribute the slicing over blocks: `FS(l) = SB + LR(l) · (SP − SB) / mean(LR)`, capped, the mean kept.
 
     Args:
         redundancy: LR of each block, in [0, 1], 1 the most redundant.
         mean: SP, the mean of the result.
         base: SB, from 0 to SP.
-        cap: no block loses more; what it would have lost goes to the others in proportion to FS − SB, or evenly.
+        cap: no block loses more; the excess goes to the others in proportion to FS − SB, or evenly.
 
     Raises:
         InputError: SP above the cap, or SB above SP.
@@ -110,7 +110,7 @@ def slice_fractions(redundancy: Sequence[float], mean: float, base: float, cap: 
 
 
 def normalised(redundancy: Sequence[float], how: Normalise) -> list[float]:
-    """Bring layer redundancy E cos(X^l, X^{l+1}) to [0, 1].
+    """Map layer redundancy E cos(X^l, X^{l+1}) to [0, 1].
 
     `minmax` is the paper's; `interior` takes smallest and largest of blocks 1 … L−2 and clips the outer two, so that
     one outlier does not make all others alike; `rank` spaces the blocks evenly by their order.
@@ -126,7 +126,7 @@ def normalised(redundancy: Sequence[float], how: Normalise) -> list[float]:
 
 
 def rounded_width(fraction: float, width: int, rounding: int) -> int:
-    """Directions kept when a fraction goes: rounded down to a multiple of `rounding`, at least one multiple."""
+    """Return the directions kept when a fraction is removed: rounded down to a multiple of `rounding`, at least one."""
     if fraction <= 0:
         return width
     return min(width, max(rounding, int(((1 - fraction) * width + 1e-9) // rounding) * rounding))
@@ -168,7 +168,7 @@ def decide_constant(measurements: Measurements, settings: ConstantSettings, budg
     speed_model=speed_with_own_bases,
 )
 def decide_by_redundancy(
-    measurements: Measurements, settings: DynamicSettings, budget: Budget
+    """Slice redundant blocks more; `slice_base="auto"` takes the base that performs best on the texts.
 ) -> Sequence[SliceHidden]:
     """Slice redundant blocks more; with `slice_base="auto"` the base that measures best on the texts.
 
@@ -220,7 +220,7 @@ class _Search:
         return means[place], found[place]
 
     def trials(self, budget: Budget) -> Iterator[tuple[float, float, Widths]]:
-        """Return SP, SB and widths of constant slicing, and of bases below that remove at least as much."""
+        """Yield SP, SB and widths of constant slicing, and of smaller bases that remove at least as much."""
         constant = _constant_widths(self._sizes, self._settings.rounding, budget, self._total)
         allowed = _parameters(self._sizes, constant)
         mean = budget.value if budget.aim == "slice" else 1 - constant[0] / self._sizes.width
@@ -261,7 +261,7 @@ class _Search:
     speed_model=speed_with_shared_bases,
 )
 def decide_shared(measurements: Measurements, settings: StockSettings, budget: Budget) -> Sequence[SliceHidden]:
-    """Keep one width everywhere; where several bases are asked for, put their borders where the states change most."""
+    """Keep one width everywhere; with several bases, place their borders where the states change most."""
     decoder = measurements.decoder
     if settings.bases > decoder.block_count:
         raise InputError(f"bases={settings.bases}: the model has only {decoder.block_count} blocks.")
@@ -313,7 +313,7 @@ def _constant_widths(sizes: StreamSizes, rounding: int, budget: Budget, total: i
 
 
 def _parameters(sizes: StreamSizes, widths: Widths) -> int:
-    """Parameters with a basis of its own at every reading point."""
+    """Return the number of parameters with a basis of its own at every reading point."""
     points = [width for width in widths for _ in range(sizes.points_per_block)] + [sizes.width]
     return sizes.sizes_at(points, [True] * (len(points) - 1)).total
 
@@ -334,7 +334,7 @@ def _own_bases(
 
 @applies(SliceHidden)
 def apply(measurements: Measurements, step: SliceHidden) -> Decoder:
-    """Slice as the step says; bases are measured on the texts, after rotation alone was seen to change nothing.
+    """Slice as the step says; bases are measured on the texts, after a check that rotation alone changes nothing.
 
     Raises:
         InputError: the step was made for a model of another shape.

@@ -1,9 +1,9 @@
-"""How fast sliced models run, before there is one: small random models of the same shapes are timed at a few widths.
+"""The speed of sliced models, predicted: small random models of the same shapes are timed at a few widths.
 
-A narrower block is not faster by the share of its parameters that goes: attention itself, the cache and the shortcut
-matrices stay. So the first blocks of the model are built with random weights at full width and at narrower ones, and
-the seconds measured on the real model are scaled by the ratios found; widths in between are interpolated by the number
-of parameters that a model of this width has.
+The speed-up of a sliced block falls short of the share of its parameters that is removed: attention itself, the cache
+and the shortcut matrices stay. So the first blocks of the model are built with random weights at full width and at
+smaller ones, and the seconds measured on the real model are scaled by the ratios found; widths in between are
+interpolated by the number of parameters that a model of this width has.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from secateur.surgery.hidden.folding import folded_config, stream_sizes
 from secateur.surgery.hidden.stock import config_of_width, stock_stream_sizes, width_step
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Widths that are timed, of the full one."""
+"""Widths that are timed, as fractions of the full one."""
 _BLOCKS = 2
 _ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sample:
-    """A shape to be timed: configuration of a small model, and the parameters that the whole model would have."""
+    """A shape to time: configuration of a small model, and the parameters that the whole model would have."""
 
     config: Any
     family: Family
@@ -43,12 +43,12 @@ class _Sample:
 
 
 def speed_with_own_bases(_settings: Any) -> SpeedModel:
-    """How models run with a basis, and a shortcut matrix, at every reading point."""
+    """Return how models run that have a basis, and a shortcut matrix, at every reading point."""
     return lambda decoder, times: _curve(decoder, times, [_with_own_bases(decoder, share) for share in _SHARES])
 
 
 def speed_with_shared_bases(settings: Any) -> SpeedModel:
-    """How models run with one basis, or a few: stock ones where there can be one."""
+    """Return how models run that have one basis, or a few: stock ones where there can be one."""
 
     def speed_model(decoder: Decoder, times: BlockTimes) -> Callable[[int], float]:
         step = width_step(decoder, settings.rounding) if settings.bases == 1 else None
@@ -96,11 +96,11 @@ def _dense(decoder: Decoder) -> _Sample:
 
 
 def _curve(decoder: Decoder, times: BlockTimes, samples: Sequence[_Sample]) -> Callable[[int], float]:
-    """Time the samples and the dense shape in turn; gives seconds by the number of parameters."""
+    """Time the samples and the dense shape in turn; return seconds by the number of parameters."""
     shapes = (_dense(decoder), *samples)
     rounds = [
         [time_blocks(_random(decoder, one), times.request, repeats=1) for one in shapes] for _ in range(_ROUNDS)
-    ]  # each is built anew, because tables of several would not find room beside the model
+    ]  # each is built anew, because tables of several would not fit beside the model
     seconds = [
         times.other * _ratio([(row[place].other, row[0].other) for row in rounds])
         + sum(times.blocks) * _ratio([(sum(row[place].blocks), sum(row[0].blocks)) for row in rounds])
@@ -108,7 +108,7 @@ def _curve(decoder: Decoder, times: BlockTimes, samples: Sequence[_Sample]) -> C
     ]
     order = np.argsort([sample.parameters for sample in samples])
     parameters = np.array([sample.parameters for sample in samples], dtype=np.float64)[order]
-    rising = np.maximum.accumulate(np.array(seconds)[order])  # noise must not make a narrower model the slower one
+    rising = np.maximum.accumulate(np.array(seconds)[order])  # noise must not make a smaller model the slower one
     return lambda left: float(np.interp(left, parameters, rising))
 
 
@@ -117,7 +117,7 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def _random(decoder: Decoder, sample: _Sample) -> Decoder:
-    """Build a model of a shape where the decoder is: random blocks, since routers should not choose all alike."""
+    """Build a model of a shape on the decoder's device: with random blocks, so that routers do not all choose alike."""
     dtype, device = decoder.module.dtype, decoder.device
     module = empty_model(sample.config, dtype, device, trust_remote_code=False).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)

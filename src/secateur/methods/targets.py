@@ -1,4 +1,4 @@
-"""Amounts that are counted in bytes or seconds: what a model weighs, and what a plan may expect."""
+"""Amounts counted in bytes or seconds: the cost of a model, and what a plan may expect."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CONTEXT = 4096
 
 
 def with_cost(budget: Budget, decoder: Decoder, speed_model: SpeedModel | None) -> Budget:
-    """Weigh the model at hand in the unit of a budget, if that is bytes or seconds; a second time, keep what was dense.
+    """Return the budget with the cost of the current model, if it is in bytes or seconds; the dense cost is kept.
 
     Args:
-        budget: what is asked for.
-        decoder: the model at hand.
-        speed_model: how the models run that the method makes which decides next.
+        budget: the request.
+        decoder: the current model.
+        speed_model: how the models run that the next method makes.
 
     Raises:
         InputError: the context is longer than the model's positions.
@@ -41,7 +41,7 @@ def with_cost(budget: Budget, decoder: Decoder, speed_model: SpeedModel | None) 
 
 
 def expected(budget: Budget, decoder: Decoder, steps: Sequence[AnyStep]) -> dict[str, Any]:
-    """Say what a target was counted on, and what these last steps on this model are expected to reach."""
+    """Return what a target is based on, and what these last steps on this model are expected to reach."""
     cost = budget.cost
     if cost is None:
         return {}

@@ -1,7 +1,7 @@
-"""Which widths come into question when blocks get narrower inside, and which of them meet a budget.
+"""Candidate widths that treat all blocks alike, and the choice among them by a budget.
 
-Channels go in multiples of 256 where MLPs are large, of 64 or 8 where they are smaller: quantised formats and matrix
-kernels want that. What the rounding costs against single channels is counted and said in the plan.
+Channels are removed in multiples of 256 in large MLPs, of 64 or 8 in smaller ones: quantised formats and matrix kernels
+prefer that. What the rounding costs compared with single channels is recorded in the plan.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _MULTIPLES = (256, 64, 8)
 _FEWEST_STEPS = 8
 _OF_EXPERTS = 8
 _LEVELS = 512
-"""Fractions tried at most, when channels go singly."""
+"""Maximum number of fractions tried when channels are removed singly."""
 _FLOOR = 0.25
-"""`heads="last"`: share of the channels that is left when heads begin to go."""
+"""`heads="last"`: share of the channels that is left when heads begin to be removed."""
 TOLD = 0.0005
-"""Differences of rounding that are smaller than this share of the parameters are not worth a word."""
+"""Differences due to rounding below this share of the parameters are not reported."""
 
 
 def rounding_for(decoder: Decoder, free: range, given: int | None = None) -> int:
-    """Return the multiple in which channels of the free blocks stay.
+    """Return the multiple to which channels of the free blocks are rounded.
 
-    As asked for, or 256, 64 or 8 where the narrowest MLP has eight such steps, else 1; those of experts always in
-    multiples of 8, because grouped products of matrices want their rows to start at multiples of 16 bytes.
+    As requested, or 256, 64 or 8 if the smallest MLP has eight such steps, else 1; for experts always multiples of 8,
+    because grouped matrix products need rows that start at multiples of 16 bytes.
     """
     found = [block_widths(decoder, block) for block in free]
     channels = min(one.channels for one in found)
@@ -56,17 +56,17 @@ class Candidates:
     """Widths that treat all free blocks alike, from the smallest cut to the largest.
 
     Attributes:
-        multiple: channels stay in multiples of this.
-        stock: whether a stock configuration can name them; else they need the modelling file.
+        multiple: channels are rounded to multiples of this.
+        stock: whether a stock configuration can express them; else they need the modelling file.
         sizes: parameters of the result by unit.
     """
 
     def __init__(self, decoder: Decoder, free: range, heads: Heads, rounding: int | None) -> None:
-        """Look at a model.
+        """Collect the candidates for a model.
 
         Raises:
             InputError: no block is free.
-            ModelError: its blocks cannot be narrowed.
+            ModelError: its widths cannot be pruned.
         """
         if not free:
             raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
@@ -86,7 +86,7 @@ class Candidates:
         self.sizes = width_sizes(decoder, stock=self.stock)
 
     def _head_levels(self) -> list[tuple[int, int]]:
-        """Return possible (groups, queries), largest first: whole groups, or queries where there is one group."""
+        """Return possible (groups, queries), largest first: whole groups, or queries if there is one group."""
         full = self._dense[self._free[0]]
         levels = [(full.groups, full.queries)]
         if (
@@ -108,7 +108,7 @@ class Candidates:
         return tuple(one.model_copy(update=changed) if b in self._free else one for b, one in enumerate(widths))
 
     def _at(self, fraction: float, multiple: int) -> AllWidths:
-        """Return the widths when this fraction of the channels goes."""
+        """Return the widths when this fraction of the channels is removed."""
         return tuple(
             one.model_copy(update={"channels": rounded((1 - fraction) * one.channels, one.channels, multiple)})
             if block in self._free
@@ -117,7 +117,7 @@ class Candidates:
         )
 
     def ratio(self, fraction: float) -> AllWidths:
-        """Return the widths when this fraction of the channels goes, and of the heads as `heads="even"` says."""
+        """Return the widths when this fraction of the channels is removed, and of the heads as `heads="even"` says."""
         widths = self._at(fraction, self.multiple)
         if self._way != "even":
             return widths
@@ -139,7 +139,7 @@ class Candidates:
         return list(dict.fromkeys(one for one in found if one != self._dense))
 
     def meet(self, budget: Budget) -> tuple[AllWidths, float | None]:
-        """Return the widths that meet a number of parameters, and what would go with single channels if that differs.
+        """Return the widths that meet a number of parameters, and the fraction removed with single channels if different.
 
         Raises:
             InputError: the budget is out of reach.
@@ -159,7 +159,7 @@ class Candidates:
         return widths, best if abs(best - got) > TOLD else None
 
     def given(self, ffn: int | None, groups: int | None, queries: int | None) -> AllWidths:
-        """Return the widths that were asked for by number.
+        """Return the widths that were requested by number.
 
         Raises:
             InputError: they do not fit the model.
@@ -178,7 +178,7 @@ class Candidates:
             raise InputError(f"ffn={ffn}: channels of experts stay in multiples of {_OF_EXPERTS}.")
         reason = reason_against_heads(self._decoder)
         if reason and any(name != "channels" and value < getattr(dense[0], name) for name, value in asked.items()):
-            raise ModelError(f"{self._decoder.source}: no head can go: {reason}.")
+            raise ModelError(f"{self._decoder.source}: no head can be removed: {reason}.")
         widths = tuple(
             one.model_copy(update=asked) if block in self._free else one for block, one in enumerate(self._dense)
         )
@@ -192,20 +192,20 @@ Share = Annotated[float, BeforeValidator(lambda given: read_fraction(given, "hid
 
 
 class WidthSettings(Settings):
-    """Settings all methods have that narrow blocks."""
+    """Settings of all width methods."""
 
     ratio: Ratio | None = Field(
         None,
-        description="share of the channels (and of heads that go with them) to take out; an amount by itself",
+        description="share of the channels (and of heads that go with them) to remove; sets the amount",
     )
     rounding: int | None = Field(
-        None, ge=1, description="channels stay in multiples of this; by itself 256, 64, 8 or 1, by the MLP's width"
+        None, ge=1, description="channels stay in multiples of this; by default 256, 64, 8 or 1, by the MLP's width"
     )
     repair: bool = Field(
-        True, description="fit what writes by least squares, where that serves windows held out of the fit"
+        True, description="refit the remaining weights by least squares, where that is better on held-out windows"
     )
     ridge: PositiveFloat | Literal["auto"] = Field(
-        "auto", description="pull of the fit toward the weights as they are; by default chosen on windows held out"
+        "auto", description="regularisation of the fit toward the original weights; by default chosen on held-out windows"
     )
 
     def own_amount(self) -> Budget | None:
@@ -219,24 +219,24 @@ class FlapSettings(WidthSettings):
     heads: Literal["even", "never"] = Field("even", description="heads compete with channels (even), or stay (never)")
     bias: Literal["auto", "off"] = Field(
         "auto",
-        description="put back the mean of what goes as a bias: where the result can hold one (auto), or not (off)",
+        description="put back the mean of what is removed as a bias: where the result can hold one (auto), or not (off)",
     )
 
 
 class EvenSettings(WidthSettings):
-    """Settings of methods that narrow all blocks alike."""
+    """Settings of methods that prune all blocks alike."""
 
     heads: Heads = Field(
-        "last", description="heads go when a quarter of the channels is left (last), as channels do (even), or never"
+        "last", description="heads go once a quarter of the channels is left (last), along with channels (even), or never"
     )
-    ffn: int | None = Field(None, ge=1, description="channels of every MLP that stay; an amount by itself")
-    groups: int | None = Field(None, ge=1, description="key/value groups that stay; an amount by itself")
+    ffn: int | None = Field(None, ge=1, description="channels of every MLP to keep; sets the amount")
+    groups: int | None = Field(None, ge=1, description="key/value groups to keep; sets the amount")
     queries: int | None = Field(
-        None, ge=1, description="query heads that stay in each key/value group; an amount by itself"
+        None, ge=1, description="query heads to keep in each key/value group; sets the amount"
     )
 
     def own_amount(self) -> Budget | None:
-        """Return the ratio, or the first of the numbers that stay."""
+        """Return the ratio, or the first number given."""
         given = {name: getattr(self, name) for name in ("ffn", "groups", "queries")}
         named = {name: value for name, value in given.items() if value is not None}
         if self.ratio is not None:
@@ -249,19 +249,19 @@ class EvenSettings(WidthSettings):
 class PrunerSettings(EvenSettings):
     """Settings of `llm-pruner`."""
 
-    protect_first: int = Field(4, ge=0, description="how many of the first blocks are never touched")
-    protect_last: int = Field(2, ge=0, description="how many of the last blocks are never touched")
+    protect_first: int = Field(4, ge=0, description="number of blocks at the start that never change")
+    protect_last: int = Field(2, ge=0, description="number of blocks at the end that never change")
 
 
 class MinitronSettings(EvenSettings):
     """Settings of `minitron-width`."""
 
     hidden: Share = Field(
-        0.0, description="share of the hidden directions that goes too, before anything else (alone: with ratio=0)"
+        0.0, description="share of the hidden directions to remove as well, before anything else (alone: with ratio=0)"
     )
 
     def own_amount(self) -> Budget | None:
-        """Return the ratio or the first number that stays; with ratio=0 the share of hidden directions."""
+        """Return the ratio or the first number given; with ratio=0 the share of hidden directions."""
         if self.hidden and self.ratio == 0:
             return Budget("own", self.hidden, knob="hidden")
         return super().own_amount()

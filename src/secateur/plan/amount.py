@@ -1,4 +1,4 @@
-"""How much is to go, as people write it: 25%, 5.5B, 12GB, 1.3. One model for options, recipes, API and report."""
+"""How much to remove, as users write it: 25%, 5.5B, 12GB, 1.3. One model for options, recipes, API and report."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def read_blocks(count: int) -> int:
 
 
 def gigabytes(count: float) -> str:
-    """Write a number of bytes as people do."""
+    """Format a number of bytes as GB or MB."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
@@ -116,15 +116,15 @@ class AmountFields(TypedDict, total=False):
 
 
 class Amount(BaseModel):
-    """How much is to go: one of these, or none where a setting of the method says it.
+    """How much to remove: one of these, or none where a setting of the method determines it.
 
     Attributes:
-        remove: fraction of all parameters, embeddings included, that is gone afterwards.
-        target_params: parameters to stay at or below.
-        target_memory: bytes of weights and of one sequence's cache to stay at or below, in the checkpoint's dtype.
-        context: tokens in the cache that `target_memory` counts; None takes 4096, or the model's positions if fewer.
-        target_speedup: how many times as fast a request is to be answered, by block times measured on the device.
-        blocks: number of blocks to take out; 0 changes nothing.
+        remove: fraction of all parameters, embeddings included, to remove.
+        target_params: maximum number of parameters.
+        target_memory: maximum bytes of the weights and one sequence's cache, in the checkpoint's dtype.
+        context: tokens in the cache that `target_memory` counts; None: 4096, or the model's maximum positions if fewer.
+        target_speedup: required speed-up of a request, by block times measured on the device.
+        blocks: number of blocks to remove; 0 changes nothing.
         slicing: fraction of the hidden directions to slice away (`slice` in recipes and plans); 0 changes nothing.
     """
 
@@ -157,7 +157,7 @@ class Amount(BaseModel):
 
     @property
     def given(self) -> dict[str, float]:
-        """The amounts that were given, by the name users write; `context` is none by itself."""
+        """The amounts that were given, by the name users write; `context` alone is not an amount."""
         named = self.model_dump(by_alias=True, exclude={"context"}, exclude_none=True)
         return dict(sorted(named.items(), key=lambda item: _ORDER.index(item[0])))
 
@@ -174,7 +174,7 @@ class Amount(BaseModel):
         }
 
     def require_at_most_one(self) -> None:
-        """Refuse several amounts at once.
+        """Refuse more than one amount.
 
         Raises:
             InputError: several were given, or a context without the target it belongs to.
@@ -200,7 +200,7 @@ class Amount(BaseModel):
         return self.model_dump(by_alias=True, exclude_none=True)
 
     def sentence(self) -> str:
-        """Say what was asked for, as it is written on the command line; empty where nothing was."""
+        """Return the amount as it is written on the command line; empty if there is none."""
         writers = {
             "remove": lambda value: f"remove={value:.1%}",
             "target_params": lambda value: f"target-params={value:,.0f}",
@@ -214,6 +214,6 @@ class Amount(BaseModel):
 
 _ORDER = ("blocks", "slice", "remove", "target_params", "target_memory", "target_speedup")
 _CHOICE = (
-    "say one of remove (25%), target-params (5.5B), target-memory (12GB), target-speedup (1.3), blocks (4) or "
+    "give one of remove (25%), target-params (5.5B), target-memory (12GB), target-speedup (1.3), blocks (4) or "
     "slice (20%)."
 )

@@ -19,10 +19,10 @@ class DropBlocks(Step):
     blocks: tuple[int, ...]
 
     def kept_blocks(self, count: int) -> tuple[int, ...]:
-        """Return the blocks that stay, of `count`.
+        """Return the blocks that remain, of `count`.
 
         Raises:
-            InputError: a block number that does not exist or is named twice, or no block left.
+            InputError: a block number does not exist or appears twice, or no block remains.
         """
         wrong = sorted(block for block in self.blocks if not 0 <= block < count)
         if wrong:
@@ -35,31 +35,31 @@ class DropBlocks(Step):
         return stay
 
     def sizes_after(self, sizes: Sizes) -> Sizes:
-        """Return the sizes without the blocks that go."""
+        """Return the sizes without the removed blocks."""
         return sizes.with_blocks(self.kept_blocks(len(sizes.blocks)))
 
     def describe(self) -> tuple[str, str]:
-        """Name the blocks that go."""
+        """Name the removed blocks."""
         return "removes", ", ".join(map(str, self.blocks)) or "nothing"
 
 
 Span = tuple[int, int]
-"""Neighbouring blocks, from the first to the last of them, both included."""
+"""First and last of a run of neighbouring blocks, both included."""
 
 Rule = Literal["delta-sum", "top", "mean", "weighted"]
-"""How the weights of neighbouring blocks become those of one."""
+"""How the weights of a window of blocks are merged into those of one block."""
 
 
 class MergeBlocks(Step):
-    """Make one block, in the place of the lowest, of each window of neighbouring blocks.
+    """Merge each window of neighbouring blocks into one block, at the position of its lowest.
 
     Attributes:
         windows: lowest and highest block of each window.
-        rule: how their weights become one block's.
-        influence: block influence of every block; needed by the rule `weighted`, empty for the others.
-        across_types: whether blocks of differing layer types may become one; its type is the lowest block's.
-        similarity: that of the final hidden states to the original model's, as measured when it was decided.
-        threshold: the threshold that gives these windows; None where they are an earlier stage of such a run.
+        rule: how their weights are merged.
+        influence: block influence of every block; required by the rule `weighted`, empty otherwise.
+        across_types: whether blocks of different layer types may be merged; the result has the lowest block's type.
+        similarity: similarity of the final hidden states to the original model's, measured when the plan was made.
+        threshold: the threshold that gives these windows; None if they are an intermediate stage of such a run.
     """
 
     kind: Literal["merge-blocks"] = "merge-blocks"
@@ -71,7 +71,7 @@ class MergeBlocks(Step):
     threshold: float | None = None
 
     def kept_blocks(self, count: int) -> tuple[int, ...]:
-        """Return the blocks that stay, of `count`: the lowest of each window, and all outside the windows.
+        """Return the blocks that remain, of `count`: the lowest of each window, and all outside the windows.
 
         Raises:
             InputError: a window of blocks that do not exist, of fewer than two blocks, or that overlaps another; or
@@ -92,7 +92,7 @@ class MergeBlocks(Step):
         return tuple(block for block in range(count) if block not in absorbed)
 
     def sizes_after(self, sizes: Sizes) -> Sizes:
-        """Return the sizes with one block in the place of each window."""
+        """Return the sizes with each window replaced by one block."""
         return sizes.with_blocks(self.kept_blocks(len(sizes.blocks)))
 
     @property
@@ -106,7 +106,7 @@ class MergeBlocks(Step):
         return "merges", f"{windows} ({self.rule})" if windows else "nothing"
 
     def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
-        """Return what becomes of the blocks in the windows."""
+        """Return what happens to the blocks in the windows."""
         changes = {}
         for low, high in self.windows:
             changes[low] = BlockChange(
@@ -118,15 +118,15 @@ class MergeBlocks(Step):
 
 
 class LinearReplacement(Step):
-    """Take windows of neighbouring blocks out, each replaced by a matrix on the MLP output of the block before it.
+    """Remove windows of neighbouring blocks, each replaced by a matrix on the MLP output of the block before it.
 
-    The matrices are not in the plan: they are measured when it is applied.
+    The plan does not contain the matrices: they are measured when it is applied.
 
     Attributes:
-        windows: first and last block of each window that goes.
-        ridge: how strongly a matrix is pulled toward the identity, in mean squares of the MLP's output.
-        error: of each window, the share of the state that leaves it which is not reproduced, as measured when it was
-            decided; empty where that was not measured.
+        windows: first and last block of each removed window.
+        ridge: how strongly a matrix is regularised toward the identity, in mean squares of the MLP's output.
+        error: for each window, the share of its output that is not reproduced, measured when the plan was made; empty
+            if that was not measured.
     """
 
     measures: ClassVar[bool] = True
@@ -137,10 +137,10 @@ class LinearReplacement(Step):
     error: tuple[float, ...] = ()
 
     def kept_blocks(self, count: int) -> tuple[int, ...]:
-        """Return the blocks that stay, of `count`.
+        """Return the blocks that remain, of `count`.
 
         Raises:
-            InputError: a window of blocks that do not exist, without a block before it that stays, or that overlaps
+            InputError: a window of blocks that do not exist, without a remaining block before it, or that overlaps
                 another.
         """
         gone: set[int] = set()
@@ -155,7 +155,7 @@ class LinearReplacement(Step):
         return tuple(block for block in range(count) if block not in gone)
 
     def sizes_after(self, sizes: Sizes) -> Sizes:
-        """Return the sizes without the blocks that go."""
+        """Return the sizes without the removed blocks."""
         return sizes.with_blocks(self.kept_blocks(len(sizes.blocks)))
 
     def describe(self) -> tuple[str, str]:
@@ -163,7 +163,7 @@ class LinearReplacement(Step):
         return "replaces", ", ".join(f"{low} to {high}" for low, high in sorted(self.windows)) + " (a matrix each)"
 
     def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
-        """Return what becomes of the blocks in the windows."""
+        """Return what happens to the blocks in the windows."""
         return {
             place: BlockChange(state="replaced", text=f"replaced by a matrix in block {numbers[low - 1]}", share=0.0)
             for low, high in self.windows
@@ -171,17 +171,17 @@ class LinearReplacement(Step):
         }
 
     def forwards(self, tokens: int) -> float:
-        """One walk that sums up what the matrices are solved from."""
+        """Return the cost of one walk, which accumulates the statistics that determine the matrices."""
         return linear_replacement_forwards()
 
 
 def linear_replacement_forwards() -> float:
-    """Return what measuring replacement matrices costs in plain forward passes; products of states are summed too."""
+    """Return the cost of measuring replacement matrices, in plain forward passes; products of states are summed too."""
     return 1.5
 
 
 def require_span(low: int, high: int, count: int, does: str) -> None:
-    """Refuse neighbouring blocks that a model of `count` blocks does not have.
+    """Refuse a window of blocks that a model of `count` blocks does not have.
 
     Raises:
         InputError: saying what the plan does to them.

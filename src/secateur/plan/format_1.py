@@ -1,6 +1,6 @@
-"""Plans of format 1, as secateur wrote them up to 0.1, turned into format 2.
+"""Convert plans of format 1, as secateur wrote them up to 0.1, to format 2.
 
-Format 1 named two kinds of steps otherwise, and kept some of what applying needs among the settings of the method,
+Format 1 had other names for two kinds of steps, and kept some of what applying needs among the settings of the method,
 where each reader had its own defaults; those defaults are written out here.
 """
 
@@ -13,7 +13,7 @@ Data = dict[str, Any]
 
 
 def from_format_1(plan: Data) -> Data:
-    """Return the data of a plan in format 2; what is no list of steps is left for validation to refuse."""
+    """Return the data of a plan in format 2; anything that is not a list of steps is left for validation to refuse."""
     steps = plan.get("steps", [])
     if isinstance(steps, list | tuple):
         steps = [_step(step) if isinstance(step, dict) else step for step in steps]

@@ -13,25 +13,25 @@ from secateur.plan.step import Sizes, Step
 from secateur.plan.units import BlockChange, Removal, UnitKind
 
 Signals = Literal["raw", "normed"]
-"""States as they are, or scaled to a mean square of 1 as the norm that reads them does."""
+"""Whether states are used raw, or scaled to a mean square of 1 as by the norm that reads them."""
 
 
 class StreamSizes(BaseModel):
     """Parameters per residual dimension.
 
-    A reading point is where a norm reads the stream: attention and MLP of each block (one point where they run side
-    by side), last the head. "Rows" are counted per direction: a block's attention that reads with 96 rows has 96 · d
+    A reading point is where a norm reads the stream: attention and MLP of each block (one point if they run in
+    parallel), last the head. "Rows" are counted per direction: a block's attention that reads with 96 rows has 96 · d
     parameters there, d being the width of the stream at that point.
 
     Attributes:
-        width: D, directions before any is sliced away.
+        width: D, the number of directions before slicing.
         parallel: attention and MLP share one reading point.
         attention_in, attention_out, mlp_in, mlp_out: rows that read and columns that write, block by block, vectors
             along the stream (norm weights, biases of what writes) included.
-        fixed: parameters of each block that do not stand on the stream.
-        tables: rows of the tables that write to the stream first.
-        head: rows that read it last.
-        other_fixed: parameters outside the blocks that do not stand on the stream.
+        fixed: parameters of each block that do not depend on the width of the stream.
+        tables: rows of the embedding tables, which write to the stream first.
+        head: rows of the head, which reads it last.
+        other_fixed: parameters outside the blocks that do not depend on the width of the stream.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,7 +49,7 @@ class StreamSizes(BaseModel):
 
     @property
     def points_per_block(self) -> int:
-        """Reading points in each block."""
+        """Number of reading points in each block."""
         return 1 if self.parallel else 2
 
     def sizes_at(self, widths: Sequence[int], shortcuts: Sequence[bool]) -> Sizes:
@@ -82,11 +82,11 @@ class SliceHidden(Step):
         head_width: directions the head reads.
         bases: first block of each shared basis; None gives every reading point a basis of its own.
         stock: the result keeps its architecture, with a smaller hidden size.
-        coordinates: the basis is the one there is: the directions of largest activations stay.
+        coordinates: keep the current basis; the directions with the largest activations remain.
         signals: states whose principal directions are measured.
-        sensitivity: of shared bases, directions are weighted by how much the loss depends on them.
-        reconstruct: of shared bases, layers are refitted to read by least squares what the kept directions tell.
-        sizes: what stands on the residual stream, in the form the result has.
+        sensitivity: with shared bases, weight directions by how much the loss depends on them.
+        reconstruct: with shared bases, refit the layers that read by least squares to the kept directions.
+        sizes: parameters per residual dimension, in the form the result has.
     """
 
     kind: Literal["slice-hidden"] = "slice-hidden"
@@ -102,7 +102,7 @@ class SliceHidden(Step):
     sizes: StreamSizes
 
     def kept_blocks(self, count: int) -> tuple[int, ...]:
-        """All blocks stay.
+        """Return all blocks: none is removed.
 
         Raises:
             InputError: widths for another number of blocks, or widths that do not fit the bases.
@@ -140,7 +140,7 @@ class SliceHidden(Step):
         return replace(counted, units={**sizes.units, UnitKind.DIRECTION: self.widths})
 
     def removes(self, sizes: Sizes) -> tuple[Removal, ...]:
-        """Return the directions that go, block by block."""
+        """Return the removed directions, block by block."""
         return tuple(
             Removal(unit=UnitKind.DIRECTION, count=self.sizes.width - width, total=self.sizes.width, block=block)
             for block, width in enumerate(self.widths)
@@ -148,24 +148,24 @@ class SliceHidden(Step):
         )
 
     def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
-        """Return what becomes of each block; the share is that of its directions."""
+        """Return what happens to each block; the share is that of its directions."""
         changes = super().block_changes(sizes, numbers)
         share = {place: width / self.sizes.width for place, width in enumerate(self.widths)}
         return {place: replace(change, share=share[place]) for place, change in changes.items()}
 
     def forwards(self, tokens: int) -> float:
-        """Return what measuring and slicing costs."""
+        """Return the cost of measuring and slicing."""
         return slicing_forwards(
             shared=self.bases is not None, sensitivity=self.sensitivity, reconstruct=self.reconstruct
         )
 
     @property
     def rebuilds(self) -> bool:
-        """It makes every block anew."""
+        """Whether all weights are rebuilt: always."""
         return True
 
     def describe(self) -> tuple[str, str]:
-        """Say how many directions stay."""
+        """Describe how many directions remain."""
         low, high, width = min(self.widths), max(self.widths), self.sizes.width
         kept = f"{low}" if low == high else f"{low} to {high}"
         share = 1 - sum(self.widths) / len(self.widths) / width
@@ -184,9 +184,9 @@ class SliceHidden(Step):
 
 
 def slicing_forwards(*, shared: bool, sensitivity: bool = False, reconstruct: bool = False) -> float:
-    """Return what slicing costs, in plain forward passes.
+    """Return the cost of slicing, in plain forward passes.
 
-    With a basis at every reading point one walk measures and slices; shared bases take one that measures, with
+    With a basis at every reading point one walk measures and slices; shared bases take one walk for measuring, with
     `sensitivity` a backward pass over all windows, and with `reconstruct` another walk.
     """
     return 1.5 + 4.0 * sensitivity + 1.5 * reconstruct if shared else 2.0

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the places of the points to which no other is preferable, by their first cost, lowest first.
+    """Return the indices of the points on the Pareto front, by their first cost, lowest first.
 
-    Another is preferable if it is no higher in both costs and lower in one; of equal points the first counts.
+    A point dominates another if it is no higher in both costs and lower in one; of equal points the first counts.
     """
     front: list[int] = []
     least = math.inf

@@ -1,7 +1,7 @@
-"""The decision as data: which edits, and what they leave. Made, shown, edited and applied separately.
+"""The decision as data: which edits, and the resulting sizes. Made, shown, edited and applied separately.
 
-A plan never holds tensors. It is a small JSON file; what can be computed from it (sizes) is written for the reader and
-computed again when it is read, so an edited plan cannot contradict itself.
+A plan never holds tensors. It is a small JSON file; derived values (sizes) are written for the reader and recomputed
+when it is read, so an edited plan cannot contradict itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ModelRef(BaseModel):
         family: its architecture.
         block_parameters: number of parameters of each block.
         other_parameters: all other parameters, tied tensors counted once.
-        units: how many units each block has, by kind, as far as they are known.
+        units: number of units in each block, by kind, where known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,15 +55,15 @@ class ModelRef(BaseModel):
 
 
 class Candidate(BaseModel):
-    """A plan that was tried, or could not be made, while searching for the best.
+    """A plan that the search tried, or could not make.
 
     Attributes:
-        depth: method that took blocks out first; None where none went.
-        blocks: how many blocks went.
-        width: method that then sliced or narrowed what was left; None without.
-        parameters: of the result; None where there is none.
-        loss: mean next-token loss on the held-back windows in nats; None where it was not measured.
-        enough: whether what was asked for is gone; where not, another method came after, or was to come.
+        depth: method that removed blocks first; None if none did.
+        blocks: number of blocks removed.
+        width: method that then sliced or width-pruned the remaining model; None if none did.
+        parameters: of the result; None if there is none.
+        loss: mean next-token loss on the held-back windows in nats; None if it was not measured.
+        enough: whether the requested amount was removed; if not, another method followed, or was to follow.
         refused: why there is no result.
     """
 
@@ -82,12 +82,12 @@ class Search(BaseModel):
     """How a plan was found: every candidate, and which of them are best.
 
     Attributes:
-        fitted: number of calibration windows that candidates were measured and fitted on.
-        held_back: number of calibration windows, others, that their losses are of.
-        dense_loss: loss of the dense model on the windows held back.
+        fitted: number of calibration windows on which candidates were measured and fitted.
+        held_back: number of other calibration windows, on which their losses were measured.
+        dense_loss: loss of the dense model on the held-back windows.
         candidates: in the order in which they were tried.
-        front: places of those to which no other is preferable, being no larger and no worse; largest model first.
-        best: place of the candidate that the plan holds: the least loss among those that remove enough.
+        front: indices of the candidates on the Pareto front of size and loss; largest model first.
+        best: index of the candidate that the plan holds: the lowest loss among those that remove enough.
         settings: of the search.
     """
 
@@ -107,13 +107,13 @@ class Plan(BaseModel):
 
     Attributes:
         model: the model it is for.
-        steps: what is done, in order; an empty list changes nothing.
+        steps: the edits, in order; an empty list changes nothing.
         requested: the budget as asked for, such as `{"remove": 0.25}`.
-        texts: source, fingerprint and shape of the calibration windows it was measured on.
-        seed: seed of everything drawn at random.
-        counts_on: for a target in bytes or seconds, what it was counted on and what the plan is expected to reach.
-        search: the candidates among which the steps were chosen, where that was done by trying.
-        version: the secateur that made it.
+        texts: source, fingerprint and shape of the calibration windows.
+        seed: random seed.
+        counts_on: for a target in bytes or seconds, what it is based on and what the plan is expected to reach.
+        search: the candidates among which the steps were chosen, if there was a search.
+        version: the version of secateur that made it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -142,14 +142,14 @@ class Plan(BaseModel):
         return self
 
     def kept_blocks(self) -> tuple[int, ...]:
-        """Return the blocks of the original model that are left after all steps."""
+        """Return the blocks of the original model that remain after all steps."""
         left = tuple(range(len(self.model.block_parameters)))
         for step in self.steps:
             left = tuple(left[i] for i in step.kept_blocks(len(left)))
         return left
 
     def removes(self) -> tuple[Removal, ...]:
-        """Return the units that go, step by step."""
+        """Return the removed units, step by step."""
         found: list[Removal] = []
         sizes = self.model.sizes()
         for step in self.steps:
@@ -158,10 +158,10 @@ class Plan(BaseModel):
         return tuple(found)
 
     def block_changes(self, numbers: Sequence[int]) -> Iterator[tuple[int, BlockChange]]:
-        """Yield what each step does to each block it changes, by the block's number.
+        """Yield what each step does to each block it changes, by block number.
 
         Args:
-            numbers: the number, in the text too, of each block of the model the plan is for.
+            numbers: the number, used in the text too, of each block of the model the plan is for.
         """
         sizes, left = self.model.sizes(), list(numbers)
         for step in self.steps:
@@ -192,7 +192,7 @@ class Plan(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def removed_fraction(self) -> float:
-        """Share of all parameters, embeddings included, that is gone afterwards."""
+        """Share of all parameters, embeddings included, that is removed."""
         return 1 - self.parameters_after / self.parameters_before
 
     def to_json(self) -> str:
@@ -221,10 +221,10 @@ class Plan(BaseModel):
 
 
 def plans_in(history: Iterable[dict[str, Any]]) -> tuple[Plan, ...]:
-    """Return the plans among the entries of a decoder's history, oldest first; other entries tell of healing.
+    """Return the plans among the entries of a decoder's history, oldest first; other entries describe healing.
 
     Raises:
-        InputError: one cannot be read, as of a later format or with steps of a package that is not installed.
+        InputError: one cannot be read: it is of a later format, or has steps of a package that is not installed.
     """
     return tuple(_recorded(entry["plan"]) for entry in history if "plan" in entry)
 

@@ -1,4 +1,4 @@
-"""Edit of whole blocks: a window of neighbours becomes one light network, trained when the plan is applied."""
+"""Edit of whole blocks: a window of neighbours is replaced by one light network, trained when the plan is applied."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from secateur.plan.step import Sizes, Step, Units
 from secateur.plan.units import BlockChange, UnitKind
 
 Network = Literal["block", "ffn", "swiglu"]
-"""What stands in for a window: a block of the same kind, or an MLP of one of two kinds, each with its residual."""
+"""What replaces a window: a block of the same kind, or an MLP of one of two kinds, each with its residual."""
 
 
 Loss = Literal["mse", "lm", "mse+lm"]
 """What a network is trained on: hidden states, the language-modelling loss, or one after the other."""
 
 Pairs = Literal["recompute", "disk"]
-"""Where the hidden states it is trained on come from: computed anew, or kept on disk."""
+"""Where the hidden states it is trained on come from: recomputed, or stored on disk."""
 
 
 class ReplaceBlocks(Step):
-    """Put one light network in the place of a window of neighbouring blocks.
+    """Replace a window of neighbouring blocks by one light network.
 
     Attributes:
         window: first and last block of the window; the network takes the place of the first.
-        network: its kind; a block starts from the window's first, an MLP from giving nothing.
+        network: its kind; a block starts from the window's first, an MLP from an output of zero.
         inner: channels of an MLP; 0 for a block.
         sizes: of a model with an MLP in it, its parameters per residual dimension; None for a block.
-        train_tokens: tokens of text it is trained on.
-        loss: what it is trained on.
-        pairs: where its training pairs come from; None keeps those of a skeleton on disk.
-        cosine: mean cosine of what enters and what leaves the window, as measured when it was decided.
+        train_tokens: number of training tokens.
+        loss: training objective.
+        pairs: where its training pairs come from; None stores those of a skeleton on disk.
+        cosine: mean cosine between the input and output of the window, measured when the plan was made.
     """
 
     measures: ClassVar[bool] = True
@@ -50,7 +50,7 @@ class ReplaceBlocks(Step):
     cosine: float | None = None
 
     def kept_blocks(self, count: int) -> tuple[int, ...]:
-        """Return the blocks that stay, of `count`, the first of the window, which becomes the network, among them.
+        """Return the blocks that remain, of `count`, including the first of the window, which becomes the network.
 
         Raises:
             InputError: a window of blocks that do not exist, of fewer than two, or an MLP without its sizes.
@@ -66,7 +66,7 @@ class ReplaceBlocks(Step):
         return tuple(block for block in range(count) if not low < block <= high)
 
     def sizes_after(self, sizes: Sizes) -> Sizes:
-        """Return the sizes with the network in the window's place; an MLP puts the whole model in its folded form."""
+        """Return the sizes with the network in place of the window; an MLP puts the whole model in its folded form."""
         kept = self.kept_blocks(len(sizes.blocks))
         left = sizes.with_blocks(kept)
         if self.sizes is None:
@@ -76,30 +76,30 @@ class ReplaceBlocks(Step):
         return replace(counted, units=_with_mlp(left.units, kept.index(self.window[0]), self.inner))
 
     def forwards(self, tokens: int) -> float:
-        """Forward passes for the targets, and forward and backward passes of what is trained, over its own text."""
+        """Return the cost of computing the targets, and of training passes of the trained part over its own text."""
         return training_forwards(self.loss, self.train_tokens, tokens)
 
     def disk_bytes(self, width: int, *, skeleton: bool) -> int:
-        """Bytes of hidden-state pairs kept on disk while it is trained; 0 where they are computed anew."""
+        """Return the bytes of hidden-state pairs stored on disk during training; 0 if they are recomputed."""
         return 2 * self.train_tokens * width * 2 if self.stores_pairs(skeleton=skeleton) else 0
 
     def stores_pairs(self, *, skeleton: bool) -> bool:
-        """Return whether the hidden states it is trained on are kept on disk."""
+        """Return whether the hidden states it is trained on are stored on disk."""
         return self.pairs == "disk" or (self.pairs is None and skeleton)
 
     @property
     def rebuilds(self) -> bool:
-        """An MLP in the window's place puts the whole model in its folded form."""
+        """Whether all weights are rebuilt: an MLP in place of the window puts the whole model in its folded form."""
         return self.sizes is not None
 
     def describe(self) -> tuple[str, str]:
-        """Name the window and what it becomes."""
+        """Describe the window and its replacement."""
         low, high = self.window
         what = "one block" if self.network == "block" else f"one {self.network} of {self.inner} channels"
         return "replaces", f"{low} to {high} by {what}, trained on {self.train_tokens:,} tokens ({self.loss} loss)"
 
     def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
-        """Return what becomes of the blocks of the window."""
+        """Return what happens to the blocks of the window."""
         low, high = self.window
         what = "one trained block" if self.network == "block" else f"a {self.network} of {self.inner} channels"
         gone = BlockChange(state="replaced", text=f"replaced by {what} in block {numbers[low]}", share=0.0)
@@ -108,7 +108,7 @@ class ReplaceBlocks(Step):
 
 
 def training_forwards(loss: Loss, train_tokens: int, tokens: int) -> float:
-    """Return what training a network costs, in plain forward passes over windows of `tokens` tokens altogether."""
+    """Return the cost of training a network, in plain forward passes over windows of `tokens` tokens in total."""
     return {"mse": 1.0, "lm": 2.5, "mse+lm": 3.5}[loss] * train_tokens / tokens
 
 
@@ -116,7 +116,7 @@ _INSIDE = {UnitKind.ATTENTION: 0, UnitKind.QUERY_HEAD: 0, UnitKind.KEY_VALUE_GRO
 
 
 def _with_mlp(units: Units, place: int, channels: int) -> Units:
-    """Return the units of the blocks when one of them becomes an MLP alone."""
+    """Return the units of the blocks when one of them becomes an MLP without attention."""
     own = _INSIDE | {UnitKind.CHANNEL: channels}
     return {
         kind: tuple(own.get(kind, count) if block == place else count for block, count in enumerate(counts))

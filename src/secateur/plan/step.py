@@ -1,4 +1,4 @@
-"""What every edit of a plan is: what it does to the sizes and units of a model, and how it reads."""
+"""The base of all edits: what they do to the sizes and units of a model, and how they describe themselves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Sizes:
     Attributes:
         blocks: parameters of each block.
         other: parameters of everything else (tied tensors counted once).
-        units: how many units each block has, by kind; kinds that are not known are left out.
+        units: number of units in each block, by kind; unknown kinds are left out.
     """
 
     blocks: tuple[int, ...]
@@ -37,7 +37,7 @@ class Sizes:
         return sum(self.blocks) + self.other
 
     def with_blocks(self, kept: Sequence[int]) -> Sizes:
-        """Return the sizes of the model that has only these blocks."""
+        """Return the sizes of the model with only these blocks."""
         units = {kind: tuple(counts[block] for block in kept) for kind, counts in self.units.items()}
         return Sizes(tuple(self.blocks[block] for block in kept), self.other, units)
 
@@ -49,20 +49,20 @@ STEPS: Registry[type[Step]] = Registry(
 
 
 class Step(BaseModel, ABC):
-    """One edit; block numbers refer to the model as the step before left it.
+    """One edit; block numbers refer to the model that the previous step leaves.
 
     A subclass with a default for `kind` is registered under it.
 
     Attributes:
-        kind: what plan files call this kind of step.
-        method: the method that decided it.
-        settings: the method's settings, a record for readers; what applying needs are fields of the step.
+        kind: name of this kind of step in plan files.
+        method: the method that chose it.
+        settings: the method's settings, recorded for readers; what applying needs are fields of the step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     measures: ClassVar[bool] = False
-    """Whether applying it reads calibration texts, because bases or matrices are computed anew."""
+    """Whether applying it reads calibration texts, because bases or matrices are measured then."""
 
     kind: str
     method: str
@@ -77,10 +77,10 @@ class Step(BaseModel, ABC):
 
     @abstractmethod
     def kept_blocks(self, count: int) -> tuple[int, ...]:
-        """Return the blocks of `count` that are still there afterwards, changed or not.
+        """Return the blocks of `count` that still exist afterwards, changed or not.
 
         Raises:
-            InputError: the step cannot be applied to so many blocks.
+            InputError: the step cannot be applied to that many blocks.
         """
 
     @abstractmethod
@@ -93,10 +93,10 @@ class Step(BaseModel, ABC):
 
     @abstractmethod
     def describe(self) -> tuple[str, str]:
-        """Say in a few words what is done, and to what: `("removes", "4, 5")`."""
+        """Describe in a few words what is done, and to what: `("removes", "4, 5")`."""
 
     def removes(self, sizes: Sizes) -> tuple[Removal, ...]:
-        """Return the units that go: whole blocks, then units of the blocks that stay, as far as `sizes` knows them."""
+        """Return the removed units: whole blocks, then units of the remaining blocks, as far as `sizes` knows them."""
         count = len(sizes.blocks)
         kept, after = self.kept_blocks(count), self.sizes_after(sizes)
         gone = tuple(block for block in range(count) if block not in kept)
@@ -109,11 +109,11 @@ class Step(BaseModel, ABC):
         return tuple(found)
 
     def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
-        """Return what becomes of each block that is changed, by its place among those the step finds.
+        """Return what happens to each block that changes, by its position in the model the step is applied to.
 
         Args:
-            sizes: of the model that the step finds.
-            numbers: what each of its blocks is called in the text, its number in the original model.
+            sizes: of the model the step is applied to.
+            numbers: the number of each of its blocks in the original model, used in the text.
         """
         after = dict(zip(self.kept_blocks(len(numbers)), self.sizes_after(sizes).blocks, strict=True))
         changes = {
@@ -132,28 +132,28 @@ class Step(BaseModel, ABC):
 
     @property
     def merged_spans(self) -> tuple[tuple[int, int], ...]:
-        """First and last block of each run of neighbours that becomes one block."""
+        """Return the first and last block of each run of neighbours that is merged into one block."""
         return ()
 
     def forwards(self, tokens: int) -> float:
-        """What applying it costs, in plain forward passes over the calibration windows, which hold so many tokens."""
+        """Return the cost of applying it, in plain forward passes over the calibration windows of `tokens` tokens."""
         return 0.0
 
     def disk_bytes(self, width: int, *, skeleton: bool) -> int:
-        """Bytes kept on disk while it is applied, to a model of this hidden size."""
+        """Return the bytes kept on disk while it is applied to a model of this hidden size."""
         return 0
 
     @property
     def rebuilds(self) -> bool:
-        """Whether applying it makes all weights anew, beside those there are."""
+        """Whether applying it creates all weights anew, next to the existing ones."""
         return False
 
 
 def read_step(data: Any) -> Any:
-    """Turn the data of a step into a step of its kind; anything else is passed on.
+    """Convert the data of a step to a step of its kind; anything else is passed on.
 
     Raises:
-        InputError: an installed package that may hold the kind cannot be imported.
+        InputError: an installed package that may define the kind cannot be imported.
     """
     if not isinstance(data, Mapping):
         return data

@@ -22,7 +22,7 @@ class UnitKind(StrEnum):
 
     @property
     def plural(self) -> str:
-        """The name of several."""
+        """The name in the plural."""
         return f"{self.value}es" if self.value.endswith("ch") else f"{self.value}s"
 
     def counted(self, count: int, *, of: int | None = None) -> str:
@@ -37,10 +37,10 @@ class Removal:
 
     Attributes:
         unit: their kind.
-        count: how many go.
-        total: how many there were in that place; None where that is not known.
-        block: the block they are in; None for whole blocks. Numbered as the step before left the model.
-        indices: which of them go; empty where that is decided by measuring when the step is applied.
+        count: how many are removed.
+        total: how many there were; None if that is not known.
+        block: the block they are in; None for whole blocks. Numbered as in the model that the previous step leaves.
+        indices: which of them are removed; empty if that is measured when the step is applied.
     """
 
     unit: UnitKind
@@ -50,7 +50,7 @@ class Removal:
     indices: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        """Say what stays: `12 of 16 query heads`, or what goes where the total is unknown."""
+        """Describe what remains: `12 of 16 query heads`, or what is removed if the total is unknown."""
         if self.total is None:
             return f"without {self.unit.counted(self.count)}"
         if self.total == self.count:
@@ -59,7 +59,7 @@ class Removal:
 
 
 def summary(removals: Iterable[Removal]) -> str:
-    """Add up removals by kind: `2 blocks; 96 query heads in 6 blocks`; empty where nothing goes."""
+    """Add up removals by kind: `2 blocks; 96 query heads in 6 blocks`; empty if nothing is removed."""
     counts: dict[UnitKind, int] = {}
     places: dict[UnitKind, set[int]] = {}
     for one in removals:
@@ -73,8 +73,8 @@ def summary(removals: Iterable[Removal]) -> str:
 
 
 BlockState = Literal["removed", "merged", "absorbed", "replaced", "network", "reduced", "changed"]
-"""What a step makes of a block: gone, one of several merged, gone into such a one, gone with a matrix or network in its
-place, such a network, smaller inside, or of other weights."""
+"""What a step does to a block: it is removed, is the result of a merge, is absorbed by one, is replaced by a matrix or
+network, becomes that network, gets smaller inside, or gets other weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,9 @@ class BlockChange:
     """What a step does to one block.
 
     Attributes:
-        state: in a word.
-        text: in a few words, for people.
-        share: of its width that stays, in [0, 1]; 0 where it is gone.
+        state: in one word.
+        text: in a few words, for users.
+        share: share of its width that remains, in [0, 1]; 0 if the block is gone.
     """
 
     state: BlockState

@@ -14,7 +14,7 @@ from secateur.plan.units import BlockChange, Removal, UnitKind
 
 
 class Widths(BaseModel):
-    """How wide a block is inside.
+    """The widths inside a block.
 
     Attributes:
         groups: key/value heads.
@@ -29,7 +29,7 @@ class Widths(BaseModel):
     channels: int = Field(ge=1)
 
     def units(self) -> dict[UnitKind, int]:
-        """Return how many units of each kind that makes."""
+        """Return the number of units of each kind."""
         return {
             UnitKind.QUERY_HEAD: self.groups * self.queries,
             UnitKind.KEY_VALUE_GROUP: self.groups,
@@ -41,11 +41,11 @@ class BlockSizes(BaseModel):
     """Parameters of a block by unit, in the form the result has.
 
     Attributes:
-        dense: widths before anything goes.
-        group: parameters of a key/value group, its query heads not counted.
+        dense: widths before pruning.
+        group: parameters of a key/value group without its query heads.
         query: parameters of a query head.
-        channel: parameters of a channel, of all experts together.
-        fixed: all others.
+        channel: parameters of a channel, summed over all experts.
+        fixed: all other parameters.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,25 +82,25 @@ _KINDS = (UnitKind.QUERY_HEAD, UnitKind.KEY_VALUE_GROUP, UnitKind.CHANNEL)
 
 
 Choice = Literal["fluctuation", "weighted-norm", "magnitude", "taylor", "brain-surgeon"]
-"""What decides which units of a block go."""
+"""What decides which units of a block are removed."""
 
 
 class PruneWidth(Step):
     """Keep some heads, key/value groups and channels of each block.
 
-    The plan says how many. Which, and what the others then read to make up for what is gone, is measured on the texts
-    when it is applied, block by block on the model as cut so far.
+    The plan says how many. Which ones, and the weights refitted to compensate for the others, are measured on the texts
+    when it is applied, block by block on the model as pruned so far.
 
     Attributes:
         widths: what each block keeps.
-        choose: what decides which of a block's units go.
+        choose: what decides which units of a block are removed.
         stock: the result keeps its architecture, a stock one unless it has the modelling file; else it gets that.
-        repair: projections that write are fitted by least squares, where that serves windows held out of the fit.
-        ridge: of that fit; "auto" is chosen on windows held out.
-        bias: what a constant can make up for goes into biases; only where the result has a place for them.
-        without_bias: blocks in which something that writes has no place for one.
+        repair: refit output projections by least squares, where that is better on held-out windows.
+        ridge: ridge of that fit; "auto" is chosen on held-out windows.
+        bias: put what a constant can compensate for into biases, where the result has a place for them.
+        without_bias: blocks with an output projection that has no place for a bias.
         rounding: channels were rounded to multiples of this.
-        unrounded: the fraction of all parameters that would go without that rounding; None where it costs nothing.
+        unrounded: the fraction of all parameters that would be removed without that rounding; None if it is the same.
         sizes: parameters of the result by unit.
     """
 
@@ -118,7 +118,7 @@ class PruneWidth(Step):
     sizes: WidthSizes
 
     def kept_blocks(self, count: int) -> tuple[int, ...]:
-        """All blocks stay.
+        """Return all blocks: none is removed.
 
         Raises:
             InputError: widths for another number of blocks, more than there is, or fewer groups and queries.
@@ -144,7 +144,7 @@ class PruneWidth(Step):
         return replace(counted, units={**sizes.units, **counted.units})
 
     def removes(self, sizes: Sizes) -> tuple[Removal, ...]:
-        """Return the units that go, block by block."""
+        """Return the removed units, block by block."""
         return tuple(
             Removal(unit=kind, count=total - keep.units()[kind], total=total, block=block)
             for block, (keep, one) in enumerate(zip(self.widths, self.sizes.blocks, strict=True))
@@ -153,7 +153,7 @@ class PruneWidth(Step):
         )
 
     def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
-        """Return what becomes of each block; the share is that of the parameters of its units."""
+        """Return what happens to each block; the share is that of the parameters of its units."""
         shares = [
             (one.parameters_at(keep) - one.fixed) / max(1, one.parameters_at(one.dense) - one.fixed)
             for keep, one in zip(self.widths, self.sizes.blocks, strict=True)
@@ -162,16 +162,16 @@ class PruneWidth(Step):
         return {place: replace(change, share=shares[place]) for place, change in changes.items()}
 
     def forwards(self, tokens: int) -> float:
-        """Return what measuring and pruning costs."""
+        """Return the cost of measuring and pruning."""
         return width_forwards(self.choose)
 
     @property
     def rebuilds(self) -> bool:
-        """It makes every block anew."""
+        """Whether all weights are rebuilt: always."""
         return True
 
     def describe(self) -> tuple[str, str]:
-        """Say what stays."""
+        """Describe what remains."""
         dense = [one.dense for one in self.sizes.blocks]
         parts = [
             _span([keep.groups * keep.queries for keep in self.widths], [one.groups * one.queries for one in dense])
@@ -186,7 +186,7 @@ class PruneWidth(Step):
         if self.unrounded is not None:
             text += f" (single channels would come to {self.unrounded:.1%})"
         if self.bias and self.without_bias:
-            text += f"; no bias in the place of what goes in {self.without_bias} blocks, which cannot hold one"
+            text += f"; no compensating bias in {self.without_bias} blocks, which cannot hold one"
         return "keeps", text
 
 
@@ -196,7 +196,7 @@ def _span(kept: list[int], dense: list[int]) -> str:
 
 
 def width_forwards(choose: Choice) -> float:
-    """Return what width pruning costs, in plain forward passes.
+    """Return the cost of width pruning, in plain forward passes.
 
     Each block is run to measure attention, to measure its MLP and once edited; Taylor scores take a backward pass
     before that.

@@ -1,15 +1,15 @@
-"""Depth and width together: how many blocks go, by which method, and which method narrows or slices what is left.
+"""Depth and width together: how many blocks to remove, by which method, and which method slices or prunes the rest.
 
-Ours (docs/methods/auto.md). A candidate is a single method, or one that takes out 1, 2, 3, … blocks and one that
-brings what is left down to what was asked for. Candidates are made and measured as `prune` would make them, and Optuna
-proposes which to try next. Their losses are those on calibration windows that were held back: matrices and repairs are
-least-squares fits to the windows they are measured on, so that the loss there flatters whatever fits most parameters.
+Secateur's own (docs/methods/auto.md). A candidate is a single method, or one that removes 1, 2, 3, … blocks and one
+that brings the remaining model down to the request. Candidates are made and measured as `prune` would make them, and
+Optuna proposes which to try next. Their losses are measured on held-back calibration windows: matrices and repairs are
+least-squares fits to the windows they are measured on, so the loss there favours whatever fits most parameters.
 
-What one candidate measures the others use: scores and errors of the dense model are measured once, a model with fewer
-blocks is made once for every width tried on it, whichever method it comes from, and no plan is measured twice. Every
-candidate removes what was asked for, but for a twentieth of it at most, so that none wins by being larger. Models with
-fewer blocks on their way to that are measured too, which costs little: they show on the front what less would cost,
-and where one loses more than the best plan so far, nothing is narrowed that will lose still more.
+Candidates share measurements: scores and errors of the dense model are measured once, a model with fewer blocks is made
+once for every width tried on it, whichever method it comes from, and no plan is measured twice. Every candidate removes
+the requested amount, except for at most a twentieth of it, so that none wins by being larger. Models with fewer blocks
+on the way there are measured too, at little cost: they show on the front what a smaller cut would cost, and if one
+already loses more than the best plan so far, no width is tried on it, which would lose still more.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ class AutoSettings(MethodSettings):
 
     depth: str = Field(
         "none,replaceme,streamline,swm",
-        description="methods that may take blocks out; with none among them, width alone is tried too",
+        description="methods that may remove blocks; with none among them, width alone is tried too",
     )
     width: str = Field(
         "none,obs-width,stock-slicing",
-        description="methods that may slice or narrow what is left; with none among them, depth alone is tried too",
+        description="methods that may slice or prune widths afterwards; with none among them, depth alone is tried too",
     )
-    trials: int = Field(16, ge=1, description="how many plans are measured at most; single methods come first")
+    trials: int = Field(16, ge=1, description="maximum number of plans measured; single methods come first")
     skip_hopeless: bool = Field(
-        True, description="pass over plans whose missing blocks alone cost more than the best plan so far"
+        True, description="skip plans whose removed blocks alone already cost more than the best plan so far"
     )
     held_back: float = Field(
-        0.25, gt=0, lt=1, description="share of the calibration windows that plans are compared on, and not fitted to"
+        0.25, gt=0, lt=1, description="share of the calibration windows used to compare plans, and not to fit them"
     )
     of: dict[str, dict[str, Any]] | None = Field(
-        None, description="settings of the methods that take part, each as METHOD.SETTING"
+        None, description="settings of the methods involved, each as METHOD.SETTING"
     )
 
     def side(self, name: Literal["depth", "width"]) -> list[str | None]:
-        """List the methods for one side, None where the other may do everything."""
+        """List the methods for one side; None if the other may do everything."""
         typed = dict.fromkeys(one.strip() for one in getattr(self, name).split(","))
         return [None if one == _NONE else one for one in typed]
 
@@ -78,10 +78,10 @@ class AutoSettings(MethodSettings):
 
 
 def _members(settings: AutoSettings) -> dict[str, Member]:
-    """Look up the methods that take part.
+    """Look up the methods involved.
 
     Raises:
-        InputError: an unknown one, one on the wrong side, or none at all.
+        InputError: an unknown method, one on the wrong side, or none at all.
     """
     known = {name: method for name, method in METHODS.items() if method.native is not None}
     sides = {"depth": settings.side("depth"), "width": settings.side("width")}
@@ -118,7 +118,7 @@ def _forwards(blocks: int, gone: int, settings: AutoSettings) -> float:
 
 
 def _apply_forwards(settings: AutoSettings, tokens: int) -> float:
-    """Return what the dearest pair of methods costs."""
+    """Return the cost of the most expensive pair of methods."""
     costs = {name: one.method.apply_forwards(one.settings, tokens) for name, one in _members(settings).items()}
     return sum(max(costs.get(name or _NONE, 0.0) for name in settings.side(side)) for side in _SIDES)
 
@@ -126,7 +126,7 @@ def _apply_forwards(settings: AutoSettings, tokens: int) -> float:
 @method(
     order=90,
     name="auto",
-    summary="splits what is to go between blocks and their widths, by trying: the least loss on windows held back",
+    summary="split the amount between blocks and widths by trying: the lowest loss on held-back windows",
     paper="secateur's own (docs/methods/auto.md)",
     settings=AutoSettings,
     native=None,
@@ -173,7 +173,7 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
 
 
 class _Tried:
-    """What was tried, in order, and what came of it.
+    """What was tried, in order, and the results.
 
     Attributes:
         candidates: all of them.
@@ -190,9 +190,9 @@ class _Tried:
         self._least = math.inf
 
     def measure(self, split: Split) -> float | None:
-        """Try a split; gives its loss, or None where there is none.
+        """Try a split; return its loss, or None if there is none.
 
-        A method that by itself cannot cut the model is not tried again.
+        A method that cannot cut the model on its own is not tried again.
         """
         if self._impossible & {split.depth, split.width}:
             return None
@@ -202,7 +202,7 @@ class _Tried:
         return None if made is None else made.loss
 
     def _is_promising(self, split: Split) -> bool:
-        """Measure what the first of two methods leaves; the second will hardly make it better, nor will more blocks."""
+        """Measure what the first of two methods leaves: the second, or more blocks, will hardly improve it."""
         if split.blocks >= self._hopeless.get(split.depth, math.inf):
             return False
         first = split._replace(width=None)
@@ -214,7 +214,7 @@ class _Tried:
         if not self._skips or made.loss < self._least:
             return True
         self._hopeless[split.depth] = split.blocks
-        self.candidates.append(_named(split).model_copy(update={"refused": "the missing blocks alone cost more"}))
+        self.candidates.append(_named(split).model_copy(update={"refused": "the removed blocks alone cost more"}))
         return False
 
     def _note(self, split: Split) -> Made | None:
@@ -236,17 +236,17 @@ class _Tried:
         return made
 
     def _try(self, split: Split) -> Made | SecateurError:
-        """Make and measure a candidate, or say why it cannot be made."""
+        """Make and measure a candidate, or return why it cannot be made."""
         try:
             return self._trials.make(split)
         except FAILURES as error:
             return error
 
     def best(self) -> tuple[int, Steps]:
-        """Return the place of the candidate of least loss that removes enough, and its steps.
+        """Return the index of the candidate of lowest loss that removes enough, and its steps.
 
         Raises:
-            SecateurError: there is none; of the kind of what went wrong.
+            SecateurError: there is none; of the type of what went wrong.
         """
         if not self._steps:
             kinds = {kind_of(error) for error in self._failures}
@@ -261,10 +261,10 @@ def _named(split: Split) -> Candidate:
 
 
 def front(found: Sequence[tuple[int | None, float | None]]) -> tuple[int, ...]:
-    """Return the places of those (parameters, loss) to which no other is preferable, the largest model first.
+    """Return the indices of the (parameters, loss) on the Pareto front, the largest model first.
 
-    Another is preferable if it is no larger and no worse, and not the same in both; of equal ones the first stays.
-    Those without parameters or loss do not count.
+    A point dominates another if it is no larger and no worse, and not equal in both; of equal points the first counts.
+    Those without parameters or loss are left out.
     """
     numbers = [(size, loss, place) for place, (size, loss) in enumerate(found) if size is not None and loss is not None]
     best = pareto_front([(size, loss) for size, loss, _ in numbers])

@@ -1,8 +1,8 @@
 """Search over splits between depth and width with Optuna: which to try next, given the losses so far.
 
 Akiba et al. 2019, "Optuna: A Next-generation Hyperparameter Optimization Framework" (KDD); its tree-structured Parzen
-estimator: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization" (NeurIPS). Where there are no more splits
-than may be tried, all are.
+estimator: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization" (NeurIPS). If there are no more splits
+than may be tried, all are tried.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from secateur.progress import Progress
 
 _NONE = "none"
 _GUIDED_AFTER = 3
-"""Splits drawn at random after the first ones, before what was found guides the search."""
+"""Splits drawn at random after the first ones, before results guide the search."""
 _REPEATS = 5
-"""Proposals in a row that are known already, before a split not yet tried is drawn instead."""
+"""Proposals in a row that are already known, before an untried split is drawn instead."""
 
 
 class Split(NamedTuple):
-    """One way to share out what is to go.
+    """One way to divide the amount.
 
     Attributes:
-        depth: method that takes blocks out; None for none.
-        width: method that slices or narrows what is left; None for none.
-        blocks: how many blocks go where both are there; 0 where one of them does everything.
+        depth: method that removes blocks; None for none.
+        width: method that slices or prunes the widths of the rest; None for none.
+        blocks: number of blocks to remove if both are given; 0 if one of them does everything.
     """
 
     depth: str | None
@@ -35,7 +35,7 @@ class Split(NamedTuple):
 
 
 def all_splits(depth: Sequence[str | None], width: Sequence[str | None], most: int) -> tuple[Split, ...]:
-    """List single methods first, then, with 1 to `most` blocks gone, every pair."""
+    """List single methods first, then every pair with 1 to `most` blocks removed."""
     single = [Split(one, None) for one in depth if one and None in width]
     single += [Split(None, one) for one in width if one and None in depth]
     pairs = [Split(d, w, gone) for gone in range(1, most + 1) for d in depth for w in width if d and w]
@@ -50,14 +50,14 @@ def search(
     seed: int,
     progress: Progress,
 ) -> None:
-    """Measure up to `trials` of the splits: single methods first, then where little loss is to be expected.
+    """Measure up to `trials` of the splits: single methods first, then where a low loss is expected.
 
     Args:
-        splits: all there are, each once.
-        measure: gives the loss of a split, or None where it has none; such a one does not count as a trial.
-        trials: how many losses at most.
-        seed: of the sampler.
-        progress: shows how far it is.
+        splits: all of them, each once.
+        measure: returns the loss of a split, or None if it has none; that does not count as a trial.
+        trials: maximum number of losses.
+        seed: seed of the sampler.
+        progress: reports progress.
     """
     import optuna
 

@@ -24,31 +24,31 @@ from secateur.plan.steps import AnyStep, Sizes
 from secateur.versions import digest, versions
 
 SLACK = 0.05
-"""Share of what is to be removed by which a candidate may miss it."""
+"""Share of the requested removal by which a candidate may miss it."""
 
 Steps = tuple[AnyStep, ...]
 Apply = Callable[[Measurements, Any], Applied]
 
 
 class Member(NamedTuple):
-    """A method that takes part, and its settings."""
+    """A method of the search, and its settings."""
 
     method: Method
     settings: Any
 
     def decide(self, measurements: Measurements, budget: Budget) -> Steps:
-        """Return the steps with which it meets a budget."""
+        """Return the steps by which it meets a budget."""
         return self.method.decision(measurements, self.settings, budget).steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """A model that has fewer blocks, or the dense one.
+    """A model with fewer blocks, or the dense one.
 
     Attributes:
         steps: how it was made.
-        kept: blocks of the dense model that are left.
-        measurements: about it.
+        kept: remaining blocks of the dense model.
+        measurements: measurements of it.
     """
 
     steps: Steps
@@ -61,10 +61,10 @@ class Made(NamedTuple):
 
     Attributes:
         steps: how it is made.
-        parameters: how many it has left.
-        gone: blocks that it lacks.
-        loss: on the windows held back.
-        enough: whether what was asked for is gone.
+        parameters: number of parameters it has left.
+        gone: number of blocks removed.
+        loss: on the held-back windows.
+        enough: whether the requested amount was removed.
     """
 
     steps: Steps
@@ -88,10 +88,10 @@ class Trials:
         """Start with the dense model.
 
         Args:
-            measurements: about it, with the windows that candidates are fitted to.
-            held_back: windows that losses are of.
-            budget: what every candidate has to meet.
-            members: methods that take part, by name.
+            measurements: of the dense model, with the windows to which candidates are fitted.
+            held_back: windows on which losses are measured.
+            budget: the request that every candidate has to meet.
+            members: methods of the search, by name.
             apply: how each kind of step is applied.
         """
         self._budget, self._held_back = budget, held_back
@@ -103,7 +103,7 @@ class Trials:
         self._whole = measurements.decoder.parameter_count if budget.cost is None else budget.cost.total
 
     def most_blocks(self) -> int:
-        """Count how many blocks can go so that something is left for the other method to do."""
+        """Return how many blocks can be removed so that something is left for the other method."""
         decoder = self._dense.measurements.decoder
         weights, whole = weigh(self._budget, decoder.block_parameter_counts(), decoder.parameter_count)
         lightest = sorted(weights)
@@ -126,7 +126,7 @@ class Trials:
         return made._replace(steps=cut.steps + made.steps)
 
     def _without_blocks(self, name: str, blocks: int) -> Cut:
-        """Take out so many blocks, or, where nothing comes after, as many as the budget asks for."""
+        """Remove this many blocks, or, if nothing follows, as many as the budget requires."""
         if (name, blocks) not in self._cuts:
             member, dense = self._members[name], self._dense.measurements
             steps = member.decide(dense, Budget("blocks", blocks)) if blocks else self._meet(self._dense, member)
@@ -157,8 +157,8 @@ class Trials:
     def _meet(self, cut: Cut, member: Member) -> Steps:
         """Let a method bring a model down to the budget.
 
-        A share to be removed is met as closely as the method can, and, where that misses it by more than the slack, by
-        the largest model that removes no less.
+        A share to be removed is met as closely as the method can; if that misses it by more than the slack, the largest
+        model that removes no less is taken.
 
         Raises:
             InputError: it cannot, or the model is as small as that already.
@@ -166,17 +166,17 @@ class Trials:
         measurements = cut.measurements
         now = measurements.decoder.parameter_count
         if self._is_enough(cut):
-            raise InputError("with these blocks gone nothing is left to do.")
+            raise InputError("with these blocks removed nothing is left to do.")
         if self._budget.aim != "remove":
             return member.decide(measurements, self._weighed(cut, member))
         wanted = self._budget.limit(self._whole)
         steps = member.decide(measurements, Budget("remove", 1 - wanted / now))
-        if _left(measurements.decoder, steps) <= self._largest():
-            return steps
+            steps = member.decide(measurements, Budget("remove", 1 - wanted / now))
+            if _parameters_after(measurements.decoder, steps) <= self._largest():
         return member.decide(measurements, Budget("target_params", wanted))
 
-    def _weighed(self, cut: Cut, member: Member | None = None) -> Budget:
-        """Return a target, in bytes or seconds weighed for a model at hand and the method that cuts it next."""
+    def _budget_for(self, cut: Cut, member: Member | None = None) -> Budget:
+        """Return the budget, with the cost in bytes or seconds of this model and of the method that cuts it next."""
         decoder, cost = cut.measurements.decoder, self._budget.cost
         if cost is None:
             return self._budget
@@ -186,17 +186,17 @@ class Trials:
         return dataclasses.replace(self._budget, cost=cost.after(cut.kept, decoder.parameter_count))
 
     def _largest(self) -> float:
-        """Return what a candidate may weigh at most."""
+        """Return the largest size, or cost, that a candidate may have."""
         if self._budget.aim != "remove":
             return self._budget.limit(self._whole)
         return self._whole * (1 - self._budget.value * (1 - SLACK))
 
     def _is_enough(self, cut: Cut) -> bool:
-        cost = self._weighed(cut).cost
+        cost = self._budget_for(cut).cost
         return (cut.measurements.decoder.parameter_count if cost is None else cost.total) <= self._largest()
 
 
-def _left(decoder: Decoder, steps: Steps) -> int:
+def _parameters_after(decoder: Decoder, steps: Steps) -> int:
     inside = decoder.block_parameter_counts()
     sizes = Sizes(inside, decoder.parameter_count - sum(inside))
     for step in steps:
@@ -205,7 +205,7 @@ def _left(decoder: Decoder, steps: Steps) -> int:
 
 
 FAILURES = (InputError, ModelError, NumericsError)
-"""What can come of a candidate instead of a model."""
+"""Errors that may come of a candidate instead of a model."""
 
 
 def kind_of(error: SecateurError) -> type[SecateurError]:
@@ -217,14 +217,14 @@ _STEPS: TypeAdapter[Steps] = TypeAdapter(Steps)
 
 
 class TrialLog:
-    """Candidates and what came of them, one small file each; of several processes the first reads and writes."""
+    """Candidates and their results, one small file each; of several processes the first reads and writes."""
 
-    def __init__(self, measurements: Measurements, *asked: Any) -> None:
-        """Open the log of one search; without a folder to work in nothing is kept.
+    def __init__(self, measurements: Measurements, *depends_on: Any) -> None:
+        """Open the log of one search; without a work folder nothing is saved.
 
         Args:
-            measurements: about the dense model, with all calibration windows.
-            asked: what else the search depends on: settings, amount.
+            measurements: of the dense model, with all calibration windows.
+            depends_on: what else the search depends on: settings, amount.
         """
         self._folder: Path | None = None
         if measurements.options.work is not None:
@@ -234,7 +234,7 @@ class TrialLog:
             self._folder = measurements.options.work / f"search-{key}"
 
     def known(self, split: Split) -> Made | SecateurError | None:
-        """Return what came of a candidate when it was tried before; None if it was not, or its file is damaged."""
+        """Return the result of a candidate that was tried before; None if it was not, or its file is damaged."""
         path = self._path(split)
         if path is None:
             return None
@@ -242,7 +242,7 @@ class TrialLog:
         return found
 
     def add(self, split: Split, found: Made | SecateurError) -> None:
-        """Keep what came of a candidate.
+        """Save the result of a candidate.
 
         Raises:
             InputError: the folder cannot be written.

@@ -1,8 +1,8 @@
-"""Which slices of a block's tensors belong together, and blocks from which some of them are taken out.
+"""Which slices of a block's tensors belong together, and the removal of some of them.
 
-A query head is its rows of the query projection and its columns of the projection that writes; a key/value group its
-key and value rows and all its query heads; a channel of an MLP its rows of gate and up and its column of down. Every
-slice of such a tensor carries the number of its unit, so cutting and scoring need no knowledge of a family's layout.
+A query head is its rows of the query projection and its columns of the output projection; a key/value group its key and
+value rows and all its query heads; a channel of an MLP its rows of gate and up and its column of down. Every slice of
+such a tensor carries the number of its unit, so pruning and scoring need no knowledge of a family's layout.
 
 Legend: H = query heads, G = key/value groups, h = size of a head, F = channels, E = experts (1 for a dense MLP).
 """
@@ -32,9 +32,9 @@ class Coupling:
     Attributes:
         part: what its units are.
         axis: the axis along which it is sliced; None for a tensor that belongs to one unit as a whole, and whose name
-            holds that unit's number.
+            contains that unit's number.
         labels: for each slice along the axis the number of its unit.
-        expert: the expert it belongs to; None where the first axis goes through all of them.
+        expert: the expert it belongs to; None if the first axis runs over all of them.
     """
 
     part: Part
@@ -48,7 +48,7 @@ Couplings = dict[str, Coupling]
 
 @dataclass(frozen=True)
 class Kept:
-    """The units of a block that stay: query heads then groups, (H+G,) bool, and channels, (E, F) bool."""
+    """The units of a block that remain: query heads then groups, (H+G,) bool, and channels, (E, F) bool."""
 
     heads: torch.Tensor
     channels: torch.Tensor
@@ -63,12 +63,12 @@ class Kept:
 
 
 def couplings_of(block: nn.Module, family: Family, widths: BlockWidths) -> Couplings:
-    """Say of every tensor of a block that has units what its slices belong to; all others are left alone.
+    """Return what the slices of each tensor of a block that has units belong to; other tensors are left out.
 
     Args:
         block: a block with the names of the family; shapes are not read.
         family: its row.
-        widths: its widths before anything is cut.
+        widths: its widths before pruning.
     """
     size, heads, groups = widths.head_size, widths.heads, widths.groups
     found: Couplings = {}
@@ -99,7 +99,7 @@ def couplings_of(block: nn.Module, family: Family, widths: BlockWidths) -> Coupl
 
 
 def _reader(name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplings:
-    """A projection whose outputs are units: a linear layer, all experts in one tensor, or a list of layers."""
+    """Return the couplings of a projection whose outputs are units: a linear layer, one tensor of all experts, or a list."""
     if isinstance(module, nn.Parameter):
         return {name: Coupling(part, 1, labels, None)}
     found: Couplings = {}
@@ -111,7 +111,7 @@ def _reader(name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplin
 
 
 def _writer(name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplings:
-    """A projection whose inputs are units."""
+    """Return the couplings of a projection whose inputs are units."""
     if isinstance(module, nn.Parameter):
         return {name: Coupling(part, 2, labels, None)}
     return {
@@ -128,7 +128,7 @@ def _linears(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, int
 
 
 def _head_norm(name: str, norm: Any, units: torch.Tensor) -> Couplings:
-    """A norm over heads: scales for each (one tensor, or a module each), or the same for all, which stay."""
+    """Return the couplings of a norm over heads: scales for each (one tensor, or a module each); shared ones stay."""
     members = getattr(norm, "norms", None)
     if members is not None:
         return {f"{name}.norms.{n}.weight": Coupling("heads", None, units[n : n + 1]) for n in range(len(units))}
@@ -137,13 +137,13 @@ def _head_norm(name: str, norm: Any, units: torch.Tensor) -> Couplings:
 
 
 def joint_head_norm(block: nn.Module, family: Family, widths: BlockWidths) -> bool:
-    """Whether a norm runs over all heads together, so that a head that goes changes what the others are."""
+    """Return whether a norm runs over all heads together, so that removing a head changes what the others are."""
     norms = (getattr(norm, "weight", None) for _, norm in present(block, family.attention_norms))
     return any(weight is not None and weight.dim() == 1 and weight.numel() > widths.head_size for weight in norms)
 
 
-def narrowed(tensors: Mapping[str, torch.Tensor], couplings: Couplings, kept: Kept) -> dict[str, torch.Tensor]:
-    """Return a block's tensors without the units that go; those that are not coupled stay as they are."""
+def without_units(tensors: Mapping[str, torch.Tensor], couplings: Couplings, kept: Kept) -> dict[str, torch.Tensor]:
+    """Return a block's tensors without the removed units; those that are not coupled stay as they are."""
     found = {}
     for name, tensor in tensors.items():
         coupling = couplings.get(name)
@@ -167,7 +167,7 @@ def _taken(tensor: torch.Tensor, axis: int, stay: torch.Tensor) -> torch.Tensor:
 
 
 def _renumbered(name: str, coupling: Coupling, couplings: Couplings, kept: Kept) -> str:
-    """Return the name of a norm of one head with the number that the head has among those that stay."""
+    """Return the name of a norm of one head with the number that the head has among those that remain."""
     path, _, leaf = name.rpartition(".")
     siblings, _, _ = path.rpartition(".")
     before = [
@@ -178,7 +178,7 @@ def _renumbered(name: str, coupling: Coupling, couplings: Couplings, kept: Kept)
 
 
 def sums_by_unit(
-    tensors: Mapping[str, torch.Tensor], couplings: Couplings, widths: BlockWidths
+    """Sum tensors by unit: query heads then groups, (H+G,), and channels, (E, F); float64, on the CPU."""
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum up tensors by unit: query heads then groups, (H+G,), and channels, (E, F); float64, on the CPU."""
     heads = torch.zeros(widths.heads + widths.groups, dtype=torch.float64)

@@ -1,10 +1,10 @@
-"""Walk through a model block by block and narrow each as its turn comes, measured on what is cut already.
+"""Walk through a model and prune the widths of each block in turn, measured on the model as pruned so far.
 
-Attention first, then the MLP of the same block (both at once where they stand side by side): what enters the
-projection that writes is summed up, the units that go are chosen, and the projection is fitted to do without them. For
-the walk itself the dense block is run with zeros in the columns that went, which is what the narrower block computes.
+Attention first, then the MLP of the same block (both at once if they run in parallel): the inputs of the output
+projection are summed up, the units to remove are chosen, and the projection is refitted to do without them. For the
+walk itself the dense block is run with zeros in the removed columns, which is what the pruned block computes.
 
-Legend: P pens of U units of C inputs each (`scores/units.py`).
+Legend: P groups of U units of C inputs each (`scores/unit_scores.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Place:
-    """A projection that writes: that of attention, or of the MLP or one expert, of a block."""
+    """An output projection: that of attention, or of the MLP or one expert, of a block."""
 
     block: int
     part: Part
@@ -46,23 +46,23 @@ class Place:
 
 
 class Choose(Protocol):
-    """Says which units stay."""
+    """Decides which units remain."""
 
     def __call__(
         self, place: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /
     ) -> torch.Tensor:
-        """Mark `keep` units of each pen, (P, U) bool, given W (out, n) and the inputs of each unit (P, U, C)."""
+        """Mark `keep` units of each group, (P, U) bool, given W (out, n) and the inputs of each unit (P, U, C)."""
 
 
 def writer_of(decoder: Decoder, index: int, part: Part) -> str:
-    """Name the projection by which attention or the MLP of a block writes."""
+    """Return the name of the output projection of attention or the MLP of a block."""
     family = decoder.anatomy.family
     names = family.attention_out if part == "heads" else family.mlp_out
     return next(present(decoder.block_list[index], names))[0]
 
 
 def new_sums(decoder: Decoder, index: int, part: Part, *, gram: bool) -> list[InputSums]:
-    """Start the sums of a block's projection that writes: one, or one for each expert."""
+    """Create empty sums for an output projection of a block: one, or one for each expert."""
     widths = block_widths(decoder, index)
     if part == "heads":
         return [InputSums(widths.heads * widths.head_size, decoder.device, unit=widths.head_size, gram=gram)]
@@ -70,7 +70,7 @@ def new_sums(decoder: Decoder, index: int, part: Part, *, gram: bool) -> list[In
 
 
 def writer_weights(decoder: Decoder, index: int, part: Part) -> list[torch.Tensor]:
-    """Return W (out, n), float64, of a block's projection that writes, for each expert; its weights must be present."""
+    """Return W (out, n), float64, of an output projection, for each expert; its weights must be loaded."""
     found = find(decoder.block_list[index], writer_of(decoder, index, part))
     tensor = (found if isinstance(found, nn.Parameter) else found.weight).detach()
     weight = tensor.to(device_with_float64(tensor.device)).double()
@@ -81,12 +81,12 @@ def writer_weights(decoder: Decoder, index: int, part: Part) -> list[torch.Tenso
 
 @dataclass(frozen=True)
 class Refit:
-    """How the projections that write are fitted to the inputs that are left.
+    """How output projections are refitted to the remaining inputs.
 
     Attributes:
-        repair: by least squares, where that serves windows held out of the fit; else their columns are left out.
-        ridge: of that fit; "auto" is chosen on windows held out.
-        bias: put what a constant can make up for into biases, where the result has them.
+        repair: by least squares, where that is better on held-out windows; else the removed columns are left out.
+        ridge: of that fit; "auto" is chosen on held-out windows.
+        bias: put what a constant can compensate for into biases, where the result has them.
     """
 
     repair: bool = True
@@ -103,7 +103,7 @@ class Pruned:
 
     Attributes:
         decoder: the model.
-        fits: for each part of a block that was fitted, the ridge and the errors on windows held out.
+        fits: for each part of a block that was fitted, the ridge and the errors on held-out windows.
     """
 
     decoder: Decoder
@@ -122,20 +122,20 @@ def prune_width(
     gram: bool = True,
     options: RunOptions = DEFAULTS,
 ) -> Pruned:
-    """Narrow every block.
+    """Prune the widths of every block.
 
     Args:
         decoder: the model; it stays as it is.
         windows: calibration windows.
         widths: what each block keeps.
-        choose: says which units stay.
+        choose: decides which units remain.
         stock: keep the architecture, or write the modelling file.
-        refit: how the projections that write are fitted to what is left.
-        gram: gather the products of inputs, which repair and some choices read.
+        refit: how output projections are refitted to the remaining inputs.
+        gram: accumulate the products of inputs, which repair and some choices read.
         options: batch size and progress.
 
     Raises:
-        ModelError: the family cannot be narrowed, or not like this.
+        ModelError: the widths of this family cannot be pruned, or not like this.
         NumericsError: NaN or infinity on the way.
     """
     target = WidthAssembly(decoder, widths, stock=stock, bias=refit.bias)
@@ -143,17 +143,17 @@ def prune_width(
     fits: list[dict[str, Any]] = []
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, options.batch_size)
-        for index in options.progress(range(decoder.block_count), "narrowing block by block", decoder.block_count):
+        for index in options.progress(range(decoder.block_count), "pruning widths block by block", decoder.block_count):
             with decoder.block(index):
                 walk = _Block(decoder, index, widths[index], batches, store, target, refit, folds)
-                walk.narrow(choose)
+                walk.prune(choose)
                 fits += walk.fits
     return Pruned(target.finish(), fits)
 
 
 @dataclass
 class _Block:
-    """One block on its way to be narrowed, its weights present."""
+    """One block to be pruned, its weights loaded."""
 
     decoder: Decoder
     index: int
@@ -165,8 +165,8 @@ class _Block:
     folds: Folds | None
     fits: list[dict[str, Any]] = field(default_factory=list)
 
-    def narrow(self, choose: Choose) -> None:
-        """Choose, refit, take the batches through, and hand the block over."""
+    def prune(self, choose: Choose) -> None:
+        """Choose, refit, run the batches through, and add the block to the result."""
         dense = block_widths(self.decoder, self.index)
         kept = Kept.all_of(dense)
         smaller: list[Part] = []
@@ -192,7 +192,7 @@ class _Block:
     def _edit(
         self, part: Part, sums: list[InputSums], choose: Choose, kept: Kept, dense: BlockWidths
     ) -> dict[str, torch.Tensor]:
-        """Choose what stays of one part, note it in `kept`, and give the projection that writes as it is then."""
+        """Choose what remains of one part, note it in `kept`, and return the output projection as it is then."""
         bias = self.refit.bias and self.target.writes_bias(self.index, part)
         units, keep = units_of(part, dense, self.keep)
         written, shifts, fits = [], [], []
@@ -214,7 +214,7 @@ class _Block:
     def _parameters(
         self, part: Part, weights: list[torch.Tensor], shift: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Name weights (out, n) as the block does, rounded to the dtype they will be saved in."""
+        """Return weights (out, n) under the block's names, rounded to the dtype they will be saved in."""
         name = writer_of(self.decoder, self.index, part)
         found = find(self.block, name)
         if isinstance(found, nn.Parameter):
@@ -233,7 +233,7 @@ class _Block:
 
 
 def _note(kept: Kept, part: Part, expert: int, chosen: torch.Tensor, dense: BlockWidths, keep: Widths) -> None:
-    """Mark the units that go; `chosen` is (1, channels), (1, groups) or (groups, queries)."""
+    """Mark the removed units; `chosen` is (1, channels), (1, groups) or (groups, queries)."""
     if part == "channels":
         kept.channels[expert] = chosen[0]
     elif keep.queries == dense.queries:
@@ -243,9 +243,9 @@ def _note(kept: Kept, part: Part, expert: int, chosen: torch.Tensor, dense: Bloc
 
 
 def units_of(part: Part, dense: BlockWidths, keep: Widths) -> tuple[torch.Tensor, int]:
-    """Return the inputs of each unit that may go, (P, U, C), and how many units of each pen stay.
+    """Return the inputs of each unit that may be removed, (P, U, C), and how many units of each group remain.
 
-    Channels and key/value groups are one pen; query heads have a pen for each group, as many go in each.
+    Channels are one group, and so are key/value heads; query heads form a group per key/value head, all of one size.
     """
     if part == "channels":
         return torch.arange(dense.channels)[None, :, None], keep.channels
@@ -257,7 +257,7 @@ def units_of(part: Part, dense: BlockWidths, keep: Widths) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def measure_inputs(
-    decoder: Decoder,
+    """Run block `index`, its weights loaded, on the states in the store, and sum up the inputs of output projections.
     index: int,
     parts: Sequence[Part],
     batches: Sequence[Batch],
@@ -266,8 +266,8 @@ def measure_inputs(
 ) -> dict[Part, list[InputSums]]:
     """Run block `index`, its weights present, on the states in the store, and sum up what enters what writes.
 
-    With `folds` also what a fit reads: a token weighs 1 / ‖h‖² there, h the residual stream that leaves the block, by
-    whose length the next norm divides; else the few tokens with massive activations (Sun et al. 2024, "Massive
+    With `folds` also what a fit reads: a token has weight 1 / ‖h‖² there, h being the residual stream that leaves the
+    block, by whose length the next norm divides; else the few tokens with massive activations (Sun et al. 2024, "Massive
     Activations in Large Language Models") outweigh all others.
     """
     block = decoder.block_list[index]
@@ -292,7 +292,7 @@ def measure_inputs(
 
 
 def _add(sums: InputSums, captured: Captured, hidden: torch.Tensor, folds: Folds | None) -> None:
-    """Add what was captured in a batch, from which the states `hidden` (windows, positions, d) came."""
+    """Add the inputs captured in a batch, which came from the states `hidden` (windows, positions, d)."""
     window = captured.rows // hidden.shape[1]
     if folds is None:
         sums.update(captured.inputs, window)
@@ -305,7 +305,7 @@ def _add(sums: InputSums, captured: Captured, hidden: torch.Tensor, folds: Folds
 
 @contextmanager
 def _holding(block: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let a block have other parameters for a while, also a bias where it has none."""
+    """Give a block other parameters for a while, including a bias where it has none."""
     before: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     try:
         for name, tensor in tensors.items():

@@ -1,17 +1,17 @@
-"""What is left of a projection when some of its inputs go: closed-form least squares whose ridge is cross-validated.
+"""Refit a projection when some of its inputs are removed: closed-form least squares whose ridge is cross-validated.
 
-With the Gram matrix G = Σ w x xᵀ of the inputs over calibration tokens, and K the inputs that stay, R those that go:
+With the Gram matrix G = Σ w x xᵀ of the inputs over calibration tokens, K the inputs that remain, and R the removed ones:
 
     W'_K = W_K + W_R G[R,K] (G[K,K] + λI)⁻¹,    λ = ridge · mean diagonal of G,
 
 which minimises Σ w ‖W x − W'_K x_K‖² + λ ‖W'_K − W_K‖². The ridge pulls toward the plain slice, not toward 0, so that
-with nothing removed nothing changes, an expert that few tokens came by keeps what it knew, and greedy selection, which
+with nothing removed nothing changes, an expert that saw few tokens keeps what it knew, and greedy selection, which
 works with the inverse of G + λI, ends at the same weights.
 
-A least-squares fit learns the domain of its texts and forgets others. So λ is the one that serves windows held out of
-the fit best, and a projection whose fit serves them worse than the plain slice keeps that.
+A least-squares fit learns the domain of its texts and forgets others. So λ is the one that performs best on windows held
+out of the fit, and a projection whose fit does worse there than the plain slice keeps the plain slice.
 
-With a bias the inputs are taken from their means: `b' = b + W μ − W'_K μ_K`. Without repair that is what FLAP adds.
+With a bias the inputs are centred: `b' = b + W μ − W'_K μ_K`. Without repair that is what FLAP adds.
 
 Sources: Hassibi & Stork 1993, "Second order derivatives for network pruning: Optimal Brain Surgeon"; Kurtic et al.
 2023, "ZipLM". Choosing λ on held-out text is not theirs. Legend: W is (out, n), float64; G and H (n, n), μ (n,).
@@ -29,7 +29,7 @@ from secateur.calibration.inputs import InputSums
 
 RIDGE = 1e-3
 UNJUDGED = 0.1
-"""Ridge where nothing was held out to choose one by: about what is chosen for models that people use."""
+"""Ridge if nothing was held out to choose one by: about what is chosen for real models."""
 GRID = tuple(10 ** (half / 2) for half in range(-8, 3))
 """Ridges that cross-validation tries: 1e-4 … 10."""
 
@@ -38,13 +38,13 @@ Ridge = float | Literal["auto"]
 
 @dataclass(frozen=True)
 class Fit:
-    """How a projection is fitted, and how well that serves tokens that took no part in the fit.
+    """How a projection is fitted, and its error on tokens that took no part in the fit.
 
     Attributes:
         ridge: λ in mean diagonals of G; None keeps the plain slice.
-        bias: whether a constant makes up for a part.
-        error: Σ w ‖W x − W'_K x_K‖² / Σ w ‖W x‖² over tokens held out; None where none were.
-        plain: the same of the plain slice.
+        bias: whether a constant compensates for a part.
+        error: Σ w ‖W x − W'_K x_K‖² / Σ w ‖W x‖² over held-out tokens; None if there were none.
+        plain: the same for the plain slice.
     """
 
     ridge: float | None
@@ -55,7 +55,7 @@ class Fit:
     def applied(
         self, weight: torch.Tensor, sums: InputSums, stay: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what `rewritten` does with this ridge and bias."""
+        """Return the result of `rewritten` with this ridge and bias."""
         if self.ridge is None:
             return rewritten(weight, sums, stay, repair=False, bias=self.bias)
         return rewritten(weight, sums, stay, repair=True, bias=self.bias, ridge=self.ridge)
@@ -75,7 +75,7 @@ def described(fits: Sequence[Fit]) -> dict[str, Any]:
 
 
 def strength(gram: torch.Tensor, ridge: float = RIDGE) -> float:
-    """Return λ; 1 where nothing was seen."""
+    """Return λ; 1 if nothing was seen."""
     scale = float(gram.diagonal().mean())
     return ridge * scale if scale > 0 else 1.0
 
@@ -83,15 +83,15 @@ def strength(gram: torch.Tensor, ridge: float = RIDGE) -> float:
 def choose_fit(
     weight: torch.Tensor, sums: InputSums, stay: torch.Tensor, *, repair: bool, bias: bool, ridge: Ridge = "auto"
 ) -> Fit:
-    """Choose ridge and bias by what they leave on the tokens held out; a number is taken as it is, without a choice.
+    """Choose ridge and bias by their error on the held-out tokens; a given number is used without a choice.
 
     Args:
         weight: W, (out, n), float64.
         sums: sums over its inputs.
-        stay: which inputs stay, (n,) bool.
-        repair: whether least squares may make up for the others.
+        stay: which inputs remain, (n,) bool.
+        repair: whether least squares may compensate for the others.
         bias: whether a constant may.
-        ridge: λ in mean diagonals of G, or "auto"; where nothing was held out that is 0.1.
+        ridge: λ in mean diagonals of G, or "auto"; if nothing was held out that is 0.1.
     """
     if not repair:
         return Fit(None, bias)
@@ -113,7 +113,7 @@ def choose_fit(
 
 
 def held_out_errors(
-    weight: torch.Tensor, gram: torch.Tensor, held_out: torch.Tensor, stay: torch.Tensor
+    """Return the errors of the plain slice, and of the repair at each ridge of the grid, on the held-out tokens.
 ) -> tuple[float, list[float]]:
     """Return what the plain slice, and the repair at each ridge of the grid, miss on the tokens held out.
 
@@ -121,7 +121,7 @@ def held_out_errors(
 
         Σ w ‖W x − W'_K x_K‖² = tr W_R H[R,R] W_Rᵀ − 2 Σ_i s_i (Cᵀ W_R H[R,K] U)_ii + sᵀ (CᵀC ∘ Uᵀ H[K,K] U) s,
 
-    so one eigendecomposition serves all λ. G is of the tokens that are fitted, H of those held out.
+    so one eigendecomposition serves all λ. G is over the fitted tokens, H over the held-out ones.
     """
     kept, gone = stay.nonzero().flatten(), (~stay).nonzero().flatten()
     lost = weight[:, gone]
@@ -141,18 +141,18 @@ def held_out_errors(
 def rewritten(
     weight: torch.Tensor, sums: InputSums, stay: torch.Tensor, *, repair: bool, bias: bool, ridge: float = RIDGE
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the projection whose inputs `stay` are all it reads, fitted on all tokens.
+    """Return the projection refitted to read only the inputs `stay`, fitted on all tokens.
 
     Args:
         weight: W, (out, n), float64.
-        sums: sums over its inputs; with the Gram matrix where it is to be repaired.
-        stay: which inputs stay, (n,) bool.
-        repair: make up for the others by least squares; else their columns are left out.
-        bias: put what can be made up for by a constant into a bias.
+        sums: sums over its inputs; with the Gram matrix if it is to be repaired.
+        stay: which inputs remain, (n,) bool.
+        repair: compensate for the others by least squares; else their columns are left out.
+        bias: put what a constant can compensate for into a bias.
         ridge: λ in mean diagonals of G.
 
     Returns:
-        W' with zeros in the columns that go, (out, n), and what is added to the bias, (out,) or None.
+        W' with zeros in the removed columns, (out, n), and what is added to the bias, (out,) or None.
     """
     result = torch.zeros_like(weight)
     kept, gone = stay.nonzero().flatten(), (~stay).nonzero().flatten()

@@ -1,8 +1,8 @@
-"""What a decoder becomes when its blocks get narrower inside: the same architecture, or the modelling file.
+"""The form of a width-pruned model: the same architecture, or the modelling file.
 
-A configuration names one width for all blocks, so a result that is even over the blocks stays a stock model wherever
-the family's configuration can say so (`inner_size`, `expert_size`, `free_heads` of its row). Anything else is folded
-into the modelling file, which names the widths of every block; a model that has it already keeps it.
+A configuration names one width for all blocks, so a result with uniform widths stays a stock model wherever the
+family's configuration can express it (`inner_size`, `expert_size`, `free_heads` of its row). Anything else is folded
+into the modelling file, which names the widths of every block; a model that already has it keeps it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from secateur.surgery.assembly import Assembly, Tensors
 from secateur.surgery.hidden.folding import UnfoldableError, can_stay_tied, folded_block, folded_config, stream_sizes
 from secateur.surgery.hidden.invariance import require_invariance
 from secateur.surgery.hidden.outer import put_outer
-from secateur.surgery.width.coupling import Couplings, Kept, couplings_of, joint_head_norm, narrowed
+from secateur.surgery.width.coupling import Couplings, Kept, couplings_of, joint_head_norm, without_units
 
 _FOLDED = FAMILIES[SecateurConfig.model_type]
 
 
 def all_widths(decoder: Decoder) -> tuple[BlockWidths, ...]:
-    """Read the widths of every block."""
+    """Return the widths of every block."""
     return tuple(block_widths(decoder, index) for index in range(decoder.block_count))
 
 
@@ -44,7 +44,7 @@ def dense_widths(decoder: Decoder) -> tuple[Widths, ...]:
 
 
 def require_width_prunable(decoder: Decoder) -> None:
-    """Stop where it is not known what a block's tensors stand on.
+    """Refuse a model for which it is not known what the tensors of a block depend on.
 
     Raises:
         ModelError: with the reason.
@@ -57,18 +57,18 @@ def require_width_prunable(decoder: Decoder) -> None:
         )
     if names_every_block(decoder) and any(decoder.config.networks):
         raise ModelError(
-            f"{decoder.source}: a network without attention stands in for some of its blocks; narrow the model "
-            "before it is put in."
+                f"{decoder.source}: a network without attention replaces some of its blocks; prune the widths of the model "
+                "before that."
         )
     if names_every_block(decoder) and any(decoder.config.experts):
         raise ModelError(
-            f"{decoder.source}: experts of a model with its modelling file cannot be narrowed; narrow the dense model "
-            "first, then slice."
+                f"{decoder.source}: experts of a model with its modelling file cannot be pruned; prune the dense model "
+                "first, then slice."
         )
 
 
 def reason_against_heads(decoder: Decoder) -> str | None:
-    """Say why no head of this model can go, if so."""
+    """Return the reason why no head of this model can be removed, if there is one."""
     family, config = decoder.anatomy.family, decoder.config
     if family.uses_alibi(config):
         return "the slopes of its positions follow from the number of heads"
@@ -78,7 +78,7 @@ def reason_against_heads(decoder: Decoder) -> str | None:
 
 
 def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
-    """Return the configuration of the same architecture at these widths; None where it cannot say so."""
+    """Return the configuration of the same architecture at these widths; None if it cannot express them."""
     family, dense, config = decoder.anatomy.family, all_widths(decoder), copy.deepcopy(decoder.config)
     if names_every_block(decoder):
         return _with_widths(config, widths)
@@ -106,7 +106,7 @@ def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
 
 
 def folded_at(decoder: Decoder, widths: Sequence[Widths], *, bias: bool) -> SecateurConfig:
-    """Return the configuration of the modelling file at these widths; `bias` gives whatever writes a bias.
+    """Return the configuration of the modelling file at these widths; `bias` gives every output projection a bias.
 
     Raises:
         ModelError: the family cannot be put into this form.
@@ -124,7 +124,7 @@ def folded_at(decoder: Decoder, widths: Sequence[Widths], *, bias: bool) -> Seca
 
 
 def blocks_without_bias(decoder: Decoder, *, stock: bool) -> int:
-    """Count the blocks of the narrowed model in which something that writes has no place for a bias, as experts."""
+    """Count the blocks of the pruned model with an output projection that has no place for a bias, as of experts."""
     if stock:
         names = (*decoder.anatomy.family.attention_out, *decoder.anatomy.family.mlp_out)
         writers = [[found for _, found in present(block, names)] for block in decoder.block_list]
@@ -140,12 +140,12 @@ def _with_widths(config: SecateurConfig, widths: Sequence[Widths]) -> SecateurCo
 
 
 def names_every_block(decoder: Decoder) -> bool:
-    """Whether the configuration gives every block widths of its own, as that of the modelling file does."""
+    """Return whether the configuration gives every block its own widths, as that of the modelling file does."""
     return decoder.anatomy.family.model_type == SecateurConfig.model_type
 
 
 def width_sizes(decoder: Decoder, *, stock: bool, bias: bool = False) -> WidthSizes:
-    """Count what the parameters of a narrowed model stand on.
+    """Return the parameters of a pruned model by unit.
 
     Raises:
         ModelError: the family cannot be put into the form asked for.
@@ -188,7 +188,7 @@ def _block_sizes(block: nn.Module, family: Family, widths: BlockWidths) -> Block
 
 
 class WidthAssembly:
-    """A narrower model as it grows, block by block."""
+    """A width-pruned model under construction, block by block."""
 
     def __init__(self, decoder: Decoder, widths: Sequence[Widths], *, stock: bool, bias: bool = False) -> None:
         """Start empty.
@@ -211,14 +211,14 @@ class WidthAssembly:
         self._seen: list[Any] = [[one.groups, one.queries, one.channels] for one in widths]
 
     def writes_bias(self, index: int, part: str) -> bool:
-        """Whether what attention (or the MLP) of a block writes has a bias in the new model."""
+        """Return whether the output of attention (or the MLP) of a block has a bias in the new model."""
         family = _FOLDED if not self._stock else self._dense.anatomy.family
         names = family.attention_out if part == "heads" else family.mlp_out
         return any(getattr(found, "bias", None) is not None for _, found in present(self._assembly.layer(index), names))
 
     @torch.no_grad()
     def block(self, index: int, kept: Kept) -> None:
-        """Take over block `index`, whose weights (those that write edited already) are present, but for what goes."""
+        """Add block `index`, whose weights are loaded (output projections already edited), without the removed units."""
         assembly, block, widths = self._assembly, self._dense.block_list[index], block_widths(self._dense, index)
         where = assembly.block_path(index)
         if self._stock:
@@ -230,14 +230,14 @@ class WidthAssembly:
             for name, parameter in assembly.layer(index).named_parameters():
                 if name.endswith("bias") and name not in tensors:
                     tensors[name] = torch.zeros(parameter.shape)
-        found = narrowed(tensors, couplings, kept)
+        found = without_units(tensors, couplings, kept)
         self._seen.append([[round(_sum(tensor), 4), len(tensor)] for tensor in found.values()])
         assembly.put(where, found)
         assembly.finish(index)
 
     @torch.no_grad()
     def finish(self) -> Decoder:
-        """Take over what is outside the blocks, and give the model."""
+        """Add what is outside the blocks, and return the model."""
         if self._stock:
             self._assembly.keep_outer()
         else:
