@@ -1,6 +1,6 @@
-"""Which calibration windows a fit is made on and which judge it, and how much each token weighs.
+"""Which calibration windows a fit is made on and which evaluate it, and the weight of each token.
 
-A fit made on one kind of text can be worse than none on another. So each source of a mixture counts as much as any
+A fit made on one kind of text can be worse than none on another. So each source of a mixture counts the same as any
 other, however many windows it has, and a share of each source's windows is held out of the fit to choose its ridge.
 """
 
@@ -18,24 +18,24 @@ EVERY = 4
 
 @dataclass(frozen=True, eq=False)
 class Folds:
-    """How the windows of a calibration count in a fit.
+    """How calibration windows count in a fit.
 
     Attributes:
         weight: of each token of a window, (W,) float64: 1 / (tokens of its source), so that sources weigh the same.
-        held_out: whether a window judges the fit instead of taking part in it, (W,) bool.
+        held_out: whether a window evaluates the fit instead of taking part in it, (W,) bool.
     """
 
     weight: torch.Tensor
     held_out: torch.Tensor
 
     def slice(self, first: int, count: int) -> Folds:
-        """Return those of `count` neighbouring windows."""
+        """Return the folds of `count` neighbouring windows."""
         rows = slice(first, first + count)
         return Folds(self.weight[rows], self.held_out[rows])
 
 
 def folds_of(windows: Windows) -> Folds:
-    """Hold out every fourth window of each source: none of a source that has fewer than four."""
+    """Hold out every fourth window of each source: none of a source with fewer than four."""
     source_of = torch.zeros(len(windows), dtype=torch.int64) if windows.part_of is None else windows.part_of
     tokens = torch.full((len(windows),), windows.seq_len) if windows.mask is None else windows.mask.sum(dim=1)
     per_source = torch.zeros(int(source_of.max()) + 1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Running sums over what enters the projections by which attention and MLP write to the residual stream.
+"""Running sums over the inputs of the output projections of attention and MLP.
 
 Legend: M = tokens, n = inputs of a projection (heads one after the other, or channels).
 """
@@ -31,7 +31,7 @@ class Moments:
     """
 
     def __init__(self, weight: torch.Tensor, total: torch.Tensor, gram: torch.Tensor) -> None:
-        """Take sums that exist."""
+        """Wrap existing sums."""
         self.weight, self.total, self.gram = weight, total, gram
 
     @classmethod
@@ -52,7 +52,7 @@ class Moments:
         return Moments(self.weight + other.weight, self.total + other.total, self.gram + other.gram)
 
     def mean(self) -> torch.Tensor:
-        """Weighted mean input, (n,); 0 where no token came by."""
+        """Return the weighted mean input, (n,); 0 if there were no tokens."""
         return self.total / torch.where(self.weight > 0, self.weight, 1.0)
 
     def gram_about(self, point: torch.Tensor) -> torch.Tensor:
@@ -68,8 +68,8 @@ class InputSums:
         tokens: number of tokens M.
         total: Σ x, (n,).
         squares: Σ x², (n,).
-        fitted: weighted sums over the tokens that a fit is made on; None where they were not asked for.
-        held_out: weighted sums over the tokens that judge the fit; None where they were not asked for.
+        fitted: weighted sums over the tokens on which a fit is made; None if they were not requested.
+        held_out: weighted sums over the tokens that evaluate the fit; None if they were not requested.
         magnitudes: for each unit of `unit` neighbouring inputs the sum over windows of (the mean over the window's
             tokens of its length)², (n / unit,).
     """
@@ -90,7 +90,7 @@ class InputSums:
 
     @property
     def moments(self) -> Moments | None:
-        """Weighted sums over all tokens; None where they were not asked for."""
+        """Weighted sums over all tokens; None if they were not requested."""
         if self.fitted is None or self.held_out is None:
             return self.fitted
         return self.fitted + self.held_out
@@ -107,8 +107,8 @@ class InputSums:
         Args:
             inputs: x, (M, n).
             window: for each token the number of its window in the batch, (M,) int64.
-            weight: w, of each token in a fit, (M,); 1 where None.
-            held_out: whether a token judges the fit instead of taking part in it, (M,) bool; none does where None.
+            weight: w, of each token in a fit, (M,); None: 1.
+            held_out: whether a token evaluates the fit instead of taking part in it, (M,) bool; None: none does.
         """
         home, width = self.total.device, self.total.shape[0]
         windows = int(window.max()) + 1 if len(window) else 0
@@ -143,7 +143,7 @@ class InputSums:
             (self.held_out if held_out[first] else self.fitted).add(inputs, weights)
 
     def require_finite(self, where: str) -> None:
-        """Stop at NaN or infinity.
+        """Refuse NaN and infinity.
 
         Raises:
             NumericsError: naming the place.
@@ -152,22 +152,22 @@ class InputSums:
             raise NumericsError(f"NaN or infinity in {where}; the weights may be damaged: try --dtype float32.")
 
     def mean(self) -> torch.Tensor:
-        """Mean input, (n,); 0 where no token came by."""
+        """Return the mean input, (n,); 0 if there were no tokens."""
         return self.total / max(1, self.tokens)
 
     def variance(self) -> torch.Tensor:
-        """Variance of each input over all tokens, (n,)."""
+        """Return the variance of each input over all tokens, (n,)."""
         return (self.squares / max(1, self.tokens) - self.mean().square()).clamp_min(0)
 
 
 @dataclass(frozen=True)
 class Captured:
-    """What entered a projection while a block ran on a batch.
+    """The inputs of a projection in a run of a block on a batch.
 
     Attributes:
-        expert: number of the expert; 0 where there is none.
+        expert: number of the expert; 0 if there is none.
         inputs: x of real tokens, (M, n).
-        rows: their numbers among all tokens of the batch, window after window, (M,) int64.
+        rows: their indices among all tokens of the batch, window after window, (M,) int64.
     """
 
     expert: int
@@ -177,7 +177,7 @@ class Captured:
 
 @contextmanager
 def capturing_inputs(block: nn.Module, writer: str, batch: Batch, experts: int) -> Iterator[list[Captured]]:
-    """Fill a list with what enters a block's projection `writer`, of each expert, while the block runs on a batch."""
+    """Fill a list with the inputs of a block's projection `writer`, of each expert, while the block runs on a batch."""
     real = torch.ones(batch.tokens.numel(), dtype=torch.bool) if batch.mask is None else batch.mask.flatten().cpu()
     found, captured = find(block, writer), list[Captured]()
 

@@ -13,7 +13,7 @@ from secateur.models.opening import open_model
 def convert(
     model: Decoder | str | Path, out: str | Path, *, dtype: str | None = None, check: bool = True
 ) -> dict[str, Any]:
-    """Save a model as a safetensors folder that plain transformers opens, proved in a fresh process.
+    """Save a model as a safetensors folder that plain transformers opens, verified in a fresh process.
 
     Args:
         model: an open model, or what `open_model` takes: a GGUF file, a folder, a name on the hub.

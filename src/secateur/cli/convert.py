@@ -1,4 +1,4 @@
-"""The command that writes a model in another form: `convert`."""
+"""The command `convert`, which saves a model as safetensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def convert(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Save a model (a GGUF file, a folder, a name on the hub) as safetensors, and prove that it loads."""
+    """Save a model (a GGUF file, a folder, a name on the hub) as safetensors, and verify that it loads."""
     if save_dtype is not None:
         dtype_named(save_dtype)
     folder = target(out, model, "convert")

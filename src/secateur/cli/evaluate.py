@@ -24,7 +24,7 @@ def evaluate(
     output: Output,
     against: Annotated[str | None, typer.Option(help="The dense model, measured in the same run.")] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="What is measured on the texts (repeatable). (default: perplexity)")
+        list[str] | None, typer.Option(help="Metric to measure on the texts (repeatable). (default: perplexity)")
     ] = None,
 ) -> None:
     """Measure perplexity on held-out text, or tasks (or both), of the model and of the dense one in one run."""
@@ -58,7 +58,7 @@ def bench(
     rounds: Rounds,
     opening: Opening,
     output: Output,
-    against: Annotated[str | None, typer.Option(help="The dense model, measured in turn with it.")] = None,
+    against: Annotated[str | None, typer.Option(help="The dense model, measured alternately with it.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts, which are random tokens.")] = 0,
 ) -> None:
     """Measure speed and memory beside the dense model: reading, writing, first token, peak, cache."""

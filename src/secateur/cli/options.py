@@ -68,12 +68,12 @@ class Reading:
     """Texts to read, and how."""
 
     texts: Annotated[str | None, typer.Option(help="Text source: see `secateur texts`. (default: diverse)")] = None
-    windows: Annotated[str, typer.Option(help="Number of windows of text, 'auto' by need, or 'all'.")] = "32"
+    windows: Annotated[str, typer.Option(help="Number of windows, 'auto' (as many as needed), or 'all'.")] = "32"
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512, or the model's positions)")] = (
         None
     )
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0
-    batch_size: Annotated[int | None, typer.Option(help="Windows per batch. (default: by the device)")] = None
+    batch_size: Annotated[int | None, typer.Option(help="Windows per batch. (default: depends on the device)")] = None
 
     def options(self, progress: Progress, work: Path | None = None) -> RunOptions:
         """Return the run options."""
@@ -104,7 +104,7 @@ class HeldOut(Reading):
     """Held-out texts to read."""
 
     texts: Annotated[
-        str | None, typer.Option(help="Source of text; several (a,b,c) are each measured. (default: diverse)")
+        str | None, typer.Option(help="Source of text; several (a,b,c) are measured separately. (default: diverse)")
     ] = None
     windows: Annotated[str, typer.Option(help="Windows of held-out text of each source, 'auto', or 'all'.")] = "64"
 
@@ -118,7 +118,7 @@ class Asking:
         typer.Option(help="stdlib-cloze, commonsense, tasks of lm-evaluation-harness, folders: piqa,arc_easy."),
     ] = None
     limit: Annotated[int | None, typer.Option(help="Questions per task. (default: all)")] = None
-    shots: Annotated[int | None, typer.Option(help="Examples before each question. (default: as the task says)")] = None
+    shots: Annotated[int | None, typer.Option(help="Examples before each question. (default: set by the task)")] = None
     stability: Annotated[
         bool, typer.Option("--stability", help="Also measure stability and answer flips against the dense model.")
     ] = False
@@ -233,18 +233,18 @@ _AMOUNTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Where the result goes, and how it is told."""
+    """Where the result goes, and how it is shown."""
 
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Folder to write. (default: under secateur-runs/)")
     ] = None
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would need, and stop.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would need, and stop.")] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document for programs.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saving(Output):
-    """Where a checkpoint goes, and whether it is proved."""
+    """Where a checkpoint goes, and whether it is verified."""
 
     check: Annotated[bool, typer.Option("--check/--no-check", help="Reopen the result in a fresh process.")] = True
 
@@ -258,8 +258,8 @@ class Rounds:
         str | None, typer.Option(help="Tokens of a prompt: 128,512. (default: these, as far as positions allow)")
     ] = None
     new_tokens: Annotated[int, typer.Option(help="Tokens written after the prompt.")] = NEW_TOKENS
-    repeats: Annotated[int, typer.Option(help="Rounds that count.")] = 5
-    warmup: Annotated[int, typer.Option(help="Rounds before them that do not.")] = 1
+    repeats: Annotated[int, typer.Option(help="Rounds that are measured.")] = 5
+    warmup: Annotated[int, typer.Option(help="Warm-up rounds before them.")] = 1
 
     def timing(self) -> Timing:
         """Return the requests and rounds.

@@ -20,13 +20,11 @@ from secateur.errors import SecateurWarning
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What the model card should say besides."""
+    """Additional content of the model card."""
 
-    results: Annotated[Path | None, typer.Option(help="results.jsonl of this checkpoint, to be shown on its card.")] = (
-        None
-    )
+    results: Annotated[Path | None, typer.Option(help="results.jsonl of this checkpoint, to show on its card.")] = None
     base_model: Annotated[
-        str | None, typer.Option(help="The dense model's name on the hub, where it was opened from a folder.")
+        str | None, typer.Option(help="The dense model's name on the hub, if it was opened from a folder.")
     ] = None
 
 
@@ -35,9 +33,9 @@ def push(
     folder: Annotated[Path, typer.Argument(help="A checkpoint folder that prune or heal wrote.")],
     name: Annotated[str, typer.Argument(help="Its name on the hub: owner/name.")],
     card: Card,
-    public: Annotated[bool, typer.Option("--public/--private", help="Who sees a new repository.")] = False,
+    public: Annotated[bool, typer.Option("--public/--private", help="Visibility of a new repository.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to upload to. (default: main)")] = None,
-    message: Annotated[str | None, typer.Option(help="Message of the commit. (default: what was done)")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message. (default: what was done)")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:

@@ -46,14 +46,14 @@ class Queueing:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Methods × amounts × ways of healing."""
+    """Methods × amounts × healing recipes."""
 
     methods: Annotated[
         str, typer.Option(help="Methods, separated by commas; one after the other: swm:0.5+slicegpt:0.5.")
     ]
     remove: Annotated[str, typer.Option(help="Shares of all parameters: 10%,20%,30%.")]
-    heal: Annotated[str, typer.Option(help="Ways of healing, and none: none,lora,distill.")] = "none"
-    heal_tokens: Annotated[str, typer.Option(help="Tokens to heal on, at most.")] = "1M"
+    heal: Annotated[str, typer.Option(help="Healing recipes, or none: none,lora,distill.")] = "none"
+    heal_tokens: Annotated[str, typer.Option(help="Maximum number of tokens to heal on.")] = "1M"
     heal_texts: Annotated[str | None, typer.Option(help="Texts to heal on. (default: --texts)")] = None
     set_: Annotated[
         list[str] | None,
@@ -61,10 +61,10 @@ class Grid:
     ] = None
 
     def rows(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """Return methods, amounts and ways of healing.
+        """Return methods, amounts and healing recipes.
 
         Raises:
-            InputError: a setting of no method of this study.
+            InputError: a setting that belongs to no method of this study.
         """
         healing = [_healing(name, self.heal_tokens, self.heal_texts) for name in _listed(self.heal)]
         return _methods(self.methods, read_pairs(self.set_)), _listed(self.remove), healing
@@ -76,7 +76,7 @@ class Measuring(Asking):
 
     eval_windows: Annotated[str, typer.Option(help="Windows of held-out text for perplexity, or 'all'.")] = "64"
     bench: Annotated[bool, typer.Option("--bench", help="Measure speed too, when nothing else runs.")] = False
-    samples: Annotated[int, typer.Option(help="Continuations to keep of each cell; 0 for none.")] = 2
+    samples: Annotated[int, typer.Option(help="Continuations to keep per cell; 0 for none.")] = 2
 
     def sections(self) -> dict[str, Any]:
         """Return the sections of a recipe."""
@@ -126,7 +126,7 @@ def run(
 
 
 def _run(asked: Recipe | Study, folder: Path, queueing: Queueing, output: Output) -> None:
-    """Say what is about to be done, do it, and show what came of it.
+    """Announce what will be done, do it, and show the results.
 
     The exit code is 1 if every cell failed.
     """

@@ -50,7 +50,7 @@ def showing_progress(console: Console) -> Iterator[Progress]:
 
 
 def scores_table(scores: Scores) -> Table:
-    """Return a table with a row per block; the least needed quarter by each score is marked."""
+    """Return a table with a row per block; the least needed quarter by each score is highlighted."""
     columns: list[tuple[str, Sequence[float] | None, str, bool]] = [
         ("block influence", scores.block_influence, ".4f", False),
         ("layer redundancy", scores.layer_redundancy, ".3f", True),

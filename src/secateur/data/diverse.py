@@ -1,7 +1,7 @@
-"""What `diverse` is made of, here and now: calibration for whoever has not said what the model is for.
+"""The parts of `diverse`, here and now: calibration for users who have not said what the model is for.
 
-A least-squares repair learns the domain of its calibration text and forgets the rest, so nobody should get one kind of
-text without having asked for it.
+A least-squares repair learns the domain of its calibration text and forgets the rest, so nobody should calibrate on a
+single kind of text without having asked for it.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from secateur.errors import InputError
 
 QUESTIONS = "alpaca"
 MOST_OWN = 128
-"""Windows that a model writes without having been asked to by name: more would take longer than the job."""
+"""Maximum windows that a model writes unless they are requested by name: more would take longer than the job."""
 
 _SECONDS = 3.0
 
 
 def parts_of_diverse(windows: int | None, split: Split, own: OwnText | None) -> tuple[str, tuple[str, ...]]:
-    """Return the source that `diverse` stands for, and what to say about it.
+    """Return the source that `diverse` stands for, and notes about it.
 
-    Own text is left out where the model cannot write it or should not: held-out text would be easier for the model that
-    wrote it, and a pruned model would learn its own damage.
+    The model's own text is left out if the model cannot or should not write it: held-out text would be easier for the
+    model that wrote it, and a pruned model would learn its own damage.
 
     Args:
-        windows: how many are wanted; fewer than parts take the first parts.
-        split: what they are for.
-        own: the model as a source of text, None where it is not known.
+        windows: number of windows; if fewer than parts, only the first parts are used.
+        split: what the windows are for.
+        own: the model as a source of text; None if it is not known.
 
     Raises:
-        InputError: all the text there is was asked for, of which own text has no end.
+        InputError: all available text was requested, but the model's own text has no end.
     """
     if windows is None:
         raise InputError(f"{DIVERSE} is a mixture: its shares are of a number of windows, so give one")
@@ -59,7 +59,7 @@ def parts_of_diverse(windows: int | None, split: Split, own: OwnText | None) -> 
 
 def _reason_against(own: OwnText | None, share: int) -> str | None:
     if own is None:
-        return "no model is there to write it"
+        return "there is no model to write it"
     if own.model.history:
         return "the model is pruned"
     return f"{share} windows would take long; name {OWN} to have them" if share > MOST_OWN else None

@@ -1,4 +1,4 @@
-"""Documents in files of one's own: text, Markdown, JSON, JSON lines, CSV, parquet, and folders of these."""
+"""Documents in local files: text, Markdown, JSON, JSON lines, CSV, parquet, and folders of these."""
 
 import codecs
 import csv
@@ -22,15 +22,15 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
-"""Fields that are a text together, in this order."""
+"""Fields that together form one text, in this order."""
 _LONGEST_FIELD = 1 << 30
-"""Characters in a field of a CSV file; the csv module stops at 131,072 unless told otherwise."""
+"""Maximum characters in a field of a CSV file; the csv module's own limit is 131,072."""
 
 
 def local_documents(path: Path) -> Iterator[str]:
     """Return the documents of a file, or of all files in a folder and below, in the order of their names.
 
-    JSON and CSV files of a folder are read only where there is nothing else: they are settings as often as texts.
+    JSON and CSV files of a folder are read only if there is nothing else: they are settings as often as texts.
 
     Raises:
         InputError: nothing readable; later, while documents are taken, a file that cannot be read.
@@ -46,7 +46,7 @@ def local_documents(path: Path) -> Iterator[str]:
 
 
 def stamp_of(source: str | None) -> list[tuple[str, int, int]]:
-    """Return name, size and time of every local file that a source of text names; nothing for what is not local."""
+    """Return name, size and time of every local file that a text source names; nothing for other sources."""
     found: list[tuple[str, int, int]] = []
     whole = bool(source) and Path(source or "").expanduser().exists()
     for part in [source or ""] if whole else (source or "").split(","):
@@ -81,11 +81,11 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is not UTF-8 text ({reason}); {advice}") from error
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"cannot read {path}: {reason}; check the file and its rights") from error
+        raise InputError(f"cannot read {path}: {reason}; check the file and its permissions") from error
 
 
 def _encoding(path: Path) -> str:
-    """Tell the encoding of a text by its byte order mark; UTF-8 where there is none."""
+    """Return the encoding of a text by its byte order mark; UTF-8 if there is none."""
     with path.open("rb") as stream:
         start = stream.read(4)
     return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
@@ -97,7 +97,7 @@ def _whole_file(path: Path) -> Iterator[str]:
 
 
 Placed = tuple[str, dict[str, Any]]
-"""A row, and where it stands."""
+"""A row, and its location."""
 
 
 def _documents_in(rows: Iterator[Placed]) -> Iterator[str]:
@@ -114,7 +114,7 @@ def _placed_rows(path: Path) -> Iterator[Placed]:
 
 
 def _csv_rows(path: Path) -> Iterator[Placed]:
-    """Return each row of a CSV file by the names in its first line."""
+    """Yield each row of a CSV file by the names in its first line."""
     csv.field_size_limit(_LONGEST_FIELD)
     with _reading(path), path.open(encoding=_encoding(path), newline="") as lines:
         try:
@@ -126,7 +126,7 @@ def _csv_rows(path: Path) -> Iterator[Placed]:
 
 
 def _json_list(path: Path) -> Iterator[Placed]:
-    """Return the objects of a JSON file that is a list of them; a file of JSON lines is read as such."""
+    """Yield the objects of a JSON file that is a list of them; a file of JSON lines is read as such."""
     with _reading(path):
         text = path.read_text(encoding=_encoding(path))
     if not text.lstrip().startswith("["):
@@ -142,7 +142,7 @@ def _json_list(path: Path) -> Iterator[Placed]:
 
 
 def _json_rows(path: Path) -> Iterator[Placed]:
-    """Return each object of a file of JSON lines, and where it stands."""
+    """Yield each object of a file of JSON lines, and its location."""
     with _reading(path), path.open(encoding=_encoding(path)) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():

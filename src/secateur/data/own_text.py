@@ -1,12 +1,12 @@
-"""Text that a model writes itself: calibration without any data, in the model's own words.
+"""Text that a model writes itself: calibration without any data, from the model's own distribution.
 
-What a model writes lies where its own distribution lies: Williams, Chrysostomou and Aletras 2024, Self-calibration for
+Self-generated text follows the model's own distribution: Williams, Chrysostomou and Aletras 2024, Self-calibration for
 Language Model Quantization and Pruning (arXiv 2410.17170), from single tokens; Wang et al. 2025, Think Before You Prune
-(RESP, arXiv 2512.02185), from prompts. Here half of the windows begin with one random token, half with the chat
-template, where there is one, and an end of text is followed by the next beginning; sampled from the whole distribution,
+(RESP, arXiv 2512.02185), from prompts. Here half of the windows start with one random token, half with the chat
+template, if there is one, and after an end of text the next one starts; sampled from the whole distribution at
 temperature 1.
 
-Shapes: R windows written side by side, T tokens each, V entries of the vocabulary.
+Shapes: R windows written in parallel, T tokens each, V entries of the vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from secateur.versions import digest
 
 AT_A_TIME = 32
 FEWEST_KINDS = 5
-"""A window of fewer different tokens says nothing."""
+"""A window with fewer distinct tokens says nothing."""
 
 PROMPTS = (
     "",
@@ -42,9 +42,9 @@ PROMPTS = (
     "Write a short program.",
     "What should I know about this?",
 )
-"""What the user asks where the chat template needs a user: about nothing in particular."""
+"""What the user says if the chat template needs a user: about nothing in particular."""
 
-_VERSION = 1  # of what is written: part of the name under which it is kept
+_VERSION = 1  # of the generation: part of the name under which its text is cached
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class OwnText:
 
     Attributes:
         model: the open model that writes.
-        progress: shows how far it is.
+        progress: reports progress.
     """
 
     model: Decoder
@@ -66,15 +66,15 @@ class OwnText:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should be told."""
+        """What to tell the user."""
         if self.model.for_estimate:
-            return ("the model's own text is not written yet: it would take its time before the job",)
+            return ("the model's own text is not written yet: that takes time before the job",)
         if self.model.history:
-            return ("written by the pruned model, with its damage; a file the dense one wrote would serve better",)
+            return ("written by the pruned model, with its damage; a file written by the dense one would be better",)
         return ()
 
     def windows(self, count: int, seq_len: int, *, seed: int, held_out: bool, bos: bool) -> torch.Tensor:
-        """Return windows as `own_windows` gives them; of a model opened for an estimate random tokens.
+        """Return windows as `own_windows` does; for a model opened for an estimate, random tokens.
 
         Raises:
             InputError, NumericsError: as `own_windows`.
@@ -88,16 +88,16 @@ class OwnText:
 def own_windows(
     model: Decoder, count: int, seq_len: int, *, seed: int, held_out: bool, bos: bool, progress: Progress = SILENT
 ) -> torch.Tensor:
-    """Let a model write windows; the same call on the same model finds them in the cache.
+    """Let a model write windows; the same call on the same model returns them from the cache.
 
     Args:
-        model: the open model; a skeleton is read into memory for as long as it writes.
+        model: the open model; a skeleton is read into memory while it writes.
         count: number of windows R.
         seq_len: tokens in a window T, the beginning-of-sequence token included.
-        seed: of everything drawn.
-        held_out: whether they are to judge by: others than for calibration.
+        seed: random seed.
+        held_out: whether they are for evaluation: other windows than for calibration.
         bos: whether each window starts with the beginning-of-sequence token.
-        progress: shows how far it is.
+        progress: reports progress.
 
     Returns:
         int64 (R, T).
@@ -154,7 +154,7 @@ class _Writer:
     def write(
         self, module: Any, numbers: range, length: int, tick: Callable[[], object]
     ) -> tuple[torch.Tensor, list[int]]:
-        """Write the windows of these numbers; gives tokens (R, T) and how many different ones were drawn in each."""
+        """Write the windows of these numbers; return tokens (R, T) and how many distinct ones were drawn in each."""
         draws = [np.random.default_rng((self._seed, number)) for number in numbers]
         ahead = [deque([*self._bos, *self._begin(n, draw)]) for n, draw in zip(numbers, draws, strict=True)]
         tokens_RT = torch.empty(len(numbers), length, dtype=torch.int64)
@@ -178,14 +178,14 @@ class _Writer:
         return tokens_RT, [len(kinds) for kinds in drawn]
 
     def _begin(self, number: int, draw: np.random.Generator) -> list[int]:
-        """Begin a text: every second window with the chat template, the others with any one token."""
+        """Begin a text: every second window with the chat template, the others with a random token."""
         if self._chats and number % 2:
             return self._chats[int(draw.integers(len(self._chats)))]
         return [self._first[int(draw.integers(len(self._first)))]]
 
 
 def _sample(logits_RV: torch.Tensor, draws: list[np.random.Generator]) -> list[int]:
-    """Draw one token per row at temperature 1, each row by numbers of its own."""
+    """Draw one token per row at temperature 1, each row with its own random numbers."""
     if bool(torch.isnan(logits_RV).any()):
         raise NumericsError("NaN while the model writes; the weights may be damaged: try --dtype float32.")
     sums_RV = torch.softmax(logits_RV.float(), dim=-1).double().cumsum(dim=-1)
@@ -211,7 +211,7 @@ def _chats(tokenizer: PreTrainedTokenizerBase, bos: list[int]) -> list[list[int]
         asked = [{"role": "user", "content": prompt}]
         try:
             text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of somebody else's, and may raise anything
+        except Exception as error:  # a template is third-party code, and may raise anything
             raise InputError(
                 f"the chat template refuses a question: {first_line(error)}; give another tokenizer."
             ) from (error)
@@ -220,11 +220,11 @@ def _chats(tokenizer: PreTrainedTokenizerBase, bos: list[int]) -> list[list[int]
     return found
 
 
-# What was written before
+# The cache
 
 
 def _kept(model: Decoder, count: int, seq_len: int, seed: int, held_out: bool, bos: bool) -> Path | None:
-    """Name the file that holds these windows; None for a model that cannot be told from others."""
+    """Return the file that holds these windows; None for a model that cannot be identified."""
     if not model.fingerprint:
         return None
     template = model.tokenizer.chat_template if model.tokenizer is not None else None
@@ -238,7 +238,7 @@ def _read(kept: Path | None, shape: tuple[int, int]) -> torch.Tensor | None:
     try:
         found = np.load(kept, allow_pickle=False)
     except (OSError, ValueError, EOFError):
-        return None  # damaged: written again
+        return None  # damaged: generated again
     return torch.from_numpy(found) if found.shape == shape and found.dtype == np.int64 else None
 
 

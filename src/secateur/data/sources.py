@@ -1,6 +1,6 @@
-"""Where text comes from: the interpreter's library and manual, data sets on the hub, local files. Gives documents.
+"""Text sources: the interpreter's library and manual, data sets on the hub, local files. They yield documents.
 
-Documents are read lazily: whoever needs 32 windows of a 600 GB data set reads a few megabytes of it.
+Documents are read lazily: 32 windows of a 600 GB data set take a few megabytes of it.
 Nothing here knows about tokens; `texts.py` turns documents into windows.
 """
 
@@ -25,18 +25,18 @@ Split = Literal["calibration", "held-out"]
 STDLIB = "python-stdlib"
 DOCS = "python-docs"
 OWN = "self"
-"""Text that the model writes itself: `own_text.py`, for documents have nothing to do with it."""
+"""Text that the model writes itself: `own_text.py` makes it, since it has no documents."""
 DIVERSE = "diverse"
-"""Code, prose and the model's own text: `diverse.py` says what that is here and now."""
+"""Code, prose and the model's own text: `diverse.py` says which are available here and now."""
 
-# A local file is shuffled through a pool of this size, so that small ones are shuffled as a whole.
+# A local file is shuffled through a pool of this size, so small files are shuffled completely.
 POOL_DOCUMENTS = 100_000
 POOL_CHARACTERS = 64_000_000
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents in the order in which they are to be used, and what to say about them.
+    """Documents in the order of use, and notes about them.
 
     `label` names them in a fingerprint: the same label and the same settings mean the same text.
     """
@@ -48,7 +48,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class NamedText:
-    """A source with a name: where it comes from, which part serves calibration and which is held out."""
+    """A named source: its origin, its part for calibration and its held-out part."""
 
     name: str
     origin: str
@@ -64,8 +64,8 @@ class HubText:
     config: str | None = None
     data_files: Mapping[str, str] | None = None
     calibration: str = "train"
-    held_out: str | None = None  # None: the data set has no such split, ours is taken by hash
-    streaming: bool = True  # False for those small enough to be downloaded and cached whole
+    held_out: str | None = None  # None: the data set has no such split, and documents are held out by hash
+    streaming: bool = True  # False for those small enough to download and cache completely
     pool: int = POOL_DOCUMENTS  # documents held while shuffling
     rows: Literal["documents", "articles", "sentences"] = "documents"  # what one row of the data set is
     excerpt: int | None = None  # characters: calibration takes one excerpt of each document
@@ -130,22 +130,22 @@ def _named(name: str, row: HubText) -> NamedText:
 
 
 def is_source(source: str) -> bool:
-    """Tell whether `source` is a named source or a path that exists."""
+    """Return whether `source` is a named source or a path that exists."""
     return source in (STDLIB, DOCS, OWN) or source in HUB or os.path.exists(os.path.expanduser(source))
 
 
 def open_documents(source: str, split: Split, seed: int, *, whole: bool) -> Documents:
-    """Open one named source or local path; a name goes before a folder of the same name.
+    """Open one named source or local path; a name takes precedence over a folder of the same name.
 
     Args:
         source: a name from `text_names()`, or a file or folder.
-        split: "calibration" shuffles the documents, "held-out" keeps their order. A local path has no
-            parts: both use all of it.
-        seed: of the shuffling.
-        whole: the caller will read to the end, which is refused for data sets of many gigabytes.
+        split: "calibration" shuffles the documents, "held-out" keeps their order. A local path is not split: all of it
+            is used for both.
+        seed: seed of the shuffling.
+        whole: the caller reads to the end, which is refused for data sets of many gigabytes.
 
     Raises:
-        InputError: the source is not known, or cannot be read; later, while documents are taken, too.
+        InputError: the source is unknown, or cannot be read; also later, while documents are read.
     """
     if source == STDLIB:
         return _stdlib_documents(split, seed)
@@ -164,7 +164,7 @@ def open_documents(source: str, split: Split, seed: int, *, whole: bool) -> Docu
 
 
 def open_rows(source: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Return the rows of a data set on the hub or of a local file, all fields of them; those on the hub shuffled.
+    """Return the rows of a data set on the hub or of a local file, with all fields; those on the hub are shuffled.
 
     Raises:
         InputError: the source is not known, holds no rows, or cannot be read.
@@ -182,7 +182,7 @@ def open_rows(source: str, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def held_out(name: str) -> bool:
-    """Tell whether the document of this name is held out: three of ten are, by the sha256 of the name."""
+    """Return whether the document of this name is held out: three of ten are, by the sha256 of the name."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 < 3
 
 
@@ -243,7 +243,7 @@ def _stdlib_documents(split: Split, seed: int) -> Documents:
 
 
 def _names_of(names: Iterable[str], split: Split, seed: int) -> list[str]:
-    """Return the names of one part: held-out ones in the order of their hashes, those for calibration shuffled."""
+    """Return the names in one part: held-out ones in the order of their hashes, those for calibration shuffled."""
     wanted = [name for name in names if held_out(name) == (split == "held-out")]
     wanted.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     if split == "calibration":
@@ -279,7 +279,7 @@ def manual_topics() -> dict[str, str]:
 
 
 def _manual_documents(split: Split, seed: int) -> Documents:
-    """Open the topics of one part. Some quote others: what is held out is cut from those for calibration."""
+    """Open the topics of one part. Some quote others: held-out text is removed from those for calibration."""
     topics = manual_topics()
     kept_back = {piece for name in topics if held_out(name) for piece in _paragraphs(topics[name])}
     texts = (topics[name] for name in _names_of(topics, split, seed))
@@ -309,7 +309,7 @@ def _hub_documents(name: str, split: Split, seed: int, whole: bool) -> Documents
 
 
 def _hub_texts(row: HubText, split: Split, seed: int) -> Iterator[str]:
-    """Open the data set and give its documents, in order or shuffled."""
+    """Open the data set and return its documents, in order or shuffled."""
     calibration = split == "calibration"
     data = _load(row, row.calibration if calibration or row.held_out is None else row.held_out)
     # A stream also shuffles its files, which would move lines of an article apart and renumber the
@@ -341,7 +341,7 @@ def _load(row: HubText, split: str) -> Any:
 
 @contextmanager
 def _hub_errors(name: str, row: HubText) -> Iterator[None]:
-    """Turn what the hub may raise into one message that says what else can be done."""
+    """Convert what the hub may raise into one message that names an alternative."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
@@ -384,7 +384,7 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _excerpts(texts: Iterable[str], characters: int, seed: int) -> Iterator[str]:
-    """Take one excerpt of each document, begun at a random place: else 32 windows all come from one book."""
+    """Take one excerpt of each document, at a random place: otherwise 32 windows could all come from one book."""
     rng = random.Random(seed)
     for text in texts:
         start = rng.randrange(max(1, len(text) - characters + 1))

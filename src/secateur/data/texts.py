@@ -30,7 +30,7 @@ Bos = Literal["auto", "always", "never"]
 
 BETWEEN_DOCUMENTS = "\n\n"
 SHORTEST = 8  # tokens: a shorter window, or a shorter document of its own, says nothing about a model
-MARGIN = 64  # tokens at the end of a cut text that are not trusted: the cut may have split a word
+MARGIN = 64  # tokens at the end of a truncated text that are not used: the cut may have split a word
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def open_texts(
     max_positions: int | None = None,
     own: OwnText | None = None,
 ) -> Windows:
-    """Turn a source of text into windows of tokens. The same arguments always give the same windows.
+    """Convert a text source into windows of tokens. The same arguments always give the same windows.
 
     Args:
         source: a name (see `text_names`), a local file or folder (.txt, .md, .json, .jsonl, .csv, .parquet), a
@@ -73,19 +73,19 @@ def open_texts(
             a .npy file of token ids (W, T), which is used exactly as given: no tokenizer, no shuffling, and
             `windows`, `seq_len`, `pack` and `bos` do not apply.
         tokenizer: of the model that will read the windows.
-        windows: how many; None for all the text there is.
+        windows: number of windows; None for all the text there is.
         seq_len: tokens in a window, the beginning-of-sequence token included.
-        seed: of the shuffling.
+        seed: seed of the shuffling.
         split: "calibration" shuffles the documents; "held-out" takes, in order, the part that calibration
-            never sees. A local path has no parts: both take all of it.
+            never sees. A local path is not split: all of it is used for both.
         pack: True joins the documents with blank lines, tokenises the whole once and cuts it into adjoining
             windows, the last partial one dropped. False puts one document in each window, cut or padded
             on the right; documents shorter than 8 tokens are skipped.
         bos: whether each window begins with the beginning-of-sequence token: "auto" does what the tokenizer
-            does when left alone.
+            does by default.
         vocab_size: of the model; larger token ids are refused.
         max_positions: of the model; longer windows are refused.
-        own: the model, where the source is or contains "self": text that it writes.
+        own: the model, if the source is or contains "self": text that it writes.
 
     Raises:
         InputError: an unknown source, one that cannot be read or holds too little text, or a setting that
@@ -135,7 +135,7 @@ def _check_sizes(windows: int | None, seq_len: int, max_positions: int | None) -
 
 
 def wants_bos(tokenizer: "PreTrainedTokenizerBase", bos: Bos) -> bool:
-    """Whether windows begin with the beginning-of-sequence token.
+    """Return whether windows begin with the beginning-of-sequence token.
 
     Raises:
         InputError: an unknown word, or a tokenizer without that token.
@@ -177,7 +177,7 @@ def _cut(source: str, part: str, count: int | None, cutting: _Cutting) -> Window
 
 
 def _own(source: str, count: int | None, cutting: _Cutting) -> Windows:
-    """Let the model write so many windows."""
+    """Let the model write this many windows."""
     if cutting.own is None:
         raise InputError(f"{OWN} is text that the model writes: open it for a model (windows_for), not for a tokenizer")
     if count is None:
@@ -309,7 +309,7 @@ def _name_and_weight(part: str, source: str) -> tuple[str, float | None]:
 
 
 def _mixed(source: str, shares: dict[str, float], windows: int | None, cutting: _Cutting) -> Windows:
-    """Cut each part's share of the windows and put them together; calibration windows are shuffled."""
+    """Cut each part's share of the windows and combine them; calibration windows are shuffled."""
     if windows is None:
         raise InputError(f"'{source}' is a mixture: its shares are of a number of windows, so give one")
     if given := [name for name in shares if name.lower().endswith(".npy")]:
@@ -341,7 +341,7 @@ def _mixed(source: str, shares: dict[str, float], windows: int | None, cutting: 
 
 
 def _apportion(shares: list[float], windows: int) -> list[int]:
-    """Return out `windows` by shares that sum to one, largest remainder first, at least one to each."""
+    """Distribute `windows` by shares that sum to one, largest remainder first, at least one to each."""
     if windows < len(shares):
         raise InputError(f"{windows} windows are too few for a mixture of {len(shares)} texts")
     counts = [math.floor(share * windows) for share in shares]
@@ -358,7 +358,7 @@ Texts = str | Path | Windows | None
 """A source as in `secateur texts`, windows made before, or None for `DEFAULT_TEXTS`."""
 
 DEFAULT_TEXTS = DIVERSE
-"""What is read where nothing is named: nobody should repair a model on one kind of text without having asked for it."""
+"""The default source: nobody should repair a model on a single kind of text without having asked for it."""
 
 Count = int | Literal["auto"] | None
 """A number of windows, `auto` for as many as the model needs, or None for all the text there is."""
@@ -366,7 +366,7 @@ Count = int | Literal["auto"] | None
 DEFAULT_SEQ_LEN = 512
 ROWS_PER_INPUT = 16
 FEWEST, MOST = 32, 256
-"""Windows that `auto` takes at least, and at most."""
+"""The smallest and largest number of windows that `auto` takes."""
 
 
 def windows_for(
@@ -381,20 +381,20 @@ def windows_for(
     bos: Bos = "auto",
     progress: Progress = SILENT,
 ) -> Windows:
-    """Open texts for a model: its tokenizer, its vocabulary, its positions, and text that it writes itself.
+    """Open texts for a model: with its tokenizer, its vocabulary, its positions, and text that it writes itself.
 
-    For a model that was opened only to say what a job needs, random tokens stand in for what it would write.
+    For a model opened only for an estimate, random tokens stand in for what it would write.
 
     Args:
         model: the open model.
         texts: a source, windows made before (returned as they are), or None for the default.
-        windows: how many; `auto` as `windows_needed` says, None for all the text there is.
+        windows: number of windows; `auto` as `windows_needed` says, None for all the text there is.
         seq_len: tokens in a window; None takes 512, or the model's positions if those are fewer.
-        seed: of the shuffling, and of what the model writes.
+        seed: seed of the shuffling, and of what the model writes.
         split: as in `open_texts`; so are `pack` and `bos`.
         pack: whether documents are joined.
         bos: whether windows begin with the beginning-of-sequence token.
-        progress: shows how far the model is with writing.
+        progress: reports the progress of the model's writing.
 
     Raises:
         InputError: an unknown source, too little text, windows the model cannot read, or a model that degenerates when
@@ -427,14 +427,14 @@ def windows_by_source(
     seq_len: int | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Windows, ...]:
-    """Open the held-out part of several sources, each by itself: "a,b" are two here, and "a:0.7,b:0.3" one mixture.
+    """Open the held-out part of several sources separately: "a,b" are two here, and "a:0.7,b:0.3" one mixture.
 
     Args:
-        model: the open model; it writes what is asked of "self".
+        model: the open model; it writes the text of "self".
         texts: as for `windows_for`.
-        windows: how many of each source.
+        windows: number of windows of each source.
         seq_len: tokens in a window.
-        progress: shows how far the model is with writing.
+        progress: reports the progress of the model's writing.
 
     Raises:
         InputError: as `windows_for`.
@@ -456,15 +456,15 @@ def _separate(source: str) -> list[Texts]:
 
 
 def windows_needed(model: Decoder, seq_len: int) -> int:
-    """Return how many windows give every projection 16 tokens per input: fewer determine no least-squares repair.
+    """Return how many windows give every projection 16 tokens per input: fewer do not determine a least-squares repair.
 
-    Of experts each sees only the tokens that are sent to it. At least 32 windows, at most 256.
+    Each expert sees only the tokens that are routed to it. At least 32 windows, at most 256.
     """
     tokens = ROWS_PER_INPUT * rows_per_token(model)
     return min(max(FEWEST, math.ceil(tokens / seq_len)), MOST)
 
 
 def without_own(windows: Windows) -> str:
-    """Name the source of windows without the model's own text, to open more of it than a model would write."""
+    """Return the source of windows without the model's own text, to open more of it than a model would write."""
     others = [part for part in windows.parts if part != OWN]
     return ",".join(others) if others and OWN in windows.parts else windows.source

@@ -26,14 +26,14 @@ class Windows:
 
     Attributes:
         tokens: int64 (W, T).
-        mask: bool (W, T), True where a real token stands; None when nothing is padded.
+        mask: bool (W, T), True for real tokens; None if nothing is padded.
         source: what the user typed.
         fingerprint: where the text is from and the sha256 of tokens, mask and shape: equal fingerprints mean
             equal windows, e.g. "python-stdlib(python 3.11.7, calibration):sha256:0123456789abcdef".
-        seed: of the shuffling; None when nothing was shuffled.
+        seed: seed of the shuffling; None if nothing was shuffled.
         bos: whether the beginning-of-sequence token starts each window.
-        notes: what the user should be told, e.g. "last 131 tokens dropped".
-        parts: of a mixture, the sources it is made of; empty for a single source.
+        notes: messages for the user, e.g. "last 131 tokens dropped".
+        parts: the sources of a mixture; empty for a single source.
         part_of: int64 (W,), which of `parts` each window is from; None for a single source.
     """
 
@@ -51,7 +51,7 @@ class Windows:
 
     @classmethod
     def of(cls, tokens: Any, mask: Any = None, source: str = "tokens", *, bos: bool = False) -> Windows:
-        """Wrap windows that you already have: tensors, arrays or nested lists, (W, T), used exactly as given.
+        """Wrap existing windows: tensors, arrays or nested lists, (W, T), used exactly as given.
 
         Raises:
             InputError: tokens are not a non-empty table of non-negative integers, or the mask is not a table
@@ -76,14 +76,14 @@ class Windows:
         return self.tokens.numel() if self.mask is None else int(self.mask.sum())
 
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Return (tokens, mask) of `size` windows at a time, the last perhaps of fewer; views, not copies."""
+        """Yield (tokens, mask) of `size` windows at a time, the last batch possibly smaller; views, not copies."""
         if size < 1:
             raise InputError(f"a batch needs at least one window, not {size}")
         masks = [None] * len(self) if self.mask is None else self.mask.split(size)
         return zip(self.tokens.split(size), masks, strict=False)
 
     def some(self, numbers: Iterable[int]) -> Windows:
-        """Return the windows of these numbers, which have the fingerprint of the whole."""
+        """Return the windows of these numbers, with the fingerprint of the whole."""
         rows = list(numbers)
         return replace(
             self,
@@ -93,7 +93,7 @@ class Windows:
         )
 
     def split_off(self, share: float) -> tuple[Windows, Windows]:
-        """Split into those that stay and a share, at least one, evenly spaced, that is held back.
+        """Split into the windows that stay and a share, at least one, evenly spaced, that is held back.
 
         Each part has a fingerprint of its own.
 
@@ -191,10 +191,10 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def check_vocabulary(tokens: torch.Tensor, vocab_size: int | None, origin: str) -> None:
-    """Refuse tokens that the model does not know.
+    """Refuse tokens outside the vocabulary of the model.
 
     Raises:
-        InputError: naming where they are from.
+        InputError: naming their origin.
     """
     if vocab_size is not None and tokens.max() >= vocab_size:
         raise InputError(
@@ -212,5 +212,5 @@ def digest(tokens: torch.Tensor, mask: torch.Tensor | None) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Write a number of things: `1 window`, `2 windows`."""
+    """Format a number of things: `1 window`, `2 windows`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

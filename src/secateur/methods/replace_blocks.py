@@ -119,7 +119,9 @@ def decide(
     steps = [_step(decoder, settings, window(gone), cosines) for gone in range(1, most + 1)]
     if budget.aim == "blocks":
         if budget.value > most:
-            raise InputError(f"blocks={int(budget.value)}: at most {most} blocks can be removed, with one network in their place.")
+            raise InputError(
+                f"blocks={int(budget.value)}: at most {most} blocks can be removed, with one network in their place."
+            )
         return (steps[int(budget.value) - 1],)
     left = [step.sizes_after(Sizes(sizes, total - sum(sizes))).total for step in steps]
     kept = [step.kept_blocks(decoder.block_count) for step in steps]

@@ -4,8 +4,8 @@
 * DynamicSlicing: Dumitru et al. 2024, "Change Is the Only Constant: Dynamic LLM Slicing based on Layer
   Redundancy":
   block l loses the fraction `FS(l) = SB + LR(l) · (SP − SB) / mean(LR)`.
-* stock-slicing is secateur's own (docs/methods/stock-slicing.md): one basis for the whole model, which therefore keeps a
-  stock architecture.
+* stock-slicing is secateur's own (docs/methods/stock-slicing.md): one basis for the whole model, which therefore keeps
+  a stock architecture.
 
 Legend: SP = mean fraction sliced away, SB = the fraction every block loses, LR = layer redundancy in [0, 1].
 """
@@ -52,7 +52,7 @@ class DynamicSettings(ConstantSettings):
         "auto", description="fraction every block loses (the paper's SB), or auto: the best of several on the texts"
     )
     normalise: Normalise = Field(
-        "minmax", description="how layer redundancy is mapped to [0, 1]: the paper's minmax, without outer blocks, by rank"
+        "minmax", description="how layer redundancy maps to [0, 1]: the paper's minmax, without outer blocks, by rank"
     )
     cap: float = Field(0.9, gt=0, lt=1, description="largest fraction any block loses")
     slice_percentage: float | None = Field(
@@ -72,7 +72,7 @@ class StockSettings(MethodSettings):
     rounding: int = Field(8, ge=1, description="the kept width is a multiple of this (and of the heads if need be)")
     bases: int = Field(1, ge=1, description="number of bases; with more than one the result needs its modelling file")
     signals: Signals = Field("normed", description="covariances of the states as they are, or as normed")
-    sensitivity: bool = Field(True, description="weight directions by how much the loss depends on them (a backward pass)")
+    sensitivity: bool = Field(True, description="weight directions by the loss's sensitivity to them (a backward pass)")
     reconstruct: bool = Field(True, description="refit layers that read, by least squares, to the kept directions")
 
 
@@ -168,9 +168,9 @@ def decide_constant(measurements: Measurements, settings: ConstantSettings, budg
     speed_model=speed_with_own_bases,
 )
 def decide_by_redundancy(
-    """Slice redundant blocks more; `slice_base="auto"` takes the base that performs best on the texts.
+    measurements: Measurements, settings: DynamicSettings, budget: Budget
 ) -> Sequence[SliceHidden]:
-    """Slice redundant blocks more; with `slice_base="auto"` the base that measures best on the texts.
+    """Slice redundant blocks more; `slice_base="auto"` takes the base that performs best on the texts.
 
     Every base that is tried removes at least as many parameters as constant slicing, which is tried too.
     """

@@ -139,7 +139,7 @@ class Candidates:
         return list(dict.fromkeys(one for one in found if one != self._dense))
 
     def meet(self, budget: Budget) -> tuple[AllWidths, float | None]:
-        """Return the widths that meet a number of parameters, and the fraction removed with single channels if different.
+        """Return the widths that meet a number of parameters, and the fraction removed with single channels if other.
 
         Raises:
             InputError: the budget is out of reach.
@@ -205,7 +205,7 @@ class WidthSettings(Settings):
         True, description="refit the remaining weights by least squares, where that is better on held-out windows"
     )
     ridge: PositiveFloat | Literal["auto"] = Field(
-        "auto", description="regularisation of the fit toward the original weights; by default chosen on held-out windows"
+        "auto", description="regularisation toward the original weights; by default chosen on held-out windows"
     )
 
     def own_amount(self) -> Budget | None:
@@ -219,7 +219,7 @@ class FlapSettings(WidthSettings):
     heads: Literal["even", "never"] = Field("even", description="heads compete with channels (even), or stay (never)")
     bias: Literal["auto", "off"] = Field(
         "auto",
-        description="put back the mean of what is removed as a bias: where the result can hold one (auto), or not (off)",
+        description="put the mean of what is removed into a bias: where the result can hold one (auto), or not (off)",
     )
 
 
@@ -227,13 +227,11 @@ class EvenSettings(WidthSettings):
     """Settings of methods that prune all blocks alike."""
 
     heads: Heads = Field(
-        "last", description="heads go once a quarter of the channels is left (last), along with channels (even), or never"
+        "last", description="heads go once a quarter of the channels is left (last), like the channels (even), or never"
     )
     ffn: int | None = Field(None, ge=1, description="channels of every MLP to keep; sets the amount")
     groups: int | None = Field(None, ge=1, description="key/value groups to keep; sets the amount")
-    queries: int | None = Field(
-        None, ge=1, description="query heads to keep in each key/value group; sets the amount"
-    )
+    queries: int | None = Field(None, ge=1, description="query heads to keep in each key/value group; sets the amount")
 
     def own_amount(self) -> Budget | None:
         """Return the ratio, or the first number given."""

@@ -1,4 +1,4 @@
-"""Where a model's files are: on this machine, or fetched from the hub, the configuration before the weights."""
+"""Locate a model's files: on this machine, or downloaded from the hub, the configuration before the weights."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from secateur.models import gguf
 from secateur.models.shards import INDEX, files_in_index
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
-"""What a name on the hub looks like: owner/name."""
+"""Form of a name on the hub: owner/name."""
 
 _HUB_FILE = re.compile(rf"({HUB_NAME.pattern})/(.+\.gguf)", re.IGNORECASE)
-"""What a GGUF file on the hub looks like: owner/name/file.gguf."""
+"""Form of a GGUF file on the hub: owner/name/file.gguf."""
 
 BUNDLED = "bundled"
 """The name under which the small model that ships with the package is opened."""
 
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 _COPIES = ["*/*.safetensors", "*/*.bin", "*/*.pt", "*/*.pth", "consolidated*"]
-"""Weights that a repository holds once more in another form."""
+"""Second copies of the weights of a repository in another form."""
 _CODE = ["*.py"]
 _PICKLES = ["*.bin", "*.pt", "*.pth"]
 
@@ -44,10 +44,10 @@ def fetch(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Path:
-    """Return the folder of a checkpoint, fetched from the hub where it is not local; arguments as `open_model`.
+    """Return the folder of a checkpoint, downloaded from the hub if it is not local; arguments as `open_model`.
 
-    The configuration comes first, so that nothing large is fetched of a model that is refused. Of a GGUF file it is the
-    cached folder with what was dequantised.
+    The configuration comes first, so that nothing large is downloaded for a model that is refused. For a GGUF file it
+    is the cached folder with its dequantised weights.
 
     Args:
         weights: whether the weights are wanted, too.
@@ -77,7 +77,7 @@ def fetch(
 
 
 def _from_gguf(file: Path, source: str, *, weights: bool) -> Path:
-    """Return the cached folder of a GGUF file; its configuration is looked at before weights are dequantised."""
+    """Return the cached folder of a GGUF file; its configuration is checked before weights are dequantised."""
     done = gguf.finished(file)
     if done is not None:
         return done
@@ -94,14 +94,14 @@ def _gguf_on_hub(repository: str, name: str, revision: str | None) -> Path:
 
 
 def _only_gguf(source: str, revision: str | None, folder: Path) -> str | None:
-    """Name the GGUF file of a repository that holds no safetensors; None where there is none.
+    """Return the name of the GGUF file of a repository without safetensors; None if there is none.
 
     Raises:
         InputError: there are several.
     """
     try:
         names = list_repo_files(source, revision=revision)
-    except (HfHubHTTPError, HFValidationError, HTTPError, OSError):  # no network: what was fetched before counts
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError):  # no network: what was downloaded before is used
         names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     found = sorted(name for name in names if name.lower().endswith(gguf.SUFFIX))
     if not found or any(name.endswith(".safetensors") for name in names):
@@ -110,7 +110,7 @@ def _only_gguf(source: str, revision: str | None, folder: Path) -> str | None:
 
 
 def has_all_weights(folder: Path) -> bool:
-    """Whether the safetensors weights of a folder are there, all that its index names."""
+    """Return whether the safetensors weights of a folder are there, all that its index names."""
     names = _weight_files(folder)
     return bool(names) and all(any(folder.glob(name)) for name in names)
 
@@ -123,7 +123,7 @@ def local_folder(source: str) -> Path | None:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """List which weights to fetch: the shards that the index names, or else all."""
+    """List the weights to download: the shards that the index names, or else all."""
     return files_in_index(folder) if (folder / INDEX).is_file() else ["*.safetensors"]
 
 
@@ -146,7 +146,7 @@ def read_config(folder: Path, source: str, *, trust_remote_code: bool) -> Any:
     """Read a folder's configuration; `source` is what the user named.
 
     Raises:
-        ModelError: it cannot be read, or is of no decoder that can be pruned.
+        ModelError: it cannot be read, or is not that of a decoder that can be pruned.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -160,7 +160,7 @@ _WRAPPED = ("text_config", "vision_config", "audio_config", "thinker_config")
 
 
 def refuse_config(config: Any, source: str) -> None:
-    """Refuse configurations that are no plain causal decoder.
+    """Refuse configurations of anything but a plain causal decoder.
 
     Raises:
         ModelError: encoders, encoder-decoders, multimodal wrappers, quantised weights, blocks that share their
@@ -192,7 +192,7 @@ def refuse_config(config: Any, source: str) -> None:
 
 
 def has_safetensors(folder: Path) -> bool:
-    """Whether a folder holds safetensors weights, or an index that promises them."""
+    """Return whether a folder holds safetensors weights, or an index that promises them."""
     return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
 
 

@@ -30,7 +30,7 @@ from secateur.versions import versions
 SUFFIX = ".gguf"
 
 RECORD = "gguf.json"
-"""Says in a cached folder which file it was made from."""
+"""The record, in a cached folder, of the file it was made from."""
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -44,9 +44,9 @@ class Origin:
     Attributes:
         file: its path.
         stored: how most of its weights are stored, such as `Q4_1`.
-        dtype: what they became.
-        licence: of the model, as the file says.
-        unread: what the file says and transformers does not read.
+        dtype: their dtype after dequantisation.
+        licence: the model's licence, according to the file.
+        unread: metadata of the file that transformers does not read.
     """
 
     file: str
@@ -56,7 +56,7 @@ class Origin:
     unread: tuple[str, ...] = ()
 
     def sentence(self) -> str | None:
-        """Say what the user should know of the weights; None where nothing was lost."""
+        """Return what the user should know about the weights; None if nothing was lost."""
         said = []
         if self.stored not in _FLOATS:
             said.append(f"{self.stored} dequantised to {self.dtype}; the original weights would be better")
@@ -119,7 +119,7 @@ def described(file: Path) -> Path:
 
 
 def dequantised(file: Path) -> Path:
-    """Return a cached folder that holds a GGUF file as an ordinary checkpoint; it is made if it is not there.
+    """Return a cached folder that holds a GGUF file as an ordinary checkpoint; it is created if it does not exist.
 
     Raises:
         InputError: as `described`, or there is no room for the weights.
@@ -139,7 +139,7 @@ def dequantised(file: Path) -> Path:
 
 
 def finished(file: Path) -> Path | None:
-    """Return the cached folder of a GGUF file that was dequantised before; None if it was not.
+    """Return the cached folder of a GGUF file that was already dequantised; None if it was not.
 
     Raises:
         ModelError: the file is one part of several.
@@ -160,7 +160,7 @@ def origin_of(folder: Path) -> Origin | None:
         found = json.loads((folder / RECORD).read_text(encoding="utf-8"))["gguf"]
         return Origin(**found | {"unread": tuple(found["unread"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / RECORD}: not readable ({error}); remove {folder}, it is made again.") from error
+        raise ModelError(f"{folder / RECORD}: not readable ({error}); remove {folder}, it is created again.") from error
 
 
 def readable_architectures() -> list[str]:
@@ -207,7 +207,7 @@ def _refuse_other_formats(file: Path) -> None:
 
 
 def _examined(file: Path) -> Origin:
-    """Read the header; says how the weights are stored and what they will become.
+    """Read the header; return how the weights are stored and what they will become.
 
     Raises:
         ModelError: damaged, in parts, or of an architecture that transformers cannot read.
@@ -244,7 +244,7 @@ def _examined(file: Path) -> Origin:
 
 
 def _unread(reader: Any, architecture: str) -> tuple[str, ...]:
-    """List what the file says of rotary positions in long texts and transformers passes over."""
+    """List metadata on rotary positions in long texts that transformers ignores."""
     tensors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
     key = f"{architecture}.rope.scaling.type"
     scaled = architecture != "gpt-oss" and _field(reader, key) not in (None, "none")
@@ -257,12 +257,12 @@ def _field(reader: Any, name: str) -> Any:
 
 
 def _plain(name: str) -> str:
-    """Spell `gpt-oss` and `gpt_oss` alike."""
+    """Return one spelling for `gpt-oss` and `gpt_oss`."""
     return name.lower().replace("-", "").replace("_", "")
 
 
 def _dtype_for(stored: Counter[str]) -> str:
-    """Choose the dtype that holds what the file holds: scales of quantised blocks are float16."""
+    """Return the dtype that holds what the file holds: scales of quantised blocks are float16."""
     if set(stored) == {"F32"}:
         return "float32"
     return "bfloat16" if set(stored) <= {"F32", "BF16"} else "float16"
@@ -352,7 +352,7 @@ def _write_record(folder: Path, origin: Origin) -> None:
 
 
 def _keep_path(folder: Path, file: Path) -> None:
-    """Note where the file is now, if it was moved since."""
+    """Record where the file is now, if it was moved since."""
     origin = origin_of(folder)
     if origin is not None and origin.file != str(file.resolve()):
         _write_record(folder, replace(origin, file=str(file.resolve())))

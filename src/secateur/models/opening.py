@@ -1,4 +1,4 @@
-"""Open a model: in memory, over several devices, or as a skeleton whose blocks load when asked for."""
+"""Open a model: in memory, over several devices, or as a skeleton whose blocks are loaded on demand."""
 
 from __future__ import annotations
 
@@ -61,12 +61,11 @@ def open_model(
             transformers model already in memory.
         dtype: arithmetic: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU, float32 on
             a CPU without fast bfloat16. The dtype a model is saved in does not change with it.
-        device: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the GPUs there are (all of them, if the model needs
-            more than one), else the CPU. Of several processes (`accelerate launch`) each takes one GPU.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the available GPUs (all of them, if the model needs more
+            than one), else the CPU. With several processes (`accelerate launch`) each takes one GPU.
         revision: branch, tag or commit on the hub.
-        skeleton: read each block's weights when its turn comes and let them go afterwards. None decides by the
-            memory that is free.
-        tokenizer: another tokenizer than the checkpoint's: a folder, a hub name, or the object.
+        skeleton: load each block's weights on demand and release them afterwards. None decides by the free memory.
+        tokenizer: a tokenizer to use instead of the checkpoint's: a folder, a hub name, or the object.
         trust_remote_code: allow code that comes with the checkpoint to run.
         allow_pickle: accept pickled weights, which can run code when loaded.
 
@@ -96,10 +95,10 @@ def open_shapes(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Decoder:
-    """Open a model without reading its weights (unless they are pickled and here), to say what a job would need.
+    """Open a model without reading its weights (unless pickled and available locally), to estimate what a job needs.
 
-    Of a model on the hub they are not fetched, and without them its fingerprint is empty. `by_blocks` of the decoder
-    tells whether the job will read them block by block. Arguments and errors as for `open_model`.
+    On the hub they are not downloaded, and without them the fingerprint is empty. `by_blocks` of the decoder tells
+    whether the job will read them block by block. Arguments and errors as for `open_model`.
     """
     opening = _Opening(dtype, device, revision, skeleton, tokenizer, trust_remote_code, allow_pickle)
     return _open(str(source), opening, shapes_only=True)
@@ -177,7 +176,7 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
 
 
 def _said(origin: Origin | None) -> Origin | None:
-    """Warn of what was lost on the way from a GGUF file."""
+    """Warn of what was lost in converting a GGUF file."""
     sentence = origin.sentence() if origin is not None else None
     if sentence is not None:
         warnings.warn(sentence, SecateurWarning, stacklevel=4)
@@ -189,12 +188,12 @@ def _fingerprint(folder: Path, module: PreTrainedModel, *, pickled: bool) -> str
 
 
 def _shown(source: str) -> str:
-    """Write a folder that looks like a name on the hub, `models/mine`, so that it is never taken for one."""
+    """Return a folder that looks like a name on the hub, `models/mine`, so that it is never taken for one."""
     return f"./{source}" if HUB_NAME.fullmatch(source) and Path(source).is_dir() else source
 
 
 def _history(folder: Path) -> tuple[dict[str, Any], ...]:
-    """Read what secateur did to this checkpoint before, so that it is not forgotten when it is cut again."""
+    """Return what secateur did to this checkpoint before, so that its history is kept when it is pruned again."""
     record = folder / "secateur.json"
     if not record.is_file():
         return ()
@@ -230,7 +229,7 @@ def _family(config: Any, source: str, *, trust_remote_code: bool) -> Family:
 
 
 def _saved_dtype(config: Any, folder: Path) -> torch.dtype:
-    """Find the checkpoint's dtype: as the configuration says, else that of the largest tensor."""
+    """Return the checkpoint's dtype: that of the configuration, else that of the largest tensor."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     if isinstance(config.dtype, str) and config.dtype in DTYPES:
@@ -271,7 +270,7 @@ def _all_gpus() -> list[torch.device]:
 
 
 def _bytes_in(folder: Path, saved: torch.dtype, arithmetic: torch.dtype) -> float:
-    """Bytes that the weights of a folder take in this arithmetic."""
+    """Return the bytes that the weights of a folder take in this arithmetic."""
     return sum(file.stat().st_size for file in shard_files(folder)) * arithmetic.itemsize / saved.itemsize
 
 
@@ -345,5 +344,5 @@ def _tokenizer(source: Any, *, trust_remote_code: bool) -> PreTrainedTokenizerBa
         return None
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises nothing narrower
+    except Exception as error:  # the tokenizers library raises nothing more specific
         raise ModelError(f"{source}: the tokenizer cannot be read: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""How much each input of a writing projection matters, and so each head, group or channel: the scores of the papers.
+"""How much each input of an output projection matters, and so each head, group or channel: the scores of the papers.
 
 * FLAP: An et al. 2024, "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (AAAI): variance of
   an input × squared norm of its weight column, z-scored over one layer. The released code squares it for attention
@@ -7,8 +7,8 @@
 * Minitron: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation": how large a
   channel, or the output of a head, is: mean over the tokens of a window, 2-norm over windows.
 
-Legend: W (out, n), x_j one of the n inputs; P pens of U units of C inputs each: all channels are one pen, so are all
-groups; the query heads of each group are a pen of their own, because as many must go in each.
+Legend: W (out, n), x_j one of the n inputs; P groups of U units of C inputs each: all channels are one group, so are
+all key/value heads; the query heads of each key/value head are a group of their own, because as many must go in each.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from secateur.surgery.width.repair import RIDGE, strength
 
 
 def fluctuation(weight: torch.Tensor, sums: InputSums) -> torch.Tensor:
-    """FLAP: `Var(x_j) · ‖W_:,j‖²`, (n,)."""
+    """Return the score of FLAP, `Var(x_j) · ‖W_:,j‖²`, (n,)."""
     return sums.variance() * weight.square().sum(dim=0)
 
 
 def weighted_norm(weight: torch.Tensor, sums: InputSums) -> torch.Tensor:
-    """Wanda-sp: `Σ_i |W_ij| · ‖x_j‖₂`, (n,)."""
+    """Return the score of Wanda-sp, `Σ_i |W_ij| · ‖x_j‖₂`, (n,)."""
     return weight.abs().sum(dim=0) * sums.squares.sqrt()
 
 
 def magnitude(_: torch.Tensor, sums: InputSums) -> torch.Tensor:
-    """Minitron: the length of each head's output, or the size of a channel, (heads or channels,)."""
+    """Return the score of Minitron: length of each head's output, or size of a channel, (heads or channels,)."""
     return sums.magnitudes.sqrt()
 
 
 def z_scores(values: torch.Tensor) -> torch.Tensor:
-    """Bring values to mean 0 and standard deviation 1; values that are all alike become 0."""
+    """Standardise values to mean 0 and standard deviation 1; values that are all equal become 0."""
     return (
         (values - values.mean()) / values.std().clamp_min(torch.finfo(values.dtype).tiny)
         if len(values) > 1
@@ -44,7 +44,7 @@ def z_scores(values: torch.Tensor) -> torch.Tensor:
 
 
 def best_units(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Mark the `keep` units of highest score in each pen; (P, U) → (P, U) bool. Of equals the first stay."""
+    """Mark the `keep` units of highest score in each group; (P, U) → (P, U) bool. Of equals the first stay."""
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :keep]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
 
@@ -52,26 +52,26 @@ def best_units(scores: torch.Tensor, keep: int) -> torch.Tensor:
 def cheapest_to_lose(
     weight: torch.Tensor, gram: torch.Tensor, units: torch.Tensor, keep: int, *, batch: int = 8, ridge: float = RIDGE
 ) -> torch.Tensor:
-    """Take units out one batch after the other until `keep` of each pen are left.
+    """Remove units in batches until `keep` of each group are left.
 
     Args:
         weight: W, (out, n), float64.
         gram: Σ x xᵀ, (n, n), float64.
-        units: inputs of each unit, (P pens, U units, C inputs) int64; the same number of units goes in each pen.
-        keep: units that stay in each pen.
-        batch: units taken out before costs are computed anew.
+        units: inputs of each unit, (P groups, U units, C inputs) int64; as many units are removed in each group.
+        keep: units to keep in each group.
+        batch: units removed before costs are recomputed.
         ridge: λ in mean diagonals of the Gram matrix.
 
     Returns:
-        Which units stay, (P, U) bool.
+        Which units remain, (P, U) bool.
     """
     weight, heavy = weight.clone(), gram.clone()
     heavy.diagonal().add_(strength(gram, ridge))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(heavy))
     del heavy
-    pens, each, _ = units.shape
-    stay = torch.ones(pens, each, dtype=torch.bool, device=weight.device)
-    while int(stay.sum()) > keep * pens:
+    groups, each, _ = units.shape
+    stay = torch.ones(groups, each, dtype=torch.bool, device=weight.device)
+    while int(stay.sum()) > keep * groups:
         costs = _costs(weight, inverse, units).masked_fill(~stay, torch.inf)
         costs[stay.sum(dim=1) <= keep] = torch.inf
         gone = _cheapest(costs, stay.sum(dim=1) - keep, batch)
@@ -81,7 +81,7 @@ def cheapest_to_lose(
 
 
 def _cheapest(costs: torch.Tensor, allowance: torch.Tensor, batch: int) -> torch.Tensor:
-    """Return the flat numbers of the cheapest units, no more of a pen than may still go there."""
+    """Return the flat indices of the cheapest units, no more of a group than may still be removed there."""
     ranks = costs.argsort(dim=1, stable=True).argsort(dim=1)
     allowed = costs.masked_fill(ranks >= allowance[:, None], torch.inf).flatten()
     order = allowed.argsort(stable=True)[:batch]
@@ -89,7 +89,7 @@ def _cheapest(costs: torch.Tensor, allowance: torch.Tensor, batch: int) -> torch
 
 
 def _costs(weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """`tr(W_S ([H⁻¹]_SS)⁻¹ W_Sᵀ)` of every unit, (P, U); those that are gone already give 0."""
+    """Return `tr(W_S ([H⁻¹]_SS)⁻¹ W_Sᵀ)` of every unit, (P, U); 0 for those already removed."""
     if units.shape[2] == 1:
         flat = units[..., 0]
         return weight.square().sum(dim=0)[flat] / inverse.diagonal()[flat].clamp_min(1e-300)
@@ -102,9 +102,9 @@ def _costs(weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor) -> 
 
 
 def forget(weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> None:
-    """Take inputs out of W, which makes up for them, and out of H⁻¹; both change in place.
+    """Remove inputs from W, which compensates for them, and from H⁻¹; both change in place.
 
-    `W ← W − W_S ([H⁻¹]_SS)⁻¹ [H⁻¹]_S,:` and `H⁻¹ ← H⁻¹ − [H⁻¹]_:,S ([H⁻¹]_SS)⁻¹ [H⁻¹]_S,:`: what is left is the inverse
+    `W ← W − W_S ([H⁻¹]_SS)⁻¹ [H⁻¹]_S,:` and `H⁻¹ ← H⁻¹ − [H⁻¹]_:,S ([H⁻¹]_SS)⁻¹ [H⁻¹]_S,:`: the result is the inverse
     of H without S. Rows and columns of S become 0.
     """
     rows = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])

@@ -168,11 +168,11 @@ class Trials:
         if self._is_enough(cut):
             raise InputError("with these blocks removed nothing is left to do.")
         if self._budget.aim != "remove":
-            return member.decide(measurements, self._weighed(cut, member))
+            return member.decide(measurements, self._budget_for(cut, member))
         wanted = self._budget.limit(self._whole)
         steps = member.decide(measurements, Budget("remove", 1 - wanted / now))
-            steps = member.decide(measurements, Budget("remove", 1 - wanted / now))
-            if _parameters_after(measurements.decoder, steps) <= self._largest():
+        if _parameters_after(measurements.decoder, steps) <= self._largest():
+            return steps
         return member.decide(measurements, Budget("target_params", wanted))
 
     def _budget_for(self, cut: Cut, member: Member | None = None) -> Budget:
@@ -230,7 +230,8 @@ class TrialLog:
         if measurements.options.work is not None:
             decoder, windows = measurements.decoder, measurements.need_windows()
             place = (str(decoder.module.dtype), decoder.device.type)
-            key = digest(decoder.fingerprint, place, windows.fingerprint, measurements.options.seed, versions(), *asked)
+            seed = measurements.options.seed
+            key = digest(decoder.fingerprint, place, windows.fingerprint, seed, versions(), *depends_on)
             self._folder = measurements.options.work / f"search-{key}"
 
     def known(self, split: Split) -> Made | SecateurError | None:

@@ -99,7 +99,7 @@ def couplings_of(block: nn.Module, family: Family, widths: BlockWidths) -> Coupl
 
 
 def _reader(name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplings:
-    """Return the couplings of a projection whose outputs are units: a linear layer, one tensor of all experts, or a list."""
+    """Return the couplings of a projection whose outputs are units: linear, a tensor of all experts, or a list."""
     if isinstance(module, nn.Parameter):
         return {name: Coupling(part, 1, labels, None)}
     found: Couplings = {}
@@ -178,9 +178,9 @@ def _renumbered(name: str, coupling: Coupling, couplings: Couplings, kept: Kept)
 
 
 def sums_by_unit(
-    """Sum tensors by unit: query heads then groups, (H+G,), and channels, (E, F); float64, on the CPU."""
+    tensors: Mapping[str, torch.Tensor], couplings: Couplings, widths: BlockWidths
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum up tensors by unit: query heads then groups, (H+G,), and channels, (E, F); float64, on the CPU."""
+    """Sum tensors by unit: query heads then groups, (H+G,), and channels, (E, F); float64, on the CPU."""
     heads = torch.zeros(widths.heads + widths.groups, dtype=torch.float64)
     channels = torch.zeros(max(1, widths.experts), widths.channels, dtype=torch.float64)
     for name, tensor in tensors.items():

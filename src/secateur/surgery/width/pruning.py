@@ -245,7 +245,7 @@ def _note(kept: Kept, part: Part, expert: int, chosen: torch.Tensor, dense: Bloc
 def units_of(part: Part, dense: BlockWidths, keep: Widths) -> tuple[torch.Tensor, int]:
     """Return the inputs of each unit that may be removed, (P, U, C), and how many units of each group remain.
 
-    Channels are one group, and so are key/value heads; query heads form a group per key/value head, all of one size.
+    Channels are one group, and so are key/value heads; of query heads as many go in each key/value head's group.
     """
     if part == "channels":
         return torch.arange(dense.channels)[None, :, None], keep.channels
@@ -257,18 +257,18 @@ def units_of(part: Part, dense: BlockWidths, keep: Widths) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def measure_inputs(
-    """Run block `index`, its weights loaded, on the states in the store, and sum up the inputs of output projections.
+    decoder: Decoder,
     index: int,
     parts: Sequence[Part],
     batches: Sequence[Batch],
     store: StateStore,
     folds: Folds | None = None,
 ) -> dict[Part, list[InputSums]]:
-    """Run block `index`, its weights present, on the states in the store, and sum up what enters what writes.
+    """Run block `index`, its weights loaded, on the states in the store, and sum up the inputs of output projections.
 
     With `folds` also what a fit reads: a token has weight 1 / ‖h‖² there, h being the residual stream that leaves the
-    block, by whose length the next norm divides; else the few tokens with massive activations (Sun et al. 2024, "Massive
-    Activations in Large Language Models") outweigh all others.
+    block, by whose length the next norm divides; else the few tokens with massive activations (Sun et al. 2024,
+    "Massive Activations in Large Language Models") outweigh all others.
     """
     block = decoder.block_list[index]
     sums = {part: new_sums(decoder, index, part, gram=folds is not None) for part in parts}

@@ -1,6 +1,6 @@
 """Refit a projection when some of its inputs are removed: closed-form least squares whose ridge is cross-validated.
 
-With the Gram matrix G = Σ w x xᵀ of the inputs over calibration tokens, K the inputs that remain, and R the removed ones:
+With the Gram matrix G = Σ w x xᵀ of the inputs over calibration tokens, K the remaining inputs, and R the removed ones:
 
     W'_K = W_K + W_R G[R,K] (G[K,K] + λI)⁻¹,    λ = ridge · mean diagonal of G,
 
@@ -8,8 +8,8 @@ which minimises Σ w ‖W x − W'_K x_K‖² + λ ‖W'_K − W_K‖². The rid
 with nothing removed nothing changes, an expert that saw few tokens keeps what it knew, and greedy selection, which
 works with the inverse of G + λI, ends at the same weights.
 
-A least-squares fit learns the domain of its texts and forgets others. So λ is the one that performs best on windows held
-out of the fit, and a projection whose fit does worse there than the plain slice keeps the plain slice.
+A least-squares fit learns the domain of its texts and forgets others. So λ is the one that performs best on windows
+held out of the fit, and a projection whose fit does worse there than the plain slice keeps the plain slice.
 
 With a bias the inputs are centred: `b' = b + W μ − W'_K μ_K`. Without repair that is what FLAP adds.
 
@@ -113,9 +113,9 @@ def choose_fit(
 
 
 def held_out_errors(
-    """Return the errors of the plain slice, and of the repair at each ridge of the grid, on the held-out tokens.
+    weight: torch.Tensor, gram: torch.Tensor, held_out: torch.Tensor, stay: torch.Tensor
 ) -> tuple[float, list[float]]:
-    """Return what the plain slice, and the repair at each ridge of the grid, miss on the tokens held out.
+    """Return the errors of the plain slice, and of the repair at each ridge of the grid, on the held-out tokens.
 
     With G[K,K] = U diag(e) Uᵀ and C = W_R G[R,K] U, the repair at λ adds Δ = C diag(s) Uᵀ to W_K, s = 1 / (e + λ), and
 

@@ -57,13 +57,13 @@ def require_width_prunable(decoder: Decoder) -> None:
         )
     if names_every_block(decoder) and any(decoder.config.networks):
         raise ModelError(
-                f"{decoder.source}: a network without attention replaces some of its blocks; prune the widths of the model "
-                "before that."
+            f"{decoder.source}: a network without attention replaces some of its blocks; prune the widths before it "
+            "is put in."
         )
     if names_every_block(decoder) and any(decoder.config.experts):
         raise ModelError(
-                f"{decoder.source}: experts of a model with its modelling file cannot be pruned; prune the dense model "
-                "first, then slice."
+            f"{decoder.source}: experts of a model with its modelling file cannot be pruned; prune the dense model "
+            "first, then slice."
         )
 
 
@@ -218,7 +218,7 @@ class WidthAssembly:
 
     @torch.no_grad()
     def block(self, index: int, kept: Kept) -> None:
-        """Add block `index`, whose weights are loaded (output projections already edited), without the removed units."""
+        """Add block `index` without the removed units; its weights, output projections edited, are loaded."""
         assembly, block, widths = self._assembly, self._dense.block_list[index], block_widths(self._dense, index)
         where = assembly.block_path(index)
         if self._stock:
