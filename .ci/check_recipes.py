@@ -26,8 +26,8 @@ study = folder / "study"
 dense = results(study / "dense" / "results.jsonl")["against", "perplexity"]
 cells = sorted((study / "cells").iterdir())
 assert [cell.name for cell in cells] == ["obs-width-20", "shortgpt-20"], cells
-narrow, short = (results(cell / "results.jsonl")["model", "perplexity"] for cell in cells)
-assert dense < narrow < short < 2 * dense, (dense, narrow, short)
+pruned, short = (results(cell / "results.jsonl")["model", "perplexity"] for cell in cells)
+assert dense < pruned < short < 2 * dense, (dense, pruned, short)
 page = (study / "report.html").read_text()
 assert all(cell.name.removesuffix("-20") in page for cell in cells)
-sys.stdout.write(f"recipes checked: dense {dense:.2f}, obs-width {narrow:.2f}, shortgpt {short:.2f}\n")
+sys.stdout.write(f"recipes checked: dense {dense:.2f}, obs-width {pruned:.2f}, shortgpt {short:.2f}\n")

@@ -72,12 +72,12 @@ def main() -> None:
     measure("shortgpt", lambda: cut("shortgpt", 0.1))
     measure("replaceme", lambda: cut("replaceme", 0.1))
     measure("obs-width without repair", lambda: cut("obs-width", 0.15, repair=False))
-    narrow = measure("obs-width", lambda: cut("obs-width", 0.15))
+    smaller = measure("obs-width", lambda: cut("obs-width", 0.15))
     if not given.short:
         healing = {"learning_rate": 2e-4, "evaluations": 2}
         measure(
             "obs-width, healed (lora)",
-            lambda: secateur.heal(narrow, texts=CALIBRATION, tokens=20_000, settings=healing),
+            lambda: secateur.heal(smaller, texts=CALIBRATION, tokens=20_000, settings=healing),
         )
     console.print(table)
 

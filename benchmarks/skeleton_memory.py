@@ -67,9 +67,9 @@ def peak(*arguments: str) -> tuple[int, int]:
 
 
 def main(only: list[str], length: int = 512) -> None:
-    """Measure the peaks of scoring, evaluating and slicing with 8 windows of 512, of narrowing with 2.
+    """Measure the peaks of scoring, evaluating and slicing with 8 windows of 512, of width pruning with 2.
 
-    What narrowing holds is Gram matrices, whose size does not depend on the windows; their products take the time.
+    What width pruning holds is Gram matrices, whose size does not depend on the windows; their products take the time.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Held-out perplexity of the bundled model when its blocks get narrower, at equal fractions of its true parameters.
+"""Held-out perplexity of the bundled model after width pruning, at equal fractions of its true parameters.
 
 The fractions are those of 384, 320 and 256 of 512 channels. Names of methods on the command line restrict it to these.
 """

@@ -244,7 +244,7 @@ def test_diverse_leaves_own_text_out_where_it_would_do_harm_or_take_long(long):
     pruned = dataclasses.replace(long, history=({"plan": {}},))
     assert "no text of the model's own: the model is pruned" in of(64, model=pruned)[1]
     assert "would take long" in of(600)[1][1]
-    assert "no model is there" in of(64, model=None)[1][1]
+    assert "there is no model" in of(64, model=None)[1][1]
     assert of(1)[0] == "python-stdlib"
     assert of(2)[0] == "python-stdlib,python-docs"
     with pytest.raises(InputError, match=r"diverse is a mixture: .* so give one"):

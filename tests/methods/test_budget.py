@@ -88,7 +88,7 @@ def test_counts_out_of_range(text):
 
 
 def test_one_amount_is_asked_for():
-    with pytest.raises(InputError, match="no amount given: say one of remove"):
+    with pytest.raises(InputError, match="no amount given: give one of remove"):
         budget()
     with pytest.raises(InputError, match=r"several amounts given \(blocks, remove\)"):
         budget(blocks=1, remove=0.5)
@@ -110,7 +110,7 @@ def test_only_no_blocks_is_nothing():
 def test_so_many_blocks():
     for count in range(1, 6):
         assert chosen(blocks=count) == CANDIDATES[count - 1]
-    with pytest.raises(InputError, match="blocks=6: at most 5 blocks can go"):
+    with pytest.raises(InputError, match="blocks=6: at most 5 blocks can be removed"):
         chosen(blocks=6)
 
 
@@ -143,7 +143,7 @@ def test_remove_less_than_one_block(remove):
 
 @pytest.mark.parametrize("remove", [0.42, 0.5, 0.99])
 def test_remove_more_than_may_go(remove):
-    with pytest.raises(InputError, match=r"unreachable, taking out all 5 blocks that may go removes 40\.0%"):
+    with pytest.raises(InputError, match=r"unreachable, dropping all 5 removable blocks removes 40\.0%"):
         chosen(remove=remove)
 
 

@@ -176,7 +176,7 @@ def test_the_ends_the_paper_keeps(name, tiny):
     found = dropped(decoder, method, most, draw_windows(windows=2), **settings)
     assert set(found) <= set(free)
     assert len(found) == most
-    with pytest.raises(InputError, match=f"blocks={most + 1}: at most {most} blocks can go"):
+    with pytest.raises(InputError, match=f"blocks={most + 1}: at most {most} blocks can be removed"):
         dropped(decoder, method, most + 1, draw_windows(windows=2), **settings)
 
 

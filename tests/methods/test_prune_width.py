@@ -1,4 +1,4 @@
-"""Methods that narrow blocks: what they decide, how they walk, and what they leave."""
+"""Width pruning: what its methods decide, how they walk, and what they leave."""
 
 import copy
 import json
@@ -242,7 +242,7 @@ def test_the_bias_of_flap_keeps_the_mean(tiny):
     torch.testing.assert_close(means[1], means[0], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(means[2], means[0], atol=1e-2)
     (step,) = plan_for(tiny("qwen3_moe-mixed"), "flap", {}, ratio=0.4).steps
-    assert "no bias in the place of what goes in 6 blocks" in step.describe()[1]
+    assert "no compensating bias in 6 blocks" in step.describe()[1]
 
 
 def test_repair_pays(bundled):
@@ -353,7 +353,7 @@ def test_edited_plans(tiny, tmp_path):
         prune(tiny("qwen3"), other.model_copy(update={"steps": plan.steps}), texts=draw_windows())
 
 
-def test_a_narrowed_model_is_cut_again(tiny):
+def test_a_width_pruned_model_is_pruned_again(tiny):
     uneven = cut(tiny("llama"), "flap", {}, ratio=0.4)
     shorter = cut(uneven, "last-n", {"blocks": 2})
     assert shorter.config.heads == [*uneven.config.heads[:5], uneven.config.heads[7]]
@@ -364,7 +364,7 @@ def test_a_narrowed_model_is_cut_again(tiny):
     assert cut(shorter, "flap", {}, ratio=0.3).parameter_count < shorter.parameter_count
 
 
-def test_slicing_and_narrowing_one_after_the_other(tiny):
+def test_slicing_and_width_pruning_one_after_the_other(tiny):
     windows = draw_windows()
     both = "stock-slicing:0.5,obs-width:0.5"
     plan = make_plan(tiny("llama"), method=both, remove=0.5, texts=windows)
@@ -373,9 +373,9 @@ def test_slicing_and_narrowing_one_after_the_other(tiny):
     assert found.config.hidden_size < 32
     assert found.config.intermediate_size < 48
     sliced = cut(tiny("llama"), "slicegpt", {"slice": 0.25}, windows)
-    narrow = cut(sliced, "obs-width", {}, windows, ratio=0.25)
-    assert narrow.config.widths == sliced.config.widths
-    assert narrow.config.intermediate_sizes == [36] * 8
+    smaller = cut(sliced, "obs-width", {}, windows, ratio=0.25)
+    assert smaller.config.widths == sliced.config.widths
+    assert smaller.config.intermediate_sizes == [36] * 8
 
 
 def test_every_plan_says_what_stays(tiny):

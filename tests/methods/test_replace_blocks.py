@@ -77,9 +77,9 @@ def test_budgets_count_what_is_put_in(tiny):
 @pytest.mark.parametrize(
     ("blocks", "settings", "message"),
     [
-        (7, {"protect_first": 2}, "blocks=7: at most 5 blocks can go"),
-        (8, {}, "blocks=8: at most 7 blocks can go"),
-        (7, {"network": "ffn", "protect_last": 1}, "blocks=7: at most 6 blocks can go"),
+        (7, {"protect_first": 2}, "blocks=7: at most 5 blocks can be removed"),
+        (8, {}, "blocks=8: at most 7 blocks can be removed"),
+        (7, {"network": "ffn", "protect_last": 1}, "blocks=7: at most 6 blocks can be removed"),
         (1, {"protect_first": 7}, "all but 1 of 8 blocks are protected"),
         (1, {"network": "rnn"}, "streamline: network=rnn"),
         (1, {"loss": "kl"}, "streamline: loss=kl"),

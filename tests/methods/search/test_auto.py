@@ -259,12 +259,12 @@ def test_a_method_that_cannot_cut_the_model_falls_out(tiny):
     assert plan.search.candidates[plan.search.best].loss is not None
 
 
-def test_what_loses_too_much_before_it_is_narrowed_is_not_narrowed(tiny, monkeypatch):
+def test_what_loses_too_much_before_its_widths_are_pruned_is_not_pruned(tiny, monkeypatch):
     losses = {8: 2.0, 7: 2.1, 6: 2.6, 5: 2.8}
 
     def loss(decoder, *given, **named):
-        narrower = decoder.config.intermediate_size < 48
-        return losses[decoder.block_count] + 0.5 * narrower
+        smaller = decoder.config.intermediate_size < 48
+        return losses[decoder.block_count] + 0.5 * smaller
 
     monkeypatch.setattr(trials, "mean_loss", loss)
     plan = make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF | {"skip_hopeless": True})
@@ -275,7 +275,7 @@ def test_what_loses_too_much_before_it_is_narrowed_is_not_narrowed(tiny, monkeyp
         (1, None): 2.1,
         (1, "obs-width"): 2.6,
         (2, None): 2.6,
-        (2, "obs-width"): "the missing blocks alone cost more",
+        (2, "obs-width"): "the removed blocks alone cost more",
     }
     assert plan.search.candidates[plan.search.best].blocks == 0
 

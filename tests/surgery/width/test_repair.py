@@ -91,7 +91,7 @@ def test_what_is_forgotten_leaves_the_inverse_of_the_rest():
 def greedy_by_hand(weight, gram, units, keep):
     """One unit after the other: the one whose absence, all others making up for it, costs least."""
     heavy = gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    gone = {pen: [] for pen in range(len(units))}
+    gone = {group: [] for group in range(len(units))}
 
     def cost(columns):
         stay = [one for one in range(len(gram)) if one not in columns]
@@ -101,17 +101,17 @@ def greedy_by_hand(weight, gram, units, keep):
         return torch.trace(missed @ heavy @ missed.T)
 
     while any(len(one) < len(units[0]) - keep for one in gone.values()):
-        before = [column for pen, ones in gone.items() for one in ones for column in units[pen][one]]
+        before = [column for group, ones in gone.items() for one in ones for column in units[group][one]]
         free = [
-            (pen, one)
-            for pen in gone
-            if len(gone[pen]) < len(units[0]) - keep
+            (group, one)
+            for group in gone
+            if len(gone[group]) < len(units[0]) - keep
             for one in range(len(units[0]))
-            if one not in gone[pen]
+            if one not in gone[group]
         ]
-        pen, one = min(free, key=lambda at: cost([*before, *units[at[0]][at[1]]]))
-        gone[pen].append(one)
-    return [[one not in gone[pen] for one in range(len(units[0]))] for pen in gone]
+        group, one = min(free, key=lambda at: cost([*before, *units[at[0]][at[1]]]))
+        gone[group].append(one)
+    return [[one not in gone[group] for one in range(len(units[0]))] for group in gone]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tiny_models import VARIANTS
 
 
 def last_units(place, weight, sums, units, keep):
-    """Keep the last units of each pen; those of expert 1 the first."""
+    """Keep the last units of each group; those of expert 1 the first."""
     stay = torch.zeros(units.shape[:2], dtype=torch.bool)
     if place.expert == 1:
         stay[:, :keep] = True
