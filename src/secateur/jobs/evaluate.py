@@ -93,7 +93,7 @@ class EvaluateJob(Job[list[Result]]):
         if asked is not None and texts is None:
             return cls(model, against, (), asked, names, options)
         writer = against if isinstance(against, Decoder) and against.tokenizer is not None else model
-        read = windows_by_source(writer, texts, windows=windows, seq_len=seq_len, progress=options.progress)
+        read = windows_by_source(writer, texts, windows=windows, seq_len=seq_len, options=options)
         return cls(model, against, read, asked, names, options)
 
     @property
@@ -191,7 +191,7 @@ def measure_reference(
     Raises:
         InputError, NumericsError: as `evaluate`.
     """
-    read = windows_by_source(model, texts, windows=windows, seq_len=seq_len, progress=options.progress)
+    read = windows_by_source(model, texts, windows=windows, seq_len=seq_len, options=options)
     results = [found for one in read for found in measure(PERPLEXITY, model, "against", one, options)]
     if tasks is None:
         return Reference(tuple(results))

@@ -90,9 +90,7 @@ class PlanJob(Job[Plan]):
             raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
         used: Windows | None = None
         if any(part.method.needs_texts(part.settings) for part in parts) and not budget.is_zero:
-            used = windows_for(
-                model, texts, windows=windows, seq_len=seq_len, seed=options.seed, progress=options.progress
-            )
+            used = windows_for(model, texts, windows=windows, seq_len=seq_len, options=options)
             if scores is not None and not scores.are_of(used):
                 source = (scores.texts or {}).get("source")
                 warnings.warn(f"the scores are of other texts ({source}) and are measured anew", TextsWarning, 2)

@@ -63,9 +63,7 @@ class ScoreJob(Job[Scores]):
         for kind in kinds:
             if kind not in KINDS:
                 raise unknown("score", kind, list(KINDS))
-        used = windows_for(
-            model, texts, windows=windows, seq_len=seq_len, seed=options.seed, pack=pack, progress=options.progress
-        )
+        used = windows_for(model, texts, windows=windows, seq_len=seq_len, pack=pack, options=options)
         return cls(model, used, tuple(kinds), options)
 
     def cost(self) -> JobCost:
