@@ -4,7 +4,7 @@
     python benchmarks/real_model.py FILE.gguf --short    # fewer windows and no healing
 
 Prints perplexity on three kinds of text (code, prose, the dense model's own words) and the answers to three questions,
-before and after each cut, and adds a line for each to results/real_model.jsonl.
+before and after each cut, and with --keep adds a line for each to results/real_model.jsonl.
 """
 
 import argparse
@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("file", type=Path)
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="add the results to results/real_model.jsonl")
     given = parser.parse_args()
     logging.set_verbosity_error()
     windows, held_out = (8, 4) if given.short else (24, 8)
@@ -55,13 +56,15 @@ def main() -> None:
             name, f"{removed:.1%}", *(f"{found[kind]:.1f}" for kind in KINDS), f"{ratio:.2f}", f"{seconds:.0f}"
         )
         setting = {"cut": name, "calibration": CALIBRATION, "windows": windows, "held_out": held_out}
+        answer_all(name, model)
+        if not given.keep:
+            return model
         perplexities = {kind: round(value, 3) for kind, value in found.items()}
         keep(
             "real_model",
             setting,
             {"removed": round(removed, 4), "ratio": round(ratio, 4)} | perplexities | {"seconds": round(seconds)},
         )
-        answer_all(name, model)
         return model
 
     def cut(method: str, remove: float, **settings: object) -> Decoder:

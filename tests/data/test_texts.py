@@ -90,9 +90,10 @@ def test_too_little_text_names_tokens_found_and_needed(tmp_path, tokenizer):
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(tokenizer, settings, message):
-    limits = {name: settings.pop(name) for name in ("vocab_size", "max_positions") if name in settings}
+    limits = {name: value for name, value in settings.items() if name in ("vocab_size", "max_positions")}
+    others = {name: value for name, value in settings.items() if name not in limits}
     with pytest.raises(InputError, match=message):
-        open_texts("python-stdlib", Reader(tokenizer, **limits), **settings)
+        open_texts("python-stdlib", Reader(tokenizer, **limits), **others)
 
 
 def test_without_a_tokenizer_there_are_no_windows():
