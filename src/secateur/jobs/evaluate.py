@@ -13,8 +13,7 @@ from secateur.evaluation.perplexity import mean_ratio
 from secateur.evaluation.reference import Reference
 from secateur.evaluation.results import Result
 from secateur.evaluation.tasks import TaskRequest, ask_tasks, task_results
-from secateur.jobs.cost import JobCost, cost_of, describe_model, memory_of
-from secateur.jobs.job import Job, function_of
+from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of, memory_of
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 

@@ -10,8 +10,7 @@ from typing import Any, Unpack
 from secateur.data.texts import Count, Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import InputError, TextsWarning
-from secateur.jobs.cost import JobCost, cost_of, describe_model
-from secateur.jobs.job import Job, function_of
+from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of
 from secateur.methods.budget import Budget
 from secateur.methods.method import Measurements
 from secateur.methods.planning import decide, model_ref

@@ -9,8 +9,7 @@ from pathlib import Path
 from secateur.data.texts import Texts
 from secateur.data.windows import Windows
 from secateur.files import require_room
-from secateur.jobs.cost import JobCost, cost_of, describe_model
-from secateur.jobs.job import Job, function_of
+from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of
 from secateur.methods.method import Measurements
 from secateur.methods.planning import apply_plan, require_made_for, windows_of_plan
 from secateur.models.decoder import Decoder

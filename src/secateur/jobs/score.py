@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from secateur.data.texts import Count, Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import unknown
-from secateur.jobs.cost import JobCost, cost_of
-from secateur.jobs.job import Job, function_of
+from secateur.jobs.job import Job, JobCost, cost_of, function_of
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.measure import score_model
