@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="add the results to results/real_model.jsonl")
     given = parser.parse_args()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     windows, held_out = (6, 4) if given.short else (24, 8)
     kinds = KINDS[:2] if given.short else KINDS
     dense = secateur.open_model(given.file)

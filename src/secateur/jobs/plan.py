@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from secateur.data.texts import Count, Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import InputError, TextsWarning
-from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of
+from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of, memory_of
 from secateur.methods.budget import Budget
 from secateur.methods.method import Measurements
 from secateur.methods.planning import decide, model_ref
@@ -115,7 +115,9 @@ class PlanJob(Job[Plan]):
     def cost(self) -> JobCost:
         """Return the cost of deciding, and of applying the plan."""
         if self.windows is None:
-            return JobCost(models=(describe_model(self.model),), reads="nothing is measured")
+            return JobCost(
+                models=(describe_model(self.model),), reads="nothing is measured", memory=memory_of(self.model, 0)
+            )
         return cost_of(self.model, self.windows, {"plan": self.forwards(), "apply": self.apply_forwards()})
 
     def run(self) -> Plan:
