@@ -18,13 +18,14 @@ from secateur.versions import __version__ as __version__
 
 if TYPE_CHECKING:
     from secateur.checkpoints.convert import convert
-    from secateur.checkpoints.push import push
+    from secateur.checkpoints.push import CardFacts, push
     from secateur.checkpoints.save import save
     from secateur.cli.demo import demo
     from secateur.errors import SecateurError
     from secateur.evaluation.speed import Timing
     from secateur.evaluation.tasks import TaskRequest
     from secateur.experiments.run import compare, run
+    from secateur.experiments.study import Queue
     from secateur.healing.data import TrainingTexts
     from secateur.jobs.bench import bench
     from secateur.jobs.evaluate import evaluate
@@ -38,14 +39,18 @@ if TYPE_CHECKING:
     from secateur.plan.plan import Plan
     from secateur.reporting.page import report
     from secateur.run_options import RunOptions
+    from secateur.training.trainer import Tracking
 
 __all__ = [
     "Amount",
+    "CardFacts",
     "Plan",
+    "Queue",
     "RunOptions",
     "SecateurError",
     "TaskRequest",
     "Timing",
+    "Tracking",
     "TrainingTexts",
     "bench",
     "compare",
@@ -66,11 +71,14 @@ __all__ = [
 
 _WHERE = {
     "Amount": "plan.amount",
+    "CardFacts": "checkpoints.push",
     "Plan": "plan.plan",
+    "Queue": "experiments.study",
     "RunOptions": "run_options",
     "SecateurError": "errors",
     "TaskRequest": "evaluation.tasks",
     "Timing": "evaluation.speed",
+    "Tracking": "training.trainer",
     "TrainingTexts": "healing.data",
     "bench": "jobs.bench",
     "compare": "experiments.run",

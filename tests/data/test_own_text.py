@@ -14,6 +14,8 @@ from secateur.data import diverse, own_text
 from secateur.data.texts import open_texts, windows_for, windows_needed, without_own
 from secateur.errors import InputError, NumericsError
 from secateur.models.opening import open_model, open_shapes
+from secateur.progress import SILENT
+from secateur.run_options import RunOptions
 from tiny_models import BOS, EOS, build, build_tokenizer, save_tiny
 
 
@@ -29,8 +31,9 @@ def model(folder, tmp_path, monkeypatch):
     return open_model(folder)
 
 
-def written(model, count=6, **settings):
-    return windows_for(model, "self", windows=count, seq_len=32, **settings)
+def written(model, count=6, *, seed=0, progress=SILENT, **settings):
+    options = RunOptions(seed=seed, progress=progress)
+    return windows_for(model, "self", windows=count, seq_len=32, options=options, **settings)
 
 
 def test_the_same_call_finds_the_same_windows_without_writing_again(model, monkeypatch):

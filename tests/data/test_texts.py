@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import secateur
 from sample_texts import ids_of, prose, write_lines, written_folder
-from secateur.data.texts import open_texts
+from secateur.data.texts import Reader, open_texts
 from secateur.errors import InputError
 
 BUNDLED = Path(next(iter(secateur.__path__))) / "bundled"
@@ -90,8 +90,10 @@ def test_too_little_text_names_tokens_found_and_needed(tmp_path, tokenizer):
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(tokenizer, settings, message):
+    limits = {name: value for name, value in settings.items() if name in ("vocab_size", "max_positions")}
+    others = {name: value for name, value in settings.items() if name not in limits}
     with pytest.raises(InputError, match=message):
-        open_texts("python-stdlib", tokenizer, **settings)
+        open_texts("python-stdlib", Reader(tokenizer, **limits), **others)
 
 
 def test_without_a_tokenizer_there_are_no_windows():

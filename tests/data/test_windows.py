@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from secateur.data.texts import open_texts
+from secateur.data.texts import Reader, open_texts
 from secateur.data.windows import Windows
 from secateur.errors import InputError
 
@@ -110,7 +110,7 @@ def test_npy_windows_are_used_exactly_as_given(tmp_path, tokenizer):
     array = np.random.default_rng(0).integers(1, 4096, (7, 24), dtype=np.uint16)
     source = saved(tmp_path / "a.npy", array)
     model = {"vocab_size": 4096, "max_positions": 24}
-    windows = open_texts(source, None, windows=3, seq_len=512, bos="always", **model)
+    windows = open_texts(source, Reader(None, **model), windows=3, seq_len=512, bos="always")
     assert windows.tokens.tolist() == array.tolist()
     assert (windows.bos, windows.seed, windows.mask) == (False, None, None)
     assert windows.notes == ("used as given: 7 windows of 24 tokens",)
@@ -135,7 +135,7 @@ def test_npy_windows_are_used_exactly_as_given(tmp_path, tokenizer):
 )
 def test_npy_windows_are_checked(tmp_path, array, settings, message):
     with pytest.raises(InputError, match=message):
-        open_texts(saved(tmp_path / "a.npy", array), None, **settings)
+        open_texts(saved(tmp_path / "a.npy", array), Reader(None, **settings))
 
 
 def test_npy_files_that_are_none(tmp_path, tokenizer):

@@ -27,7 +27,7 @@ from oracles import draw_tokens, forward, walk
 from secateur import inspect as inspect_model
 from secateur.checkpoints.save import save
 from secateur.errors import InputError, ModelError
-from secateur.jobs.cost import memory_of
+from secateur.jobs.job import memory_of
 from secateur.models.opening import open_model, open_shapes
 from tiny_models import build, build_tokenizer, save_tiny
 

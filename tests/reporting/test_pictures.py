@@ -1,6 +1,7 @@
 """The picture of merged windows: drawn on CKA, refused without it."""
 
 import pytest
+from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 
 from oracles import draw_windows as draw_texts
@@ -11,7 +12,7 @@ from secateur.scores.measure import score_model
 
 def test_windows_are_outlined_on_both_maps(tiny, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(pictures.Canvas, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(Canvas, "savefig", lambda figure, *_, **__: drawn.append(figure))
     scores = score_model(tiny("llama"), draw_texts(), ["cka"])
     pictures.draw_windows(scores, [(1, 3), (5, 6)], tmp_path / "windows.png")
     for axes in drawn[0].axes[:2]:

@@ -11,7 +11,7 @@ from secateur.checkpoints.convert import convert as convert_model
 from secateur.checkpoints.folders import check_target
 from secateur.cli.options import Opening, grouped
 from secateur.cli.terminal import DryRun, Json, ModelArg, Out, announce, answer, err, opened, target
-from secateur.jobs.cost import JobCost, describe_model, memory_of
+from secateur.jobs.job import JobCost, describe_model, memory_of
 from secateur.models.dtypes import dtype_named
 
 

@@ -16,9 +16,9 @@ from secateur.cli.tables import showing_progress
 from secateur.cli.terminal import ModelArg, announce, answer, err
 from secateur.errors import InputError, unknown
 from secateur.experiments.grid import study_of
-from secateur.experiments.outcome import CellOutcome
 from secateur.experiments.recipe import Recipe, Study, read_recipe
 from secateur.experiments.run import RunJob
+from secateur.experiments.state import CellOutcome
 from secateur.experiments.study import Queue
 from secateur.jobs.runs import run_folder
 from secateur.methods.sequence import names_in

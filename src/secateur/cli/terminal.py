@@ -21,7 +21,7 @@ from secateur.cli.options import Opening
 from secateur.distributed import is_main_process
 from secateur.errors import SecateurWarning
 from secateur.evaluation.results import Result, append_results
-from secateur.jobs.cost import JobCost
+from secateur.jobs.job import JobCost
 from secateur.jobs.runs import run_folder, write_marker
 from secateur.models.decoder import Decoder
 

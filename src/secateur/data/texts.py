@@ -21,7 +21,7 @@ from secateur.data.windows import Windows, check_vocabulary, counted, digest, lo
 from secateur.errors import InputError, unknown
 from secateur.models.decoder import Decoder
 from secateur.models.widths import rows_per_token
-from secateur.progress import SILENT, Progress
+from secateur.run_options import DEFAULTS, RunOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,9 +51,26 @@ class _Cutting:
         return self.seq_len - self.bos
 
 
+@dataclass(frozen=True)
+class Reader:
+    """What reads the windows.
+
+    Attributes:
+        tokenizer: of the model; None where it has none.
+        vocab_size: of the model; larger token ids are refused.
+        max_positions: of the model; longer windows are refused.
+        own: the model, where the source is or contains "self": text that it writes.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase | None"
+    vocab_size: int | None = None
+    max_positions: int | None = None
+    own: OwnText | None = None
+
+
 def open_texts(
     source: str,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    reader: "Reader | PreTrainedTokenizerBase | None",
     *,
     windows: int | None = 32,
     seq_len: int = 512,
@@ -61,9 +78,6 @@ def open_texts(
     split: Split = "calibration",
     pack: bool = True,
     bos: Bos = "auto",
-    vocab_size: int | None = None,
-    max_positions: int | None = None,
-    own: OwnText | None = None,
 ) -> Windows:
     """Convert a text source into windows of tokens. The same arguments always give the same windows.
 
@@ -72,7 +86,7 @@ def open_texts(
             mixture of these ("wikitext2:0.7,alpaca:0.3", or "a,b" for equal shares; shares are of the windows), or
             a .npy file of token ids (W, T), which is used exactly as given: no tokenizer, no shuffling, and
             `windows`, `seq_len`, `pack` and `bos` do not apply.
-        tokenizer: of the model that will read the windows.
+        reader: the model that will read the windows, or its tokenizer alone.
         windows: number of windows; None for all the text there is.
         seq_len: tokens in a window, the beginning-of-sequence token included.
         seed: seed of the shuffling.
@@ -83,40 +97,27 @@ def open_texts(
             on the right; documents shorter than 8 tokens are skipped.
         bos: whether each window begins with the beginning-of-sequence token: "auto" does what the tokenizer
             does by default.
-        vocab_size: of the model; larger token ids are refused.
-        max_positions: of the model; longer windows are refused.
-        own: the model, if the source is or contains "self": text that it writes.
 
     Raises:
         InputError: an unknown source, one that cannot be read or holds too little text, or a setting that
             cannot be met.
     """
+    reader = reader if isinstance(reader, Reader) else Reader(reader)
+    tokenizer = reader.tokenizer
     if source == DIVERSE:
-        source, said = parts_of_diverse(windows, split, own)
-        found = open_texts(
-            source,
-            tokenizer,
-            windows=windows,
-            seq_len=seq_len,
-            seed=seed,
-            split=split,
-            pack=pack,
-            bos=bos,
-            vocab_size=vocab_size,
-            max_positions=max_positions,
-            own=own,
-        )
+        source, said = parts_of_diverse(windows, split, reader.own)
+        found = open_texts(source, reader, windows=windows, seq_len=seq_len, seed=seed, split=split, pack=pack, bos=bos)
         return replace(found, notes=(*said, *found.notes))
     shares = _parse(source)
     first = next(iter(shares))
     if len(shares) == 1 and first.lower().endswith(".npy"):
-        return load_windows(source, first, tokenizer, windows, seq_len, vocab_size, max_positions)
-    _check_sizes(windows, seq_len, max_positions)
+        return load_windows(source, first, tokenizer, windows, seq_len, reader.vocab_size, reader.max_positions)
+    _check_sizes(windows, seq_len, reader.max_positions)
     if split not in ("calibration", "held-out"):
         raise unknown("split", split, ["calibration", "held-out"])
     if tokenizer is None:
         raise InputError(f"no tokenizer to read '{source}' with; give one, or a .npy file of token ids")
-    cutting = _Cutting(tokenizer, seq_len, seed, split, pack, wants_bos(tokenizer, bos), vocab_size, own)
+    cutting = _Cutting(tokenizer, seq_len, seed, split, pack, wants_bos(tokenizer, bos), reader.vocab_size, reader.own)
     if len(shares) == 1:
         return _cut(source, first, windows, cutting)
     return _mixed(source, shares, windows, cutting)
@@ -375,11 +376,10 @@ def windows_for(
     *,
     windows: Count,
     seq_len: int | None = None,
-    seed: int = 0,
     split: Split = "calibration",
     pack: bool = True,
     bos: Bos = "auto",
-    progress: Progress = SILENT,
+    options: RunOptions = DEFAULTS,
 ) -> Windows:
     """Open texts for a model: with its tokenizer, its vocabulary, its positions, and text that it writes itself.
 
@@ -390,11 +390,10 @@ def windows_for(
         texts: a source, windows made before (returned as they are), or None for the default.
         windows: number of windows; `auto` as `windows_needed` says, None for all the text there is.
         seq_len: tokens in a window; None takes 512, or the model's positions if those are fewer.
-        seed: seed of the shuffling, and of what the model writes.
         split: as in `open_texts`; so are `pack` and `bos`.
         pack: whether documents are joined.
         bos: whether windows begin with the beginning-of-sequence token.
-        progress: reports the progress of the model's writing.
+        options: seed of the shuffling and of what the model writes; progress of its writing.
 
     Raises:
         InputError: an unknown source, too little text, windows the model cannot read, or a model that degenerates when
@@ -406,16 +405,18 @@ def windows_for(
         seq_len = min(DEFAULT_SEQ_LEN, model.max_positions or DEFAULT_SEQ_LEN)
     return open_texts(
         str(texts or DEFAULT_TEXTS),
-        model.tokenizer,
+        Reader(
+            model.tokenizer,
+            vocab_size=model.module.get_input_embeddings().num_embeddings,
+            max_positions=model.max_positions,
+            own=OwnText(model, options.progress),
+        ),
         windows=windows_needed(model, seq_len) if windows == "auto" else windows,
         seq_len=seq_len,
-        seed=seed,
+        seed=options.seed,
         split=split,
         pack=pack,
         bos=bos,
-        vocab_size=model.module.get_input_embeddings().num_embeddings,
-        max_positions=model.max_positions,
-        own=OwnText(model, progress),
     )
 
 
@@ -425,7 +426,7 @@ def windows_by_source(
     *,
     windows: Count,
     seq_len: int | None = None,
-    progress: Progress = SILENT,
+    options: RunOptions = DEFAULTS,
 ) -> tuple[Windows, ...]:
     """Open the held-out part of several sources separately: "a,b" are two here, and "a:0.7,b:0.3" one mixture.
 
@@ -434,14 +435,21 @@ def windows_by_source(
         texts: as for `windows_for`.
         windows: number of windows of each source.
         seq_len: tokens in a window.
-        progress: reports the progress of the model's writing.
+        options: progress of what the model writes; held-out text is read in order and written with seed 0.
 
     Raises:
         InputError: as `windows_for`.
     """
     sources = [texts] if isinstance(texts, Windows) else _separate(str(texts or DEFAULT_TEXTS))
     return tuple(
-        windows_for(model, one, windows=windows, seq_len=seq_len, split="held-out", progress=progress)
+        windows_for(
+            model,
+            one,
+            windows=windows,
+            seq_len=seq_len,
+            split="held-out",
+            options=RunOptions(progress=options.progress),
+        )
         for one in sources
     )
 

@@ -10,13 +10,12 @@ from typing import Any
 from secateur.errors import InputError
 from secateur.evaluation.catalogue import require_known
 from secateur.experiments.grid import check_healing, rows_of, study_of
-from secateur.experiments.outcome import CellOutcome, outcome_of
 from secateur.experiments.recipe import Recipe, Study, read_recipe
 from secateur.experiments.stages import run_stages
 from secateur.experiments.stages_run import Run, open_shapes_of
+from secateur.experiments.state import CellOutcome, outcome_of
 from secateur.experiments.study import HERE, Queue, begin, run_study
-from secateur.jobs.cost import JobCost, describe_model
-from secateur.jobs.job import Job, function_of
+from secateur.jobs.job import Job, JobCost, describe_model, function_of
 from secateur.jobs.runs import run_folder
 from secateur.methods.sequence import read_sequence, whole_budget
 from secateur.progress import SILENT, Progress

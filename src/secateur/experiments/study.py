@@ -18,12 +18,22 @@ from secateur.data.local_files import stamp_of
 from secateur.errors import InputError, unknown
 from secateur.experiments import queue as local
 from secateur.experiments.grid import Cell, parts_of, rows_of
-from secateur.experiments.outcome import CellOutcome, outcome_of
 from secateur.experiments.queue import CellGroup
 from secateur.experiments.recipe import Study
 from secateur.experiments.stages import keep_samples
 from secateur.experiments.stages_run import Run, fingerprint_of, measuring_key
-from secateur.experiments.state import CELLS, CUT, DENSE, HEALED, RECIPE, SAMPLES, SCORES, State
+from secateur.experiments.state import (
+    CELLS,
+    CUT,
+    DENSE,
+    HEALED,
+    RECIPE,
+    SAMPLES,
+    SCORES,
+    CellOutcome,
+    State,
+    outcome_of,
+)
 from secateur.files import replace_file
 from secateur.jobs.evaluate import measure_reference
 from secateur.jobs.runs import write_marker

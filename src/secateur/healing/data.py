@@ -11,6 +11,7 @@ from secateur.errors import InputError
 from secateur.healing.instructions import InstructionData, open_instructions
 from secateur.models.decoder import Decoder
 from secateur.plan.amount import read_count
+from secateur.run_options import RunOptions
 
 Data = Windows | InstructionData
 
@@ -70,4 +71,4 @@ def training_data(
     asked.check()
     if asked.instructions:
         return open_instructions(str(asked.source), model.tokenizer, examples=windows, seq_len=length, seed=seed)
-    return windows_for(model, asked.source, windows=windows, seq_len=length, seed=seed)
+    return windows_for(model, asked.source, windows=windows, seq_len=length, options=RunOptions(seed=seed))

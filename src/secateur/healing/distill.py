@@ -18,8 +18,7 @@ from secateur.errors import InputError
 from secateur.models.decoder import Decoder
 from secateur.models.forward import logits
 from secateur.run_options import DEFAULTS, RunOptions
-from secateur.training.data import IGNORED, WindowData, targets_of
-from secateur.training.mapped import MappedTensors
+from secateur.training.data import IGNORED, MappedTensors, WindowData, targets_of
 
 
 class Distillation(nn.Module):

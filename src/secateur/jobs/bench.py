@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from secateur.evaluation.results import Result
 from secateur.evaluation.speed import Timing, measure_speed
-from secateur.jobs.cost import JobCost, describe_model, memory_of
-from secateur.jobs.job import Job, function_of
+from secateur.jobs.job import Job, JobCost, describe_model, function_of, memory_of
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 

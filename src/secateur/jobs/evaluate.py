@@ -13,8 +13,7 @@ from secateur.evaluation.perplexity import mean_ratio
 from secateur.evaluation.reference import Reference
 from secateur.evaluation.results import Result
 from secateur.evaluation.tasks import TaskRequest, ask_tasks, task_results
-from secateur.jobs.cost import JobCost, cost_of, describe_model, memory_of
-from secateur.jobs.job import Job, function_of
+from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of, memory_of
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 
@@ -93,7 +92,7 @@ class EvaluateJob(Job[list[Result]]):
         if asked is not None and texts is None:
             return cls(model, against, (), asked, names, options)
         writer = against if isinstance(against, Decoder) and against.tokenizer is not None else model
-        read = windows_by_source(writer, texts, windows=windows, seq_len=seq_len, progress=options.progress)
+        read = windows_by_source(writer, texts, windows=windows, seq_len=seq_len, options=options)
         return cls(model, against, read, asked, names, options)
 
     @property
@@ -191,7 +190,7 @@ def measure_reference(
     Raises:
         InputError, NumericsError: as `evaluate`.
     """
-    read = windows_by_source(model, texts, windows=windows, seq_len=seq_len, progress=options.progress)
+    read = windows_by_source(model, texts, windows=windows, seq_len=seq_len, options=options)
     results = [found for one in read for found in measure(PERPLEXITY, model, "against", one, options)]
     if tasks is None:
         return Reference(tuple(results))

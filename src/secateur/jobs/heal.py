@@ -11,8 +11,7 @@ from typing import Any
 from secateur.errors import InputError
 from secateur.healing.data import TrainingTexts, training_data
 from secateur.healing.recipes import Data, HealingRecipe, HealingRun, find_healing_recipe, require_in_memory
-from secateur.jobs.cost import JobCost, cost_of
-from secateur.jobs.job import Job, function_of
+from secateur.jobs.job import Job, JobCost, cost_of, function_of
 from secateur.models.decoder import Decoder
 from secateur.plan.plan import plans_in
 from secateur.run_options import DEFAULTS, RunOptions

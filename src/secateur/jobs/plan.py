@@ -10,8 +10,7 @@ from typing import Any, Unpack
 from secateur.data.texts import Count, Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import InputError, TextsWarning
-from secateur.jobs.cost import JobCost, cost_of, describe_model
-from secateur.jobs.job import Job, function_of
+from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of, memory_of
 from secateur.methods.budget import Budget
 from secateur.methods.method import Measurements
 from secateur.methods.planning import decide, model_ref
@@ -90,9 +89,7 @@ class PlanJob(Job[Plan]):
             raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
         used: Windows | None = None
         if any(part.method.needs_texts(part.settings) for part in parts) and not budget.is_zero:
-            used = windows_for(
-                model, texts, windows=windows, seq_len=seq_len, seed=options.seed, progress=options.progress
-            )
+            used = windows_for(model, texts, windows=windows, seq_len=seq_len, options=options)
             if scores is not None and not scores.are_of(used):
                 source = (scores.texts or {}).get("source")
                 warnings.warn(f"the scores are of other texts ({source}) and are measured anew", TextsWarning, 2)
@@ -118,7 +115,9 @@ class PlanJob(Job[Plan]):
     def cost(self) -> JobCost:
         """Return the cost of deciding, and of applying the plan."""
         if self.windows is None:
-            return JobCost(models=(describe_model(self.model),), reads="nothing is measured")
+            return JobCost(
+                models=(describe_model(self.model),), reads="nothing is measured", memory=memory_of(self.model, 0)
+            )
         return cost_of(self.model, self.windows, {"plan": self.forwards(), "apply": self.apply_forwards()})
 
     def run(self) -> Plan:

@@ -9,8 +9,7 @@ from pathlib import Path
 from secateur.data.texts import Texts
 from secateur.data.windows import Windows
 from secateur.files import require_room
-from secateur.jobs.cost import JobCost, cost_of, describe_model
-from secateur.jobs.job import Job, function_of
+from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of, memory_of
 from secateur.methods.method import Measurements
 from secateur.methods.planning import apply_plan, require_made_for, windows_of_plan
 from secateur.models.decoder import Decoder
@@ -71,7 +70,12 @@ class PruneJob(Job[Decoder]):
         """
         disk = list(self._kept_on_disk())
         if self.windows is None:
-            return JobCost(models=(describe_model(self.model),), reads="nothing is measured", disk=tuple(disk))
+            return JobCost(
+                models=(describe_model(self.model),),
+                reads="nothing is measured",
+                memory=memory_of(self.model, 0),
+                disk=tuple(disk),
+            )
         forwards = sum(step.forwards(self.windows.token_count) for step in self.plan.steps)
         beside = 0 if self.model.by_blocks else self._new_bytes(self.model.module.dtype.itemsize)
         return cost_of(self.model, self.windows, {"apply": forwards}, beside=beside, disk=disk)

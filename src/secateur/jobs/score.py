@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from secateur.data.texts import Count, Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import unknown
-from secateur.jobs.cost import JobCost, cost_of
-from secateur.jobs.job import Job, function_of
+from secateur.jobs.job import Job, JobCost, cost_of, function_of
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.measure import score_model
@@ -63,9 +62,7 @@ class ScoreJob(Job[Scores]):
         for kind in kinds:
             if kind not in KINDS:
                 raise unknown("score", kind, list(KINDS))
-        used = windows_for(
-            model, texts, windows=windows, seq_len=seq_len, seed=options.seed, pack=pack, progress=options.progress
-        )
+        used = windows_for(model, texts, windows=windows, seq_len=seq_len, pack=pack, options=options)
         return cls(model, used, tuple(kinds), options)
 
     def cost(self) -> JobCost:

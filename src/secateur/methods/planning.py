@@ -20,6 +20,7 @@ from secateur.models.widths import unit_counts
 from secateur.plan.plan import ModelRef, Plan
 from secateur.plan.steps import AnyStep
 from secateur.progress import SILENT, Progress
+from secateur.run_options import RunOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +138,7 @@ def windows_of_plan(model: Decoder, plan: Plan, texts: Texts = None, *, progress
             texts if texts is not None else recorded["source"],
             windows=recorded.get("windows", 32),
             seq_len=recorded.get("seq_len"),
-            seed=plan.seed,
-            progress=progress,
+            options=RunOptions(seed=plan.seed, progress=progress),
         )
     except InputError as error:
         if texts is not None:

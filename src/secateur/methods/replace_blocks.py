@@ -270,7 +270,7 @@ def training_windows(measurements: Measurements, settings: StreamlineSettings, t
         settings.train_texts or without_own(calibration),
         windows=max(2, tokens // calibration.seq_len),
         seq_len=calibration.seq_len,
-        seed=measurements.options.seed,
+        options=measurements.options,
     )
 
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-from matplotlib.patches import Rectangle
+from typing import TYPE_CHECKING, Any
 
 from secateur.errors import InputError
 from secateur.reporting.figures import Figure, heat_maps, redundancy
 from secateur.scores.profile import Scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 _COLORS = {"--accent": "#d9822b", "--bar": "#2f6f9f", "--ink": "#8a8f98"}
 Span = tuple[int, int]
@@ -50,11 +50,14 @@ def draw_windows(scores: Scores, windows: Sequence[Span], path: Path) -> None:
 
 def _draw(figures: Sequence[Figure], path: Path, *, outlined: Sequence[Span] = (), note: str = "") -> Path:
     """Draw bars one above the other, heat maps side by side."""
+    from matplotlib import figure as mpl_figure  # here: most runs of the command line draw nothing
+    from matplotlib.patches import Rectangle
+
     bars = figures[0].data[0]["type"] == "bar"
     count = len(figures)
     blocks = len(figures[0].data[0]["x" if bars else "z"])
     size = (max(6.0, 0.32 * blocks + 2), 3.2 * count) if bars else (5.4 * count, 4.6)
-    canvas = Canvas(figsize=size, layout="constrained")
+    canvas = mpl_figure.Figure(figsize=size, layout="constrained")
     places = canvas.subplots(count if bars else 1, 1 if bars else count, squeeze=False).flatten()
     for axes, figure in zip(places, figures, strict=True):
         _draw_bars(axes, figure) if bars else _draw_map(canvas, axes, figure)

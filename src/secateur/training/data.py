@@ -1,7 +1,12 @@
-"""Training data as items of a data set, the validation split, and the next-token loss."""
+"""Training data as items of a data set, memory-mapped tensors, the validation split, and the next-token loss."""
 
 from __future__ import annotations
 
+import math
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -11,6 +16,7 @@ from transformers import PreTrainedModel
 
 from secateur.data.windows import Windows
 from secateur.errors import InputError
+from secateur.files import require_room
 
 _HELD_BACK = 0.05
 _MOST_HELD_BACK = 128
@@ -95,3 +101,30 @@ def language_loss(scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
     flat = scores[:, :-1].float().flatten(0, 1)
     total = nn.functional.cross_entropy(flat, targets.flatten(), reduction="sum", ignore_index=IGNORED)
     return total, (targets != IGNORED).sum()
+
+
+class MappedTensors:
+    """A temporary folder of memory-mapped tensors; it is deleted with the object.
+
+    Attributes:
+        folder: the folder.
+    """
+
+    def __init__(self, what: str, needed: int) -> None:
+        """Open an empty folder.
+
+        Args:
+            what: description of the data, for the name and for the error.
+            needed: bytes it will take.
+
+        Raises:
+            OSError: there is not enough room.
+        """
+        self.folder = Path(tempfile.mkdtemp(prefix=f"secateur-{what}-"))
+        self._removal = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        require_room(self.folder, needed, f"{what} ({needed / 2**30:.1f} GiB)")
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return a new file-backed tensor of zeros."""
+        path = str(self.folder / name)
+        return torch.from_file(path, shared=True, size=math.prod(shape), dtype=dtype).view(shape)

@@ -23,7 +23,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.forward import Call, capture, run_block
 from secateur.plan.steps import Span
 from secateur.run_options import DEFAULTS, RunOptions
-from secateur.training.mapped import MappedTensors
+from secateur.training.data import MappedTensors
 
 
 def pair_bytes(windows: int, seq_len: int, width: int) -> int:
