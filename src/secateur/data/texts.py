@@ -59,7 +59,7 @@ class Reader:
         tokenizer: of the model; None where it has none.
         vocab_size: of the model; larger token ids are refused.
         max_positions: of the model; longer windows are refused.
-        own: the model, where the source is or contains "self": text that it writes.
+        own: the model, if the source is or contains "self": text that it writes.
     """
 
     tokenizer: "PreTrainedTokenizerBase | None"
@@ -285,7 +285,7 @@ def _parse(source: str) -> dict[str, float]:
 
 
 def _listed(source: str) -> list[tuple[str, float | None]]:
-    """Split "a:0.7,b" into names and weights, None where there is none."""
+    """Split "a:0.7,b" into names and weights; None if there is none."""
     found = [_name_and_weight(part.strip(), source) for part in source.split(",")]
     if len({name for name, _ in found}) < len(found):
         raise InputError(f"'{source}' names a text twice; name each once")
