@@ -317,7 +317,7 @@ def test_hidden_directions_go_first_then_channels(tiny):
     assert (found.config.hidden_size, found.config.head_dim) == (24, 8)
     alone = plan_for(tiny("llama"), "minitron-width", {}, hidden="25%", ratio=0)
     assert [step.kind for step in alone.steps] == ["slice-hidden"]
-    with pytest.raises(ModelError, match="no stock opt can have a narrower hidden state"):
+    with pytest.raises(ModelError, match="no stock opt can have a smaller hidden state"):
         plan_for(tiny("opt"), "minitron-width", {}, hidden=0.25, ratio=0.2)
 
 

@@ -61,7 +61,7 @@ def bench(
     against: Annotated[str | None, typer.Option(help="The dense model, measured alternately with it.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts, which are random tokens.")] = 0,
 ) -> None:
-    """Measure speed and memory beside the dense model: reading, writing, first token, peak, cache."""
+    """Measure speed and memory next to the dense model: prefill, decode, first token, peak, cache."""
     folder = target(output.out, model, "bench")
     timing = rounds.timing()
     decoder = opened(opening, model, only_shapes=output.dry_run, whole=True)

@@ -56,7 +56,7 @@ class Reader:
     """What reads the windows.
 
     Attributes:
-        tokenizer: of the model; None where it has none.
+        tokenizer: of the model; None if it has none.
         vocab_size: of the model; larger token ids are refused.
         max_positions: of the model; longer windows are refused.
         own: the model, if the source is or contains "self": text that it writes.

@@ -232,7 +232,7 @@ def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidd
     step = width_step(decoder, 8)
     if step is None:
         raise ModelError(
-            f"{decoder.source}: no stock {decoder.anatomy.family.model_type} can have a narrower hidden state; leave "
+            f"{decoder.source}: no stock {decoder.anatomy.family.model_type} can have a smaller hidden state; leave "
             "hidden at 0."
         )
     width = rounded_width(settings.hidden, decoder.hidden_size, step)

@@ -234,12 +234,12 @@ class _Training:
             data,
             held_out,
             self.settings.training(),
-            TrainingRun(recipe=recipe, what=f"training what stands in for blocks {self.low} to {self.high}"),
+            TrainingRun(recipe=recipe, what=f"training the replacement of blocks {self.low} to {self.high}"),
             device=self.decoder.device,
             options=self.measurements.options.within(f"{self.decoder.fingerprint[:12]}-{loss}"),
         )
         self.facts[f"training ({loss})"] = outcome.describe()
-        warn_of(outcome.describe(), f"training what stands in for blocks {self.low} to {self.high} ({loss})")
+        warn_of(outcome.describe(), f"training the replacement of blocks {self.low} to {self.high} ({loss})")
 
     def _put_in(self, tensors: Tensors) -> Decoder:
         """Return the model with the network in place of the window, its weights rounded to the dtype to be saved."""

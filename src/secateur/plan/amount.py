@@ -104,7 +104,7 @@ Fraction = Annotated[float, BeforeValidator(read_fraction)]
 
 
 class AmountFields(TypedDict, total=False):
-    """The amount as keyword arguments of a function; exactly one of them (`context` beside `target_memory`)."""
+    """The amount as keyword arguments of a function; exactly one of them (`context` goes with `target_memory`)."""
 
     remove: float | str | None
     target_params: float | str | None

@@ -108,7 +108,7 @@ class Plan(BaseModel):
     Attributes:
         model: the model it is for.
         steps: the edits, in order; an empty list changes nothing.
-        requested: the budget as asked for, such as `{"remove": 0.25}`.
+        requested: the budget as requested, such as `{"remove": 0.25}`.
         texts: source, fingerprint and shape of the calibration windows.
         seed: random seed.
         counts_on: for a target in bytes or seconds, what it is based on and what the plan is expected to reach.

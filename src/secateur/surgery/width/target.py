@@ -148,7 +148,7 @@ def width_sizes(decoder: Decoder, *, stock: bool, bias: bool = False) -> WidthSi
     """Return the parameters of a pruned model by unit.
 
     Raises:
-        ModelError: the family cannot be put into the form asked for.
+        ModelError: the family cannot be converted to the requested form.
     """
     require_width_prunable(decoder)
     widths = all_widths(decoder)
@@ -194,7 +194,7 @@ class WidthAssembly:
         """Start empty.
 
         Raises:
-            ModelError: the family cannot be put into the form asked for, or a stock model cannot hold these widths.
+            ModelError: the family cannot be converted to the requested form, or a stock model cannot hold these widths.
         """
         require_width_prunable(decoder)
         self._dense, self._stock = decoder, stock
