@@ -1,7 +1,7 @@
 """Several methods in sequence, each on what the previous one left, with one budget split between them.
 
 `swm:0.5,slicegpt:0.5` gives each half of the amount; shares are of parameters of the dense model, and what one step
-misses the next makes up for. Methods that remove blocks come before those that slice.
+misses the next makes up for. Put methods that remove blocks before those that slice.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class Step(BaseModel, ABC):
 
     @property
     def merged_spans(self) -> tuple[tuple[int, int], ...]:
-        """Return the first and last block of each run of neighbours that is merged into one block."""
+        """First and last block of each run of neighbours that is merged into one block."""
         return ()
 
     def forwards(self, tokens: int) -> float:
