@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 import secateur
-from secateur.evaluation.perplexity import GEOMEAN
+from secateur.evaluation.metrics.perplexity import GEOMEAN
 from secateur.models.decoder import Decoder
 
 KINDS = ("python-stdlib", "python-docs", "self")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.healing.recipes import HEALING_RECIPES
-from secateur.methods.registry import METHODS
+from secateur.methods.method import METHODS
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"

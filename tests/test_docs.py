@@ -16,7 +16,7 @@ import secateur
 from secateur.cli.main import COMMANDS, load
 from secateur.cli.options import read_pairs
 from secateur.jobs.heal import find_healing_recipe
-from secateur.methods.registry import METHODS
+from secateur.methods.method import METHODS
 from secateur.methods.sequence import read_sequence
 from secateur.settings import read_settings
 from toy_packages import installed
@@ -155,7 +155,7 @@ def test_the_worked_example_of_a_method_works(bundled, tmp_path):
     shown = "print(json.dumps([plan.steps[0].blocks, pruned.block_count, list(METHODS), nothing.removed_fraction]))"
     script = f"""import json
 {used}
-from secateur.methods.registry import METHODS
+from secateur.methods.method import METHODS
 nothing = secateur.make_plan(model, method="small-steps", blocks=0)
 {shown}"""
     done = subprocess.run(

@@ -14,7 +14,7 @@ from secateur import Plan, make_plan, open_model, prune, save
 from secateur.checkpoints.check import record_expected, reopen
 from secateur.data.windows import Windows
 from secateur.errors import SecateurError
-from secateur.methods.registry import METHODS
+from secateur.methods.method import METHODS
 from secateur.models.decoder import Decoder
 from secateur.models.forward import capture, logits, run_block
 from secateur.run_options import RunOptions

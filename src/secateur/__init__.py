@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from secateur.versions import __version__ as __version__
 
 if TYPE_CHECKING:
-    from secateur.checkpoints.convert import convert
     from secateur.checkpoints.push import CardFacts, push
-    from secateur.checkpoints.save import save
+    from secateur.checkpoints.save import convert, save
     from secateur.cli.demo import demo
     from secateur.errors import SecateurError
     from secateur.evaluation.speed import Timing
@@ -82,7 +81,7 @@ _WHERE = {
     "TrainingTexts": "healing.data",
     "bench": "jobs.bench",
     "compare": "experiments.run",
-    "convert": "checkpoints.convert",
+    "convert": "checkpoints.save",
     "demo": "cli.demo",
     "evaluate": "jobs.evaluate",
     "heal": "jobs.heal",

@@ -3,7 +3,7 @@
 import pytest
 
 from secateur import make_plan
-from secateur.methods.registry import METHODS
+from secateur.methods.method import METHODS
 
 CASES = [
     ("shortgpt", {"blocks": 2}, {}),

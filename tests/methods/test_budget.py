@@ -170,7 +170,7 @@ def test_a_target_is_never_missed_by_a_little():
 
 
 def test_target_below_reach():
-    with pytest.raises(InputError, match=r"target-params=119: unreachable, .*all 5 blocks .*40\.0%"):
+    with pytest.raises(InputError, match=r"target-params=119: unreachable, .*all 5 removable blocks .*40\.0%"):
         chosen(target_params=119)
 
 

@@ -8,7 +8,7 @@ import torch
 from oracles import draw_windows, loss_without, plain_states, plain_taylor
 from secateur import make_plan, prune
 from secateur.errors import InputError, NumericsError
-from secateur.methods.registry import find_method
+from secateur.methods.method import find_method
 from secateur.models.opening import open_model
 from secateur.run_options import RunOptions
 from secateur.scores.measure import score_model

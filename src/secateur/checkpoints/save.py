@@ -19,6 +19,7 @@ from secateur.checkpoints.writer import SHARD_BYTES, write_weights
 from secateur.modeling import AUTO_MAP, MODELLING_FILE, SecateurConfig
 from secateur.models.decoder import Decoder
 from secateur.models.dtypes import dtype_named
+from secateur.models.opening import open_model
 from secateur.plan.plan import plans_in
 from secateur.versions import versions
 
@@ -135,3 +136,27 @@ def _record(decoder: Decoder, stored: torch.dtype, size: int) -> dict[str, Any]:
         "history": history,
         "versions": versions(),
     }
+
+
+def convert(
+    model: Decoder | str | Path, out: str | Path, *, dtype: str | None = None, check: bool = True
+) -> dict[str, Any]:
+    """Save a model as a safetensors folder that plain transformers opens, verified in a fresh process.
+
+    Args:
+        model: an open model, or what `open_model` takes: a GGUF file, a folder, a name on the hub.
+        out: the folder; one that secateur wrote before is replaced, any other is refused.
+        dtype: dtype of the saved weights; None keeps the checkpoint's (of a GGUF what it was dequantised to).
+        check: reopen the folder in a fresh process and compare logits and cached generation.
+
+    Returns:
+        The record that was written to `secateur.json`.
+
+    Raises:
+        InputError: the model or dtype does not exist, or the folder must not be replaced.
+        ModelError: the model cannot be opened.
+        NumericsError: a weight is NaN or infinite, or does not fit the dtype.
+        CheckError: the reopened folder behaves differently; nothing is left at the target.
+    """
+    decoder = model if isinstance(model, Decoder) else open_model(model)
+    return save(decoder, out, dtype=dtype, check=check)

@@ -12,7 +12,7 @@ from secateur.cli.tables import facts_table
 from secateur.cli.terminal import Json, ModelArg, answer, opened
 from secateur.data.sources import text_names
 from secateur.healing.recipes import HEALING_RECIPES
-from secateur.methods.registry import METHODS, find_method
+from secateur.methods.method import METHODS, find_method
 from secateur.models.families import FAMILIES
 from secateur.models.inspection import inspect as inspect_model
 from secateur.settings import describe_settings

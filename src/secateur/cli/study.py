@@ -1,4 +1,4 @@
-"""The commands that run several stages: `compare`, a grid of runs, and `run`, a recipe from its file."""
+"""The commands that run several stages, and show what came of them: `compare`, `run`, `report`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from secateur.experiments.state import CellOutcome
 from secateur.experiments.study import Queue
 from secateur.jobs.runs import run_folder
 from secateur.methods.sequence import names_in
+from secateur.reporting.page import report as make_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,3 +212,17 @@ def _table(outcomes: Sequence[CellOutcome]) -> Table:
             f"{one.seconds:.0f}",
         )
     return table
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A study, a run, or any folder secateur wrote.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The HTML file. (default: report.html in the folder)")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Make one HTML page of a study or run: best method, what was removed, what remains. Works offline."""
+    file = make_report(folder, out)
+    err.print(f"Written: [bold]{escape(str(file))}[/]")
+    if show:
+        typer.launch(str(file))

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.calibration.walk import perplexity_of
-from secateur.evaluation.perplexity import GEOMEAN
+from secateur.evaluation.metrics.perplexity import GEOMEAN
 from secateur.evaluation.results import Result
-from secateur.methods.registry import METHODS
+from secateur.methods.method import METHODS
 from secateur.plan.amount import gigabytes
 from secateur.plan.plan import Candidate, Plan, Search
 from secateur.plan.step import Step

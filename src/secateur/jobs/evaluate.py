@@ -9,7 +9,7 @@ from secateur.data.texts import Count, Texts, windows_by_source
 from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.evaluation.metrics.metric import METRICS, measure
-from secateur.evaluation.perplexity import mean_ratio
+from secateur.evaluation.metrics.perplexity import mean_ratio
 from secateur.evaluation.reference import Reference
 from secateur.evaluation.results import Result
 from secateur.evaluation.tasks import TaskRequest, ask_tasks, task_results

@@ -10,11 +10,9 @@ from typing import Any
 from secateur.data.texts import Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, SecateurWarning, TextsWarning
-from secateur.methods.budget import Budget, TooSmall
-from secateur.methods.method import Decision, Measurements
-from secateur.methods.registry import apply_step
+from secateur.methods.budget import Budget, TooSmall, expected, with_cost
+from secateur.methods.method import Decision, Measurements, apply_step
 from secateur.methods.sequence import Part, part_of
-from secateur.methods.targets import expected, with_cost
 from secateur.models.decoder import Decoder
 from secateur.models.widths import unit_counts
 from secateur.plan.plan import ModelRef, Plan

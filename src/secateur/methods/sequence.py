@@ -11,8 +11,7 @@ from typing import Any
 
 from secateur.errors import InputError, unknown
 from secateur.methods.budget import Budget, already
-from secateur.methods.method import Method, MethodSettings
-from secateur.methods.registry import find_method
+from secateur.methods.method import Method, MethodSettings, find_method
 from secateur.plan.amount import Amount
 
 

@@ -7,6 +7,7 @@ when it is read, so an edited plan cannot contradict itself.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -249,3 +250,17 @@ def _problems(error: ValidationError) -> Iterable[str]:
     for problem in error.errors()[:3]:
         place = ".".join(str(part) for part in problem["loc"])
         yield f"{place + ': ' if place else ''}{problem['msg']}"
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the indices of the points on the Pareto front, by their first cost, lowest first.
+
+    A point dominates another if it is no higher in both costs and lower in one; of equal points the first counts.
+    """
+    front: list[int] = []
+    least = math.inf
+    for place in sorted(range(len(points)), key=lambda one: (*points[one], one)):
+        if points[place][1] < least:
+            front.append(place)
+            least = points[place][1]
+    return front

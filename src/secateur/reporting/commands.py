@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from secateur.healing.recipes import HEALING_RECIPES
-from secateur.methods.registry import METHODS
+from secateur.methods.method import METHODS
 from secateur.plan.plan import Plan, Search
 from secateur.reporting.cells import Cell, Contents
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.plan.pareto import pareto_front
+from secateur.plan.plan import pareto_front
 from secateur.reporting.cells import Cell, Contents, Measured
 
 

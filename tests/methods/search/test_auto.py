@@ -16,8 +16,7 @@ from secateur.methods import linear_replacement as linear_replacement
 from secateur.methods import method
 from secateur.methods.budget import Budget
 from secateur.methods.cost import memory_cost
-from secateur.methods.method import Measurements
-from secateur.methods.registry import APPLY, find_method
+from secateur.methods.method import APPLY, Measurements, find_method
 from secateur.methods.search import auto, trials
 from secateur.methods.search.auto import front
 from secateur.methods.search.splits import Split, all_splits, search

@@ -1,14 +1,18 @@
 """Perplexity: exp of the mean next-token loss over non-overlapping windows.
 
-The text is joined, tokenised once and cut into windows; the last partial window is dropped, and that is said. The
-tokenizer's default beginning-of-sequence token starts each window, so a window of T tokens makes T − 1 predictions.
+The text is joined, tokenised once and cut into windows; the last, partial window is dropped, with a note. Each window
+starts with the tokenizer's default beginning-of-sequence token, so a window of T tokens makes T − 1 predictions.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from secateur.calibration.walk import mean_loss, perplexity_of
 from secateur.data.windows import Windows
 from secateur.evaluation.metrics.metric import metric
+from secateur.evaluation.results import Result, result_of
 from secateur.models.decoder import Decoder
 from secateur.run_options import RunOptions
 
@@ -21,3 +25,25 @@ def perplexity(model: Decoder, windows: Windows, options: RunOptions) -> float:
         NumericsError: NaN or infinity on the way; it never becomes a perplexity.
     """
     return perplexity_of(mean_loss(model, windows, options=options))
+
+
+GEOMEAN = "perplexity_ratio_geomean"
+"""Geometric mean over sources of a model's perplexity divided by the dense model's."""
+
+
+def mean_ratio(model: Decoder, results: Sequence[Result]) -> list[Result]:
+    """Return the geometric mean of the ratios over sources, of results of both models; none for a single source.
+
+    `spread` holds the best ratio as `low` and the worst as `high`, `settings` each source's.
+    """
+    found: dict[str, dict[str, Result]] = {}
+    for one in (one for one in results if one.measure == "perplexity"):
+        found.setdefault(one.texts["fingerprint"], {})[one.role] = one
+    pairs = [(both["model"], both["against"]) for both in found.values() if len(both) == 2]
+    if len(pairs) < 2:
+        return []
+    ratios = {own.texts["source"]: own.value / dense.value for own, dense in pairs}
+    value = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+    spread = {"low": min(ratios.values()), "high": max(ratios.values())}
+    texts = {"source": ",".join(ratios), "fingerprint": ", ".join(found)}
+    return [result_of(model, "model", GEOMEAN, value, spread=spread, texts=texts, settings={"ratios": ratios})]

@@ -24,12 +24,10 @@ from pydantic import Field
 from secateur.calibration.walk import mean_loss
 from secateur.errors import InputError, ModelError, SecateurError, unknown
 from secateur.methods.budget import Budget, already
-from secateur.methods.method import METHODS, Decision, Measurements, Method, MethodSettings, method
-from secateur.methods.registry import apply_step
+from secateur.methods.method import METHODS, Decision, Measurements, Method, MethodSettings, apply_step, method
 from secateur.methods.search.splits import Split, all_splits, search
 from secateur.methods.search.trials import FAILURES, Made, Member, Steps, TrialLog, Trials, kind_of
-from secateur.plan.pareto import pareto_front
-from secateur.plan.plan import Candidate, Search
+from secateur.plan.plan import Candidate, Search, pareto_front
 
 _NONE = "none"
 _TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}

@@ -15,10 +15,9 @@ from secateur.data.windows import Windows
 from secateur.distributed import from_main_process, is_main_process
 from secateur.errors import InputError, ModelError, NumericsError, SecateurError
 from secateur.files import replace_file
-from secateur.methods.budget import Budget, weigh
+from secateur.methods.budget import Budget, weigh, with_cost
 from secateur.methods.method import Applied, Measurements, Method
 from secateur.methods.search.splits import Split
-from secateur.methods.targets import with_cost
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import AnyStep, Sizes
 from secateur.versions import digest, versions

@@ -1,4 +1,4 @@
-"""The command `push`, which uploads a checkpoint."""
+"""The commands on finished checkpoints: `push` and `convert`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from secateur.checkpoints.folders import check_target
 from secateur.checkpoints.push import CardFacts
 from secateur.checkpoints.push import push as upload
-from secateur.cli.options import grouped
-from secateur.cli.terminal import DryRun, Json, answer, err
+from secateur.checkpoints.save import convert as convert_model
+from secateur.cli.options import Opening, grouped
+from secateur.cli.terminal import DryRun, Json, ModelArg, Out, announce, answer, err, opened, target
 from secateur.errors import SecateurWarning
+from secateur.jobs.job import JobCost, describe_model, memory_of
+from secateur.models.dtypes import dtype_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +73,31 @@ def _files_table(uploaded: dict[str, Any]) -> Table:
     table.add_section()
     table.add_row("all", f"{uploaded['bytes']:,}")
     return table
+
+
+@grouped
+def convert(
+    model: ModelArg,
+    opening: Opening,
+    out: Out = None,
+    save_dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights. (default: as before)")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Reopen the result in a fresh process.")] = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Save a model (a GGUF file, a folder, a name on the hub) as safetensors, and verify that it loads."""
+    if save_dtype is not None:
+        dtype_named(save_dtype)
+    folder = target(out, model, "convert")
+    decoder = opened(opening, model, only_shapes=dry_run)
+    check_target(folder, reads=decoder.folder)
+    stored = decoder.saved_dtype if save_dtype is None else dtype_named(save_dtype)
+    saved = f"saved as {stored}".replace("torch.", "")
+    announce(JobCost(models=(describe_model(decoder),), reads=saved, memory=memory_of(decoder, 0)))
+    if dry_run:
+        return
+    with err.status("saving, and reopening in a fresh process" if check else "saving"):
+        record = convert_model(decoder, folder, dtype=save_dtype, check=check)
+    answer(record, None, as_json=as_json)
+    proof = "reopened in a fresh process: same logits, same generation" if check else "not checked (--no-check)"
+    err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
