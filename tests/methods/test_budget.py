@@ -261,7 +261,7 @@ def test_out_of_reach_on_a_model(method, tiny):
     most = {"last-n": 7, "sleb": 6}.get(method, 7)
     with pytest.raises(InputError, match=f"{share:.1%}"):
         make_plan(decoder, method=method, remove=share / 2, texts=windows)
-    with pytest.raises(InputError, match=rf"all {most} blocks .*{most * share:.1%}"):
+    with pytest.raises(InputError, match=rf"all {most} removable blocks .*{most * share:.1%}"):
         make_plan(decoder, method=method, remove=0.95, texts=windows)
 
 
