@@ -20,9 +20,8 @@ class Part:
     """One method of a sequence.
 
     Attributes:
-        share: its share of the amount; those of a sequence sum to 1.
         settings: its settings.
-        share: its share of what is to go; those of a sequence sum to 1.
+        share: its share of the amount; those of a sequence sum to 1.
     """
 
     method: Method
