@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from secateur.cli.tables import results_tables, showing_progress
 from secateur.cli.terminal import ModelArg, announce, err, keep, opened, target
 from secateur.jobs.bench import BenchJob
 from secateur.jobs.evaluate import PERPLEXITY, EvaluateJob
+from secateur.models.decoder import Decoder
 from secateur.run_options import RunOptions
 
 
@@ -30,12 +32,7 @@ def evaluate(
     """Measure perplexity on held-out text, or tasks (or both), of the model and of the dense one in one run."""
     folder = target(output.out, model, "eval")
     asked = asking.request()
-    whole = asked is not None
-    decoder = opened(opening, model, only_shapes=output.dry_run, whole=whole)
-    dense = opened(opening, against, only_shapes=output.dry_run, whole=whole) if against else None
-    for one in (decoder, dense):
-        if one is not None:
-            check_target(folder, reads=one.folder)
+    decoder, dense = _opened_pair(opening, model, against, folder, only_shapes=output.dry_run, whole=asked is not None)
     with showing_progress(err) as progress:
         options = reading.options(progress)
         names = tuple(metric or PERPLEXITY)
@@ -64,11 +61,7 @@ def bench(
     """Measure speed and memory next to the dense model: prefill, decode, first token, peak, cache."""
     folder = target(output.out, model, "bench")
     timing = rounds.timing()
-    decoder = opened(opening, model, only_shapes=output.dry_run, whole=True)
-    dense = opened(opening, against, only_shapes=output.dry_run, whole=True) if against else None
-    for one in (decoder, dense):
-        if one is not None:
-            check_target(folder, reads=one.folder)
+    decoder, dense = _opened_pair(opening, model, against, folder, only_shapes=output.dry_run, whole=True)
     with showing_progress(err) as progress:
         options = RunOptions(seed=seed, progress=progress)
         job = BenchJob.prepare(decoder, against=dense, timing=timing, options=options)
@@ -79,3 +72,15 @@ def bench(
     keep(
         results, folder, "bench", {"model": model, "against": against}, results_tables(results), as_json=output.as_json
     )
+
+
+def _opened_pair(
+    opening: Opening, model: str, against: str | None, folder: Path, **how: bool
+) -> tuple[Decoder, Decoder | None]:
+    """Open the model and the dense one to compare it with; neither may lie where the results go."""
+    decoder = opened(opening, model, **how)
+    dense = opened(opening, against, **how) if against else None
+    for one in (decoder, dense):
+        if one is not None:
+            check_target(folder, reads=one.folder)
+    return decoder, dense
