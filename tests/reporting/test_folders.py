@@ -58,10 +58,11 @@ def test_damaged_files_are_named(copied):
 
 def test_a_cell_is_read_with_the_study_around_it(study):
     alone = read_folder(study / "cells" / "shortgpt-2-lora")
-    assert alone.dense.perplexity() == read_folder(study).dense.perplexity()
+    assert alone.dense.perplexities() == read_folder(study).dense.perplexities()
     (cell,) = alone.cells
     assert (cell.method, cell.amount, cell.healing, cell.blocks) == ("shortgpt", "2 blocks", "lora", 6)
-    assert cell.removed == pytest.approx(1 - cell.measured.perplexity().parameters / cell.plans[0].parameters_before)
+    (read,) = cell.measured.perplexities().values()
+    assert cell.removed == pytest.approx(1 - read.parameters / cell.plans[0].parameters_before)
 
 
 def test_who_is_named_what(copied, tmp_path):

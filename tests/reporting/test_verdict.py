@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from secateur.reporting.cells import Cell, Contents
+from secateur.evaluation.metrics.perplexity import GEOMEAN
+from secateur.evaluation.results import Result
+from secateur.reporting.cells import Cell, Contents, Measured
 from secateur.reporting.folders import read_folder
+from secateur.reporting.tables import cells_table
 from secateur.reporting.trade_offs import _apart, size_front
 from secateur.reporting.verdict import Row, pareto, rankings, rows_of, verdict
 
@@ -40,10 +43,39 @@ def test_the_front_of_a_study(study):
 def test_price_is_loss_by_parameters_removed(study):
     contents = read_folder(study)
     row = next(row for row in rows_of(contents) if row.cell.name == "shortgpt-2")
-    dense = contents.dense.perplexity().value
+    (dense,) = (one.value for one in contents.dense.perplexities().values())
     assert row.price == pytest.approx(100 * math.log(row.perplexity / dense) / (100 * row.cell.removed))
     assert (row.accuracy, row.lost, row.stability, row.flips) == (0.5, 0.0, 0.75, 0.25)
     assert row.decode > 0
+
+
+def on(source, value, fingerprint=None, measure="perplexity"):
+    facts = {"role": "model", "model": "m", "fingerprint": "f", "parameters": 1, "blocks": 1}
+    return Result(measure=measure, value=value, texts={"source": source, "fingerprint": fingerprint or source}, **facts)
+
+
+def test_several_sources_count_alike_and_each_is_shown():
+    dense = Measured(results=(on("code", 4.0), on("docs/prose.txt", 20.0)))
+    read = (on("code", 8.0), on("docs/prose.txt", 160.0), on("code,docs/prose.txt", 4.0, measure=GEOMEAN))
+    cells = (
+        Cell(name="a", folder=Path(), method="a", removed=0.2, measured=Measured(results=read)),
+        Cell(name="b", folder=Path(), method="b", removed=0.2, measured=Measured(results=read[:1])),
+        Cell(name="c", folder=Path(), method="c", measured=Measured(results=(read[0], on("docs/prose.txt", 1.0, "x")))),
+    )
+    by_name = {
+        row.cell.name: row
+        for row in rows_of(Contents(kind="compare", folder=Path(), model="m", cells=cells, dense=dense))
+    }
+    assert by_name["a"].ratios == {"code": 2.0, "docs/prose.txt": 8.0}
+    assert by_name["a"].ratio == pytest.approx(4.0)
+    assert by_name["a"].perplexity == pytest.approx((8 * 160) ** 0.5)
+    assert by_name["b"].ratio == 2.0
+    assert by_name["c"].ratio is None, "the second text is another one than the dense model's"
+    table = cells_table(list(by_name.values()), [])
+    names = [name for name, _, _ in table.columns]
+    assert names == ["method", "removed", "perplexity", "× dense", "price", "× dense, code", "× dense, prose.txt"]
+    (line,) = (line for line in table.lines if line.name == "a")
+    assert [entry.text for entry in line.entries[-2:]] == ["2.000", "8.000"]
 
 
 def made(method, amount, price, healing=None):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import InputError
+from secateur.evaluation.metrics.perplexity import mean_over_sources
 from secateur.evaluation.reference import RESULTS
 from secateur.evaluation.results import read_results
 from secateur.files import replace_file
@@ -109,7 +110,7 @@ class CellOutcome:
         name: of the cell.
         folder: its folder.
         removed: share of the parameters that the plan removes; None if there is no plan.
-        perplexity: on held-out text; None if it was not measured.
+        perplexity: on held-out text, the geometric mean over several sources; None if it was not measured.
         tasks: values of `acc`, `stability` and the like, by task and measure.
         speedup: tokens per second relative to the dense model, of `prefill` and `decode`, for the first request.
         seconds: total time of its stages.
@@ -140,6 +141,7 @@ def outcome_of(folder: Path) -> CellOutcome:
     results = read_results(folder / RESULTS) if "eval" in state.stages else ()
     speeds = read_results(folder / SPEEDS) if "bench" in state.stages else ()
     own = [one for one in results if one.role == "model"]
+    read = [one.value for one in own if one.measure == "perplexity"]
     tasks: dict[str, dict[str, float]] = {}
     for one in own:
         if one.task is not None:
@@ -152,7 +154,7 @@ def outcome_of(folder: Path) -> CellOutcome:
         name=state.name,
         folder=folder,
         removed=state.stages.get("plan", {}).get("removed"),
-        perplexity=next((one.value for one in own if one.measure == "perplexity"), None),
+        perplexity=mean_over_sources(read) if read else None,
         tasks=tasks,
         speedup=speedup,
         seconds=sum(stage["seconds"] for stage in state.stages.values()),

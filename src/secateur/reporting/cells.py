@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.evaluation.metrics.perplexity import GEOMEAN
 from secateur.evaluation.results import Result
 from secateur.plan.plan import Plan
 from secateur.scores.profile import Scores
@@ -41,15 +42,28 @@ class Measured:
     results: tuple[Result, ...] = ()
     samples: tuple[Sample, ...] = ()
 
-    def perplexity(self) -> Result | None:
-        """Return the perplexity; the first where several texts were read."""
-        return self.metrics().get("perplexity")
-
-    def metrics(self) -> dict[str, Result]:
-        """Return what was measured on held-out text, by metric; the first where several texts were read."""
+    def perplexities(self) -> dict[str, Result]:
+        """Return the perplexity on each text, by source."""
         found: dict[str, Result] = {}
         for one in self.results:
-            if one.task is None and one.texts:
+            if one.measure == "perplexity" and one.task is None and one.texts:
+                found.setdefault(one.texts.get("source", "text"), one)
+        return found
+
+    def ratios_to(self, dense: Measured) -> dict[str, float]:
+        """Return the perplexities as multiples of the dense model's, by source; of the texts that both have read."""
+        there = dense.perplexities()
+        return {
+            source: one.value / there[source].value
+            for source, one in self.perplexities().items()
+            if source in there and one.texts.get("fingerprint") == there[source].texts.get("fingerprint")
+        }
+
+    def metrics(self) -> dict[str, Result]:
+        """Return what else was measured on held-out text, by metric; the first where several texts were read."""
+        found: dict[str, Result] = {}
+        for one in self.results:
+            if one.task is None and one.texts and one.measure not in ("perplexity", GEOMEAN):
                 found.setdefault(one.measure, one)
         return found
 
@@ -67,7 +81,7 @@ class Measured:
         return self._over_tasks(*ACCURACIES)
 
     def stability(self) -> float | None:
-        """Mean stability over the tasks."""
+        """Return the mean stability over the tasks."""
         return self._over_tasks("stability")
 
     def flips(self) -> float | None:

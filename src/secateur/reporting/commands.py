@@ -97,8 +97,8 @@ def _chosen(settings: type[BaseModel], values: dict[str, Any], owner: str = "") 
 def _measuring_lines(contents: Contents, cell: Cell, model: str) -> list[str]:
     lines = []
     against = ["--against", contents.model] if model != contents.model else []
-    read, tasks = cell.measured.perplexity(), cell.measured.tasks()
-    if read is not None or tasks:
+    read, tasks = cell.measured.perplexities(), cell.measured.tasks()
+    if read or tasks:
         asked = []
         if tasks:
             one = next(one for one in cell.measured.results if one.task == tasks[0])
@@ -107,7 +107,7 @@ def _measuring_lines(contents: Contents, cell: Cell, model: str) -> list[str]:
             asked = ["--tasks", ",".join(tasks)] + (["--limit", limit] if limit else [])
             asked += ["--shots", shots] if shots else []
             asked += ["--stability"] if cell.measured.stability() is not None else []
-        texts = _texts(read.texts) if read is not None else []
+        texts = _texts(next(iter(read.values())).texts | {"source": ",".join(read)}) if read else []
         lines.append(_words("secateur", "eval", model, *against, *texts, *asked, "-o", "eval/"))
     timed = [one.settings for one in cell.measured.results if one.measure == "decode_tokens_per_second"]
     if timed:

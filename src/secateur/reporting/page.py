@@ -110,16 +110,17 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
     calibration = (contents.scores.texts if contents.scores else None) or (plan.texts if plan else None)
     if calibration:
         facts.append(("measured on", _texts(calibration)))
-    dense = contents.dense.perplexity()
-    read = dense or next((one for cell in contents.cells if (one := cell.measured.perplexity())), None)
-    if read is not None and read.texts:
-        facts.append(("held out", _texts(read.texts)))
-    if dense is not None:
-        facts.append(("dense perplexity", f"{dense.value:.3f}"))
-    if read is not None:
-        facts.append(
-            ("arithmetic", ", ".join(str(read.settings[name]) for name in ("dtype", "device") if name in read.settings))
-        )
+    dense = list(contents.dense.perplexities().values())
+    read = dense or next(
+        (list(found.values()) for cell in contents.cells if (found := cell.measured.perplexities())), []
+    )
+    if read:
+        facts.append(("held out", "; ".join(_texts(one.texts) for one in read)))
+    if dense:
+        facts.append(("dense perplexity", ", ".join(f"{one.value:.3f}" for one in dense)))
+    if read:
+        settings = read[0].settings
+        facts.append(("arithmetic", ", ".join(str(settings[name]) for name in ("dtype", "device") if name in settings)))
     checks = [cell.checked for cell in contents.cells if cell.checked is not None]
     if checks:
         facts.append(("reopened", f"{sum(checks)} of {len(checks)} in a fresh process: same logits, same generation"))

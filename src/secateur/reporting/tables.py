@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from secateur.evaluation.results import Result
@@ -46,7 +47,7 @@ _COLUMNS: tuple[_Column, ...] = (
     ("removed", "share of all parameters removed", lambda row: row.cell.removed, share),
     ("parameters", "of the result", lambda row: row.cell.parameters, "{:,}".format),
     ("blocks", "of the result", lambda row: row.cell.blocks, "{:d}".format),
-    ("perplexity", "on held-out text", lambda row: row.perplexity, "{:.2f}".format),
+    ("perplexity", "on held-out text; the geometric mean of several", lambda row: row.perplexity, "{:.2f}".format),
     ("× dense", "perplexity as a multiple of the dense model's", lambda row: row.ratio, "{:.3f}".format),
     ("price", "quality lost per 1 % of parameters removed", lambda row: row.price, "{:.2f}".format),
     ("accuracy", "mean over tasks", lambda row: row.accuracy, "{:.3f}".format),
@@ -60,7 +61,8 @@ _COLUMNS: tuple[_Column, ...] = (
 
 def cells_table(rows: Sequence[Row], front: Sequence[Row]) -> Table:
     """One line per cell; columns that no cell has anything in are left out."""
-    kept = [one for one in (*_COLUMNS, *_further_metrics(rows)) if any(one[2](row) is not None for row in rows)]
+    possible = (*_COLUMNS, *_ratios_by_source(rows), *_further_metrics(rows))
+    kept = [one for one in possible if any(one[2](row) is not None for row in rows)]
     lines = []
     for row in rows:
         values = [(read(row), show) for _, _, read, show in kept]
@@ -76,12 +78,23 @@ def cells_table(rows: Sequence[Row], front: Sequence[Row]) -> Table:
     return Table(columns=columns, lines=tuple(lines))
 
 
+def _ratios_by_source(rows: Sequence[Row]) -> Iterator[_Column]:
+    """Yield a column of perplexity ratios for each source, where there are several."""
+    sources = list(dict.fromkeys(source for row in rows for source in row.ratios))
+    for source in sources if len(sources) > 1 else ():
+        meaning = f"perplexity on {source} as a multiple of the dense model's"
+        yield f"× dense, {Path(source).name}", meaning, partial(_ratio_on, source), "{:.3f}".format
+
+
+def _ratio_on(source: str, row: Row) -> float | None:
+    return row.ratios.get(source)
+
+
 def _further_metrics(rows: Sequence[Row]) -> Iterator[_Column]:
     """Yield a column for each metric but perplexity, which has its own."""
     names = dict.fromkeys(name for row in rows for name in row.cell.measured.metrics())
     for name in names:
-        if name != "perplexity":
-            yield name, "on held-out text", partial(_metric, name), "{:.3f}".format
+        yield name, "on held-out text", partial(_metric, name), "{:.3f}".format
 
 
 def _metric(name: str, row: Row) -> float | None:

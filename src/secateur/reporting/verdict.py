@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from secateur.evaluation.metrics.perplexity import mean_over_sources
 from secateur.plan.plan import pareto_front
 from secateur.reporting.cells import Cell, Contents, Measured
 
@@ -17,8 +18,9 @@ class Row:
 
     Attributes:
         cell: the cell.
-        perplexity: on held-out text.
-        ratio: of the perplexity to the dense model's.
+        perplexity: on held-out text; the geometric mean over several sources.
+        ratio: of the perplexity to the dense model's; the geometric mean of `ratios`.
+        ratios: the same for each source.
         accuracy: mean over the tasks, with `lost` the points (of 1) below the dense model.
         stability: mean over the tasks.
         flips: share of changed answers.
@@ -30,6 +32,7 @@ class Row:
     cell: Cell
     perplexity: float | None = None
     ratio: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
     accuracy: float | None = None
     lost: float | None = None
     stability: float | None = None
@@ -73,16 +76,15 @@ class Verdict:
 
 def rows_of(contents: Contents) -> list[Row]:
     """Return the measurements of every cell, amount by amount, cheapest first; unmeasured cells come last."""
-    by_perplexity = any(cell.measured.perplexity() for cell in contents.cells)
+    by_perplexity = any(cell.measured.perplexities() for cell in contents.cells)
     rows = [_row(cell, contents.dense, by_perplexity=by_perplexity) for cell in contents.cells]
     ranked = [row for one in rankings(rows) for row in one.rows]
     return ranked + sorted((row for row in rows if row not in ranked), key=lambda row: row.cell.failure is not None)
 
 
 def _row(cell: Cell, dense: Measured, *, by_perplexity: bool) -> Row:
-    here, there = cell.measured.perplexity(), dense.perplexity()
-    comparable = here and there and here.texts.get("fingerprint") == there.texts.get("fingerprint")
-    ratio = here.value / there.value if comparable and here and there else None
+    read, ratios = cell.measured.perplexities(), cell.measured.ratios_to(dense)
+    ratio = mean_over_sources(ratios.values()) if ratios and len(ratios) == len(read) else None
     accuracy, before = cell.measured.accuracy(), dense.accuracy()
     lost = before - accuracy if accuracy is not None and before is not None else None
     quality = ratio if by_perplexity else lost
@@ -90,8 +92,9 @@ def _row(cell: Cell, dense: Measured, *, by_perplexity: bool) -> Row:
     decode, prefill = (cell.measured.ratio(f"{what}_tokens_per_second") for what in ("decode", "prefill"))
     return Row(
         cell=cell,
-        perplexity=here.value if here else None,
+        perplexity=mean_over_sources(one.value for one in read.values()) if read else None,
         ratio=ratio,
+        ratios=ratios,
         accuracy=accuracy,
         lost=lost,
         stability=cell.measured.stability(),

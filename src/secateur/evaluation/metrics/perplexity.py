@@ -6,8 +6,8 @@ starts with the tokenizer's default beginning-of-sequence token, so a window of 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from statistics import geometric_mean
 
 from secateur.calibration.walk import mean_loss, perplexity_of
 from secateur.data.windows import Windows
@@ -31,6 +31,12 @@ GEOMEAN = "perplexity_ratio_geomean"
 """Geometric mean over sources of a model's perplexity divided by the dense model's."""
 
 
+def mean_over_sources(values: Iterable[float]) -> float:
+    """Return the geometric mean of perplexities or their ratios; a single one unchanged, to the last digit."""
+    found = list(values)
+    return found[0] if len(found) == 1 else geometric_mean(found)
+
+
 def mean_ratio(model: Decoder, results: Sequence[Result]) -> list[Result]:
     """Return the geometric mean of the ratios over sources, of results of both models; none for a single source.
 
@@ -43,7 +49,7 @@ def mean_ratio(model: Decoder, results: Sequence[Result]) -> list[Result]:
     if len(pairs) < 2:
         return []
     ratios = {own.texts["source"]: own.value / dense.value for own, dense in pairs}
-    value = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+    value = mean_over_sources(ratios.values())
     spread = {"low": min(ratios.values()), "high": max(ratios.values())}
     texts = {"source": ",".join(ratios), "fingerprint": ", ".join(found)}
     return [result_of(model, "model", GEOMEAN, value, spread=spread, texts=texts, settings={"ratios": ratios})]
