@@ -47,9 +47,9 @@ COMMANDS = {
     "report": Entry("study", "report", "Make one HTML page from the results of other commands."),
     "convert": Entry("checkpoints", "convert", "Save a model as safetensors: from GGUF, or in another dtype."),
     "push": Entry("checkpoints", "push", "Upload a checkpoint to the Hub."),
-    "methods": Entry("inspect", "methods", "List methods and healing recipes, or the settings of one."),
-    "families": Entry("inspect", "families", "List the model families that are known exactly."),
-    "texts": Entry("inspect", "texts", "List the named text sources."),
+    "methods": Entry("lists", "methods", "List methods and healing recipes, or the settings of one."),
+    "families": Entry("lists", "families", "List the model families that are known exactly."),
+    "texts": Entry("lists", "texts", "List the named text sources."),
 }
 """The commands in the order in which they are listed."""
 
