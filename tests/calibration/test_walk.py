@@ -1,5 +1,7 @@
 """Walking windows through the blocks: the states are the model's own, the loss is the model's own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from secateur.calibration.walk import (
     check_windows,
     loss_sum,
     mean_loss,
+    mean_loss_of_sources,
     open_store,
     start,
     states_by_batch,
@@ -282,3 +285,14 @@ def test_damage_in_the_embeddings_is_not_blamed_on_a_block():
         module.model.embed_tokens.weight[7] = float("nan")
     with pytest.raises(NumericsError, match="embeddings"):
         mean_loss(open_model(module), Windows.of([[5, 6, 7, 8]]))
+
+
+@MODES
+@pytest.mark.parametrize("side", [None, "left"])
+def test_each_source_of_a_mixture_counts_the_same(side, skeleton, tiny):
+    windows = replace(draw_windows(windows=5, side=side), part_of=torch.tensor([0, 1, 0, 0, 0]), parts=("a", "b"))
+    decoder = tiny("llama", skeleton=skeleton)
+    apart = [mean_loss(decoder, windows.some(rows)) for rows in ([0, 2, 3, 4], [1])]
+    found = mean_loss_of_sources(decoder, windows, options=RunOptions(batch_size=2))
+    assert found == pytest.approx(sum(apart) / 2, rel=1e-6)
+    assert mean_loss_of_sources(decoder, replace(windows, part_of=None)) == mean_loss(decoder, windows)

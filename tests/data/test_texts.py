@@ -345,3 +345,13 @@ def test_a_mixture_needs_a_number_of_windows(tokenizer):
 def test_a_single_weighted_name_is_that_name(tokenizer):
     opened = [open_texts(source, tokenizer, windows=2, seq_len=16) for source in ("a.txt:0.4", "a.txt")]
     assert torch.equal(opened[0].tokens, opened[1].tokens)
+
+
+@pytest.mark.usefixtures("two_files")
+def test_of_a_mixture_every_source_is_held_back(tokenizer):
+    windows = open_texts("a.txt:0.75,b.txt:0.25", tokenizer, windows=8, seq_len=16)
+    kept, held = windows.split_off(0.25)
+    assert sorted(held.part_of.tolist()) == [0, 0, 1]
+    assert sorted(map(tuple, torch.cat([kept.tokens, held.tokens]).tolist())) == sorted(
+        map(tuple, windows.tokens.tolist())
+    )

@@ -6,6 +6,7 @@ other, however many windows it has, and a share of each source's windows is held
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,11 @@ class Folds:
 
     def slice(self, first: int, count: int) -> Folds:
         """Return the folds of `count` neighbouring windows."""
-        rows = slice(first, first + count)
+        return self.some(range(first, first + count))
+
+    def some(self, numbers: Sequence[int]) -> Folds:
+        """Return the folds of the windows of these numbers."""
+        rows = list(numbers)
         return Folds(self.weight[rows], self.held_out[rows])
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from secateur.calibration.ridge import GRID, UNJUDGED, held_out_gains, strength
 from secateur.distributed import add_up
 from secateur.errors import InputError, NumericsError
 
@@ -107,27 +108,51 @@ class LinearSums:
     """Normal equations for a matrix T that maps part of a state so that the state approximates another one.
 
     With P (M × d) a part of the state X = R + P, the T that brings R + P T closest to Y solves
-    Pᵀ P (T − I) = Pᵀ (Y − X). A ridge on the left-hand side shrinks T toward the identity, not toward 0.
+    Pᵀ W P (T − I) = Pᵀ W (Y − X) with W the weights of tokens. A ridge on the left-hand side shrinks T toward the
+    identity, not toward 0. Held-out tokens are summed up apart: they show what a ridge is worth.
     """
 
     def __init__(self, width: int) -> None:
         """Start at zero for states of this width d."""
-        self._gram = torch.zeros(width, width, dtype=torch.float64)
-        self._cross = torch.zeros(width, width, dtype=torch.float64)
-        self._squares = torch.zeros(2, dtype=torch.float64)
+        self._gram = torch.zeros(2, width, width, dtype=torch.float64)  # fitted tokens, then held-out ones
+        self._cross = torch.zeros(2, width, width, dtype=torch.float64)
+        self._squares = torch.zeros(2, 2, dtype=torch.float64)
 
-    def update(self, part: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add tokens: P, X and Y, each (M, d)."""
+    def update(
+        self,
+        part: torch.Tensor,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        held_out: torch.Tensor | None = None,
+    ) -> None:
+        """Add tokens.
+
+        Args:
+            part: P, (M, d).
+            before: X, (M, d).
+            after: Y, (M, d).
+            weight: of each token, (M,); None: 1.
+            held_out: whether a token evaluates fits instead of taking part in them, (M,) bool; None: none does.
+        """
         self._move_to(device_with_float64(part.device))
+        home = self._gram.device
+        heavy = torch.ones(len(part), device=home) if weight is None else weight.to(home)
+        folds = torch.zeros(len(part), dtype=torch.bool) if held_out is None else held_out.cpu()
         rows = max(1, _CHUNK_BYTES // (8 * part.shape[1]))
-        for first in range(0, len(part), rows):
-            part_Md, before_Md, after_Md = (
-                one[first : first + rows].to(self._gram.device).double() for one in (part, before, after)
-            )
-            change_Md = after_Md - before_Md
-            self._gram.addmm_(part_Md.T, part_Md)
-            self._cross.addmm_(part_Md.T, change_Md)
-            self._squares += torch.stack((change_Md.square().sum(), after_Md.square().sum()))
+        for fold in folds.unique().tolist():
+            chosen = (folds == fold).nonzero().flatten()
+            for some in chosen.split(rows):
+                part_Md, before_Md, after_Md = (
+                    one[some.to(one.device)].to(home).double() for one in (part, before, after)
+                )
+                weight_M1 = heavy[some.to(home)].double()[:, None]
+                weighted_Md, change_Md = part_Md * weight_M1, after_Md - before_Md
+                self._gram[int(fold)].addmm_(weighted_Md.T, part_Md)
+                self._cross[int(fold)].addmm_(weighted_Md.T, change_Md)
+                self._squares[int(fold)] += torch.stack(
+                    ((weight_M1 * change_Md.square()).sum(), (weight_M1 * after_Md.square()).sum())
+                )
 
     def combine(self) -> None:
         """Add the sums of the other processes; the end of adding."""
@@ -137,27 +162,70 @@ class LinearSums:
     def _move_to(self, home: torch.device) -> None:
         self._gram, self._cross, self._squares = (one.to(home) for one in (self._gram, self._cross, self._squares))
 
-    def result(self, ridge: float) -> torch.Tensor:
-        """Return T, (d, d), which acts on rows: P T.
+    @property
+    def has_held_out(self) -> bool:
+        """Whether tokens were held out."""
+        return float(self._squares[1, 1]) > 0
+
+    def best_ridge(self) -> float | None:
+        """Return the ridge of the least error on held-out tokens, None for T = I; 0.1 if nothing was held out.
+
+        Raises:
+            NumericsError: as for `result`.
+        """
+        self._require_defined()
+        if not self.has_held_out:
+            return UNJUDGED
+        (gram, held_gram), (cross, held_cross) = self._gram, self._cross
+        gains = held_out_gains(gram, cross, held_gram, held_cross, [strength(gram, ridge) for ridge in GRID])
+        gain, best = min(zip(gains, GRID, strict=True))
+        return best if gain < 0 else None
+
+    def result(self, ridge: float | None) -> torch.Tensor:
+        """Return T, (d, d), fitted on all tokens, which acts on rows: P T.
 
         Args:
-            ridge: added to the diagonal of Pᵀ P, as a multiple of its mean.
+            ridge: added to the diagonal of Pᵀ W P, as a multiple of its mean; None gives I.
 
         Raises:
             NumericsError: NaN or infinity in the sums, or a part that is 0 everywhere.
         """
-        scale = float(self._gram.diagonal().mean())
-        if not (math.isfinite(scale) and scale > 0 and bool(torch.isfinite(self._cross).all())):
-            raise NumericsError("the matrix that replaces the blocks is undefined: the MLP's output is 0 or NaN.")
-        identity = torch.eye(len(self._gram), dtype=torch.float64)
-        return identity + _solve_symmetric(self._gram + ridge * scale * identity, self._cross)
+        self._require_defined()
+        return self._solved(self._gram.sum(dim=0), self._cross.sum(dim=0), ridge)
+
+    def held_out_error(self, ridge: float | None) -> float:
+        """Return the error on held-out tokens of the T fitted on the others; if there are none, that on all.
+
+        Raises:
+            NumericsError: as for `result`.
+        """
+        self._require_defined()
+        if not self.has_held_out:
+            return self.error(self.result(ridge))
+        fitted = self._solved(self._gram[0], self._cross[0], ridge)
+        return _share_missed(fitted, self._gram[1], self._cross[1], self._squares[1])
 
     def error(self, matrix_dd: torch.Tensor) -> float:
-        """Return ‖R + P T − Y‖² / ‖Y‖² over all tokens for this T."""
-        change = matrix_dd - torch.eye(len(matrix_dd), dtype=torch.float64)
-        difference, target = self._squares.tolist()
-        missed = difference - 2 * (change * self._cross).sum() + (change * (self._gram @ change)).sum()
-        return max(float(missed), 0.0) / target
+        """Return Σ w ‖R + P T − Y‖² / Σ w ‖Y‖² over all tokens for this T."""
+        return _share_missed(matrix_dd, *(one.sum(dim=0) for one in (self._gram, self._cross, self._squares)))
+
+    def _require_defined(self) -> None:
+        scale = float(self._gram[0].diagonal().mean())
+        if not (math.isfinite(scale) and scale > 0 and bool(torch.isfinite(self._cross).all())):
+            raise NumericsError("the matrix that replaces the blocks is undefined: the MLP's output is 0 or NaN.")
+
+    def _solved(self, gram: torch.Tensor, cross: torch.Tensor, ridge: float | None) -> torch.Tensor:
+        identity = torch.eye(len(gram), dtype=torch.float64)
+        if ridge is None:
+            return identity
+        return identity + _solve_symmetric(gram + strength(gram, ridge) * identity, cross)
+
+
+def _share_missed(matrix_dd: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, squares: torch.Tensor) -> float:
+    change = matrix_dd - torch.eye(len(matrix_dd), dtype=torch.float64)
+    difference, target = squares.tolist()
+    missed = difference - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
+    return max(float(missed), 0.0) / target
 
 
 class CkaSums:

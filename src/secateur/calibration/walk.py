@@ -186,6 +186,31 @@ def mean_loss(decoder: Decoder, windows: Windows, *, options: RunOptions = DEFAU
     return mean_loss_of(decoder, last_states(decoder, windows, options))
 
 
+@torch.no_grad()
+def mean_loss_of_sources(decoder: Decoder, windows: Windows, *, options: RunOptions = DEFAULTS) -> float:
+    """Return the mean over the sources of a mixture of their mean next-token losses in nats.
+
+    Its exponential is the geometric mean of their perplexities: each source counts the same, however long it is.
+
+    Raises:
+        InputError: there is nothing to predict in one of them.
+        NumericsError: NaN or infinity on the way.
+    """
+    if windows.part_of is None:
+        return mean_loss(decoder, windows, options=options)
+    sums, first = torch.zeros(2, int(windows.part_of.max()) + 1, dtype=torch.float64), 0
+    for batch, hidden in last_states(decoder, windows, options):
+        for row in range(len(batch.tokens)):
+            one = slice(row, row + 1)
+            mask = None if batch.mask is None else batch.mask[one]
+            found, counted = loss_sum(decoder, replace(batch, tokens=batch.tokens[one], mask=mask), hidden[one])
+            sums[:, windows.part_of[first + row]] += torch.stack((found, torch.tensor(float(counted))))
+        first += len(batch.tokens)
+    total, predictions = sums[:, windows.part_of.unique()]
+    require_predictions(int(predictions.min()))
+    return float((total / predictions).mean())
+
+
 def mean_loss_of(decoder: Decoder, last: Iterable[tuple[Batch, torch.Tensor]], *, shared: bool = False) -> float:
     """Return the mean next-token loss in nats from the last block's output; skeletons need an open `decoder.outer()`.
 

@@ -246,7 +246,12 @@ class Output:
 class Saving(Output):
     """Where a checkpoint goes, and whether it is verified."""
 
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Reopen the result in a fresh process.")] = True
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check", help="Reopen the result in a fresh process; after a cut, compare it on text."
+        ),
+    ] = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from secateur.cli.terminal import (
 )
 from secateur.distributed import is_main_process, process_count
 from secateur.errors import InputError, SecateurError, TextsWarning, unknown
+from secateur.evaluation.damage import damage_of
 from secateur.files import replace_file
 from secateur.healing.recipes import find_healing_recipe
 from secateur.jobs.heal import HealJob, dense_source, require_origin
@@ -167,12 +168,26 @@ def prune(
             pruned = cutting.run()
     if not is_main_process():
         return
+    if saving.check:
+        pruned = _judged(decoder, pruned)
     with err.status("saving, and reopening in a fresh process" if saving.check else "saving"):
         record = save(pruned, folder, dtype=save_dtype, check=saving.check)
     shutil.rmtree(work, ignore_errors=True)
     answer(record, None, as_json=saving.as_json)
     proof = "reopened in a fresh process: same logits, same generation" if saving.check else "not checked (--no-check)"
     err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
+
+
+def _judged(dense: Decoder, pruned: Decoder) -> Decoder:
+    """Say what the cut has cost, and note it in the model's history."""
+    with err.status("comparing with the dense model on a little held-out text"):
+        damage = damage_of(dense, pruned)
+    if damage is None or not pruned.history:
+        return pruned
+    colour = "bold red" if damage.ruined else "none"
+    err.print(damage.sentence(), style=colour, markup=False, highlight=False)
+    entry = pruned.history[-1] | {"damage": damage.as_dict()}
+    return dataclasses.replace(pruned, history=(*pruned.history[:-1], entry))
 
 
 @grouped

@@ -93,19 +93,28 @@ class Windows:
         )
 
     def split_off(self, share: float) -> tuple[Windows, Windows]:
-        """Split into the windows that stay and a share, at least one, evenly spaced, that is held back.
+        """Split into the windows that stay and a share, evenly spaced, that is held back.
 
-        Each part has a fingerprint of its own.
+        Of a mixture each source gives its share, at least one window if it has two. Each part has a fingerprint of its
+        own.
 
         Raises:
-            InputError: fewer than two windows.
+            InputError: fewer than two windows, or of every source of a mixture.
         """
-        if len(self) < 2:
+        sources = (
+            [torch.arange(len(self))]
+            if self.part_of is None
+            else [(self.part_of == part).nonzero().flatten() for part in self.part_of.unique()]
+        )
+        back: list[int] = []
+        for numbers in sources:
+            count = min(max(1, round(share * len(numbers))), len(numbers) - 1)
+            back += [int(numbers[(number + 1) * len(numbers) // count - 1]) for number in range(count)]
+        if not back:
             raise InputError(f"{self.source}: {len(self)} window, and some must be held back; give more text.")
-        count = min(max(1, round(share * len(self))), len(self) - 1)
-        back = [(number + 1) * len(self) // count - 1 for number in range(count)]
         stay = [number for number in range(len(self)) if number not in back]
-        parts = {f"without every {len(self) / count:.3g}th": stay, f"every {len(self) / count:.3g}th": back}
+        every = f"{len(self) / len(back):.3g}th"
+        parts = {f"without every {every}": stay, f"every {every}": back}
         left, held = (
             replace(self.some(rows), fingerprint=f"{self.fingerprint}, {which}") for which, rows in parts.items()
         )

@@ -18,16 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 
+from secateur.calibration.ridge import UNJUDGED
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks, weigh
-from secateur.methods.method import Measurements, Settings, applies, method
+from secateur.methods.method import Applied, Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
 from secateur.plan.depth import LinearReplacement, Span, linear_replacement_forwards
-from secateur.scores.linearity import linear_sums
+from secateur.scores.linearity import linear_sums, ridge_of
 from secateur.surgery.depth.linear_replacement import replace_linearly, require_plain_mlp_output
 
 Choice = Literal["error", "cosine", "angular"]
@@ -39,7 +41,12 @@ class LinearReplacementSettings(Settings):
     choose: Choice = Field(
         "error", description="criterion for windows: the least-squares error, or the cosine or angle before it"
     )
-    ridge: float = Field(0.1, ge=0, allow_inf_nan=False, description="regularisation of the matrix toward the identity")
+    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
+        "auto", description="regularisation of the matrix toward the identity; by default chosen on held-out windows"
+    )
+    objective: Literal["least-squares", "cosine"] = Field(
+        "least-squares", description="what the matrix minimises: the squared error of the state, or 1 − its cosine"
+    )
     max_window: int | None = Field(
         None, ge=1, description="longest window (more blocks take several); by default as short as the amount allows"
     )
@@ -106,6 +113,7 @@ def decide(
             settings=settings.model_dump(exclude_none=True),
             windows=found,
             ridge=settings.ridge,
+            objective=settings.objective,
             error=tuple(errors[span] for span in found if span in errors),
         ),
     )
@@ -178,11 +186,12 @@ def _costs(
         (low, low + size - 1) for size in sorted(set(sizes)) for low in range(free.start + 1, free.stop - size + 1)
     ]
     if settings.choose == "error":
-        known = measurements.cache.setdefault(("least-squares error", settings.ridge), {})
+        ridge = UNJUDGED if settings.ridge == "auto" else settings.ridge
+        known = measurements.cache.setdefault(("least-squares error", ridge), {})
         unknown = [span for span in spans if span not in known]
         if unknown:
             sums = linear_sums(measurements.decoder, measurements.need_windows(), unknown, options=measurements.options)
-            known.update({span: one.error(one.result(settings.ridge)) for span, one in sums})
+            known.update({span: one.held_out_error(ridge) for span, one in sums})
         return {span: known[span] for span in spans}
     scores = measurements.scores(settings.choose)
     if settings.choose == "cosine":
@@ -191,10 +200,24 @@ def _costs(
 
 
 @applies(LinearReplacement)
-def apply(measurements: Measurements, step: LinearReplacement) -> Decoder:
+def apply(measurements: Measurements, step: LinearReplacement) -> Applied:
     """Measure the matrices and replace the step's windows by them."""
     decoder = measurements.decoder
     step.kept_blocks(decoder.block_count)
     require_plain_mlp_output(decoder)
-    sums = linear_sums(decoder, measurements.need_windows(), step.windows, options=measurements.options)
-    return replace_linearly(decoder, {span: one.result(step.ridge) for span, one in sums})
+    matrices, fits = dict[Span, torch.Tensor](), list[dict[str, Any]]()
+    cosine = step.ridge if step.objective == "cosine" else None
+    for span, sums in linear_sums(
+        decoder, measurements.need_windows(), step.windows, cosine=cosine, options=measurements.options
+    ):
+        ridge = ridge_of(sums, step.ridge)
+        matrices[span] = sums.result(ridge)
+        fits.append(
+            {
+                "window": list(span),
+                "ridge": ridge,
+                "error": round(sums.held_out_error(ridge), 5),
+                "error_without_repair": round(sums.held_out_error(None), 5),
+            }
+        )
+    return Applied(replace_linearly(decoder, matrices), {"repair": fits})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -124,16 +124,19 @@ class LinearReplacement(Step):
 
     Attributes:
         windows: first and last block of each removed window.
-        ridge: how strongly a matrix is regularised toward the identity, in mean squares of the MLP's output.
-        error: for each window, the share of its output that is not reproduced, measured when the plan was made; empty
-            if that was not measured.
+        ridge: how strongly a matrix is regularised toward the identity, in mean squares of the MLP's output; "auto"
+            is chosen on held-out windows when the plan is applied.
+        objective: what the matrices minimise: the squared error of the state, or one minus its cosine.
+        error: for each window, the share of its output that is not reproduced on held-out windows, measured when the
+            plan was made; empty if that was not measured.
     """
 
     measures: ClassVar[bool] = True
 
     kind: Literal["linear-replacement"] = "linear-replacement"
     windows: tuple[Span, ...] = Field(min_length=1)
-    ridge: float = Field(ge=0, allow_inf_nan=False)
+    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"]
+    objective: Literal["least-squares", "cosine"] = "least-squares"
     error: tuple[float, ...] = ()
 
     def kept_blocks(self, count: int) -> tuple[int, ...]:

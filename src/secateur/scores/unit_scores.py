@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from secateur.calibration.inputs import InputSums
-from secateur.surgery.width.repair import RIDGE, strength
+from secateur.calibration.ridge import RIDGE, strength
 
 
 def fluctuation(weight: torch.Tensor, sums: InputSums) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from secateur import Plan, make_plan, prune, score
-from secateur.calibration.walk import mean_loss
+from secateur.calibration.walk import mean_loss_of_sources
 from secateur.cli.tables import plan_summary
 from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, NumericsError
@@ -53,7 +53,7 @@ def found_by_hand(decoder, windows, share):
         found[depth, decoder.block_count - model.block_count, width] = (
             [step for plan in plans for step in plan.steps],
             model.parameter_count,
-            mean_loss(model, held_back),
+            mean_loss_of_sources(model, held_back),
         )
 
     for depth, width in SINGLE:
@@ -113,9 +113,9 @@ def test_a_cut_is_made_once_and_no_plan_is_measured_twice(tiny, monkeypatch):
     decoder, applied, measured = tiny("llama"), [], []
     for kind, edit in dict(APPLY).items():
         monkeypatch.setitem(APPLY, kind, lambda e, s, edit=edit: (applied.append((e.decoder, s)), edit(e, s))[1])
-    true_loss = trials.mean_loss
+    true_loss = trials.mean_loss_of_sources
     monkeypatch.setattr(
-        trials, "mean_loss", lambda d, *a, **k: (measured.append(d.fingerprint), true_loss(d, *a, **k))[1]
+        trials, "mean_loss_of_sources", lambda d, *a, **k: (measured.append(d.fingerprint), true_loss(d, *a, **k))[1]
     )
     settings = {"depth": "none,shortgpt,uidl,last-n", "width": "none,obs-width,wanda-sp", "trials": 50}
     settings["skip_hopeless"] = False
@@ -139,7 +139,7 @@ def test_same_seed_same_plan(tiny):
 
 def counting_losses(monkeypatch, stop_at=None):
     """Count the losses of candidates; the one with this number is interrupted."""
-    measured, true_loss = [], trials.mean_loss
+    measured, true_loss = [], trials.mean_loss_of_sources
 
     def counted(decoder, *given, **named):
         measured.append(decoder.fingerprint)
@@ -147,7 +147,7 @@ def counting_losses(monkeypatch, stop_at=None):
             raise KeyboardInterrupt
         return true_loss(decoder, *given, **named)
 
-    monkeypatch.setattr(trials, "mean_loss", counted)
+    monkeypatch.setattr(trials, "mean_loss_of_sources", counted)
     return measured
 
 
@@ -265,7 +265,7 @@ def test_what_loses_too_much_before_its_widths_are_pruned_is_not_pruned(tiny, mo
         smaller = decoder.config.intermediate_size < 48
         return losses[decoder.block_count] + 0.5 * smaller
 
-    monkeypatch.setattr(trials, "mean_loss", loss)
+    monkeypatch.setattr(trials, "mean_loss_of_sources", loss)
     plan = make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF | {"skip_hopeless": True})
     found = {(one.blocks, one.width): one.loss or one.refused for one in plan.search.candidates}
     assert found == {
@@ -280,14 +280,14 @@ def test_what_loses_too_much_before_its_widths_are_pruned_is_not_pruned(tiny, mo
 
 
 def test_nan_is_a_candidate_refused_and_never_a_loss(tiny, monkeypatch):
-    true_loss = trials.mean_loss
+    true_loss = trials.mean_loss_of_sources
 
     def loss(decoder, *given, **named):
         if decoder.block_count == 7:
             raise NumericsError("NaN or infinity in what leaves block 3")
         return true_loss(decoder, *given, **named)
 
-    monkeypatch.setattr(trials, "mean_loss", loss)
+    monkeypatch.setattr(trials, "mean_loss_of_sources", loss)
     plan = make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=BRIEF | {"trials": 50})
     seven = [one for one in plan.search.candidates if one.blocks == 1]
     assert [(one.loss, one.refused) for one in seven] == [(None, "NaN or infinity in what leaves block 3")]
@@ -298,7 +298,7 @@ def test_a_damaged_model_is_refused_at_once(tiny, monkeypatch):
     def loss(*given, **named):
         raise NumericsError("NaN or infinity in what leaves block 0")
 
-    monkeypatch.setattr(auto, "mean_loss", loss)
+    monkeypatch.setattr(auto, "mean_loss_of_sources", loss)
     with pytest.raises(NumericsError, match="block 0"):
         make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS)
 

@@ -5,9 +5,10 @@ import torch
 
 from secateur.calibration.folds import folds_of
 from secateur.calibration.inputs import InputSums
+from secateur.calibration.ridge import GRID, RIDGE, UNJUDGED, strength
 from secateur.data.windows import Windows
 from secateur.scores.unit_scores import cheapest_to_lose, forget
-from secateur.surgery.width.repair import GRID, RIDGE, UNJUDGED, choose_fit, described, rewritten, strength
+from secateur.surgery.width.repair import choose_fit, described, rewritten
 
 STAY = torch.tensor([True, False, True, True, False, True, True, False])
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from secateur.calibration.walk import mean_loss
+from secateur.calibration.walk import mean_loss_of_sources
 from secateur.errors import InputError, ModelError, SecateurError, unknown
 from secateur.methods.budget import Budget, already
 from secateur.methods.method import METHODS, Decision, Measurements, Method, MethodSettings, apply_step, method
@@ -144,7 +144,7 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
     if budget.limit(whole) >= whole:
         raise InputError(already(budget, whole))
     fitted, held_back = measurements.need_windows().split_off(settings.held_back)
-    dense_loss = mean_loss(measurements.decoder, held_back, options=measurements.options)
+    dense_loss = mean_loss_of_sources(measurements.decoder, held_back, options=measurements.options)
     to_fit = dataclasses.replace(measurements, windows=fitted, known=None, cache={})  # scores are of all windows
     trials = Trials(to_fit, held_back, budget, members, apply_step)
     log = TrialLog(measurements, settings.model_dump(mode="json"), repr(budget))

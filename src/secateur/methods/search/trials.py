@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from secateur.calibration.walk import mean_loss
+from secateur.calibration.walk import mean_loss_of_sources
 from secateur.data.windows import Windows
 from secateur.distributed import from_main_process, is_main_process
 from secateur.errors import InputError, ModelError, NumericsError, SecateurError
@@ -148,7 +148,7 @@ class Trials:
             for step in steps:
                 decoder = self._apply(measurements, step).decoder
                 measurements = measurements.on(decoder)
-        loss = from_main_process(mean_loss(decoder, self._held_back, options=measurements.options))
+        loss = from_main_process(mean_loss_of_sources(decoder, self._held_back, options=measurements.options))
         gone = len(self._dense.kept) - decoder.block_count
         enough = width is not None or self._is_enough(cut)
         return Made(steps, decoder.parameter_count, gone, loss, enough)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.calibration.folds import Folds, folds_of
 from secateur.calibration.inputs import Captured, InputSums, capturing_inputs
+from secateur.calibration.ridge import Ridge
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.store import StateStore
 from secateur.calibration.walk import Batch, open_store, step, stored_start, through_block
@@ -30,7 +31,7 @@ from secateur.models.widths import BlockWidths, block_widths
 from secateur.plan.steps import Widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.width.coupling import Kept, Part
-from secateur.surgery.width.repair import Ridge, choose_fit, described
+from secateur.surgery.width.repair import choose_fit, described
 from secateur.surgery.width.target import WidthAssembly
 
 _TINY = 1e-30

@@ -21,19 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from secateur.calibration.inputs import InputSums
-
-RIDGE = 1e-3
-UNJUDGED = 0.1
-"""Ridge if nothing was held out to choose one by: about what is chosen for real models."""
-GRID = tuple(10 ** (half / 2) for half in range(-8, 3))
-"""Ridges that cross-validation tries: 1e-4 … 10."""
-
-Ridge = float | Literal["auto"]
+from secateur.calibration.ridge import GRID, RIDGE, UNJUDGED, Ridge, held_out_gains, strength
 
 
 @dataclass(frozen=True)
@@ -74,12 +67,6 @@ def described(fits: Sequence[Fit]) -> dict[str, Any]:
     return rows[0] if len(rows) == 1 else {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def strength(gram: torch.Tensor, ridge: float = RIDGE) -> float:
-    """Return λ; 1 if nothing was seen."""
-    scale = float(gram.diagonal().mean())
-    return ridge * scale if scale > 0 else 1.0
-
-
 def choose_fit(
     weight: torch.Tensor, sums: InputSums, stay: torch.Tensor, *, repair: bool, bias: bool, ridge: Ridge = "auto"
 ) -> Fit:
@@ -115,27 +102,22 @@ def choose_fit(
 def held_out_errors(
     weight: torch.Tensor, gram: torch.Tensor, held_out: torch.Tensor, stay: torch.Tensor
 ) -> tuple[float, list[float]]:
-    """Return the errors of the plain slice, and of the repair at each ridge of the grid, on the held-out tokens.
+    """Return the errors Σ w ‖W x − W'_K x_K‖² of the plain slice, and of the repair at each ridge of the grid.
 
-    With G[K,K] = U diag(e) Uᵀ and C = W_R G[R,K] U, the repair at λ adds Δ = C diag(s) Uᵀ to W_K, s = 1 / (e + λ), and
-
-        Σ w ‖W x − W'_K x_K‖² = tr W_R H[R,R] W_Rᵀ − 2 Σ_i s_i (Cᵀ W_R H[R,K] U)_ii + sᵀ (CᵀC ∘ Uᵀ H[K,K] U) s,
-
-    so one eigendecomposition serves all λ. G is over the fitted tokens, H over the held-out ones.
+    The plain slice misses W_R x_R, which the repair predicts from x_K. G is over the fitted tokens, the error over the
+    held-out ones.
     """
     kept, gone = stay.nonzero().flatten(), (~stay).nonzero().flatten()
     lost = weight[:, gone]
-    values, vectors = torch.linalg.eigh(gram[kept][:, kept])
-    turned = lost @ gram[gone][:, kept] @ vectors
-    wanted = lost @ held_out[gone][:, kept] @ vectors
     plain = float(torch.sum((lost @ held_out[gone][:, gone]) * lost))
-    linear = (turned * wanted).sum(dim=0)
-    square = (turned.T @ turned) * (vectors.T @ held_out[kept][:, kept] @ vectors)
-    errors = []
-    for ridge in GRID:
-        shrunk = 1 / (values.clamp_min(0) + strength(gram, ridge))
-        errors.append(plain - 2 * float(shrunk @ linear) + float(shrunk @ square @ shrunk))
-    return plain, errors
+    gains = held_out_gains(
+        gram[kept][:, kept],
+        gram[kept][:, gone] @ lost.T,
+        held_out[kept][:, kept],
+        held_out[kept][:, gone] @ lost.T,
+        [strength(gram, ridge) for ridge in GRID],
+    )
+    return plain, [plain + gain for gain in gains]
 
 
 def rewritten(

@@ -1,0 +1,119 @@
+"""What a cut has cost, in one sentence: a few held-out windows and continuations of both models, after every `prune`.
+
+It is no evaluation (`secateur eval`), but it tells a model that needs healing from one that is beyond use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from secateur.data.texts import windows_by_source
+from secateur.data.windows import Windows
+from secateur.evaluation.metrics.perplexity import mean_over_sources, perplexity
+from secateur.models.decoder import Decoder
+from secateur.run_options import DEFAULTS, RunOptions
+
+RUINED = 3.0
+"""Perplexity ÷ the dense model's, on the worst source, from which a model counts as ruined."""
+LEAST_VARIED = 0.35
+"""Share of distinct three-token sequences below which a continuation repeats itself."""
+
+_WINDOWS, _LENGTH = 4, 512
+_PROMPT, _WRITTEN = 32, 48
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A pruned model next to the dense one.
+
+    Attributes:
+        ratios: perplexity ÷ that of the dense model, by source of held-out text.
+        prompts: number of texts that both models continued, greedily; 0 if they do not fit into memory.
+        repeating: number of continuations in which the pruned model repeats itself and the dense one does not.
+    """
+
+    ratios: dict[str, float]
+    prompts: int = 0
+    repeating: int = 0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether most continuations repeat themselves that did not before."""
+        return 2 * self.repeating > self.prompts
+
+    @property
+    def ruined(self) -> bool:
+        """Whether the model is of no use as it is."""
+        return max(self.ratios.values()) > RUINED or self.repeats
+
+    def sentence(self) -> str:
+        """Say it in words."""
+        listed = ", ".join(f"{source} ×{ratio:.2f}" for source, ratio in self.ratios.items())
+        mean = mean_over_sources(self.ratios.values())
+        found = f"perplexity on a little held-out text: ×{mean:.2f} of the dense model's ({listed})"
+        if not self.ruined:
+            return f"{found}."
+        what = []
+        if max(self.ratios.values()) > RUINED:
+            what.append("it predicts text far worse than before")
+        if self.repeats:
+            what.append(f"it repeats itself in {self.repeating} of {self.prompts} continuations")
+        return (
+            f"{found}. This cut has ruined the model: {' and '.join(what)}. Remove less, use another method "
+            "(`secateur compare` tries several), or heal it before use (`secateur heal`)."
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self) | {"ruined": self.ruined}
+
+
+def damage_of(dense: Decoder, pruned: Decoder, *, options: RunOptions = DEFAULTS) -> Damage | None:
+    """Compare a pruned model with the dense one on a little held-out text; None without a tokenizer.
+
+    Args:
+        dense: the model it was made from; both read block by block if they are skeletons.
+        pruned: the result.
+        options: windows per batch, progress.
+
+    Raises:
+        NumericsError: NaN or infinity on the way.
+    """
+    if dense.tokenizer is None:
+        return None
+    sources = windows_by_source(dense, None, windows=_WINDOWS, seq_len=_length(dense), options=options)
+    ratios = {one.source: perplexity(pruned, one, options) / perplexity(dense, one, options) for one in sources}
+    if dense.by_blocks or pruned.by_blocks or sources[0].seq_len < _PROMPT + _WRITTEN:
+        return Damage(ratios)
+    before, after = ([_varied(one) for one in _written(model, sources)] for model in (dense, pruned))
+    repeating = sum(was >= LEAST_VARIED > now for was, now in zip(before, after, strict=True))
+    return Damage(ratios, len(after), repeating)
+
+
+def _length(model: Decoder) -> int:
+    return min(_LENGTH, model.max_positions or _LENGTH)
+
+
+@torch.inference_mode()
+def _written(model: Decoder, sources: Sequence[Windows]) -> list[list[int]]:
+    """Return the greedy continuation of the beginning of each window."""
+    prompts = torch.cat([one.tokens[:, :_PROMPT] for one in sources]).to(model.device)
+    ends = model.tokenizer.eos_token_id if model.tokenizer is not None else None
+    found = model.module.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=_WRITTEN,
+        do_sample=False,
+        pad_token_id=ends or 0,
+    )
+    return [[token for token in row if token != ends] for row in found[:, _PROMPT:].tolist()]
+
+
+def _varied(tokens: Sequence[int]) -> float:
+    """Return the share of distinct three-token sequences; 1 for a text that is too short to repeat itself."""
+    threes = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    return len(set(threes)) / len(threes) if len(threes) > _WRITTEN // 2 else 1.0
