@@ -296,7 +296,7 @@ def test_coordinates_of_the_largest_activations(tiny):
     decoder, windows = tiny("llama"), draw_windows()
     sizes = torch.zeros(32, dtype=torch.float64)
 
-    def visit(point, states):
+    def visit(point, states, _):
         if point < 16:
             block = decoder.block_list[point // 2]
             norm = block.input_layernorm if point % 2 == 0 else block.post_attention_layernorm

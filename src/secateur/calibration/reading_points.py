@@ -6,7 +6,7 @@ The state at a point is the stream before the norm that reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -20,8 +20,8 @@ from secateur.models.decoder import Decoder
 from secateur.models.forward import inputs_of
 from secateur.run_options import DEFAULTS, RunOptions
 
-Visit = Callable[[int, torch.Tensor], None]
-"""Called with the number of a point and the states (tokens, D) there."""
+Visit = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Called with the number of a point, the states (tokens, D) there, and the window of each token (tokens,)."""
 
 
 def points_per_block(decoder: Decoder) -> int:
@@ -51,10 +51,11 @@ def visit_reading_points(
     points = points_per_block(decoder)
 
     def shown(point: int, hidden: torch.Tensor, batch: Batch) -> None:
-        visit(point, centred(decoder, _real_tokens(hidden, batch)))
+        visit(point, centred(decoder, _real_tokens(hidden, batch)), window_of[batch.index])
 
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, options.batch_size)
+        window_of = windows_of_tokens(batches)
         for index in options.progress(range(decoder.block_count), "walking the blocks", decoder.block_count):
             with decoder.block(index) as block:
                 for batch in batches:
@@ -80,10 +81,11 @@ def visit_gradients(decoder: Decoder, windows: Windows, visit: Visit, *, options
 
     def shown(point: int, gradient: torch.Tensor | None, batch: Batch) -> None:
         assert gradient is not None, "every point of a decoder reaches its loss"
-        visit(point, centred(decoder, _real_tokens(gradient, batch).float() / predictions))
+        visit(point, centred(decoder, _real_tokens(gradient, batch).float() / predictions), window_of[batch.index])
 
     with open_store(decoder) as kept:
         batches = walk_blocks(decoder, windows, kept, options=options)
+        window_of = windows_of_tokens(batches)
         predictions = loss_gradients(decoder, batches, kept)
         for batch in batches:
             shown(points * decoder.block_count, kept.get(("gradient", batch.index)), batch)
@@ -95,6 +97,17 @@ def visit_gradients(decoder: Decoder, windows: Windows, visit: Visit, *, options
                     for gradient in within:
                         shown(points * index + 1, gradient, batch)
                     shown(points * index, kept.get(("gradient", batch.index)), batch)
+
+
+def windows_of_tokens(batches: Sequence[Batch]) -> dict[int, torch.Tensor]:
+    """Return for each batch, by its number, the number of the window that each real token is from, int64 (tokens,)."""
+    found, first = {}, 0
+    for batch in batches:
+        windows, positions = batch.tokens.shape
+        owners = torch.arange(first, first + windows)[:, None].expand(windows, positions)
+        found[batch.index] = owners.flatten() if batch.mask is None else owners[batch.mask.cpu()]
+        first += windows
+    return found
 
 
 def _real_tokens(states: torch.Tensor, batch: Batch) -> torch.Tensor:

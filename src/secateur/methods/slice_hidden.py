@@ -73,7 +73,10 @@ class StockSettings(MethodSettings):
     bases: int = Field(1, ge=1, description="number of bases; with more than one the result needs its modelling file")
     signals: Signals = Field("normed", description="covariances of the states as they are, or as normed")
     sensitivity: bool = Field(True, description="weight directions by the loss's sensitivity to them (a backward pass)")
-    reconstruct: bool = Field(True, description="refit layers that read, by least squares, to the kept directions")
+    reconstruct: bool = Field(
+        True,
+        description="refit layers that read, by least squares, to the kept directions, where held-out windows gain",
+    )
 
 
 def slice_fractions(redundancy: Sequence[float], mean: float, base: float, cap: float = 0.9) -> list[float]:

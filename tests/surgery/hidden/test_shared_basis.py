@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from oracles import draw_windows, forward, no_real_parameters, plain_loss, predictions, token_losses, walk
 from secateur.calibration.reading_points import points_per_block, visit_gradients, visit_reading_points
+from secateur.calibration.ridge import GRID
 from secateur.data.texts import open_texts
 from secateur.errors import ModelError, NumericsError
 from secateur.models.anatomy import find, present
@@ -162,6 +163,28 @@ def test_a_reading_of_everything_is_the_rotation_itself():
     torch.testing.assert_close(fit.reading(), orthonormal(12, 12), rtol=0, atol=1e-5)
 
 
+def test_the_ridge_of_a_reading_is_the_best_one_on_held_out_tokens():
+    directions, weight, held_out = orthonormal(12, 5), drawn(90, 1, seed=1).abs()[:, 0] + 0.1, torch.arange(90) % 3 == 0
+    for states in (drawn(90, 12, seed=3) @ drawn(12, 12, seed=4), drawn(90, 12, seed=3)):
+        fit = Reconstruction(directions, 1e-6)
+        fit.update(states, weight, held_out)
+        kept, wanted = unit_scale(states @ directions) * np.sqrt(12 / 5), unit_scale(states)
+
+        def solved(rows, ridge, kept=kept, wanted=wanted):
+            heavy = kept[rows] * weight[rows, None]
+            steady = heavy.T @ kept[rows] + ridge * torch.eye(5, dtype=torch.float64)
+            return torch.linalg.solve(steady, heavy.T @ wanted[rows] + ridge * directions.T)
+
+        scale = (kept[~held_out].square() * weight[~held_out, None]).sum() / 5
+        errors = {None: directions.T} | {float(ridge * scale): solved(~held_out, ridge * scale) for ridge in GRID}
+        for ridge, matrix in errors.items():
+            missed = (kept @ matrix - wanted)[held_out].square().sum(dim=1)
+            errors[ridge] = float((missed * weight[held_out]).sum())
+        best = min(errors, key=errors.get)
+        expected = directions if best is None else solved(torch.ones(90, dtype=torch.bool), best).T
+        torch.testing.assert_close(fit.reading(), expected, rtol=1e-5, atol=1e-6)
+
+
 # What is measured
 
 
@@ -184,7 +207,7 @@ def collected(visit_all, decoder, windows):
     """What a visitor is shown, by point, and the order of the points."""
     shown = {}
     options = RunOptions(batch_size=3)
-    visit_all(decoder, windows, lambda point, states: shown.setdefault(point, []).append(states), options=options)
+    visit_all(decoder, windows, lambda point, states, _: shown.setdefault(point, []).append(states), options=options)
     return {point: torch.cat(states) for point, states in shown.items()}
 
 
@@ -239,7 +262,7 @@ def test_blocks_are_announced_when_all_batches_have_passed(small):
     visit_reading_points(
         small("llama", skeleton=True),
         draw_windows(),
-        lambda point, _: events.append(point),
+        lambda point, *_: events.append(point),
         after_block=lambda index: events.append(f"block {index}"),
         options=RunOptions(batch_size=2),
     )

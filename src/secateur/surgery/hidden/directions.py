@@ -6,11 +6,13 @@ directions, x = H P. Sums are float64.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
 import torch
 
+from secateur.calibration.ridge import GRID, held_out_gains, strength
 from secateur.calibration.statistics import device_with_float64
 from secateur.distributed import add_up
 from secateur.errors import NumericsError
@@ -95,31 +97,54 @@ class Reconstruction:
     """Least squares for the input weights of a layer: M (D, d) such that norm(x) Mᵀ is closest to norm(H).
 
     A plain slice has input weights `W P`. `W M` also predicts the dropped directions from the kept ones, and
-    compensates for the energy that the norm no longer sees. The solution is regularised toward P.
+    compensates for the energy that the norm no longer sees. The solution is regularised toward P, as strongly as is
+    best on held-out tokens; where none is better there, it is P.
     """
 
     def __init__(self, directions: Directions, eps: float) -> None:
         """Start for these directions; `eps` is that of the norm."""
-        width = directions.shape[1]
+        dense, width = directions.shape
         self._directions, self._eps = directions, eps
-        self._gram = torch.zeros(width, width, dtype=torch.float64, device=directions.device)
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=directions.device)
+        self._gram, self._cross = zeros(2, width, width), zeros(2, width, dense)  # fitted tokens, then held-out ones
         self._tokens = 0
-        self._cross = torch.zeros(width, directions.shape[0], dtype=torch.float64, device=directions.device)
 
-    def update(self, states: torch.Tensor) -> None:
-        """Add states H (tokens, D)."""
+    def update(
+        self, states: torch.Tensor, weight: torch.Tensor | None = None, held_out: torch.Tensor | None = None
+    ) -> None:
+        """Add states H (tokens, D), with the weight of each token and whether it evaluates the fit, both (tokens,)."""
         exact = _exact(states).to(self._directions.device)
         self._tokens += len(exact)
         kept = exact @ self._directions
         kept = kept / (kept.pow(2).sum(-1, keepdim=True) / exact.shape[1] + self._eps).sqrt()
-        self._gram.addmm_(kept.T, kept)
-        self._cross.addmm_(kept.T, unit_scale(exact, self._eps))
+        whole = unit_scale(exact, self._eps)
+        folds = torch.zeros(len(exact), dtype=torch.bool) if held_out is None else held_out.cpu()
+        heavy = exact.new_ones(len(exact)) if weight is None else weight.to(exact)
+        for fold in folds.unique().tolist():
+            rows = (folds == fold).nonzero().flatten().to(exact.device)
+            weighted = kept[rows] * heavy[rows, None]
+            self._gram[int(fold)].addmm_(weighted.T, kept[rows])
+            self._cross[int(fold)].addmm_(weighted.T, whole[rows])
 
     def reading(self) -> Directions:
-        """Return M, (D, d): P if no tokens were seen, and close to the least-squares solution after many."""
-        weight = _PRIOR * self._gram.diagonal().mean() * len(self._gram) / max(1, self._tokens)
-        steady = self._gram + weight * torch.eye(len(self._gram), dtype=torch.float64, device=self._gram.device)
-        return torch.linalg.solve(steady, self._cross + weight * self._directions.T).T
+        """Return M, (D, d)."""
+        gram, missing = self._gram, self._cross - self._gram @ self._directions.T
+        ridge = self._best_strength(gram, missing)
+        if ridge is None:
+            return self._directions
+        steady = gram.sum(dim=0)
+        steady.diagonal().add_(ridge)
+        return self._directions + torch.linalg.solve(steady, missing.sum(dim=0)).T
+
+    def _best_strength(self, gram: torch.Tensor, missing: torch.Tensor) -> float | None:
+        """Return λ; without held-out tokens it fades as their number grows."""
+        if not bool(gram[1].any()):
+            return float(_PRIOR * gram[0].diagonal().mean()) * gram.shape[1] / max(1, self._tokens) or 1.0
+        strengths = [strength(gram[0], ridge) for ridge in GRID]
+        gain, best = min(
+            zip(held_out_gains(gram[0], missing[0], gram[1], missing[1], strengths), strengths, strict=True)
+        )
+        return best if gain < 0 else None
 
 
 def unit_scale(states: torch.Tensor, eps: float = 1e-24) -> torch.Tensor:

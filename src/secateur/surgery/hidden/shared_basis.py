@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from secateur.calibration.folds import folds_of
 from secateur.calibration.reading_points import Visit, points_per_block, visit_gradients, visit_reading_points
 from secateur.calibration.statistics import device_with_float64
 from secateur.data.windows import Windows
@@ -127,7 +128,7 @@ def slice_with_shared_bases(
         windows: calibration windows, read if `reconstruct` is on.
         bases: the bases; a stock model takes one.
         stock: keep the architecture, or use the modelling file.
-        reconstruct: use M, fitted by least squares, instead of P in each layer.
+        reconstruct: use M, fitted by least squares, instead of P where that is better on held-out windows.
         options: batch size and progress.
 
     Raises:
@@ -143,11 +144,12 @@ def slice_with_shared_bases(
         return target.finish(bases.directions[-1])
     eps = norm_eps(find(decoder.module, decoder.anatomy.family.final[0]))
     fits: dict[int, Reconstruction] = {}
+    folds = folds_of(windows)
 
-    def visit(point: int, states: torch.Tensor) -> None:
+    def visit(point: int, states: torch.Tensor, window: torch.Tensor) -> None:
         if point not in fits:
             fits[point] = Reconstruction(bases.of_block(point // points), eps)
-        fits[point].update(states)
+        fits[point].update(states, folds.weight[window], folds.held_out[window])
 
     def after_block(index: int) -> None:
         target.block(index, [fits.pop(points * index + one).reading() for one in range(points)])
@@ -183,7 +185,7 @@ def find_bases(
     points = points_per_block(decoder)
 
     def into(sums: list[Covariance]) -> Visit:
-        return lambda point, states: sums[basis_of(starts, point // points)].update(states)
+        return lambda point, states, _: sums[basis_of(starts, point // points)].update(states)
 
     covariances = [Covariance(decoder.hidden_size, signals) for _ in starts]
     visit_reading_points(decoder, windows, into(covariances), options=options)
@@ -206,7 +208,7 @@ def find_coordinates(decoder: Decoder, windows: Windows, width: int, *, options:
     family, points = decoder.anatomy.family, points_per_block(decoder)
     sizes = torch.zeros(decoder.hidden_size, dtype=torch.float64)
 
-    def visit(point: int, states: torch.Tensor) -> None:
+    def visit(point: int, states: torch.Tensor, _: torch.Tensor) -> None:
         if point >= points * decoder.block_count:
             return
         norms = [norm for _, norm in present(decoder.block_list[point // points], family.norms)]
@@ -234,7 +236,7 @@ def find_borders(
     last: list[torch.Tensor] = []
     current = Covariance(decoder.hidden_size, signals)
 
-    def visit(point: int, states: torch.Tensor) -> None:
+    def visit(point: int, states: torch.Tensor, _: torch.Tensor) -> None:
         if point < points * decoder.block_count:
             current.update(states)
 
