@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from oracles import draw_tokens, draw_windows, forward
+from oracles import draw_tokens, draw_windows, forward, plain_states
 from secateur import Plan, make_plan, open_model, prune
 from secateur.calibration.reading_points import visit_reading_points
 from secateur.calibration.walk import mean_loss
@@ -137,37 +137,38 @@ def test_experts_stay_in_multiples_that_grouped_products_want(tiny):
 # The walk
 
 
-def fitted(x, w, weight, stay, ridge):
+def fitted(x, w, wanted, weight, stay, ridge):
     """Weighted least squares that a ridge pulls toward the plain slice, by a tall matrix."""
     root = w.sqrt()[:, None]
     strength = (ridge * (root * x).square().sum(dim=0).mean()).sqrt()
     tall = torch.cat([root * x[:, stay], strength * torch.eye(int(stay.sum()), dtype=x.dtype)])
-    target = torch.cat([root * (x @ weight.T), strength * weight[:, stay].T])
+    target = torch.cat([root * wanted, strength * weight[:, stay].T])
     repaired = torch.zeros_like(weight)
     repaired[:, stay] = torch.linalg.lstsq(tall, target).solution.T
     return repaired
 
 
-def fitted_by_trial(x, w, weight, stay, held_out):
+def fitted_by_trial(x, w, wanted, weight, stay, held_out):
     """Try every ridge and none on the tokens held out, then fit the best on all."""
     plain = weight * stay
     tried = {None: plain} | {
-        ridge: fitted(x[~held_out], w[~held_out], weight, stay, ridge)
+        ridge: fitted(x[~held_out], w[~held_out], wanted[~held_out], weight, stay, ridge)
         for ridge in [1e-4 * 10 ** (half / 2) for half in range(11)]
     }
 
     def missed(ridge):
-        return float((w[held_out] * (x[held_out] @ (weight - tried[ridge]).T).square().sum(dim=1)).sum())
+        return float((w * (wanted - x @ tried[ridge].T).square().sum(dim=1))[held_out].sum())
 
     best = min(tried, key=missed)
-    return plain if best is None else fitted(x, w, weight, stay, best)
+    return plain if best is None else fitted(x, w, wanted, weight, stay, best)
 
 
-def straight_line(decoder, windows, keep_groups, keep_channels, ridge):
+def straight_line(decoder, windows, keep_groups, keep_channels, ridge, target):
     """Wanda-sp with repair on a Llama: hooks on the whole module, least squares, one projection after the other."""
     module, tokens = copy.deepcopy(decoder.module).double(), windows.tokens
     held_out = (torch.arange(len(tokens)) % 4 == 3).repeat_interleave(tokens.shape[1])
-    for block in module.model.layers:
+    leaves = plain_states(decoder, tokens)[1:]
+    for block, of_dense in zip(module.model.layers, leaves, strict=True):
         for writer, units, keep in ((block.self_attn.o_proj, 2, keep_groups), (block.mlp.down_proj, 48, keep_channels)):
             seen = []
             hooks = [
@@ -185,19 +186,37 @@ def straight_line(decoder, windows, keep_groups, keep_channels, ridge):
             ]
             kept = sorted(range(units), key=lambda u: -scores[u])[:keep]
             stay = torch.tensor([column // size in kept for column in range(x.shape[1])])
-            w = 1 / states.square().sum(dim=1)
-            writer.weight.data = (
-                fitted_by_trial(x, w, weight, stay, held_out) if ridge == "auto" else fitted(x, w, weight, stay, ridge)
-            )
+            w, wanted = 1 / states.square().sum(dim=1), x @ weight.T
+            if target == "dense" and writer is block.mlp.down_proj:
+                wanted = wanted + of_dense.flatten(0, 1).double() - states
+            fit, how = (fitted_by_trial, held_out) if ridge == "auto" else (fitted, ridge)
+            writer.weight.data = fit(x, w, wanted, weight, stay, how)
     return module
 
 
-@pytest.mark.parametrize("ridge", [1e-3, "auto"])
-def test_the_walk_is_block_by_block_on_what_is_cut_already(ridge, tiny):
+@pytest.mark.parametrize(("ridge", "target"), [(1e-3, "block"), (1e-3, "dense"), ("auto", "dense")])
+def test_the_walk_is_block_by_block_on_what_is_cut_already(ridge, target, tiny):
     windows, tokens = draw_windows(8, 16), draw_tokens(2, 16, seed=5)
-    found = cut(tiny("llama"), "wanda-sp", {}, windows, ffn=30, groups=1, ridge=ridge)
-    expected = straight_line(tiny("llama"), windows, 1, 30, ridge)
+    found = cut(tiny("llama"), "wanda-sp", {}, windows, ffn=30, groups=1, ridge=ridge, target=target)
+    expected = straight_line(tiny("llama"), windows, 1, 30, ridge, target)
     torch.testing.assert_close(forward(found.module, tokens).double(), forward(expected, tokens), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["granite", "gpt2", "gpt_neox", "llama"])
+def test_states_come_nearer_to_those_of_the_dense_model(name, tiny):
+    """Also where what an MLP writes is scaled, and where it runs in parallel with attention."""
+    decoder, windows = tiny(name), draw_windows(32, 16)
+    expected, gaps = plain_states(decoder, windows.tokens)[-2], {}
+    for target in ("block", "dense"):
+        found = cut(decoder, "wanda-sp", {}, windows, ratio=0.5, ridge=1e-3, target=target, heads="never")
+        gaps[target] = float((plain_states(found, windows.tokens)[-2] - expected).square().mean())
+    assert gaps["dense"] < 0.9 * gaps["block"]
+
+
+def test_a_norm_after_the_mlp_leaves_the_target_of_a_block(tiny):
+    """What brings the states back passes that norm, so it is no target."""
+    found = [cut(tiny("gemma2"), "wanda-sp", {}, ratio=0.5, target=target).fingerprint for target in ("block", "dense")]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("method", ["wanda-sp", "llm-pruner", "minitron-width"])

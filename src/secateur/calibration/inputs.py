@@ -5,6 +5,7 @@ Legend: M = tokens, n = inputs of a projection (heads one after the other, or ch
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,17 +23,26 @@ _CHUNK_BYTES = 64 << 20
 
 
 class Moments:
-    """Weighted sums over tokens of one projection's inputs x, float64.
+    """Weighted sums over tokens of one projection's inputs x, and of what its output lacks, float64.
 
     Attributes:
         weight: Σ w.
         total: Σ w x, (n,).
         gram: Σ w x xᵀ, (n, n).
+        cross: Σ w x mᵀ, (n, out), m being what the output lacks; None if it lacks nothing.
+        lacking: Σ w ‖m‖².
     """
 
-    def __init__(self, weight: torch.Tensor, total: torch.Tensor, gram: torch.Tensor) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        total: torch.Tensor,
+        gram: torch.Tensor,
+        cross: torch.Tensor | None = None,
+        lacking: torch.Tensor | float = 0.0,
+    ) -> None:
         """Wrap existing sums."""
-        self.weight, self.total, self.gram = weight, total, gram
+        self.weight, self.total, self.gram, self.cross, self.lacking = weight, total, gram, cross, lacking
 
     @classmethod
     def zero(cls, width: int, home: torch.device) -> Moments:
@@ -40,16 +50,23 @@ class Moments:
         zeros = [torch.zeros(shape, dtype=torch.float64, device=home) for shape in ((), (width,), (width, width))]
         return cls(*zeros)
 
-    def add(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
-        """Add tokens: x (M, n) and w (M,), float64."""
+    def add(self, inputs: torch.Tensor, weight: torch.Tensor, lacking: torch.Tensor | None = None) -> None:
+        """Add tokens: x (M, n), w (M,) and perhaps m (M, out), float64."""
         weighted = inputs * weight[:, None]
         self.weight += weight.sum()
         self.total += weighted.sum(dim=0)
         self.gram.addmm_(weighted.T, inputs)
+        if lacking is not None:
+            if self.cross is None:
+                self.cross = self.gram.new_zeros(len(self.gram), lacking.shape[1])
+            self.cross.addmm_(weighted.T, lacking)
+            self.lacking += (weight[:, None] * lacking.square()).sum()
 
     def __add__(self, other: Moments) -> Moments:
         """Return the sums over the tokens of both."""
-        return Moments(self.weight + other.weight, self.total + other.total, self.gram + other.gram)
+        cross = self.cross if other.cross is None else other.cross if self.cross is None else self.cross + other.cross
+        sums = (self.weight + other.weight, self.total + other.total, self.gram + other.gram)
+        return Moments(*sums, cross, self.lacking + other.lacking)
 
     def mean(self) -> torch.Tensor:
         """Return the weighted mean input, (n,); 0 if there were no tokens."""
@@ -59,6 +76,11 @@ class Moments:
         """Return Σ w (x − p)(x − p)ᵀ for a point p (n,)."""
         crossed = torch.outer(self.total, point)
         return self.gram - crossed - crossed.T + self.weight * torch.outer(point, point)
+
+    def about(self, point: torch.Tensor) -> Moments:
+        """Return the sums of inputs less a point p (n,), where the output lacks nothing."""
+        assert self.cross is None, "what the output lacks is not centred"
+        return Moments(self.weight, self.total - self.weight * point, self.gram_about(point))
 
 
 class InputSums:
@@ -101,6 +123,7 @@ class InputSums:
         window: torch.Tensor,
         weight: torch.Tensor | None = None,
         held_out: torch.Tensor | None = None,
+        lacking: torch.Tensor | None = None,
     ) -> None:
         """Add tokens.
 
@@ -109,6 +132,7 @@ class InputSums:
             window: for each token the number of its window in the batch, (M,) int64.
             weight: w, of each token in a fit, (M,); None: 1.
             held_out: whether a token evaluates the fit instead of taking part in it, (M,) bool; None: none does.
+            lacking: m, what the projection's output should be more than it is, (M, out); None: nothing.
         """
         home, width = self.total.device, self.total.shape[0]
         windows = int(window.max()) + 1 if len(window) else 0
@@ -119,7 +143,7 @@ class InputSums:
             self.total += exact.sum(dim=0)
             self.squares += exact.square().sum(dim=0)
             self._add_moments(
-                exact, *(None if one is None else one[first : first + rows] for one in (weight, held_out))
+                exact, *(None if one is None else one[first : first + rows] for one in (weight, held_out, lacking))
             )
             owners = window[first : first + rows].to(home)
             lengths.index_add_(0, owners, exact.unflatten(1, (-1, self._unit)).norm(dim=-1))
@@ -127,20 +151,28 @@ class InputSums:
         self.magnitudes += (lengths / counts[:, None]).square().sum(dim=0)
         self.tokens += len(inputs)
 
-    def _add_moments(self, exact: torch.Tensor, weight: torch.Tensor | None, held_out: torch.Tensor | None) -> None:
+    def _add_moments(
+        self,
+        exact: torch.Tensor,
+        weight: torch.Tensor | None,
+        held_out: torch.Tensor | None,
+        lacking: torch.Tensor | None,
+    ) -> None:
         if self.fitted is None:
             return
         heavy = exact.new_ones(len(exact)) if weight is None else weight.to(exact)
+        missed = None if lacking is None else lacking.to(exact)
         if held_out is None or not bool(held_out.any()):
-            self.fitted.add(exact, heavy)
+            self.fitted.add(exact, heavy, missed)
             return
         if self.held_out is None:
             self.held_out = Moments.zero(exact.shape[1], exact.device)
         held_out = held_out.cpu()
-        bounds = ((held_out[1:] != held_out[:-1]).nonzero().flatten() + 1).tolist()
-        runs = zip([0, *bounds], exact.tensor_split(bounds), heavy.tensor_split(bounds), strict=True)
-        for first, inputs, weights in runs:  # runs of neighbours are views: nothing is copied
-            (self.held_out if held_out[first] else self.fitted).add(inputs, weights)
+        bounds = [0, *((held_out[1:] != held_out[:-1]).nonzero().flatten() + 1).tolist(), len(exact)]
+        for first, last in itertools.pairwise(bounds):  # runs of neighbours are views: nothing is copied
+            run = slice(first, last)
+            into = self.held_out if held_out[first] else self.fitted
+            into.add(exact[run], heavy[run], None if missed is None else missed[run])
 
     def require_finite(self, where: str) -> None:
         """Refuse NaN and infinity.

@@ -90,6 +90,7 @@ def decide_evenly(name: str, choose: Choice) -> Callable[[Measurements, EvenSett
                 stock=candidates.stock,
                 repair=settings.repair,
                 ridge=settings.ridge,
+                target=settings.target,
                 rounding=1 if budget.aim == "own" else candidates.multiple,
                 unrounded=unrounded,
                 sizes=candidates.sizes,
@@ -97,6 +98,10 @@ def decide_evenly(name: str, choose: Choice) -> Callable[[Measurements, EvenSett
         )
 
     return decide
+
+
+def _even_forwards(settings: EvenSettings, choose: Choice) -> float:
+    return width_forwards(choose, target=settings.target if settings.repair else "block")
 
 
 def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
@@ -109,7 +114,7 @@ def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
         settings=PrunerSettings if choose == "taylor" else EvenSettings,
         native="ratio",
         forwards=lambda _blocks, _gone, _settings: 0.0,
-        apply_forwards=lambda _settings, _tokens: width_forwards(choose),
+        apply_forwards=lambda settings, _tokens: _even_forwards(settings, choose),
     )(decide_evenly(name, choose))
 
 
@@ -185,7 +190,7 @@ _decide_minitron_blocks = decide_evenly("minitron-width", "magnitude")
 
 def _minitron_apply_forwards(settings: MinitronSettings, _tokens: int) -> float:
     sliced = slicing_forwards(shared=True, reconstruct=settings.repair) if settings.hidden else 0.0
-    return sliced + width_forwards("magnitude")
+    return sliced + _even_forwards(settings, "magnitude")
 
 
 @method(
@@ -277,7 +282,7 @@ def apply(measurements: Measurements, step: PruneWidth) -> Applied:
         step.widths,
         _chooser(measurements, step.choose),
         stock=step.stock,
-        refit=Refit(repair=step.repair, ridge=step.ridge, bias=step.bias),
+        refit=Refit(repair=step.repair, ridge=step.ridge, bias=step.bias, target=step.target),
         gram=step.repair or step.choose == "brain-surgeon",
         options=measurements.options,
     )

@@ -18,7 +18,7 @@ from secateur.methods.method import Settings
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.plan.amount import read_fraction
-from secateur.plan.steps import Widths
+from secateur.plan.steps import Target, Widths
 from secateur.surgery.width.target import dense_widths, reason_against_heads, stock_config, width_sizes
 
 AllWidths = tuple[Widths, ...]
@@ -228,6 +228,10 @@ class EvenSettings(WidthSettings):
 
     heads: Heads = Field(
         "last", description="heads go once a quarter of the channels is left (last), like the channels (even), or never"
+    )
+    target: Target = Field(
+        "dense",
+        description="what repaired MLPs write: what brings states back to the dense model's, or what the block wrote",
     )
     ffn: int | None = Field(None, ge=1, description="channels of every MLP to keep; sets the amount")
     groups: int | None = Field(None, ge=1, description="key/value groups to keep; sets the amount")

@@ -7,7 +7,7 @@ from secateur.plan.hidden import Signals, SliceHidden, StreamSizes
 from secateur.plan.replace import Loss, Network, Pairs, ReplaceBlocks
 from secateur.plan.step import AnyStep, Sizes, Step
 from secateur.plan.units import BlockChange, Removal, UnitKind
-from secateur.plan.width import BlockSizes, Choice, PruneWidth, Widths, WidthSizes
+from secateur.plan.width import BlockSizes, Choice, PruneWidth, Target, Widths, WidthSizes
 
 __all__ = [
     "AnyStep",
@@ -30,6 +30,7 @@ __all__ = [
     "Span",
     "Step",
     "StreamSizes",
+    "Target",
     "UnitKind",
     "WidthSizes",
     "Widths",

@@ -85,6 +85,10 @@ Choice = Literal["fluctuation", "weighted-norm", "magnitude", "taylor", "brain-s
 """What decides which units of a block are removed."""
 
 
+Target = Literal["dense", "block"]
+"""What a refitted MLP is to write: what brings the states back to those of the dense model, or what it wrote before."""
+
+
 class PruneWidth(Step):
     """Keep some heads, key/value groups and channels of each block.
 
@@ -97,6 +101,7 @@ class PruneWidth(Step):
         stock: the result keeps its architecture, a stock one unless it has the modelling file; else it gets that.
         repair: refit output projections by least squares, where that is better on held-out windows.
         ridge: ridge of that fit; "auto" is chosen on held-out windows.
+        target: what a refitted MLP is to write.
         bias: put what a constant can compensate for into biases, where the result has a place for them.
         without_bias: blocks with an output projection that has no place for a bias.
         rounding: channels were rounded to multiples of this.
@@ -111,6 +116,7 @@ class PruneWidth(Step):
     stock: bool
     repair: bool = True
     ridge: float | Literal["auto"] = "auto"
+    target: Target = "block"
     bias: bool = False
     without_bias: int = 0
     rounding: int = Field(1, ge=1)
@@ -163,7 +169,7 @@ class PruneWidth(Step):
 
     def forwards(self, tokens: int) -> float:
         """Return the cost of measuring and pruning."""
-        return width_forwards(self.choose)
+        return width_forwards(self.choose, target=self.target if self.repair else "block")
 
     @property
     def rebuilds(self) -> bool:
@@ -195,10 +201,10 @@ def _span(kept: list[int], dense: list[int]) -> str:
     return f"{low if low == high else f'{low} to {high}'} of {max(dense)}"
 
 
-def width_forwards(choose: Choice) -> float:
+def width_forwards(choose: Choice, *, target: Target = "block") -> float:
     """Return the cost of width pruning, in plain forward passes.
 
-    Each block is run to measure attention, to measure its MLP and once edited; Taylor scores take a backward pass
-    before that.
+    Each block is run to measure attention, to measure its MLP and once edited, and once more for the dense states if
+    they are the target; Taylor scores take a backward pass before that.
     """
-    return 4.0 + 4.0 * (choose == "taylor")
+    return 4.0 + 4.0 * (choose == "taylor") + (target == "dense")

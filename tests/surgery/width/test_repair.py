@@ -247,3 +247,31 @@ def test_windows_are_held_out_by_source_and_sources_weigh_the_same():
     alone = folds_of(windows.some([0, 2, 3]))
     assert not alone.held_out.any()
     assert folds.slice(4, 3).held_out.tolist() == [False, True, False]
+
+
+def test_what_the_output_lacks_is_part_of_the_fit_and_of_its_error():
+    """With m as an output of its own the sums are those of W x + m, by a tall matrix and error by error."""
+    fit, held_out, weight = inputs(200), inputs(50) + drawn(50, 8, seed=8), drawn(5, 8, seed=2)
+    x, m = torch.cat([fit, held_out]), torch.cat([fit @ drawn(8, 5, seed=9), drawn(50, 5, seed=10)])
+    held, w = torch.arange(250) >= 200, drawn(250, seed=11).abs() + 0.1
+    sums = InputSums(8, torch.device("cpu"))
+    for rows in torch.arange(250).split(33):
+        sums.update(x[rows], torch.zeros(len(rows), dtype=torch.long), w[rows], held[rows], m[rows])
+
+    def solved(rows, ridge):
+        root = w[rows].sqrt()[:, None]
+        tall = root * x[rows][:, STAY]
+        strong = (ridge * (root * x[rows]).square().sum(dim=0).mean()).sqrt()
+        wanted = torch.cat([root * (x @ weight.T + m)[rows], strong * weight[:, STAY].T])
+        return torch.linalg.lstsq(torch.cat([tall, strong * torch.eye(5, dtype=x.dtype)]), wanted).solution
+
+    def missed(matrix):
+        return float((w * (x @ weight.T + m - x[:, STAY] @ matrix).square().sum(dim=1))[held].sum())
+
+    errors = {None: missed(weight[:, STAY].T)} | {ridge: missed(solved(~held, ridge)) for ridge in GRID}
+    found = choose_fit(weight, sums, STAY, repair=True, bias=False)
+    assert found.ridge == min(errors, key=errors.get)
+    size = float((w * (x @ weight.T).square().sum(dim=1))[held].sum())
+    assert (found.error, found.plain) == pytest.approx((errors[found.ridge] / size, errors[None] / size))
+    everything = torch.ones(250, dtype=torch.bool)
+    torch.testing.assert_close(found.applied(weight, sums, STAY)[0][:, STAY].T, solved(everything, found.ridge))

@@ -28,7 +28,7 @@ from secateur.data.windows import Windows
 from secateur.models.anatomy import find, present
 from secateur.models.decoder import Decoder
 from secateur.models.widths import BlockWidths, block_widths
-from secateur.plan.steps import Widths
+from secateur.plan.steps import Target, Widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.width.coupling import Kept, Part
 from secateur.surgery.width.repair import choose_fit, described
@@ -88,11 +88,14 @@ class Refit:
         repair: by least squares, where that is better on held-out windows; else the removed columns are left out.
         ridge: of that fit; "auto" is chosen on held-out windows.
         bias: put what a constant can compensate for into biases, where the result has them.
+        target: what an MLP is to write: what brings the states back to those of the dense model, where it writes them
+            directly; or what it wrote before, which is what all others do, and all with a bias.
     """
 
     repair: bool = True
     ridge: Ridge = "auto"
     bias: bool = False
+    target: Target = "block"
 
 
 REFIT = Refit()
@@ -144,6 +147,9 @@ def prune_width(
     fits: list[dict[str, Any]] = []
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, options.batch_size)
+        if refit.repair and refit.target == "dense" and not refit.bias and writes_stream(decoder):
+            for batch in batches:
+                store.put(_of_dense(batch), store.get(batch.index))
         for index in options.progress(range(decoder.block_count), "pruning widths block by block", decoder.block_count):
             with decoder.block(index):
                 walk = _Block(decoder, index, widths[index], batches, store, target, refit, folds)
@@ -177,6 +183,10 @@ class _Block:
             smaller.append("channels")
         stages = [smaller] if self.decoder.anatomy.parallel and smaller else [[part] for part in smaller]
         edits: dict[str, torch.Tensor] = {}
+        for batch in self.batches:
+            if _of_dense(batch) in self.store:
+                dense_state = step(self.decoder, self.index, batch, self.store.get(_of_dense(batch)))
+                self.store.put(_of_dense(batch), dense_state)
         for parts in stages:
             with _holding(self.block, edits):
                 measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, self.folds)
@@ -267,7 +277,8 @@ def measure_inputs(
 ) -> dict[Part, list[InputSums]]:
     """Run block `index`, its weights loaded, on the states in the store, and sum up the inputs of output projections.
 
-    With `folds` also what a fit reads: a token has weight 1 / ‖h‖² there, h being the residual stream that leaves the
+    With `folds` also what a fit reads, including what the output of a dense MLP lacks if the store has the states that
+    leave the block of the dense model: a token has weight 1 / ‖h‖² there, h being the residual stream that leaves the
     block, by whose length the next norm divides; else the few tokens with massive activations (Sun et al. 2024,
     "Massive Activations in Large Language Models") outweigh all others.
     """
@@ -282,9 +293,13 @@ def measure_inputs(
             }
             hidden = step(decoder, index, batch, store.get(batch.index))
         own = None if folds is None else folds.slice(first, len(batch.tokens))
+        lacking = None
+        if own is not None and _of_dense(batch) in store:
+            lacking = (store.get(_of_dense(batch)) - hidden) / _residual_multiplier(decoder)
         for part, found in captured.items():
             for inputs in found:
-                _add(sums[part][inputs.expert], inputs, hidden, own)
+                wanted = lacking if part == "channels" and len(sums[part]) == 1 else None
+                _add(sums[part][inputs.expert], inputs, hidden, own, wanted)
         first += len(batch.tokens)
     for part, into in sums.items():
         for one in into:
@@ -292,8 +307,24 @@ def measure_inputs(
     return sums
 
 
-def _add(sums: InputSums, captured: Captured, hidden: torch.Tensor, folds: Folds | None) -> None:
-    """Add the inputs captured in a batch, which came from the states `hidden` (windows, positions, d)."""
+def _of_dense(batch: Batch) -> tuple[int, str]:
+    """Return the key of the states of the dense model."""
+    return batch.index, "dense"
+
+
+def writes_stream(decoder: Decoder) -> bool:
+    """Return whether what an MLP's output projection writes enters the residual stream without a norm."""
+    return decoder.anatomy.family.order == "pre" and getattr(decoder.config, "do_layer_norm_before", True) is not False
+
+
+def _residual_multiplier(decoder: Decoder) -> float:
+    return float(getattr(decoder.config, decoder.anatomy.family.residual_multiplier or "", 1.0))
+
+
+def _add(
+    sums: InputSums, captured: Captured, hidden: torch.Tensor, folds: Folds | None, lacking: torch.Tensor | None = None
+) -> None:
+    """Add the inputs captured in a batch, which came from states (windows, positions, d) that lack something."""
     window = captured.rows // hidden.shape[1]
     if folds is None:
         sums.update(captured.inputs, window)
@@ -301,7 +332,8 @@ def _add(sums: InputSums, captured: Captured, hidden: torch.Tensor, folds: Folds
     states = hidden.flatten(0, 1)[captured.rows.to(hidden.device)].to(sums.total.device).double()
     length = states.square().mean(dim=1).clamp_min(_TINY)
     weight = folds.weight.to(length.device)[window.to(length.device)] / length
-    sums.update(captured.inputs, window, weight, folds.held_out[window])
+    missed = None if lacking is None else lacking.flatten(0, 1)[captured.rows.to(lacking.device)]
+    sums.update(captured.inputs, window, weight, folds.held_out[window], missed)
 
 
 @contextmanager

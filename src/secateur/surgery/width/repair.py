@@ -2,11 +2,13 @@
 
 With the Gram matrix G = Σ w x xᵀ of the inputs over calibration tokens, K the remaining inputs, and R the removed ones:
 
-    W'_K = W_K + W_R G[R,K] (G[K,K] + λI)⁻¹,    λ = ridge · mean diagonal of G,
+    W'_K = W_K + (W_R G[R,K] + Σ w m x_Kᵀ) (G[K,K] + λI)⁻¹,    λ = ridge · mean diagonal of G,
 
-which minimises Σ w ‖W x − W'_K x_K‖² + λ ‖W'_K − W_K‖². The ridge pulls toward the plain slice, not toward 0, so that
-with nothing removed nothing changes, an expert that saw few tokens keeps what it knew, and greedy selection, which
-works with the inverse of G + λI, ends at the same weights.
+which minimises Σ w ‖W x + m − W'_K x_K‖² + λ ‖W'_K − W_K‖². Here m is what the output lacks even before anything is
+removed from it: nothing, or what would bring the states of a model that is cut below back to those of the dense one.
+The ridge pulls toward the plain slice, not toward 0, so that with nothing removed nothing changes, an expert that saw
+few tokens keeps what it knew, and greedy selection, which works with the inverse of G + λI, ends at the same weights
+for m = 0.
 
 A least-squares fit learns the domain of its texts and forgets others. So λ is the one that performs best on windows
 held out of the fit, and a projection whose fit does worse there than the plain slice keeps the plain slice.
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 
-from secateur.calibration.inputs import InputSums
+from secateur.calibration.inputs import InputSums, Moments
 from secateur.calibration.ridge import GRID, RIDGE, UNJUDGED, Ridge, held_out_gains, strength
 
 
@@ -36,7 +38,7 @@ class Fit:
     Attributes:
         ridge: λ in mean diagonals of G; None keeps the plain slice.
         bias: whether a constant compensates for a part.
-        error: Σ w ‖W x − W'_K x_K‖² / Σ w ‖W x‖² over held-out tokens; None if there were none.
+        error: Σ w ‖W x + m − W'_K x_K‖² / Σ w ‖W x‖² over held-out tokens; None if there were none.
         plain: the same for the plain slice.
     """
 
@@ -92,32 +94,42 @@ def choose_fit(
         return Fit(UNJUDGED, bias)
     found = []
     for constant in (False, True) if bias else (False,):
-        point = sums.fitted.mean() if constant else torch.zeros_like(sums.total)
-        plain, errors = held_out_errors(weight, sums.fitted.gram_about(point), sums.held_out.gram_about(point), stay)
+        fitted, held_out = sums.fitted, sums.held_out
+        if constant:
+            point = fitted.mean()
+            fitted, held_out = fitted.about(point), held_out.about(point)
+        plain, errors = held_out_errors(weight, fitted, held_out, stay)
         found += [(plain, None, constant), *((error, one, constant) for error, one in zip(errors, GRID, strict=True))]
     error, best, constant = min(found, key=lambda one: one[0])
     return Fit(best, constant, error / size, found[0][0] / size)
 
 
 def held_out_errors(
-    weight: torch.Tensor, gram: torch.Tensor, held_out: torch.Tensor, stay: torch.Tensor
+    weight: torch.Tensor, fitted: Moments, held_out: Moments, stay: torch.Tensor
 ) -> tuple[float, list[float]]:
-    """Return the errors Σ w ‖W x − W'_K x_K‖² of the plain slice, and of the repair at each ridge of the grid.
+    """Return Σ w ‖W x + m − W'_K x_K‖² on held-out tokens, of the plain slice and of the repair at each ridge.
 
-    The plain slice misses W_R x_R, which the repair predicts from x_K. G is over the fitted tokens, the error over the
-    held-out ones.
+    The plain slice misses W_R x_R + m, which the repair predicts from x_K.
     """
     kept, gone = stay.nonzero().flatten(), (~stay).nonzero().flatten()
     lost = weight[:, gone]
-    plain = float(torch.sum((lost @ held_out[gone][:, gone]) * lost))
+    plain = float(torch.sum((lost @ held_out.gram[gone][:, gone]) * lost) + held_out.lacking)
+    if held_out.cross is not None:
+        plain += 2 * float(torch.sum(lost.T * held_out.cross[gone]))
     gains = held_out_gains(
-        gram[kept][:, kept],
-        gram[kept][:, gone] @ lost.T,
-        held_out[kept][:, kept],
-        held_out[kept][:, gone] @ lost.T,
-        [strength(gram, ridge) for ridge in GRID],
+        fitted.gram[kept][:, kept],
+        _missed(lost, fitted, kept, gone),
+        held_out.gram[kept][:, kept],
+        _missed(lost, held_out, kept, gone),
+        [strength(fitted.gram, ridge) for ridge in GRID],
     )
     return plain, [plain + gain for gain in gains]
+
+
+def _missed(lost: torch.Tensor, moments: Moments, kept: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
+    """Return Σ w x_K (W_R x_R + m)ᵀ, (K, out)."""
+    missed = moments.gram[kept][:, gone] @ lost.T
+    return missed if moments.cross is None else missed + moments.cross[kept]
 
 
 def rewritten(
@@ -142,9 +154,9 @@ def rewritten(
     moments = sums.moments if repair else None
     mean = sums.mean() if moments is None else moments.mean()
     if moments is not None and len(gone):
-        gram = moments.gram_about(mean) if bias else moments.gram
-        left = gram[kept][:, kept]
-        left.diagonal().add_(strength(gram, ridge))
+        moments = moments.about(mean) if bias else moments
+        left = moments.gram[kept][:, kept]
+        left.diagonal().add_(strength(moments.gram, ridge))
         factor = torch.linalg.cholesky(left)
-        result[:, kept] += torch.cholesky_solve(gram[kept][:, gone] @ weight[:, gone].T, factor).T
+        result[:, kept] += torch.cholesky_solve(_missed(weight[:, gone], moments, kept, gone), factor).T
     return result, (weight - result) @ mean if bias else None
