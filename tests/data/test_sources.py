@@ -392,9 +392,10 @@ def hub(monkeypatch):
     asked = []
 
     def play(rows_of_split, pieces=1):
-        def load_dataset(path, name=None, *, data_files=None, split, streaming):
-            asked.append({"path": path, "name": name, "data_files": data_files, "split": split})
-            rows = datasets.Dataset.from_list([{"text": text, "other": 1} for text in rows_of_split[split]])
+        def load_dataset(path, name=None, *, data_files=None, split, streaming, revision):
+            asked.append({"path": path, "name": name, "data_files": data_files, "split": split, "revision": revision})
+            made = [text if isinstance(text, dict) else {"text": text, "other": 1} for text in rows_of_split[split]]
+            rows = datasets.Dataset.from_list(made)
             return rows.to_iterable_dataset(num_shards=pieces) if streaming else rows
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -468,6 +469,20 @@ def test_books_give_one_excerpt_each(tokenizer, hub):
     windows = open_texts("pg19", tokenizer, windows=20_000, seq_len=8)
     assert 5 * 19_000 < len(tokenizer.decode(windows.tokens.flatten())) <= 5 * 20_002
     assert "one excerpt of 20000 characters of each document of pg19" in windows.notes
+
+
+def test_ptb_is_its_sentences_from_the_conversion_to_parquet(tokenizer, hub):
+    sentences = [{"sentence": f"no {n} it was n't <unk> monday"} for n in range(90)]
+    asked = hub({"validation": sentences})
+    windows = open_texts("ptb", tokenizer, windows=2, seq_len=32, split="held-out")
+    assert asked[-1]["split"] == "validation"
+    assert asked[-1]["revision"] == "refs/convert/parquet"
+    assert asked[-1]["data_files"]["validation"] == "penn_treebank/validation/*.parquet"
+    text = "\n\n".join(one["sentence"] for one in sentences)
+    assert (
+        tokenizer.decode(windows.tokens[0], skip_special_tokens=True)
+        == text[: len(tokenizer.decode(windows.tokens[0], skip_special_tokens=True))]
+    )
 
 
 @pytest.mark.parametrize("name", ["alpaca", "bookcorpus"])
@@ -551,7 +566,8 @@ def test_text_names_describe_every_source():
     named = {text.name: text for text in text_names()}
     assert list(named) == [
         "python-stdlib", "python-docs", "self", "diverse",
-        "wikitext2", "wikitext103", "c4", "alpaca", "slimpajama", "pg19", "bookcorpus",
+        "wikitext2", "wikitext103", "c4", "alpaca", "alpaca-cleaned", "slimpajama", "pg19", "pg19-validation",
+        "bookcorpus", "ptb",
     ]  # fmt: skip
     assert (named["wikitext2"].calibration, named["wikitext2"].held_out) == ("train", "test")
     assert named["wikitext2"].origin == "Salesforce/wikitext (wikitext-2-raw-v1)"

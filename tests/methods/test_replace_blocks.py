@@ -81,6 +81,9 @@ def test_budgets_count_what_is_put_in(tiny):
         (8, {}, "blocks=8: at most 7 blocks can be removed"),
         (7, {"network": "ffn", "protect_last": 1}, "blocks=7: at most 6 blocks can be removed"),
         (1, {"protect_first": 7}, "all but 1 of 8 blocks are protected"),
+        (7, {"network_blocks": 2}, "blocks=7: at most 6 blocks can be removed"),
+        (1, {"network_blocks": 3}, "streamline: network_blocks=3"),
+        (1, {"network": "ffn", "network_blocks": 2}, "network=ffn is one module"),
         (1, {"network": "rnn"}, "streamline: network=rnn"),
         (1, {"loss": "kl"}, "streamline: loss=kl"),
         (1, {"train_tokens": "few"}, "train_tokens=few: not a number"),
@@ -100,6 +103,15 @@ def test_windows_that_cannot_be(window, message):
         ReplaceBlocks(method="streamline", window=window, network="block", train_tokens=1).kept_blocks(8)
 
 
+@pytest.mark.parametrize("fields", [{"window": (3, 4)}, {"window": (3, 6), "network": "ffn"}])
+def test_two_blocks_stand_for_three_or_more(fields):
+    step = ReplaceBlocks(
+        **{"method": "streamline", "network": "block", "network_blocks": 2, "train_tokens": 1} | fields
+    )
+    with pytest.raises(InputError, match="two can only be blocks, in place of at least three"):
+        step.kept_blocks(8)
+
+
 def test_a_plan_for_another_shape_is_refused(tiny):
     windows = windows_of_text()
     plan = plan_for(tiny("llama"), windows, network="ffn")
@@ -112,32 +124,33 @@ def test_a_plan_for_another_shape_is_refused(tiny):
 # Training
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(("name", "side"), [("llama", None), ("llama", "left"), ("gemma2", None), ("gpt2", "right")])
-def test_one_step_on_pairs_is_that_of_a_plain_loop(name, side, tiny):
+def test_one_step_on_pairs_is_that_of_a_plain_loop(name, side, count, tiny):
     """The loss by hooks on the whole model, the network run within it."""
     decoder, windows = tiny(name), windows_of_text(side)
-    pruned = cut(decoder, windows, **ONE_STEP)
-    (step,) = plan_for(decoder, windows).steps
+    pruned = cut(decoder, windows, network_blocks=count, **ONE_STEP)
+    (step,) = plan_for(decoder, windows, network_blocks=count).steps
     (low, high), real = step.window, (slice(None) if windows.mask is None else windows.mask[:5])
     targets = plain_states(decoder, windows.tokens, windows.mask)[high + 1][:5]
     module = copy.deepcopy(decoder.module).requires_grad_(False)
-    block = find(module, decoder.anatomy.family.blocks)[low].requires_grad_(True)
+    blocks = find(module, decoder.anatomy.family.blocks)[low : low + count].requires_grad_(True)
     seen = []
-    block.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-3, weight_decay=1e-3)
+    blocks[-1].register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    optimizer = torch.optim.AdamW(blocks.parameters(), lr=1e-3, weight_decay=1e-3)
     mask = {} if windows.mask is None else {"attention_mask": windows.mask[:5].long()}
     module(input_ids=windows.tokens[:5], use_cache=False, **mask)
     nn.functional.mse_loss(seen[0][real], targets[real]).backward()
-    nn.utils.clip_grad_norm_(block.parameters(), 5.0)
+    nn.utils.clip_grad_norm_(blocks.parameters(), 5.0)
     optimizer.step()
-    trained = dict(pruned.block_list[low].named_parameters())
-    for key, expected in block.named_parameters():
+    trained = dict(pruned.block_list[low : low + count].named_parameters())
+    for key, expected in blocks.named_parameters():
         # AdamW's first step is as long for a gradient of 1e-8, that of GPT-2's key biases, as for any other
-        atol = 2e-3 if key == "attn.c_attn.bias" else 2e-5
+        atol = 2e-3 if key.endswith("attn.c_attn.bias") else 2e-5
         torch.testing.assert_close(trained[key], expected.detach(), rtol=0, atol=atol)
-    kept = [one for one in range(8) if not low < one <= high]
+    kept = [one for one in range(8) if not low + count <= one <= high]
     for place, index in enumerate(kept):
-        if place != low:
+        if not low <= place < low + count:
             same = zip(pruned.block_list[place].parameters(), decoder.block_list[index].parameters(), strict=True)
             assert all(torch.equal(left, right) for left, right in same)
 
@@ -154,11 +167,18 @@ def test_training_lowers_the_error_and_is_recorded(tiny):
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_the_language_modelling_loss_trains_the_network_alone(name, tiny):
+@pytest.mark.parametrize(("name", "count"), [("llama", 1), ("llama", 2), ("gpt2", 1), ("mixtral", 1)])
+def test_the_language_modelling_loss_trains_the_network_alone(name, count, tiny):
     decoder, tokens = tiny(name), windows_of_text().tokens[:5]
     windows = Windows.of(torch.cat((tokens, tokens[:1])))
-    settings = {"loss": "lm", "batch_size": 5, "epochs": 3, "learning_rate": 1e-3, "evaluations": 3}
+    settings = {
+        "loss": "lm",
+        "batch_size": 5,
+        "epochs": 3,
+        "learning_rate": 1e-3,
+        "evaluations": 3,
+        "network_blocks": count,
+    }
     with_mse = cut(decoder, windows, **settings | {"loss": "mse+lm"})
     assert {"training (mse)", "training (lm)"} <= set(with_mse.history[-1])
     pruned = cut(decoder, windows, **settings)
@@ -166,9 +186,9 @@ def test_the_language_modelling_loss_trains_the_network_alone(name, tiny):
     assert record["best_loss"] < record["start_loss"]
     held_back = Windows.of(windows.tokens[5:])
     assert plain_loss(pruned.module, held_back) == pytest.approx(record["best_loss"], rel=1e-4)
-    low, high = plan_for(decoder, windows).steps[0].window
-    trained = {f"{decoder.anatomy.family.blocks}.{low}."}
-    dense = keep_blocks(decoder, [one for one in range(8) if not low < one <= high]).module.state_dict()
+    low, high = plan_for(decoder, windows, network_blocks=count).steps[0].window
+    trained = {f"{decoder.anatomy.family.blocks}.{low + place}." for place in range(count)}
+    dense = keep_blocks(decoder, [one for one in range(8) if not low + count <= one <= high]).module.state_dict()
     for key, tensor in pruned.module.state_dict().items():
         assert torch.equal(tensor, dense[key]) != any(key.startswith(one) for one in trained), key
 

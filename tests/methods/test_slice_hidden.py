@@ -186,6 +186,35 @@ def test_the_automatic_base_is_never_worse_than_constant_slicing(bundled):
     assert round(loss, 4) == min(tried.values())
 
 
+def test_a_sweep_tries_every_multiple_of_two_percent_at_the_same_mean(bundled):
+    windows = Windows.of(torch.randint(3, 2000, (2, 24), generator=torch.Generator().manual_seed(0)))
+    sweep = {"slice_base": "sweep", "rounding": 1}
+    plan = make_plan(bundled, method="dynamic-slicing", slicing=0.08, texts=windows, settings=sweep)
+    settings = plan.steps[0].settings
+    tried = settings["loss_by_slice_base"]
+    assert list(tried) == ["0.080", "0.060", "0.040", "0.020", "0.000"]
+    assert settings["slice"] == 0.08
+    by_hand = {}
+    for base in tried:
+        given = {"slice_base": float(base), "rounding": 1}
+        one = make_plan(bundled, method="dynamic-slicing", slicing=0.08, texts=windows, settings=given).steps[0]
+        by_hand[base] = slice_by_principal_directions(bundled, windows, one.widths, signals="normed")[1]
+    assert tried == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_redundancy_is_scored_on_texts_of_its_own(bundled, tmp_path):
+    (tmp_path / "other.txt").write_text("def one():\n    return 1\n" * 200)
+    windows = Windows.of(torch.randint(3, 2000, (4, 48), generator=torch.Generator().manual_seed(0)))
+    other = {"score_texts": str(tmp_path / "other.txt"), "score_windows": 2, "score_seq_len": 20}
+    settings = {"slice_base": 0.05, "rounding": 1}
+    plan = make_plan(bundled, method="dynamic-slicing", slicing=0.2, texts=windows, settings=settings | other)
+    scored = score(bundled, texts=str(tmp_path / "other.txt"), windows=2, seq_len=20, kinds=("cosine",)).cosine
+    fractions = slice_fractions(normalised([scored[b][b + 1] for b in range(12)], "minmax"), 0.2, 0.05)
+    assert plan.steps[0].widths == tuple(rounded_width(one, 192, 1) for one in fractions)
+    same = make_plan(bundled, method="dynamic-slicing", slicing=0.2, texts=windows, settings=settings)
+    assert same.steps[0].widths != plan.steps[0].widths
+
+
 def test_bases_beyond_the_blocks(tiny):
     with pytest.raises(InputError, match="bases=9: the model has only 8 blocks"):
         step_of(tiny("llama"), "stock-slicing", slice=0.2, settings={"bases": 9})

@@ -50,7 +50,7 @@ def test_applied(name, bundled):
     assert plans_in(pruned.history) == (plan,)
 
 
-@pytest.mark.parametrize("name", ["swm", "replaceme", "slicegpt", "stock-slicing"])
+@pytest.mark.parametrize("name", ["swm", "slicegpt", "stock-slicing"])
 def test_the_same_request_gives_the_same_step_today(name, bundled):
     """What was a setting in format 1 becomes the field that deciding fills in now."""
     before = Plan.read(FILES[name])

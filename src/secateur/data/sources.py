@@ -69,6 +69,8 @@ class HubText:
     pool: int = POOL_DOCUMENTS  # documents held while shuffling
     rows: Literal["documents", "articles", "sentences"] = "documents"  # what one row of the data set is
     excerpt: int | None = None  # characters: calibration takes one excerpt of each document
+    fields: tuple[str, ...] = ("text",)  # what the text of a row is in, joined with newlines
+    revision: str | None = None
 
 
 # Checked in stored copies of the hub's pages and in public code, not by downloading:
@@ -79,6 +81,8 @@ class HubText:
 #   DKYoon/SlimPajama-6B  48 train parquet files, viewer: train 5.49M, validation 9.35k, test 9.35k rows; text
 #   emozilla/pg19         23 train parquet files (of 0.3 GB), validation, test (100 books); text;
 #                         deepmind/pg19 itself still needs a script
+#   yahma/alpaca-cleaned  used as loaded here by many; JSON, train only; instruction, input, output
+#   ptb-text-only         needs a script itself; the hub's own conversion to parquet, not looked at; sentence
 #   rojagtap/bookcorpus   viewer: one configuration, train only, 74M rows; one row is one sentence; text
 HUB: dict[str, HubText] = {
     "wikitext2": HubText(
@@ -105,9 +109,21 @@ HUB: dict[str, HubText] = {
         pool=10_000,
     ),
     "alpaca": HubText(path="tatsu-lab/alpaca", streaming=False),
+    "alpaca-cleaned": HubText(path="yahma/alpaca-cleaned", streaming=False, fields=("instruction", "input", "output")),
     "slimpajama": HubText(path="DKYoon/SlimPajama-6B", held_out="test", pool=5_000),
     "pg19": HubText(path="emozilla/pg19", held_out="test", pool=16, excerpt=20_000),
+    "pg19-validation": HubText(
+        path="emozilla/pg19", calibration="validation", held_out="test", pool=16, excerpt=20_000
+    ),
     "bookcorpus": HubText(path="rojagtap/bookcorpus", rows="sentences", pool=4_000),
+    "ptb": HubText(
+        path="ptb-text-only/ptb_text_only",
+        data_files={split: f"penn_treebank/{split}/*.parquet" for split in ("train", "validation")},
+        revision="refs/convert/parquet",
+        held_out="validation",
+        streaming=False,
+        fields=("sentence",),
+    ),
 }
 
 
@@ -317,7 +333,7 @@ def _hub_texts(row: HubText, split: Split, seed: int) -> Iterator[str]:
     by_itself = calibration and row.streaming and row.rows == "documents" and row.held_out is not None
     if by_itself:
         data = data.shuffle(seed=seed, buffer_size=row.pool)
-    texts = _grouped((joined(item, ("text",), row.path) for item in data), row.rows)
+    texts = _grouped((joined(item, row.fields, row.path) for item in data), row.rows)
     if row.held_out is None:
         texts = (text for number, text in enumerate(texts) if held_out(str(number)) != calibration)
     if calibration and not by_itself:
@@ -336,6 +352,7 @@ def _load(row: HubText, split: str) -> Any:
         data_files=dict(row.data_files) if row.data_files else None,
         split=split,
         streaming=row.streaming,
+        revision=row.revision,
     )
 
 

@@ -19,8 +19,17 @@ from secateur.errors import InputError
 from secateur.evaluation.cloze import NAME as CLOZE
 
 COMMONSENSE = "commonsense"
+STREAMLINE = "streamline"
+STREAMLINE_PAPER = "streamline-paper"
 SEVEN = ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "boolq")
 """The seven zero-shot tasks that most pruning papers report."""
+TASK_SETS: dict[str, tuple[str, ...]] = {
+    COMMONSENSE: SEVEN,
+    STREAMLINE: ("winogrande", "hellaswag", "arc_easy", "arc_challenge", "boolq", "openbookqa", "rte"),
+    STREAMLINE_PAPER: ("boolq", "wsc", "commonsense_qa", "hellaswag", "piqa", "race", "mmlu", "cmmlu"),
+}
+"""Names for several tasks. `streamline` is what the released code of LLM-Streamline reports on; `streamline-paper` are
+those of its paper's twelve that lm-evaluation-harness has (it has no C3, CHID, CMNLI and middle-school RACE)."""
 
 _VALUE = r"""["']?([^\s"'#\[{-][^"'#\n]*?)["']?[ \t]*(?:#.*)?$"""
 _NAMED = re.compile(rf"""^["']?(task|group|tag)["']?:[ \t]*{_VALUE}""", re.M)
@@ -42,7 +51,7 @@ class Found:
 
 
 def task_names(text: str) -> list[str]:
-    """Read `piqa,arc_easy`: unique names, with `commonsense` expanded.
+    """Read `piqa,arc_easy`: unique names, with names of task sets expanded.
 
     Raises:
         InputError: no task is named.
@@ -50,7 +59,7 @@ def task_names(text: str) -> list[str]:
     given = [name.strip() for name in text.split(",") if name.strip()]
     if not given:
         raise InputError(f"no task named; give some, such as {CLOZE}, {COMMONSENSE} or piqa,arc_easy.")
-    spelled = [one for name in given for one in (SEVEN if name == COMMONSENSE else (name,))]
+    spelled = [one for name in given for one in TASK_SETS.get(name, (name,))]
     return list(dict.fromkeys(spelled))
 
 
@@ -62,11 +71,11 @@ def find_task(name: str) -> Found:
     """
     known = harness_tasks()
     if name not in known:
-        near = get_close_matches(name, [CLOZE, COMMONSENSE, *known], n=5, cutoff=0.6)
+        near = get_close_matches(name, [CLOZE, *TASK_SETS, *known], n=5, cutoff=0.6)
         hint = f" Near it: {', '.join(near)}." if near else ""
         raise InputError(
-            f"unknown task '{name}'.{hint} Known are {CLOZE}, {COMMONSENSE}, the names of lm-evaluation-harness, and "
-            "a folder (or YAML file) of yours with tasks in the harness's form."
+            f"unknown task '{name}'.{hint} Known are {CLOZE}, {', '.join(TASK_SETS)}, the names of "
+            "lm-evaluation-harness, and a folder (or YAML file) of yours with tasks in the harness's form."
         )
     return known[name]
 

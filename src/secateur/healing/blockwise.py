@@ -118,8 +118,7 @@ def heal_blocks(
                 next(depth for depth in depths if depth == todo[block])
                 student.write(pairs.entering)
                 teacher.write(pairs.leaving, (lambda state: centred(dense, state)) if folded else None)
-                with student.decoder.block(block) as present:
-                    network = BlockNetwork.copy_of(present)
+                network = BlockNetwork.copy_of(student.decoder, [block])
                 with student.decoder.outer(head=False):
                     outcomes[block] = train(
                         PairRegression(student.decoder, (block, block), network),
@@ -130,7 +129,7 @@ def heal_blocks(
                         device=pruned.device,
                         options=options.within(f"block-{block}"),
                     )
-                student.decoder = _with_block(student.decoder, block, network.block)
+                student.decoder = _with_block(student.decoder, block, network.blocks[0])
             student.through(block)
     return student.decoder, outcomes
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -48,12 +48,13 @@ class StreamlineSettings(WindowSettings, TrainingSettings):
     network: Literal["block", "ffn", "swiglu", "none"] = Field(
         "block", description="what replaces the window: block (the result stays stock), ffn, swiglu, or none"
     )
+    network_blocks: int = Field(1, ge=1, le=2, description="number of blocks that replace the window (network=block)")
     inner: int | None = Field(None, ge=1, description="channels of ffn and swiglu; by default those of the blocks' MLP")
     loss: Loss = Field(
         "mse", description="mse on hidden states, the language-modelling loss (in memory only), or one after the other"
     )
     train_texts: str | None = Field(None, description="texts to train the network on; by default the calibration texts")
-    train_tokens: int = Field(1_000_000, ge=1, description="number of training tokens, such as 2M (the paper's: 205M)")
+    train_tokens: int = Field(1_000_000, ge=1, description="number of training tokens, such as 2M (the paper's: 61M)")
     pairs: Pairs | None = Field(
         None, description="hidden states recomputed or kept on disk in bfloat16; by default on disk for skeletons"
     )
@@ -62,6 +63,17 @@ class StreamlineSettings(WindowSettings, TrainingSettings):
     @classmethod
     def _count(cls, value: Any) -> Any:
         return int(read_count(value, "train_tokens")) if isinstance(value, str) else value
+
+    @property
+    def stays(self) -> int:
+        """Number of blocks that are left of the window."""
+        return {"none": 0, "block": self.network_blocks}.get(self.network, 1)
+
+    @model_validator(mode="after")
+    def _two_are_blocks(self) -> StreamlineSettings:
+        if self.network != "block" and self.network_blocks != 1:
+            raise ValueError(f"network={self.network} is one module; network_blocks belongs to network=block")
+        return self
 
     def training(self) -> TrainingSettings:
         """Return those that the training loop takes."""
@@ -94,7 +106,7 @@ def decide(
     decoder = measurements.decoder
     require_one_basis(decoder)
     free = settings.free_blocks(decoder.block_count)
-    extra = 0 if settings.network == "none" else 1
+    extra = settings.stays
     most = min(len(free), decoder.block_count - 1 + extra) - extra
     if most < 1:
         held = "all" if not free else f"all but {len(free)} of"
@@ -140,6 +152,7 @@ def _step(decoder: Decoder, settings: StreamlineSettings, window: Span, scores: 
         settings=settings.model_dump(exclude_none=True),
         window=window,
         network=settings.network,
+        network_blocks=settings.network_blocks,
         train_tokens=settings.train_tokens,
         loss=settings.loss,
         pairs=settings.pairs,
@@ -155,7 +168,11 @@ class _MlpNetwork(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, hidden: torch.Tensor, _call: Call) -> torch.Tensor:
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [self.block]
+
+    def forward(self, hidden: torch.Tensor, _calls: Sequence[Call]) -> torch.Tensor:
         return hidden + self.block.mlp_branch(hidden)
 
 
@@ -185,7 +202,7 @@ class _Training:
         network = self._new_network()
         if "mse" in self.step.loss:
             self._on_pairs(network)
-        tensors = _tensors(network.block)
+        tensors = [_tensors(block) for block in network.blocks]
         if "lm" in self.step.loss:
             tensors = self._on_language(tensors)
         return self._put_in(tensors)
@@ -193,8 +210,12 @@ class _Training:
     def _new_network(self) -> BlockNetwork | _MlpNetwork:
         if self.config is not None:
             return _MlpNetwork(new_network(self.config, self.low, self.decoder.device, self.measurements.options.seed))
-        with self.decoder.block(self.low) as block:
-            return BlockNetwork.copy_of(block)
+        return BlockNetwork.copy_of(self.decoder, self._places)
+
+    @property
+    def _places(self) -> range:
+        """Blocks that the network takes the place of."""
+        return range(self.low, self.low + self.step.network_blocks)
 
     def _on_pairs(self, network: nn.Module) -> None:
         """Train the network alone, on the input and output of the window."""
@@ -207,16 +228,16 @@ class _Training:
         with self.decoder.outer(head=False):
             self._train("mse", objective, data, held_out)
 
-    def _on_language(self, tensors: Tensors) -> Tensors:
+    def _on_language(self, tensors: list[Tensors]) -> list[Tensors]:
         """Train the network in its place, everything else frozen, on the language-modelling loss."""
         model = self._put_in(tensors)
-        block = model.block_list[self.low].float().requires_grad_(True)
+        blocks = [model.block_list[place].float().requires_grad_(True) for place in self._places]
         if not self.settings.training().evens_out(self.decoder.device):
             in_float32(model.module)
         if model.module.supports_gradient_checkpointing:
             model.module.gradient_checkpointing_enable({"use_reentrant": False})
         self._train("lm", LanguageModelling(model.module), self._items(self.numbers), self._items(self.held_back))
-        return _tensors(block)
+        return [_tensors(block) for block in blocks]
 
     def _items(self, numbers: range) -> Dataset[dict[str, torch.Tensor]]:
         return WindowData(self.windows, numbers)
@@ -241,17 +262,16 @@ class _Training:
         self.facts[f"training ({loss})"] = outcome.describe()
         warn_of(outcome.describe(), f"training the replacement of blocks {self.low} to {self.high} ({loss})")
 
-    def _put_in(self, tensors: Tensors) -> Decoder:
+    def _put_in(self, tensors: list[Tensors]) -> Decoder:
         """Return the model with the network in place of the window, its weights rounded to the dtype to be saved."""
-        edit = {
-            "replace": [self.low, self.high, self.step.network],
-            "weights": [[name, float(one.double().sum()), float(one.double().norm())] for name, one in tensors.items()],
-        }
+        sums = [[n, float(t.double().sum()), float(t.double().norm())] for one in tensors for n, t in one.items()]
+        edit = {"replace": [self.low, self.high, self.step.network], "weights": sums}
         if self.config is not None:
-            return with_network(self.decoder, self.config, self.step.window, tensors, edit)
-        stored = {name: one.to(self.decoder.saved_dtype).to(self.decoder.module.dtype) for name, one in tensors.items()}
+            return with_network(self.decoder, self.config, self.step.window, tensors[0], edit)
+        dtype = self.decoder.module.dtype
+        stored = [{n: t.to(self.decoder.saved_dtype).to(dtype) for n, t in one.items()} for one in tensors]
         shorter = keep_blocks(self.decoder, self.step.kept_blocks(self.decoder.block_count))
-        return with_block_tensors(shorter, [(self.low, stored)], edit)
+        return with_block_tensors(shorter, zip(self._places, stored, strict=True), edit)
 
 
 def training_windows(measurements: Measurements, settings: StreamlineSettings, tokens: int) -> Windows:

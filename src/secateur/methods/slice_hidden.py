@@ -12,11 +12,14 @@ Legend: SP = mean fraction sliced away, SB = the fraction every block loses, LR 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
 
+from secateur.data.texts import windows_for
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_size
 from secateur.methods.method import Measurements, MethodSettings, applies, method
@@ -36,6 +39,8 @@ _STEPS = 1000
 """Slice percentages tried when a number of parameters is requested."""
 _BASES_TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)
 """`slice_base="auto"`: shares of SP that are tried as SB; 1 is constant slicing."""
+_SWEEP = 0.02
+"""`slice_base="sweep"`: distance of the bases that are tried, as in the released code."""
 
 
 class ConstantSettings(MethodSettings):
@@ -48,8 +53,17 @@ class ConstantSettings(MethodSettings):
 class DynamicSettings(ConstantSettings):
     """Settings of `dynamic-slicing`."""
 
-    slice_base: float | Literal["auto"] = Field(
-        "auto", description="fraction every block loses (the paper's SB), or auto: the best of several on the texts"
+    slice_base: float | Literal["auto", "sweep"] = Field(
+        "auto",
+        description="fraction every block loses (the paper's SB); the best of five on the texts (auto), or of all "
+        "multiples of 0.02 (sweep)",
+    )
+    score_texts: str | None = Field(
+        None, description="texts that layer redundancy is measured on; by default the calibration texts"
+    )
+    score_windows: int = Field(32, ge=1, description="number of windows of score_texts")
+    score_seq_len: int | None = Field(
+        None, ge=2, description="tokens in a window of score_texts; by default as in the calibration texts"
     )
     normalise: Normalise = Field(
         "minmax", description="how layer redundancy maps to [0, 1]: the paper's minmax, without outer blocks, by rank"
@@ -159,6 +173,11 @@ def decide_constant(measurements: Measurements, settings: ConstantSettings, budg
     return (_own_bases("slicegpt", settings, {}, widths, sizes),)
 
 
+def _trials_expected(settings: DynamicSettings) -> int:
+    """Return about how many bases are tried; a sweep as many as there are below a mean of 0.3."""
+    return len(_bases_tried(settings, settings.slice_percentage or 0.3)) * isinstance(settings.slice_base, str)
+
+
 @method(
     order=60,
     name="dynamic-slicing",
@@ -166,7 +185,7 @@ def decide_constant(measurements: Measurements, settings: ConstantSettings, budg
     paper="Dumitru et al. 2024, DynamicSlicing",
     settings=DynamicSettings,
     native="slice",
-    forwards=lambda _blocks, _gone, settings: 1.0 + 2.0 * len(_BASES_TRIED) * (settings.slice_base == "auto"),
+    forwards=lambda _blocks, _gone, settings: 1.0 + 2.0 * _trials_expected(settings),
     apply_forwards=_own_bases_forwards,
     speed_model=speed_with_own_bases,
 )
@@ -181,11 +200,11 @@ def decide_by_redundancy(
         return ()
     decoder = measurements.decoder
     sizes = stream_sizes(folded_config(decoder))
-    cosines = measurements.scores("cosine").cosine
+    cosines = _scored(measurements, settings).scores("cosine").cosine
     assert cosines is not None
     redundancy = normalised([cosines[block][block + 1] for block in range(decoder.block_count)], settings.normalise)
     search = _Search(redundancy, sizes, settings, decoder.parameter_count)
-    if settings.slice_base != "auto":
+    if not isinstance(settings.slice_base, str):
         mean, widths = search.meet(budget, settings.slice_base)
         used: dict[str, Any] = {"slice": round(mean, 6), "slice_base": settings.slice_base}
         return (_own_bases("dynamic-slicing", settings, used, widths, sizes),)
@@ -202,6 +221,28 @@ def decide_by_redundancy(
     tried = {f"{one:.3f}": round(loss, 4) for (_, one, _), loss in zip(trials, losses, strict=True)}
     used = {"slice": round(mean, 6), "slice_base": round(base, 6), "loss_by_slice_base": tried}
     return (_own_bases("dynamic-slicing", settings, used, widths, sizes),)
+
+
+def _scored(measurements: Measurements, settings: DynamicSettings) -> Measurements:
+    """Return measurements of the model on the texts that redundancy is measured on."""
+    if settings.score_texts is None:
+        return measurements
+    windows = windows_for(
+        measurements.decoder,
+        settings.score_texts,
+        windows=settings.score_windows,
+        seq_len=settings.score_seq_len or measurements.need_windows().seq_len,
+        options=measurements.options,
+    )
+    return replace(measurements, windows=windows, known=None, cache={})
+
+
+def _bases_tried(settings: DynamicSettings, mean: float) -> Sequence[float]:
+    """Return the shares of SP that are tried as SB, the largest first; 1 is constant slicing."""
+    if settings.slice_base == "sweep":
+        count = math.ceil(mean / _SWEEP - 1e-9)
+        return (1.0, *(_SWEEP * number / mean for number in reversed(range(count))))
+    return _BASES_TRIED
 
 
 class _Search:
@@ -223,14 +264,18 @@ class _Search:
         return means[place], found[place]
 
     def trials(self, budget: Budget) -> Iterator[tuple[float, float, Widths]]:
-        """Yield SP, SB and widths of constant slicing, and of smaller bases that remove at least as much."""
+        """Yield SP, SB and widths of constant slicing, and of smaller bases that remove at least as much.
+
+        A sweep at a given SP stays at that SP, as in the paper, whatever it removes.
+        """
         constant = _constant_widths(self._sizes, self._settings.rounding, budget, self._total)
         allowed = _parameters(self._sizes, constant)
         mean = budget.value if budget.aim == "slice" else 1 - constant[0] / self._sizes.width
         yield mean, mean, constant
         seen = {constant}
-        for share in _BASES_TRIED[1:]:
-            found = self._no_larger(mean, share, allowed)
+        for share in _bases_tried(self._settings, mean)[1:]:
+            fixed = budget.aim == "slice" and self._settings.slice_base == "sweep"
+            found = (mean, self._widths(mean, share * mean)) if fixed else self._no_larger(mean, share, allowed)
             if found is not None and found[1] not in seen:
                 seen.add(found[1])
                 yield found[0], share * found[0], found[1]

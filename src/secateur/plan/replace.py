@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from secateur.errors import InputError
 from secateur.plan.depth import Span, require_span
 from secateur.plan.hidden import StreamSizes
@@ -24,11 +26,12 @@ Pairs = Literal["recompute", "disk"]
 
 
 class ReplaceBlocks(Step):
-    """Replace a window of neighbouring blocks by one light network.
+    """Replace a window of neighbouring blocks by a light network: one block or two, or an MLP.
 
     Attributes:
         window: first and last block of the window; the network takes the place of the first.
-        network: its kind; a block starts from the window's first, an MLP from an output of zero.
+        network: its kind; blocks start from the window's first ones, an MLP from an output of zero.
+        network_blocks: number of blocks of a network of blocks.
         inner: channels of an MLP; 0 for a block.
         sizes: of a model with an MLP in it, its parameters per residual dimension; None for a block.
         train_tokens: number of training tokens.
@@ -42,6 +45,7 @@ class ReplaceBlocks(Step):
     kind: Literal["replace-blocks"] = "replace-blocks"
     window: Span
     network: Network
+    network_blocks: int = Field(1, ge=1, le=2)
     inner: int = 0
     sizes: StreamSizes | None = None
     train_tokens: int
@@ -50,20 +54,26 @@ class ReplaceBlocks(Step):
     cosine: float | None = None
 
     def kept_blocks(self, count: int) -> tuple[int, ...]:
-        """Return the blocks that remain, of `count`, including the first of the window, which becomes the network.
+        """Return the blocks that remain, of `count`, including the first of the window, which become the network.
 
         Raises:
-            InputError: a window of blocks that do not exist, of fewer than two, or an MLP without its sizes.
+            InputError: a window of blocks that do not exist, of no more than the network has, or an MLP without its
+                sizes.
         """
         low, high = self.window
         require_span(low, high, count, "replaces")
         if low == high:
             raise InputError(f"the plan replaces block {low} alone by a network; a window has at least two blocks.")
+        if high - low < self.network_blocks or (self.network != "block" and self.network_blocks != 1):
+            raise InputError(
+                f"the plan replaces blocks {low} to {high} by {self.network_blocks} of kind {self.network}; two can "
+                "only be blocks, in place of at least three."
+            )
         if (self.network == "block") != (self.sizes is None):
             raise InputError(f"the plan puts in a network of kind {self.network}: sizes belong to ffn and swiglu only.")
         if self.sizes is not None and len(self.sizes.fixed) != count - (high - low):
             raise InputError("the plan's sizes are for another number of blocks than its window leaves.")
-        return tuple(block for block in range(count) if not low < block <= high)
+        return tuple(block for block in range(count) if not low + self.network_blocks <= block <= high)
 
     def sizes_after(self, sizes: Sizes) -> Sizes:
         """Return the sizes with the network in place of the window; an MLP puts the whole model in its folded form."""
@@ -95,16 +105,21 @@ class ReplaceBlocks(Step):
     def describe(self) -> tuple[str, str]:
         """Describe the window and its replacement."""
         low, high = self.window
-        what = "one block" if self.network == "block" else f"one {self.network} of {self.inner} channels"
+        blocks = ("one block", "two blocks")[self.network_blocks - 1]
+        what = blocks if self.network == "block" else f"one {self.network} of {self.inner} channels"
         return "replaces", f"{low} to {high} by {what}, trained on {self.train_tokens:,} tokens ({self.loss} loss)"
 
     def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
         """Return what happens to the blocks of the window."""
         low, high = self.window
+        stays = range(low, low + self.network_blocks)
         what = "one trained block" if self.network == "block" else f"a {self.network} of {self.inner} channels"
-        gone = BlockChange(state="replaced", text=f"replaced by {what} in block {numbers[low]}", share=0.0)
+        places = f"block {numbers[low]}" if len(stays) == 1 else f"blocks {numbers[low]} and {numbers[low + 1]}"
+        what = what if len(stays) == 1 else "two trained blocks"
+        gone = BlockChange(state="replaced", text=f"replaced by {what} in {places}", share=0.0)
         first = f"{what} in the place of blocks {numbers[low]} to {numbers[high]}"
-        return {low: BlockChange(state="network", text=first)} | dict.fromkeys(range(low + 1, high + 1), gone)
+        network = BlockChange(state="network", text=first)
+        return dict.fromkeys(stays, network) | dict.fromkeys(range(stays.stop, high + 1), gone)
 
 
 def training_forwards(loss: Loss, train_tokens: int, tokens: int) -> float:

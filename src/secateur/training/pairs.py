@@ -7,7 +7,7 @@ recomputes them for each batch, a skeleton computes them once and keeps them in 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,21 +119,27 @@ class PairData(Dataset[dict[str, torch.Tensor]]):
 
 
 class BlockNetwork(nn.Module):
-    """A single block, called with the arguments recorded for it."""
+    """Blocks in a row, called with the arguments recorded for them."""
 
-    def __init__(self, block: nn.Module) -> None:
-        """Wrap a block."""
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        """Wrap blocks."""
         super().__init__()
-        self.block = block
+        self.blocks = nn.ModuleList(blocks)
 
     @classmethod
-    def copy_of(cls, block: nn.Module) -> BlockNetwork:
-        """Wrap a float32 copy, without Accelerate's hooks, that can be trained on any device."""
-        return cls(remove_hook_from_module(copy.deepcopy(block), recurse=True).float().requires_grad_(True))
+    def copy_of(cls, decoder: Decoder, numbers: Iterable[int]) -> BlockNetwork:
+        """Wrap float32 copies of these blocks, without Accelerate's hooks, that can be trained on any device."""
+        copies = []
+        for number in numbers:
+            with decoder.block(number) as block:
+                copies.append(remove_hook_from_module(copy.deepcopy(block), recurse=True).float().requires_grad_(True))
+        return cls(copies)
 
-    def forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-        """Run it on states (batch, positions, d)."""
-        return run_block(self.block, call, hidden)
+    def forward(self, hidden: torch.Tensor, calls: Sequence[Call]) -> torch.Tensor:
+        """Run them on states (batch, positions, d)."""
+        for block, call in zip(self.blocks, calls, strict=False):
+            hidden = run_block(block, call, hidden)
+        return hidden
 
 
 class PairRegression(nn.Module):
@@ -145,7 +151,7 @@ class PairRegression(nn.Module):
         Args:
             decoder: the dense model, which is not trained.
             window: first and last block of the window.
-            network: replacement module; takes states (batch, positions, d) and the `Call` of the window's first block.
+            network: replacement module; takes states (batch, positions, d) and the calls of the window's blocks.
             folded: whether states are those of the folded model: for LayerNorm models, without their mean over
                 directions.
         """
@@ -166,7 +172,7 @@ class PairRegression(nn.Module):
         leaving: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of squared errors at real tokens, and the number of values summed."""
-        (decoder,), low = self._dense, self.window[0]
+        (decoder,), (low, high) = self._dense, self.window
         with torch.no_grad():
             hidden, calls = capture(decoder, tokens, mask)
             if entering is None or leaving is None:
@@ -174,7 +180,7 @@ class PairRegression(nn.Module):
             entering, leaving = (one.to(hidden.device).float() for one in (entering, leaving))
             if self.folded:
                 entering, leaving = centred(decoder, entering), centred(decoder, leaving)
-        errors = (self.network(entering, calls[low]).float() - leaving).square()
+        errors = (self.network(entering, calls[low : high + 1]).float() - leaving).square()
         if mask is not None:
             errors = errors[mask]
         return errors.sum(), torch.tensor(errors.numel(), device=errors.device)
