@@ -173,7 +173,7 @@ def test_the_cosine_gets_larger(tiny):
     assert missing[1] < 0.99 * missing[0]
 
 
-def test_the_ridge_is_that_of_the_least_error_on_held_out_tokens():
+def test_the_ridge_is_the_largest_that_is_nearly_best_on_held_out_tokens():
     """Against every ridge of the grid tried by hand; where none helps on the held-out tokens, T is I."""
     generator = torch.Generator().manual_seed(0)
     part, before, noise = (torch.randn(60, 12, generator=generator) for _ in range(3))
@@ -189,7 +189,8 @@ def test_the_ridge_is_that_of_the_least_error_on_held_out_tokens():
             missed = ((reached - after).square().sum(dim=1) * weight)[held_out].sum()
             errors[ridge] = float(missed / (after.double().square().sum(dim=1) * weight)[held_out].sum())
             assert sums.held_out_error(ridge) == pytest.approx(errors[ridge], rel=1e-9)
-        assert sums.best_ridge() == min(errors, key=errors.get)
+        nearly = [r for r in GRID if errors[None] - errors[r] >= 0.95 * (errors[None] - min(errors.values()))]
+        assert sums.best_ridge() == (None if min(errors, key=errors.get) is None else max(nearly))
     assert torch.equal(sums.result(None), torch.eye(12, dtype=torch.float64))
 
 

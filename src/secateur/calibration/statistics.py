@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from secateur.calibration.ridge import GRID, UNJUDGED, held_out_gains, strength
+from secateur.calibration.ridge import GRID, UNJUDGED, held_out_gains, safest, strength
 from secateur.distributed import add_up
 from secateur.errors import InputError, NumericsError
 
@@ -168,7 +168,7 @@ class LinearSums:
         return float(self._squares[1, 1]) > 0
 
     def best_ridge(self) -> float | None:
-        """Return the ridge of the least error on held-out tokens, None for T = I; 0.1 if nothing was held out.
+        """Return the largest ridge that is nearly best on held-out tokens, None for T = I; 0.1 if none were.
 
         Raises:
             NumericsError: as for `result`.
@@ -178,8 +178,7 @@ class LinearSums:
             return UNJUDGED
         (gram, held_gram), (cross, held_cross) = self._gram, self._cross
         gains = held_out_gains(gram, cross, held_gram, held_cross, [strength(gram, ridge) for ridge in GRID])
-        gain, best = min(zip(gains, GRID, strict=True))
-        return best if gain < 0 else None
+        return safest(gains, GRID)
 
     def result(self, ridge: float | None) -> torch.Tensor:
         """Return T, (d, d), fitted on all tokens, which acts on rows: P T.

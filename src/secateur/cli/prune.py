@@ -31,7 +31,7 @@ from secateur.cli.terminal import (
     target,
 )
 from secateur.distributed import is_main_process, process_count
-from secateur.errors import InputError, SecateurError, TextsWarning, unknown
+from secateur.errors import InputError, NumericsError, SecateurError, TextsWarning, unknown
 from secateur.evaluation.damage import damage_of
 from secateur.files import replace_file
 from secateur.healing.recipes import find_healing_recipe
@@ -181,7 +181,11 @@ def prune(
 def _judged(dense: Decoder, pruned: Decoder) -> Decoder:
     """Say what the cut has cost, and note it in the model's history."""
     with err.status("comparing with the dense model on a little held-out text"):
-        damage = damage_of(dense, pruned)
+        try:
+            damage = damage_of(dense, pruned)
+        except NumericsError as error:  # saving names the weight, if it is one
+            err.print(f"[yellow]warning:[/] not compared with the dense model: {escape(str(error))}")
+            return pruned
     if damage is None or not pruned.history:
         return pruned
     colour = "bold red" if damage.ruined else "none"

@@ -180,7 +180,8 @@ def test_the_ridge_of_a_reading_is_the_best_one_on_held_out_tokens():
         for ridge, matrix in errors.items():
             missed = (kept @ matrix - wanted)[held_out].square().sum(dim=1)
             errors[ridge] = float((missed * weight[held_out]).sum())
-        best = min(errors, key=errors.get)
+        nearly = [r for r in errors if r and errors[None] - errors[r] >= 0.95 * (errors[None] - min(errors.values()))]
+        best = None if min(errors, key=errors.get) is None else max(nearly)
         expected = directions if best is None else solved(torch.ones(90, dtype=torch.bool), best).T
         torch.testing.assert_close(fit.reading(), expected, rtol=1e-5, atol=1e-6)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from secateur.calibration.ridge import GRID, held_out_gains, strength
+from secateur.calibration.ridge import GRID, held_out_gains, safest, strength
 from secateur.calibration.statistics import device_with_float64
 from secateur.distributed import add_up
 from secateur.errors import NumericsError
@@ -141,10 +141,7 @@ class Reconstruction:
         if not bool(gram[1].any()):
             return float(_PRIOR * gram[0].diagonal().mean()) * gram.shape[1] / max(1, self._tokens) or 1.0
         strengths = [strength(gram[0], ridge) for ridge in GRID]
-        gain, best = min(
-            zip(held_out_gains(gram[0], missing[0], gram[1], missing[1], strengths), strengths, strict=True)
-        )
-        return best if gain < 0 else None
+        return safest(held_out_gains(gram[0], missing[0], gram[1], missing[1], strengths), strengths)
 
 
 def unit_scale(states: torch.Tensor, eps: float = 1e-24) -> torch.Tensor:
