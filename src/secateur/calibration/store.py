@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-import tempfile
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from secateur.files import require_room
+from secateur.ownership import scratch_folder
 
 _SHARE_OF_MEMORY = 0.25
 
@@ -91,11 +92,14 @@ class StateStore:
 
     def _write(self, tensor: torch.Tensor) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="secateur-states-"))
+            self._folder = scratch_folder("states")
         require_room(self._folder, 4 * tensor.numel(), "hidden states (fewer windows need less)")
         path = self._folder / f"{self._written}.f32"
         self._written += 1
-        tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tofile(path)
+        try:
+            tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tofile(path)
+        except OSError as error:  # numpy says how much was written, and not why no more
+            raise OSError(error.errno or errno.ENOSPC, "no space left for hidden states", str(self._folder)) from error
         return path
 
 

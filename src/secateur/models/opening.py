@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,11 @@ from secateur.models.fetch import (
 )
 from secateur.models.gguf import Origin, origin_of
 from secateur.models.shards import Shards, open_shard, shard_files
+from secateur.reading import MIB, FileKind, from_json
 
+_RECORD = FileKind(
+    "record of secateur", 64 * MIB, error=ModelError, advice="Remove it to open the model without its history."
+)
 _SHARE_OF_MEMORY = 0.7
 
 
@@ -197,13 +200,7 @@ def _history(folder: Path) -> tuple[dict[str, Any], ...]:
     record = folder / "secateur.json"
     if not record.is_file():
         return ()
-    try:
-        history = json.loads(record.read_text(encoding="utf-8")).get("history", [])
-        return tuple(dict(entry) for entry in history)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{record}: not readable ({error}); remove it to open the model without its history."
-        ) from error
+    return _RECORD.parsed(record, lambda text: tuple(dict(entry) for entry in from_json(text).get("history", [])))
 
 
 def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -> Decoder:

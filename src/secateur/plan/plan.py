@@ -15,9 +15,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from secateur.errors import InputError
+from secateur.files import replace_file
 from secateur.plan.format_1 import from_format_1
 from secateur.plan.step import AnyStep, Sizes
 from secateur.plan.units import BlockChange, Removal, UnitKind
+from secateur.reading import MIB, FileKind, from_json
+
+PLAN_FILE = FileKind("plan", 64 * MIB)
 
 _DERIVED = ("parameters_before", "parameters_after", "removed_fraction")
 
@@ -201,8 +205,12 @@ class Plan(BaseModel):
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
     def write(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the plan as JSON.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        replace_file(Path(path), self.to_json())
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -211,14 +219,14 @@ class Plan(BaseModel):
         Raises:
             InputError: no such file, not JSON, an unknown key, or steps that cannot be applied.
         """
+        return PLAN_FILE.parsed(Path(path), cls._from_text)
+
+    @classmethod
+    def _from_text(cls, text: str) -> Plan:
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise InputError(f"{path}: the plan cannot be read ({error.strerror}).") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not a valid plan: not text.") from error
+            return cls.model_validate(from_json(text))
         except ValidationError as error:
-            raise InputError(f"{path}: not a valid plan: {'; '.join(_problems(error))}.") from error
+            raise InputError("; ".join(_problems(error))) from error
 
 
 def plans_in(history: Iterable[dict[str, Any]]) -> tuple[Plan, ...]:

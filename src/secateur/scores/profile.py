@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from secateur.data.windows import Windows
 from secateur.errors import InputError, NumericsError
+from secateur.files import replace_file
+from secateur.reading import MIB, FileKind, from_json
+
+SCORES_FILE = FileKind("scores file", 256 * MIB)
 
 Matrix = tuple[tuple[float, ...], ...]
 Kind = Literal["cosine", "angular", "magnitude", "cka", "perplexity", "taylor"]
@@ -118,7 +122,7 @@ class Scores(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write `scores.json`."""
-        path.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+        replace_file(path, json.dumps(self.model_dump(), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> Scores:
@@ -127,10 +131,7 @@ class Scores(BaseModel):
         Raises:
             InputError: no such file, or not a scores file.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable scores file ({str(error).splitlines()[0]}).") from error
+        return SCORES_FILE.parsed(Path(path), lambda text: cls.model_validate(from_json(text)))
 
 
 def _diagonal(matrix: Matrix, offset: int) -> tuple[float, ...]:
