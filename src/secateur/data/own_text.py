@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from secateur.data.templates import ChatRenderer
 from secateur.distributed import from_main_process, is_main_process
-from secateur.errors import InputError, NumericsError, first_line
+from secateur.errors import InputError, NumericsError
 from secateur.files import cache_folder
 from secateur.models.decoder import Decoder
 from secateur.progress import SILENT, Progress
@@ -206,15 +207,9 @@ def _chats(tokenizer: PreTrainedTokenizerBase, bos: list[int]) -> list[list[int]
     """Return the beginnings of chats, up to where the assistant speaks; none without a template."""
     if tokenizer.chat_template is None:
         return []
-    found = []
+    found, renderer = [], ChatRenderer(tokenizer)
     for prompt in PROMPTS:
-        asked = [{"role": "user", "content": prompt}]
-        try:
-            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is third-party code, and may raise anything
-            raise InputError(
-                f"the chat template refuses a question: {first_line(error)}; give another tokenizer."
-            ) from (error)
+        text = renderer.render([{"role": "user", "content": prompt}], asks=True)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         found.append(ids[1:] if bos and ids[:1] == bos else ids)
     return found

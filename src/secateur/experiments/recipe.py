@@ -20,7 +20,7 @@ from secateur.healing.data import TrainingTexts
 from secateur.plan.amount import Amount, Fraction
 from secateur.progress import Progress
 from secateur.reading import MIB, FileKind
-from secateur.run_options import RunOptions
+from secateur.run_options import LARGEST_SEED, RunOptions
 
 RECIPE_FILE = FileKind("recipe", MIB)
 _MOST_VALUES = 100_000
@@ -123,7 +123,7 @@ class Common(Section):
     texts: str = DEFAULT_TEXTS
     windows: int | Literal["all", "auto"] = 32
     seq_len: int | None = Field(default=None, ge=2)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     batch_size: int | None = Field(default=None, ge=1)
     dtype: str = "auto"
     device: str = "auto"

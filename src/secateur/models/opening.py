@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -161,6 +160,8 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
             pickled=pickled,
         )
         shards = None
+    if here and not pickled:
+        _refuse_other_numbers(folder, module)
     return Decoder(
         module=module.eval().requires_grad_(False),
         tokenizer=_tokenizer(asked.tokenizer or folder, trust_remote_code=trusted),
@@ -176,6 +177,26 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         history=_history(folder),
         gguf=Path(origin.file) if origin is not None else None,
     )
+
+
+_FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+def _refuse_other_numbers(folder: Path, module: PreTrainedModel) -> None:
+    """Refuse weights that are no floating-point numbers: loading would convert them, and what they stand for is lost.
+
+    Raises:
+        ModelError: naming the first.
+    """
+    weights = {name for name, _ in module.named_parameters()}
+    for file in shard_files(folder):
+        with open_shard(file) as handle:
+            for name in sorted(weights & set(handle.keys())):
+                if (found := handle.get_slice(name).get_dtype()) not in _FLOATING:
+                    raise ModelError(
+                        f"{file}: {name} is of type {found}, not a floating-point number; are the weights "
+                        "quantised? Prune the original checkpoint."
+                    )
 
 
 def _said(origin: Origin | None) -> Origin | None:
@@ -282,8 +303,14 @@ def free_memory(device: torch.device) -> int:
 
 def empty_model(config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
     """Build a model without weights but with its buffers (rotary tables and the like)."""
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the classes of a family may raise anything at settings they do not expect
+        raise ModelError(
+            f"{config.name_or_path or config.model_type}: the model that its config.json describes cannot be built "
+            f"({type(error).__name__}: {first_line(error)})."
+        ) from error
     for holder in module.modules():
         for name, buffer in holder._buffers.items():
             if buffer is not None:
@@ -319,8 +346,8 @@ def _whole(
         )
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{folder}: does not fit on {device}; open it as a skeleton (--skeleton).") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # transformers and the classes of a family may raise anything at a damaged checkpoint
+        raise ModelError(f"{folder}: cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
     if report["mismatched_keys"]:
         name, found, expected = sorted(report["mismatched_keys"])[0]
         raise ModelError(f"{folder}: {name} is {tuple(found)} but the config asks for {tuple(expected)}.")
@@ -341,5 +368,7 @@ def _tokenizer(source: Any, *, trust_remote_code: bool) -> PreTrainedTokenizerBa
         return None
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises nothing more specific
+    except BaseException as error:  # the tokenizers library raises nothing more specific, or panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise ModelError(f"{source}: the tokenizer cannot be read: {first_line(error)}") from error

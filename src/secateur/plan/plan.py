@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
@@ -20,6 +20,7 @@ from secateur.plan.format_1 import from_format_1
 from secateur.plan.step import AnyStep, Sizes
 from secateur.plan.units import BlockChange, Removal, UnitKind
 from secateur.reading import MIB, FileKind, from_json
+from secateur.run_options import LARGEST_SEED
 
 PLAN_FILE = FileKind("plan", 64 * MIB)
 
@@ -43,8 +44,8 @@ class ModelRef(BaseModel):
     source: str
     fingerprint: str
     family: str
-    block_parameters: tuple[int, ...]
-    other_parameters: int
+    block_parameters: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    other_parameters: int = Field(ge=0)
     units: dict[UnitKind, tuple[int, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -128,7 +129,7 @@ class Plan(BaseModel):
     model: ModelRef
     requested: dict[str, Any] = Field(default_factory=dict)
     texts: dict[str, Any] | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     steps: tuple[AnyStep, ...] = ()
     counts_on: dict[str, Any] = Field(default_factory=dict)
     search: Search | None = None

@@ -75,8 +75,10 @@ class Scores(BaseModel):
             value = getattr(self, name)
             if isinstance(value, tuple):
                 counts.add(len(value) - (name in ("cosine", "angular")))
-                if isinstance(value[0], tuple) and len(value) != len(value[0]):
+                if any(isinstance(row, tuple) and len(row) != len(value) for row in value):
                     raise ValueError(f"'{name}' is not square")
+        if counts and min(counts) < 1:
+            raise ValueError("there are scores of no blocks")
         if len(counts) > 1:
             raise ValueError("the scores differ in their number of blocks")
         return self
