@@ -245,7 +245,7 @@ def fifo(path):
         (fifo, "not an ordinary file"),
         (lambda path: path.symlink_to("/dev/zero"), "not an ordinary file"),
         (lambda path: path.mkdir(), "the plan cannot be read"),
-        (lambda path: path.write_text("[" + "1," * 100 + "1]"), "at most 0 MiB are read"),
+        (lambda path: path.write_text("[" + "1," * 100 + "1]"), "MiB are read"),
         (lambda path: path.write_bytes(b"\xff\xfe{"), "not text. Make a new one."),
         (lambda path: path.write_text("{"), "not a valid plan: Expecting"),
         (lambda path: path.write_text("1" * 30), "too large a number"),

@@ -63,7 +63,7 @@ class FileKind:
                 if found.st_size > self.most:
                     raise self.error(
                         f"{path}: not a valid {self.name}: {found.st_size / MIB:,.1f} MiB, and at most "
-                        f"{self.most / MIB:,.0f} MiB are read."
+                        f"{self.most / MIB:,g} MiB are read."
                     )
                 return stream.read()
         except (OSError, ValueError) as error:

@@ -44,7 +44,19 @@ NASTY: tuple[Any, ...] = (
 )
 """Values that somebody who writes a parser does not think of."""
 
-SCRAPS = (b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"[" * 2000, b"{", b'"', b"\n", b"1e999", b"9" * 5000, b"\\ud800", b",")
+SCRAPS = (
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"[" * 2000,
+    b"{",
+    b'"',
+    b"\n",
+    b"1e999",
+    b"9" * 5000,
+    b"\\ud800",
+    b",",
+)
 
 
 def mutate(path: Path, draw: random.Random) -> str:
@@ -101,7 +113,7 @@ def _mutate_place(data: Any, draw: random.Random) -> str:
         holder[key] = draw.choice((inside + 1, inside - 1, -inside, inside * 1000, inside + 0.5, str(inside)))
         return f"{path} = {holder[key]!r}"[:200]
     if what == 2 and isinstance(inside, list) and inside:
-        holder[key] = draw.choice((inside[:-1], inside + inside, inside[::-1], [inside], inside + [value]))
+        holder[key] = draw.choice((inside[:-1], inside + inside, inside[::-1], [inside], [*inside, value]))
         return f"{path} of another length or order"
     if what == 3 and isinstance(holder, dict):
         holder[draw.choice(("", "extra", "__class__", f"{key} "))] = value

@@ -23,9 +23,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "benchmarks")]
 
 import torch
+from common import keep
 from transformers.utils import logging
 
-from common import keep
 from fuzz.kinds import KINDS, SECONDS, Finding, make_place, try_one
 
 _CHUNK = 40

@@ -22,10 +22,8 @@ from secateur.progress import Progress
 from secateur.reading import MIB, FileKind
 from secateur.run_options import LARGEST_SEED, RunOptions
 
-RECIPE_FILE = FileKind("recipe", MIB)
+RECIPE_FILE = FileKind("recipe", MIB // 4)
 _MOST_VALUES = 100_000
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The loader of plain data that is written in C, where PyYAML was built with it."""
 
 
 class Section(BaseModel):
@@ -213,7 +211,7 @@ def _from_yaml(text: str) -> Any:
         InputError: not YAML, or it repeats parts of itself (by aliases) until they are too many.
     """
     try:
-        data = yaml.load(text, Loader=_Loader)
+        data = yaml.safe_load(text)  # the faster loader in C crashes where lists are nested deeply
     except yaml.YAMLError as error:
         where = f"line {mark.line + 1}: " if (mark := getattr(error, "problem_mark", None)) else ""
         raise InputError(f"{where}not YAML ({getattr(error, 'problem', None) or first_line(error)}).") from error

@@ -367,7 +367,9 @@ def _tokenizer(source: Any, *, trust_remote_code: bool) -> PreTrainedTokenizerBa
     if folder.is_dir() and not any((folder / name).is_file() for name in names):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        found("a")  # some settings are used, and found impossible, only then
+        return found
     except BaseException as error:  # the tokenizers library raises nothing more specific, or panics
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
