@@ -88,6 +88,7 @@ def _locked(lock: Path, target: Path) -> int:
             holder = _holder(handle)
             os.close(handle)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                lock.unlink(missing_ok=True)  # not another's: what failed is to write who holds it
                 raise
             raise InputError(
                 f"{target}: {holder} is writing it; wait until it has ended, or name another folder with -o."

@@ -43,28 +43,35 @@ from tiny_models import VOCABULARY, save_tiny
 COMMANDS = {
     "prune": "prune model --method obs-width --remove {share} --texts windows.npy -o out",
     "heal": (
-        "heal model --with lora --texts windows.npy --set batch_size=2 --set epochs={epochs} --set save_minutes=0.001 "
+        "heal model --with lora --texts windows.npy --set batch_size=8 --set epochs={epochs} --set save_minutes=0.001 "
         "--no-check -o out"
     ),
     "plan auto": "plan model --method auto --remove {share} --set trials=8 --texts windows.npy -o out.json",
-    "compare": (
-        "compare model --methods swm,obs-width --remove {share} --heal lora --heal-tokens 500 --texts windows.npy "
-        "--eval-windows 4 -o out"
-    ),
+    "compare": "run study.yaml -o out",
     "run": "run {recipe}.yaml -o out",
-    "convert": "convert model --save-dtype {dtype} -o out",
+    "convert": "convert model --save-dtype {dtype} --no-check -o out",
 }
 EARLIER = {"share": "15%", "epochs": "1", "recipe": "earlier", "dtype": "float16"}
-NOW = {"share": "30%", "epochs": "3", "recipe": "now", "dtype": "bfloat16"}
+NOW = {"share": "30%", "epochs": "2", "recipe": "now", "dtype": "bfloat16"}
 RESUMES_IN_PLACE = ("compare", "run")
 """Commands whose folder is not replaced but completed, stage by stage; an earlier result there is of the same run."""
 
 RECIPE = """model: model
 texts: windows.npy
 prune: {{method: auto, remove: {share}, settings: {{trials: 4}}}}
-heal: {{with: lora, tokens: 500, settings: {{batch_size: 2, save_minutes: 0.001}}}}
+heal: {{with: lora, tokens: 500, settings: {{batch_size: 4, save_minutes: 0.001}}}}
 eval: {{windows: 4}}
 generate: {{prompts: 1, tokens: 8}}
+check: false
+"""
+STUDY = """model: model
+texts: windows.npy
+compare:
+  methods: [swm]
+  remove: [30%]
+  heal: [none, {with: lora, tokens: 256, settings: {batch_size: 4, save_minutes: 0.001}}]
+eval: {windows: 4}
+check: false
 """
 _TIMES = re.compile(rb'"(created|applied|seconds|tokens_per_second)": ("[^"]*"|[-+0-9.e]+)|\d{4}-\d\d-\d\d[T \d:+-]*')
 """What a file says about when and how fast it was written."""
@@ -129,8 +136,9 @@ def _make_place(scratch: Path) -> Path:
         (scratch / folder).mkdir()
     tempfile.tempdir = None
     os.chdir(place)
-    save_tiny("llama", "model", tokenizer=True, blocks=6)
+    save_tiny("llama", "model", tokenizer=True, blocks=5)
     np.save("windows.npy", np.random.default_rng(0).integers(3, VOCABULARY, (32, 16)))
+    Path("study.yaml").write_text(STUDY)
     for name, share in (("earlier", 0.15), ("now", 0.3)):
         Path(f"{name}.yaml").write_text(RECIPE.format(share=share))
     return place

@@ -138,6 +138,8 @@ def main() -> None:
         except Exception as error:
             if is_full_disk(error):
                 _fail(f"no space left on the disk ({first_line(error)}).{_HINT}")
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                _fail("there is not enough memory. Use fewer --windows, a smaller --batch-size, or --skeleton.")
             if not _is_out_of_memory(error):
                 raise
             _fail("the device is out of memory. Use a smaller --batch-size (--batch-sizes for bench), or --skeleton.")

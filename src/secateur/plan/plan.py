@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_fie
 from secateur.errors import InputError
 from secateur.files import replace_file
 from secateur.plan.format_1 import from_format_1
+from secateur.plan.records import Amount, TargetRecord, TextsRecord
 from secateur.plan.step import AnyStep, Sizes
 from secateur.plan.units import BlockChange, Removal, UnitKind
 from secateur.reading import MIB, FileKind, from_json
@@ -107,6 +108,12 @@ class Search(BaseModel):
     best: int
     settings: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _points_at_candidates(self) -> Search:
+        if not all(0 <= place < len(self.candidates) for place in (*self.front, self.best)):
+            raise ValueError("the search points at candidates it does not hold")
+        return self
+
 
 class Plan(BaseModel):
     """What to do to one model.
@@ -127,11 +134,11 @@ class Plan(BaseModel):
     format: Literal[2] = 2
     version: str
     model: ModelRef
-    requested: dict[str, Any] = Field(default_factory=dict)
-    texts: dict[str, Any] | None = None
+    requested: dict[str, Amount] = Field(default_factory=dict)
+    texts: TextsRecord | None = None
     seed: int = Field(0, ge=0, le=LARGEST_SEED)
     steps: tuple[AnyStep, ...] = ()
-    counts_on: dict[str, Any] = Field(default_factory=dict)
+    counts_on: TargetRecord = Field(default_factory=dict)
     search: Search | None = None
 
     @model_validator(mode="before")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 from secateur.data.windows import Windows
 from secateur.errors import InputError, NumericsError
 from secateur.files import replace_file
+from secateur.plan.records import TextsRecord
 from secateur.reading import MIB, FileKind, from_json
 
 SCORES_FILE = FileKind("scores file", 256 * MIB)
@@ -42,7 +43,7 @@ class Scores(BaseModel):
     format: Literal[1] = 1
     model: str
     fingerprint: str
-    texts: dict[str, Any] | None = None
+    texts: TextsRecord | None = None
     cosine: Matrix | None = None
     angular: Matrix | None = None
     relative_magnitude: tuple[float, ...] | None = None
