@@ -107,14 +107,18 @@ class FileKind:
             raise self.error(f"{path}: not a valid {self.name}: not text.{self._hint}") from error
 
 
-def from_json(text: str) -> Any:
+def from_json(text: str, *, any_integer: bool = False) -> Any:
     """Return the data of a JSON text.
+
+    Args:
+        text: the text.
+        any_integer: whether integers may be of any size, because the caller compares each with limits of its own.
 
     Raises:
         ValueError: not JSON; an integer beyond 64 bits; half a character (a lone surrogate), which nothing can print.
         RecursionError: nested too deeply.
     """
-    found = json.loads(text, parse_int=_integer)
+    found = json.loads(text, parse_int=None if any_integer else _integer)
     if _SURROGATE.search(text):
         json.dumps(found, ensure_ascii=False).encode()
     return found

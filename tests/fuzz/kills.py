@@ -249,9 +249,7 @@ def _contents(place: Path, *, hidden: bool = True) -> dict[str, str]:
     roots = [*place.glob("out*"), *(place.glob(".out*") if hidden else ())]
     for root in [*roots, *Path(tempfile.gettempdir()).iterdir()] if hidden else roots:
         for path in [root, *root.rglob("*")]:
-            if path.name == "log.txt" or path.name.endswith(".training") or ".training/" in str(path):
-                if hidden:
-                    found[str(path.relative_to(place.parent))] = ""
+            if path.name == "log.txt":  # of the process that ran a cell, another one after a kill
                 continue
             content = b"" if path.is_dir() else path.read_bytes()
             if path.suffix in (".json", ".jsonl", ".md", ".yaml", ".html"):

@@ -26,6 +26,7 @@ from secateur.distributed import from_main_process, is_main_process
 from secateur.errors import InputError, NumericsError
 from secateur.files import cache_folder
 from secateur.models.decoder import Decoder
+from secateur.ownership import owned_name, remove_litter
 from secateur.progress import SILENT, Progress
 from secateur.versions import digest
 
@@ -231,17 +232,19 @@ def _read(kept: Path | None, shape: tuple[int, int]) -> torch.Tensor | None:
     if kept is None or not kept.is_file():
         return None
     try:
-        found = np.load(kept, allow_pickle=False)
+        found = np.array(np.load(kept, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError):
         return None  # damaged: generated again
     return torch.from_numpy(found) if found.shape == shape and found.dtype == np.int64 else None
 
 
 def _keep(kept: Path, tokens: torch.Tensor) -> None:
-    temporary = kept.with_name(f".{kept.name}.{np.random.default_rng().integers(1 << 32)}.npy")
+    temporary = kept.with_name(owned_name(f".{kept.name}", "tmp"))
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        np.save(temporary, tokens.numpy())
+        remove_litter(kept.parent, f".{kept.name}.")
+        with temporary.open("wb") as file:
+            np.save(file, tokens.numpy())
         temporary.replace(kept)
     except OSError as error:
         raise InputError(f"{kept.parent}: cannot be written ({error.strerror}); set SECATEUR_CACHE.") from error

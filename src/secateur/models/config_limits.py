@@ -5,7 +5,6 @@ What is built takes memory and time in proportion to these numbers, so the file 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from transformers.activations import ACT2FN
 
 from secateur.errors import ModelError
-from secateur.reading import MIB, FileKind
+from secateur.reading import MIB, FileKind, from_json
 
 CONFIG = "config.json"
 CONFIG_FILE = FileKind("configuration", 16 * MIB, error=ModelError, advice="Copy it again.")
@@ -32,7 +31,7 @@ class _Limit:
         kind = "a whole number" if self.whole else "a number"
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
             return f"must be {kind}, not {_shown(value)}"
-        if not math.isfinite(value) or not self.least <= value <= self.most:
+        if not self.least <= value <= self.most:
             return f"is {_shown(value)}; {kind} from {self.least:,} to {self.most:,} is possible"
         return None
 
@@ -79,7 +78,7 @@ def refuse_impossible(folder: Path, source: str) -> None:
     path = folder / CONFIG
     if not path.exists():
         return  # whether there has to be one is decided elsewhere
-    found = CONFIG_FILE.json(path)
+    found = CONFIG_FILE.parsed(path, lambda text: from_json(text, any_integer=True))
     if not isinstance(found, dict):
         raise ModelError(f"{path}: not a valid configuration: a {type(found).__name__}, not an object.")
     for key, problem in _problems(found):
@@ -124,7 +123,7 @@ def _contradictions(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if width and heads and config.get("head_dim") is None and width % heads:
         yield "num_attention_heads", f"is {heads}, which does not divide the hidden size of {width}"
     if heads and groups and heads % groups:
-        yield "num_key_value_heads", f"is {groups}, which does not divide the {heads} heads"
+        yield "num_key_value_heads", f"is {groups}, which does not divide num_attention_heads, {heads}"
 
 
 def _first(config: dict[str, Any], *keys: str) -> int | None:
