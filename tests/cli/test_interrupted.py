@@ -4,15 +4,19 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import secateur.cli.main as cli
 from secateur import claims
+from secateur.calibration import store
 from secateur.cli import prune as pruning
 from secateur.cli import terminal
 from secateur.jobs.score import ScoreJob
@@ -40,8 +44,10 @@ def run(monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def heal(run, tiny_with_tokenizer, window_file):
     """Heal with a state saved after every step."""
-    words = ["heal", tiny_with_tokenizer, "--texts", window_file, "--no-check", "-o", "healed"]
-    return lambda: run(*words, "--set", "batch_size=2", "--set", "save_minutes=0.0001", "--set", "evaluations=1")
+    words = ["heal", tiny_with_tokenizer, "--texts", window_file, "--no-check"]
+    return lambda out="healed": run(
+        *words, "-o", out, "--set", "batch_size=2", "--set", "save_minutes=0.0001", "--set", "evaluations=1"
+    )
 
 
 @contextlib.contextmanager
@@ -128,6 +134,44 @@ def test_a_disk_that_is_full_leaves_the_earlier_result(run, tiny_with_tokenizer,
     assert code == 2
     assert "Traceback" not in err
     assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["prune", "heal", "score", "plan"])
+@pytest.mark.parametrize("kilobytes", [8, 40, 120])
+def test_a_real_small_disk(run, heal, small_disk, tiny_with_tokenizer, window_file, command, kilobytes):
+    small_disk(kilobytes)
+    method = ["--method", "last-n", "--blocks", "1"]
+    if command == "heal":
+        code, err = heal(out="disk/healed")
+    else:
+        more = {"prune": [*method, "--no-check"], "plan": method, "score": ["--texts", window_file]}[command]
+        code, err = run(command, tiny_with_tokenizer, *more, "-o", "disk/out")
+    assert code == 2 or (code == 0 and command == "plan")
+    assert "Traceback" not in err
+    assert code == 0 or "pace" in err, "it says that there is no space"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a disk of some kilobytes at `disk`, where that is allowed."""
+    disk = tmp_path / "disk"
+
+    def mount(kilobytes):
+        disk.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(disk)]
+        if shutil.which("mount") is None or subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("no disk can be mounted here")
+
+    yield mount
+    subprocess.run(["umount", "-l", str(disk)], capture_output=True, check=False)
+
+
+def test_hidden_states_that_find_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "scratch_folder", lambda _: tmp_path)
+    monkeypatch.setattr(store, "require_room", lambda *_: None)
+    kept = store.StateStore(budget=0)
+    with files_up_to(1_000), pytest.raises(OSError, match="no space left for hidden states"):
+        kept.put("state", torch.zeros(1_000))
 
 
 def test_edited_weights_that_find_no_room(run, tiny_with_tokenizer, window_file, tmp_path):

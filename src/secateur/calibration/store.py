@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -96,10 +95,11 @@ class StateStore:
         require_room(self._folder, 4 * tensor.numel(), "hidden states (fewer windows need less)")
         path = self._folder / f"{self._written}.f32"
         self._written += 1
+        numbers = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
         try:
-            tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tofile(path)
-        except OSError as error:  # numpy says how much was written, and not why no more
-            raise OSError(error.errno or errno.ENOSPC, "no space left for hidden states", str(self._folder)) from error
+            path.write_bytes(numbers.reshape(-1).view(np.uint8).data)  # numpy's `tofile` does not notice a full disk
+        except OSError as error:
+            raise OSError(error.errno, "no space left for hidden states", str(self._folder)) from error
         return path
 
 

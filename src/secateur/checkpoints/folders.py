@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import InputError
-from secateur.files import new_part, put_in_place
+from secateur.errors import InputError, SecateurError, first_line
+from secateur.files import is_full_disk, new_part, put_in_place
 from secateur.ownership import remove
 from secateur.reading import MIB, FileKind, from_json
 
@@ -86,7 +86,7 @@ def replacing(target: str | Path, *, reads: Path | None = None) -> Iterator[Path
     """Yield a temporary folder that replaces the target if the block succeeds, and is deleted otherwise.
 
     Raises:
-        InputError: the target must not be replaced.
+        InputError: the target must not be replaced, or there is no space left.
     """
     target = Path(target)
     check_target(target, reads=reads)
@@ -98,5 +98,14 @@ def replacing(target: str | Path, *, reads: Path | None = None) -> Iterator[Path
     try:
         yield temporary
         put_in_place(temporary, target)
+    except SecateurError:
+        raise
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        raise InputError(
+            f"{target}: no space left ({getattr(error, 'strerror', None) or first_line(error)}); what was there is "
+            "kept. Free some space, or choose another disk (TMPDIR for temporary files)."
+        ) from error
     finally:
         remove(temporary)
