@@ -20,6 +20,7 @@ from secateur.calibration import store
 from secateur.cli import prune as pruning
 from secateur.cli import terminal
 from secateur.jobs.score import ScoreJob
+from secateur.models import forward
 from secateur.training import run_folder
 
 
@@ -72,6 +73,30 @@ def test_signals_end_as_ctrl_c_does(run, tiny_with_tokenizer, window_file, tmp_p
     assert code == expected
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_in_cleaning_up_after_ctrl_c_is_no_traceback(run, tiny_with_tokenizer, window_file, monkeypatch):
+    def stopped(_):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise AttributeError("not there yet")
+
+    monkeypatch.setattr(ScoreJob, "run", stopped)
+    assert run("score", tiny_with_tokenizer, "--texts", window_file, "-o", "scores")[0] == 130
+
+
+def test_blocks_have_their_own_forward_again_wherever_it_is_interrupted(tiny):
+    blocks = tiny("llama").block_list
+
+    def stopped(index):
+        if index == 2:
+            raise KeyboardInterrupt
+        return lambda *_: None
+
+    with pytest.raises(KeyboardInterrupt), forward._forwards(blocks, stopped):
+        pass
+    assert not any("forward" in vars(block) for block in blocks)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

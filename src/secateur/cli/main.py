@@ -130,22 +130,39 @@ def main() -> None:
             sys.exit(128 + came[0] if came and stop.code else stop.code)
         except KeyboardInterrupt:
             sys.exit(128 + (came[0] if came else signal.SIGINT))
-        except SecateurError as error:
-            _fail(str(error))
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{error.strerror or error}.{_HINT if is_full_disk(error) else ''}")
         except Exception as error:
-            if is_full_disk(error):
-                _fail(f"no space left on the disk ({first_line(error)}).{_HINT}")
-            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-                _fail("there is not enough memory. Use fewer --windows, a smaller --batch-size, or --skeleton.")
-            if not _is_out_of_memory(error):
+            if came or _is_interrupted(error):
+                sys.exit(128 + (came[0] if came else signal.SIGINT))
+            message = _message(error)
+            if message is None:
                 raise
-            _fail("the device is out of memory. Use a smaller --batch-size (--batch-sizes for bench), or --skeleton.")
+            _fail(message)
 
 
 _HINT = " Free some space, or choose another disk (TMPDIR for temporary files)."
+
+
+def _message(error: Exception) -> str | None:
+    """Return the message for a user who can do something about this error; None if it is a bug."""
+    if isinstance(error, SecateurError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}.{_HINT if is_full_disk(error) else ''}"
+    if is_full_disk(error):
+        return f"no space left on the disk ({first_line(error)}).{_HINT}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "there is not enough memory. Use fewer --windows, a smaller --batch-size, or --skeleton."
+    if _is_out_of_memory(error):
+        return "the device is out of memory. Use a smaller --batch-size (--batch-sizes for bench), or --skeleton."
+    return None
+
+
+def _is_interrupted(error: BaseException | None) -> bool:
+    """Return whether an error arose from an interruption, in what was to clean up after it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
