@@ -80,7 +80,8 @@ def _generation_gap(model: Any, tokens: torch.Tensor, scale: float) -> float:
 
 def _end_when_closed() -> None:
     """Wait until whoever started this process is gone, with their end of the pipe."""
-    sys.stdin.read()
+    while os.read(sys.stdin.fileno(), 1):  # without the lock of `sys.stdin`, which would be missed at the end
+        pass
     os._exit(1)
 
 

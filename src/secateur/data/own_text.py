@@ -46,6 +46,9 @@ PROMPTS = (
 )
 """What the user says if the chat template needs a user: about nothing in particular."""
 
+_LONGEST_BEGINNING = 65_536
+"""Characters that a chat template may write around a short question; system prompts have a tenth of that."""
+
 _VERSION = 1  # of the generation: part of the name under which its text is cached
 
 
@@ -211,6 +214,10 @@ def _chats(tokenizer: PreTrainedTokenizerBase, bos: list[int]) -> list[list[int]
     found, renderer = [], ChatRenderer(tokenizer)
     for prompt in PROMPTS:
         text = renderer.render([{"role": "user", "content": prompt}], asks=True)
+        if len(text) > _LONGEST_BEGINNING:
+            raise InputError(
+                f"the chat template writes {len(text):,} characters before the model begins; give another tokenizer."
+            )
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         found.append(ids[1:] if bos and ids[:1] == bos else ids)
     return found
