@@ -49,7 +49,7 @@ KEYS = {
     "scores": ["format", "model", "fingerprint", "texts", "cosine", "magnitude", "perplexity", "taylor"],
     "state": ["format", "name", "stages", "failed"],
 }
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def drawn(kind):
