@@ -5,7 +5,8 @@
 * `settings NAME`: settings of a method or of a way of healing, with defaults;
 * `measured NAME`: perplexity of the bundled model under that method, from `results/*_table.jsonl`;
 * `comparison`: all methods beside each other; `healing`: all ways of healing by tokens;
-* `searched`: `auto` and the single methods it tried; `quantised`, `stability`.
+* `searched`: `auto` and the single methods it tried; `quantised`, `stability`;
+* `robustness`: what came of mutated files and of killed commands.
 
 Where something was measured several times, the last line counts.
 """
@@ -146,6 +147,35 @@ def stability() -> str:
     return markdown(("model", "`acc`", "stability", "flips"), rows)
 
 
+def robustness() -> str:
+    """Return what came of mutated files and of commands killed at random moments."""
+    rows = []
+    for one in _records("robustness"):
+        setting, found = one["setting"], one["found"]
+        if setting["run"] == "mutations":
+            label = f"{found['mutations']:,} mutations of {setting['kinds']} kinds of file, seed {setting['seed']}"
+            refused = f"{found['refused']:,} refused with one message, {found['accepted']:,} read"
+            rows += [
+                [label, refused],
+                ["… tracebacks", str(found["tracebacks"])],
+                ["… crashes", str(found["crashes"])],
+                [f"… longer than {setting['limit']} seconds", str(found["hangs"])],
+                ["… the slowest", f"{found['slowest_seconds']:.1f} seconds"],
+            ]
+        else:
+            names = ", ".join(setting["commands"])
+            early = f"{found['ended_before']} of them after the command had ended"
+            rows += [
+                [f"{found['kills']} kills of {names}, seed {setting['seed']}", early],
+                ["… files that differ from those of an undisturbed run", str(found["differences"])],
+                ["… files left over after the second run", str(found["left_over"])],
+                ["… earlier results lost in between", str(found["lost_targets"])],
+                ["… processes that went on without their parent", str(found["surviving_processes"])],
+                ["… second runs that failed", str(found["failed_reruns"])],
+            ]
+    return markdown(("", "found"), rows)
+
+
 def searched() -> str:
     """Put `auto` beside the single methods it tried: perplexity, plans measured, processor seconds."""
     found: dict[str, dict[float, Record]] = {}
@@ -177,6 +207,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "searched": searched,
     "quantised": quantised,
     "stability": stability,
+    "robustness": robustness,
 }
 
 

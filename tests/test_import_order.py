@@ -8,7 +8,9 @@ import secateur
 
 ORDER = [
     {"errors"},
+    {"ownership", "interruption", "reading"},
     {"versions", "files", "settings", "progress", "distributed", "plugins"},
+    {"claims"},
     {"run_options"},
     {"plan", "modeling"},
     {"models"},

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
-import tempfile
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from secateur.errors import InputError
+from secateur.ownership import litter, owned_name, remove, remove_litter
 
 _SPARE_BYTES = 1 << 30
-_ABANDONED_SECONDS = 24 * 3600
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+"""What a kernel or file system says that cannot exchange two names."""
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -23,25 +27,93 @@ def replace_file(path: Path, text: str) -> None:
     Raises:
         InputError: the path cannot be written.
     """
-    temporary = None
+    stem = f".{path.name}"
+    temporary = path.with_name(owned_name(stem, "tmp"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        temporary.chmod(0o666 & ~umask())
+        remove_litter(path.parent, f"{stem}.", "tmp")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}).") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def new_part(target: Path) -> Path:
+    """Make a folder beside a target, to become it with `put_in_place`; what dead processes left there is removed first.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target)
+    part = target.with_name(owned_name(f".{target.name}", "part"))
+    part.mkdir()
+    return part
+
+
+def put_in_place(part: Path, target: Path) -> None:
+    """Rename a folder to its target, with ordinary permissions; where there is a target, the two change names at once.
+
+    Where names cannot be exchanged, the target is moved aside first; if the process is killed between the two steps,
+    `recover` moves it back.
+
+    Raises:
+        OSError: it cannot be renamed; the target is as it was.
+    """
+    part.chmod(0o777 & ~umask())
+    for file in filter(Path.is_file, part.iterdir()):
+        file.chmod(0o666 & ~umask())
+    if not target.exists():
+        part.rename(target)
+        return
+    if _exchanged(part, target):
+        remove(part)
+        return
+    aside = target.with_name(owned_name(f".{target.name}", "old"))
+    target.rename(aside)
+    try:
+        part.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    remove(aside)
+
+
+def recover(target: Path) -> None:
+    """Move back a target that a killed process had moved aside, and remove what else such processes left beside it.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    stem = f".{target.name}."
+    aside = sorted(litter(target.parent, stem, "old"), key=lambda path: path.stat().st_mtime)
+    if aside and not target.exists():
+        aside[-1].rename(target)
+    remove_litter(target.parent, stem)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; return False where that cannot be done.
+
+    Raises:
+        OSError: it can be, but not with these two.
+    """
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if exchange is None:
+        return False
+    if exchange(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def umask() -> int:
     """Return the process's umask."""
-    current = os.umask(0)
+    current = os.umask(0o077)
     os.umask(current)
     return current
 
@@ -54,6 +126,20 @@ def require_room(folder: Path, needed: int, what: str) -> None:
     """
     if shutil.disk_usage(folder).free < needed + _SPARE_BYTES:
         raise OSError(errno.ENOSPC, f"no space left for {what}; set TMPDIR to a larger disk")
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Return whether an error, or one it came of, is that a disk, a quota or the size of a file is exhausted.
+
+    Libraries that write through other languages raise errors of their own, which only quote the system's.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if any(os.strerror(code) in str(error) for code in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def cache_folder(*parts: str) -> Path:
@@ -74,19 +160,12 @@ def building(target: Path) -> Iterator[Path]:
         InputError: the place cannot be written.
     """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for old in target.parent.glob(f".{target.name}.*.part"):
-            if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        folder = new_part(target)
     except OSError as error:
         raise InputError(f"{target.parent}: cannot be written ({error.strerror}); set SECATEUR_CACHE.") from error
     try:
         yield folder
         if not target.exists():
-            folder.chmod(0o777 & ~umask())
-            for file in filter(Path.is_file, folder.iterdir()):
-                file.chmod(0o666 & ~umask())
-            folder.rename(target)
+            put_in_place(folder, target)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from secateur.errors import InputError
 from secateur.progress import SILENT, Progress
+
+LARGEST_SEED = (1 << 32) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,15 @@ class RunOptions:
     seed: int = 0
     progress: Progress = SILENT
     work: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check the seed.
+
+        Raises:
+            InputError: it is negative, or beyond what every generator of random numbers takes.
+        """
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"seed {self.seed}: must be from 0 to {LARGEST_SEED:,}.")
 
     def within(self, name: str) -> RunOptions:
         """Return the same options with `name` inside the work folder as work folder, if there is one."""

@@ -358,7 +358,7 @@ def test_ctrl_c_is_130_and_keeps_what_was_there(run, model, windows, tmp_path, m
 
 
 def test_a_search_goes_on_after_ctrl_c(run, model, windows, tmp_path, monkeypatch):
-    measure, done = trials.mean_loss, []
+    measure, done = trials.mean_loss_of_sources, []
 
     def interrupted(*given, **named):
         if len(done) == 2:
@@ -367,12 +367,12 @@ def test_a_search_goes_on_after_ctrl_c(run, model, windows, tmp_path, monkeypatc
         return done[-1]
 
     words = ["plan", model, "--method", "auto", "--remove", "30%", "--set", "width=none", "--texts", windows]
-    monkeypatch.setattr(trials, "mean_loss", interrupted)
+    monkeypatch.setattr(trials, "mean_loss_of_sources", interrupted)
     code, _, err = run(*words, "-o", "plan.json")
     assert code == 130
     assert "started again with -o plan.json, it resumes" in err
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json.training"]
-    monkeypatch.setattr(trials, "mean_loss", lambda *a, **n: (done.append(1), measure(*a, **n))[1])
+    monkeypatch.setattr(trials, "mean_loss_of_sources", lambda *a, **n: (done.append(1), measure(*a, **n))[1])
     assert run(*words, "-o", "plan.json")[0] == 0
     assert not (tmp_path / "plan.json.training").exists()
     assert len(done) == len(Plan.read(tmp_path / "plan.json").search.candidates), "each was measured once"
@@ -385,7 +385,7 @@ def test_a_full_disk_is_one_clear_message(run, model, windows, monkeypatch):
     monkeypatch.setattr(pruning, "draw_scores", full)
     code, _, err = run("score", model, "--texts", windows, "-o", "scores")
     assert code == 2
-    assert "/somewhere: No space left on device. Free some space" in err
+    assert "no space left (No space left on device); what was there is kept. Free some space" in err
 
 
 def test_it_runs_as_a_module():

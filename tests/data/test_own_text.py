@@ -87,6 +87,12 @@ def test_draws_follow_the_distribution():
     assert counts[0] == 0
 
 
+def test_a_template_that_writes_a_book_is_refused(model):
+    model.tokenizer.chat_template = "[" * 100_000
+    with pytest.raises(InputError, match="writes 100,000 characters before the model begins"):
+        written(model)
+
+
 def test_half_begin_with_the_chat_template_and_half_with_one_token(model):
     texts = [model.tokenizer.decode(row) for row in written(model, count=8).tokens]
     assert [text.startswith("<bos>user: ") for text in texts] == [False, True] * 4

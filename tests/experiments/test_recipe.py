@@ -51,7 +51,7 @@ def test_a_run_and_a_study_come_back_as_they_were(file):
         ("prune: {method: sleb}", "model is missing"),
         ("model: m\nprune: {method: sleb}\neval: {stability: true}", "name some, such as stdlib-cloze"),
         ("model: m\nprune: {method: sleb}\nbench: {repeats: 0}", "bench.repeats"),
-        ("model: [", "line 1: not YAML"),
+        ("model: [", "not YAML"),
         ("just words", "not a recipe"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_state_of_another_version_is_refused(tmp_path):
     with pytest.raises(InputError, match="format 99"):
         State.of(tmp_path)
     (tmp_path / "state.json").write_text("[]")
-    with pytest.raises(InputError, match="not the state of a run"):
+    with pytest.raises(InputError, match="not a valid state of a run"):
         State.of(tmp_path)
 
 

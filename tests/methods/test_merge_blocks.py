@@ -12,7 +12,9 @@ from oracles import draw_tokens, draw_windows, forward, no_real_parameters, walk
 from secateur import Plan, make_plan, open_model, prune
 from secateur.calibration.store import StateStore
 from secateur.errors import InputError, NumericsError
+from secateur.methods.budget import Budget
 from secateur.methods.merge_blocks import Slide, find_threshold, slide
+from secateur.methods.method import Measurements, find_method
 from secateur.plan.steps import MergeBlocks, Sizes
 from secateur.scores.merge_similarity import MergeProbe, window_cosines
 from secateur.surgery.depth.merging import shares_for
@@ -267,6 +269,23 @@ def test_any_number_of_blocks(count, rule, tiny):
     if step.threshold is not None and step.threshold > 0:
         again = merged_by(decoder, windows, threshold=step.threshold, rule=rule)
         assert (again.windows, again.similarity) == (step.windows, step.similarity)
+
+
+def test_the_windows_do_not_depend_on_what_was_measured_before(tiny):
+    """A search measures one model for several numbers of blocks; started again after a kill it has lost that."""
+    swm, windows = find_method("swm"), draw_windows(windows=8)
+    settings = swm.read_settings({})
+    found = 0
+    for seed in range(3):
+        decoder = tiny("llama", seed=seed, blocks=BLOCKS)
+        shared = Measurements(decoder, windows)
+        for blocks in (6, 5, 4, 3, 2, 1, 2, 3):
+            alone = Measurements(decoder, windows)
+            steps = [swm.decision(one, settings, Budget("blocks", blocks)).steps for one in (shared, alone)]
+            assert steps[0] == steps[1]
+            measured = [next(iter(one.cache.values())) for one in (shared, alone)]
+            found += len(measured[0]) > len(measured[1])
+    assert found, "earlier decisions measured more"
 
 
 def test_shares_of_all_parameters(tiny):

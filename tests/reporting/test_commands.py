@@ -30,7 +30,7 @@ def test_a_search_is_made_again_as_a_search():
     settings = {"depth": "none,sleb", "trials": 16, "of": {"sleb": {"protect_last": 2}}}
     search = {
         "settings": settings,
-        "candidates": [],
+        "candidates": [{"depth": "sleb", "blocks": None, "width": None}],
         "front": [],
         "best": 0,
         "fitted": 24,

@@ -286,7 +286,7 @@ def test_a_file_that_holds_no_scores(content, tmp_path):
 
 def test_a_file_that_is_not_there(tmp_path):
     for path in (tmp_path / "nothing.json", tmp_path):
-        with pytest.raises(InputError, match="not a readable scores file"):
+        with pytest.raises(InputError, match="the scores file cannot be read"):
             Scores.read(path)
 
 

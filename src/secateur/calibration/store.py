@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import psutil
 import torch
 
 from secateur.files import require_room
+from secateur.ownership import scratch_folder
 
 _SHARE_OF_MEMORY = 0.25
 
@@ -91,11 +91,15 @@ class StateStore:
 
     def _write(self, tensor: torch.Tensor) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="secateur-states-"))
+            self._folder = scratch_folder("states")
         require_room(self._folder, 4 * tensor.numel(), "hidden states (fewer windows need less)")
         path = self._folder / f"{self._written}.f32"
         self._written += 1
-        tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tofile(path)
+        numbers = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
+        try:
+            path.write_bytes(numbers.reshape(-1).view(np.uint8).data)  # numpy's `tofile` does not notice a full disk
+        except OSError as error:
+            raise OSError(error.errno, "no space left for hidden states", str(self._folder)) from error
         return path
 
 

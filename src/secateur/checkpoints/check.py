@@ -19,6 +19,7 @@ import torch
 from secateur.errors import CheckError
 from secateur.models.decoder import Decoder
 from secateur.models.forward import capture, logits, run_block
+from secateur.ownership import scratch
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference allowed, relative to the largest logit, by the dtype of the arithmetic."""
@@ -85,20 +86,33 @@ def reopen(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         CheckError: the process failed, for example because a folder cannot be loaded at all.
     """
     script = Path(__file__).with_name("fresh_process.py")
-    with tempfile.TemporaryDirectory() as scratch:
-        listed = Path(scratch, "jobs.json")
+    with scratch("check") as place:
+        listed = place / "jobs.json"
         listed.write_text(json.dumps(list(jobs)), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-P", str(script), str(listed)],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            check=False,
-        )
-    if done.returncode != 0:
-        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+        code, printed, said = _run([sys.executable, "-P", str(script), str(listed)])
+    if code != 0:
+        tail = "\n".join(said.strip().splitlines()[-5:])
         raise CheckError(f"the written checkpoint could not be reopened in a fresh process:\n{tail}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+
+
+def _run(command: list[str]) -> tuple[int, str, str]:
+    """Run a process to its end, and return code, stdout and stderr; it ends with this one, whose pipe it reads."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+        subprocess.Popen(command, stdin=pipe, stdout=out, stderr=err, env=environment) as process,
+    ):
+        try:
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        for stream in (out, err):
+            stream.seek(0)
+        return code, out.read(), err.read()
 
 
 def require_passed(result: dict[str, Any]) -> None:

@@ -8,7 +8,9 @@ JSON object per folder.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,16 @@ def _generation_gap(model: Any, tokens: torch.Tensor, scale: float) -> float:
     return float((best - taken).max()) / max(scale, 1e-12)
 
 
+def _end_when_closed() -> None:
+    """Wait until whoever started this process is gone, with their end of the pipe."""
+    while os.read(sys.stdin.fileno(), 1):  # without the lock of `sys.stdin`, which would be missed at the end
+        pass
+    os._exit(1)
+
+
 def main() -> None:
-    """Run every check in the file named on the command line."""
+    """Run every check in the file named on the command line; the process ends when its standard input is closed."""
+    threading.Thread(target=_end_when_closed, daemon=True).start()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEn
 from huggingface_hub.utils import validate_repo_id
 
 from secateur.checkpoints.card import RELATION, methods_in, opened_from, with_results
-from secateur.checkpoints.folders import MARKER, is_ours
+from secateur.checkpoints.folders import MARKER, is_ours, read_record
 from secateur.errors import InputError, ModelError, SecateurWarning, first_line
 from secateur.evaluation.results import read_results
 from secateur.models import fingerprint
@@ -105,7 +104,7 @@ def _finished(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no such folder.")
     if not is_ours(folder):
         raise InputError(f"{folder}: not written by secateur ({MARKER} is missing); push what prune or heal wrote.")
-    record: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    record = read_record(folder)
     if "history" not in record:
         raise InputError(
             f"{folder}: holds what `secateur {record.get('command', 'another command')}` wrote, not a checkpoint; "

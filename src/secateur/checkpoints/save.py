@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from secateur.modeling import AUTO_MAP, MODELLING_FILE, SecateurConfig
 from secateur.models.decoder import Decoder
 from secateur.models.dtypes import dtype_named
 from secateur.models.opening import open_model
+from secateur.ownership import scratch
 from secateur.plan.plan import plans_in
 from secateur.versions import versions
 
@@ -80,8 +80,8 @@ def save(
 
 
 def _prove(decoder: Decoder, folder: Path, stored: torch.dtype) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        expected = record_expected(decoder, Path(scratch, "expected.npz"), stored)
+    with scratch("check") as place:
+        expected = record_expected(decoder, place / "expected.npz", stored)
         (result,) = reopen([expected.job(folder)])
     require_passed(result)
     del result["folder"]

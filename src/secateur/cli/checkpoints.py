@@ -88,7 +88,7 @@ def convert(
     """Save a model (a GGUF file, a folder, a name on the hub) as safetensors, and verify that it loads."""
     if save_dtype is not None:
         dtype_named(save_dtype)
-    folder = target(out, model, "convert")
+    folder = target(out, model, "convert", dry_run=dry_run)
     decoder = opened(opening, model, only_shapes=dry_run)
     check_target(folder, reads=decoder.folder)
     stored = decoder.saved_dtype if save_dtype is None else dtype_named(save_dtype)

@@ -30,7 +30,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure perplexity on held-out text, or tasks (or both), of the model and of the dense one in one run."""
-    folder = target(output.out, model, "eval")
+    folder = target(output.out, model, "eval", dry_run=output.dry_run)
     asked = asking.request()
     decoder, dense = _opened_pair(opening, model, against, folder, only_shapes=output.dry_run, whole=asked is not None)
     with showing_progress(err) as progress:
@@ -59,7 +59,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Seed of the prompts, which are random tokens.")] = 0,
 ) -> None:
     """Measure speed and memory next to the dense model: prefill, decode, first token, peak, cache."""
-    folder = target(output.out, model, "bench")
+    folder = target(output.out, model, "bench", dry_run=output.dry_run)
     timing = rounds.timing()
     decoder, dense = _opened_pair(opening, model, against, folder, only_shapes=output.dry_run, whole=True)
     with showing_progress(err) as progress:

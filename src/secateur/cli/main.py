@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,11 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
+from secateur.claims import holding_claims
 from secateur.distributed import is_main_process, launched
-from secateur.errors import InputError, SecateurError
+from secateur.errors import InputError, SecateurError, first_line
+from secateur.files import is_full_disk
+from secateur.interruption import ending_as_ctrl_c
 from secateur.versions import __version__
 
 
@@ -115,22 +118,54 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. Errors that a user can act on become one message and exit code 2; Ctrl-C becomes 130."""
-    try:
-        app()
-    except SecateurError as error:
-        _fail(str(error))
-    except OSError as error:
+    """Run the command line. Errors that a user can act on become one message and exit code 2; Ctrl-C becomes 130.
+
+    SIGTERM and SIGHUP end a command as Ctrl-C does, with 128 and their number as the exit code.
+    """
+    with ending_as_ctrl_c() as came:
+        try:
+            with holding_claims():
+                app()
+        except SystemExit as stop:
+            sys.exit(128 + came[0] if came and stop.code else stop.code)
+        except KeyboardInterrupt:
+            sys.exit(128 + (came[0] if came else signal.SIGINT))
+        except Exception as error:
+            if came or _is_interrupted(error):
+                sys.exit(128 + (came[0] if came else signal.SIGINT))
+            message = _message(error)
+            if message is None:
+                raise
+            _fail(message)
+
+
+_HINT = " Free some space, or choose another disk (TMPDIR for temporary files)."
+
+
+def _message(error: Exception) -> str | None:
+    """Return the message for a user who can do something about this error; None if it is a bug."""
+    if isinstance(error, SecateurError):
+        return str(error)
+    if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        hint = " Free some space, or choose another disk." if error.errno == errno.ENOSPC else ""
-        _fail(f"{where}{error.strerror or error}.{hint}")
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
-            raise
-        _fail("the device is out of memory. Use a smaller --batch-size (--batch-sizes for bench), or --skeleton.")
+        return f"{where}{error.strerror or error}.{_HINT if is_full_disk(error) else ''}"
+    if is_full_disk(error):
+        return f"no space left on the disk ({first_line(error)}).{_HINT}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "there is not enough memory. Use fewer --windows, a smaller --batch-size, or --skeleton."
+    if _is_out_of_memory(error):
+        return "the device is out of memory. Use a smaller --batch-size (--batch-sizes for bench), or --skeleton."
+    return None
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _is_interrupted(error: BaseException | None) -> bool:
+    """Return whether an error arose from an interruption, in what was to clean up after it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
     from torch import OutOfMemoryError
 
     return isinstance(error, OutOfMemoryError)

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from secateur.checkpoints.folders import check_target, replacing
 from secateur.checkpoints.save import save
+from secateur.claims import claim
 from secateur.cli.demo import demo as run_demo
 from secateur.cli.options import AmountOptions, Learning, Opening, Output, Reading, Saving, grouped
 from secateur.cli.tables import healing_table, plan_summary, scores_table, showing_progress
@@ -64,7 +65,7 @@ def score(
 ) -> None:
     """Measure where a model is redundant: a table, plots, scores.json."""
     kinds = _kinds(also or [])
-    folder = target(output.out, model, "score")
+    folder = target(output.out, model, "score", dry_run=output.dry_run)
     decoder = opened(opening, model, only_shapes=output.dry_run)
     with showing_progress(err) as progress:
         job = ScoreJob.prepare(decoder, **reading.fields(), pack=pack, kinds=kinds, options=reading.options(progress))
@@ -97,8 +98,11 @@ def plan(
 ) -> None:
     """Decide what to remove: a small file to read, edit and pass to `prune`."""
     file = out or run_folder(model, "plan") / "plan.json"
+    check_target(file.parent, replaces=False, ours=False)
     if file.exists():
         _require_plan(file)
+    if not dry_run and is_main_process():
+        claim(file)
     decoder = opened(opening, model, only_shapes=dry_run)
     work = training_folder(file)
     with _keeping(work, file), showing_progress(err) as progress:
@@ -140,7 +144,7 @@ def prune(
     if save_dtype is not None:
         dtype_named(save_dtype)
     made = Plan.read(plan_file) if plan_file else None
-    folder = target(saving.out, model, "prune")
+    folder = target(saving.out, model, "prune", dry_run=saving.dry_run)
     decoder = opened(opening, model, only_shapes=saving.dry_run)
     check_target(folder, reads=decoder.folder)
     work = training_folder(folder)
@@ -203,7 +207,7 @@ def heal(
 ) -> None:
     """Retrain a pruned model to recover its quality. Interrupted and started again, it resumes."""
     recipe = find_healing_recipe(learning.with_)
-    folder = target(saving.out, model, "heal")
+    folder = target(saving.out, model, "heal", dry_run=saving.dry_run)
     decoder = opened(opening, model, only_shapes=saving.dry_run, whole=recipe.whole)
     check_target(folder, reads=decoder.folder)
     teacher = _teacher(decoder, learning, opening, folder, dry_run=saving.dry_run) if recipe.teacher else None

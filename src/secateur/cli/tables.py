@@ -153,7 +153,8 @@ def _asked(plan: Plan) -> str:
         "target_memory": lambda value: f"; requested at most {gigabytes(value)}",
         "target_speedup": lambda value: f"; requested {value:g} times as fast",
     }
-    return "".join(readers[name](value) for name, value in plan.requested.items() if name in readers)
+    asked = {name: value for name, value in plan.requested.items() if name in readers}
+    return "".join(readers[name](value) for name, value in asked.items() if isinstance(value, int | float))
 
 
 def _counted(facts: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from secateur.checkpoints.folders import check_target, replacing
+from secateur.claims import claim
 from secateur.cli.options import Opening
 from secateur.distributed import is_main_process
 from secateur.errors import SecateurWarning
@@ -54,10 +55,15 @@ def saying_warnings(without: type[SecateurWarning] | None = None) -> Iterator[No
                     err.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
 
 
-def target(out: Path | None, model: str, command: str) -> Path:
-    """Return the output folder, given or new; one that must not be replaced is refused."""
+def target(out: Path | None, model: str, command: str, *, dry_run: bool = False) -> Path:
+    """Return the output folder, given or new; one that must not be replaced, or that is being written, is refused.
+
+    The command holds it until it ends, unless it writes nothing.
+    """
     folder = out or run_folder(model, command)
     check_target(folder)
+    if not dry_run and is_main_process():
+        claim(folder)
     return folder
 
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import InputError
+from secateur.errors import InputError, first_line
+from secateur.reading import from_json
 
 LINES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson")
 TABLES = (".json", ".csv")
@@ -23,6 +24,10 @@ _MARKS = {
 }
 _PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
 """Fields that together form one text, in this order."""
+_WHOLE = (".txt", ".md", ".json")
+_LARGEST = 4 << 30
+_LONGEST_LINE = 256 << 20
+"""Maximum characters in a line of JSON."""
 _LONGEST_FIELD = 1 << 30
 """Maximum characters in a field of a CSV file; the csv module's own limit is 131,072."""
 
@@ -73,6 +78,12 @@ def _file_documents(path: Path) -> Iterator[str]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
+    if path.exists() and not path.is_file():
+        raise InputError(f"cannot read {path}: not an ordinary file; give a file or a folder of files")
+    if path.suffix.lower() in _WHOLE and path.exists() and path.stat().st_size > _LARGEST:
+        raise InputError(
+            f"{path}: files of this kind are read as a whole, up to {_LARGEST >> 30} GiB; split it, or write .jsonl"
+        )
     try:
         yield
     except UnicodeError as error:
@@ -132,10 +143,7 @@ def _json_list(path: Path) -> Iterator[Placed]:
     if not text.lstrip().startswith("["):
         yield from _json_rows(path)
         return
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg}); copy the file again") from error
+    items = _loaded(text, str(path), "copy the file again")
     for number, item in enumerate(items, start=1):
         where = f"{path}, entry {number}"
         yield where, _object(item, where)
@@ -144,18 +152,30 @@ def _json_list(path: Path) -> Iterator[Placed]:
 def _json_rows(path: Path) -> Iterator[Placed]:
     """Yield each object of a file of JSON lines, and its location."""
     with _reading(path), path.open(encoding=_encoding(path)) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), ""), start=1):
+            where = f"{path}, line {number}"
+            if len(line) == _LONGEST_LINE:
+                raise InputError(f"{where}: longer than {_LONGEST_LINE >> 20} MiB; each line must be one object")
             if line.strip():
-                where = f"{path}, line {number}"
                 yield where, _json_object(line, where)
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
+    return _object(_loaded(line, where, "each line must be one object"), where, "each line")
+
+
+def _loaded(text: str, where: str, advice: str) -> Any:
+    """Return the data of a JSON text; of an error in several lines, say in which."""
     try:
-        item = json.loads(line)
+        return from_json(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}); each line must be one object") from error
-    return _object(item, where, "each line")
+        place = f"{where}, line {error.lineno}" if "\n" in text.strip() else where
+        raise InputError(f"{place}: not JSON ({error.msg}); {advice}") from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: holds half a character (a lone surrogate); write it again") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        raise InputError(f"{where}: not JSON ({reason}); {advice}") from error
 
 
 def _object(item: Any, where: str, each: str = "each entry") -> dict[str, Any]:
@@ -186,7 +206,7 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         try:
             with pq.ParquetFile(path) as file:
                 yield file
-        except pa.ArrowException as error:
+        except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a readable parquet file: {error}; write it again") from error
 
 

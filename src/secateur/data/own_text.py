@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from secateur.data.templates import ChatRenderer
 from secateur.distributed import from_main_process, is_main_process
-from secateur.errors import InputError, NumericsError, first_line
+from secateur.errors import InputError, NumericsError
 from secateur.files import cache_folder
 from secateur.models.decoder import Decoder
+from secateur.ownership import owned_name, remove_litter
 from secateur.progress import SILENT, Progress
 from secateur.versions import digest
 
@@ -43,6 +45,9 @@ PROMPTS = (
     "What should I know about this?",
 )
 """What the user says if the chat template needs a user: about nothing in particular."""
+
+_LONGEST_BEGINNING = 65_536
+"""Characters that a chat template may write around a short question; system prompts have a tenth of that."""
 
 _VERSION = 1  # of the generation: part of the name under which its text is cached
 
@@ -206,15 +211,13 @@ def _chats(tokenizer: PreTrainedTokenizerBase, bos: list[int]) -> list[list[int]
     """Return the beginnings of chats, up to where the assistant speaks; none without a template."""
     if tokenizer.chat_template is None:
         return []
-    found = []
+    found, renderer = [], ChatRenderer(tokenizer)
     for prompt in PROMPTS:
-        asked = [{"role": "user", "content": prompt}]
-        try:
-            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is third-party code, and may raise anything
+        text = renderer.render([{"role": "user", "content": prompt}], asks=True)
+        if len(text) > _LONGEST_BEGINNING:
             raise InputError(
-                f"the chat template refuses a question: {first_line(error)}; give another tokenizer."
-            ) from (error)
+                f"the chat template writes {len(text):,} characters before the model begins; give another tokenizer."
+            )
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         found.append(ids[1:] if bos and ids[:1] == bos else ids)
     return found
@@ -236,17 +239,19 @@ def _read(kept: Path | None, shape: tuple[int, int]) -> torch.Tensor | None:
     if kept is None or not kept.is_file():
         return None
     try:
-        found = np.load(kept, allow_pickle=False)
+        found = np.array(np.load(kept, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError):
         return None  # damaged: generated again
     return torch.from_numpy(found) if found.shape == shape and found.dtype == np.int64 else None
 
 
 def _keep(kept: Path, tokens: torch.Tensor) -> None:
-    temporary = kept.with_name(f".{kept.name}.{np.random.default_rng().integers(1 << 32)}.npy")
+    temporary = kept.with_name(owned_name(f".{kept.name}", "tmp"))
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        np.save(temporary, tokens.numpy())
+        remove_litter(kept.parent, f".{kept.name}.")
+        with temporary.open("wb") as file:
+            np.save(file, tokens.numpy())
         temporary.replace(kept)
     except OSError as error:
         raise InputError(f"{kept.parent}: cannot be written ({error.strerror}); set SECATEUR_CACHE.") from error

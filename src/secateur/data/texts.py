@@ -18,7 +18,7 @@ from secateur.data.diverse import parts_of_diverse
 from secateur.data.own_text import OwnText
 from secateur.data.sources import DIVERSE, OWN, Documents, Split, is_source, open_documents
 from secateur.data.windows import Windows, check_vocabulary, counted, digest, load_windows
-from secateur.errors import InputError, unknown
+from secateur.errors import InputError, first_line, unknown
 from secateur.models.decoder import Decoder
 from secateur.models.widths import rows_per_token
 from secateur.run_options import DEFAULTS, RunOptions
@@ -146,7 +146,7 @@ def wants_bos(tokenizer: "PreTrainedTokenizerBase", bos: Bos) -> bool:
     if bos == "always" and tokenizer.bos_token_id is None:
         raise InputError("bos is 'always', but the tokenizer has no beginning-of-sequence token; use 'auto'")
     if bos == "auto" and tokenizer.bos_token_id is not None:
-        return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return bos == "always"
 
 
@@ -265,7 +265,10 @@ def _first_tokens(texts: Iterator[str], needed: int | None, tokenizer: "PreTrain
 
 def _encode(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     # verbose=False: the text is longer than the model's context on purpose, no warning is due
-    return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    try:
+        return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise InputError(f"the tokenizer cannot read the text: {first_line(error)}; give another one") from error
 
 
 # Mixtures

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from secateur.errors import InputError
+from secateur.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,9 +164,17 @@ def load_windows(
 
 def _load_array(path: Path) -> torch.Tensor:
     try:
-        return _tensor(np.load(path, allow_pickle=False), str(path))
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}; save it with numpy.save(path, windows)") from error
+        if not path.is_file():
+            reason = "not an ordinary file" if path.exists() else "no such file"
+            raise InputError(f"cannot read {path}: {reason}; save it with numpy.save(path, windows)")
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # claims more than the file holds? then it refuses
+        if not isinstance(mapped, np.ndarray):
+            raise ValueError("several arrays")
+        return _tensor(np.array(mapped), str(path))
+    except InputError:
+        raise
+    except Exception as error:  # a damaged header makes numpy raise errors of Python's own parser, too
+        raise InputError(f"cannot read {path}: {first_line(error)}; save it with numpy.save(path, windows)") from error
 
 
 def _tensor(values: Any, source: str) -> torch.Tensor:

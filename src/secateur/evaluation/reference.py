@@ -11,7 +11,10 @@ from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.evaluation.results import Result, read_results, write_results
 from secateur.evaluation.stability import Outcome
+from secateur.files import replace_file
+from secateur.reading import MIB, FileKind, from_json
 
+ANSWERS_FILE = FileKind("list of answers", 512 * MIB, advice="Measure the dense model again.")
 RESULTS = "results.jsonl"
 ANSWERS = "answers.json"
 
@@ -70,7 +73,7 @@ class Reference:
     def write(self, folder: Path) -> None:
         """Write `results.jsonl` and `answers.json` into a folder."""
         write_results(folder / RESULTS, self.results)
-        (folder / ANSWERS).write_text(json.dumps([one.as_dict() for one in self.answers]), encoding="utf-8")
+        replace_file(folder / ANSWERS, json.dumps([one.as_dict() for one in self.answers]))
 
     @classmethod
     def read(cls, folder: Path) -> Reference:
@@ -80,10 +83,5 @@ class Reference:
             InputError: a file is missing or invalid.
         """
         path = folder / ANSWERS
-        try:
-            answers = tuple(Outcome.of(one) for one in json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}: not answers as secateur writes them ({error}).") from error
+        answers = ANSWERS_FILE.parsed(path, lambda text: tuple(Outcome.of(one) for one in from_json(text)))
         return cls(read_results(folder / RESULTS), answers)

@@ -9,10 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from secateur.errors import InputError
 from secateur.files import replace_file
 from secateur.models.decoder import Decoder
+from secateur.reading import MIB, FileKind, from_json
 from secateur.versions import versions
+
+RESULTS_FILE = FileKind("list of results", 256 * MIB, advice="Measure again.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +96,18 @@ def read_results(path: str | Path) -> tuple[Result, ...]:
     """
     path = Path(path)
     file = path / "results.jsonl" if path.is_dir() else path
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{file}: the results cannot be read ({error.strerror}).") from error
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(RESULTS_FILE.text(file).splitlines(), 1):
         try:
-            one = Result(**json.loads(line))
-            finite = math.isfinite(one.value)
-        except (ValueError, TypeError) as error:
+            data = from_json(line)
+            Result(**data)  # refuses unknown keys, which a type adapter ignores
+            one = _RESULT.validate_python(data)
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{file}, line {number}: not a result of this version; measure again.") from error
-        if not finite:
+        if not math.isfinite(one.value):
             raise InputError(f"{file}, line {number}: {one.measure} is {one.value}; measure again.")
         found.append(one)
     return tuple(found)
+
+
+_RESULT = TypeAdapter(Result)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from secateur.experiments.recipe import Recipe, read_recipe
 from secateur.experiments.stages import run_stages
 from secateur.experiments.stages_run import Run, Shared
 from secateur.experiments.state import CELLS, DENSE, RECIPE, SCORES, State
+from secateur.interruption import end_with_parent, ending_as_ctrl_c
 from secateur.scores.profile import Scores
 
 
@@ -31,7 +29,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--first")
     parser.add_argument("--stages")
     given = parser.parse_args(arguments)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     cells = given.study / CELLS
@@ -50,13 +48,6 @@ def main(arguments: list[str]) -> None:
                 state.fail("open", error)
         sys.stdout.write(f"{DONE} {name}\n")
         sys.stdout.flush()
-
-
-def _end_with(parent: int) -> None:
-    """Exit when the parent process is gone, because another may be started in the same folder."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def open_run(study: Path, name: str, sibling: Path | None = None) -> Run:
@@ -81,4 +72,8 @@ def open_run(study: Path, name: str, sibling: Path | None = None) -> Run:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with ending_as_ctrl_c() as came:
+        try:
+            main(sys.argv[1:])
+        except KeyboardInterrupt:
+            sys.exit(128 + (came[0] if came else signal.SIGINT))

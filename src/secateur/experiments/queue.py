@@ -7,12 +7,14 @@ group runs wherever the study's folder can be reached.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from secateur.experiments.state import CELLS, State
 
 LOG = "log.txt"
+_PATIENCE_SECONDS = 5.0
 DONE = "finished"
 """Printed by a group's process, with the name of a cell, when the cell is done or has failed."""
 
@@ -65,6 +68,7 @@ def run_group(
             command += ["--first", group.first] + (["--stages", ",".join(group.stages)] if group.stages else [])
             process = subprocess.Popen(
                 command,
+                stdin=subprocess.PIPE,  # its end tells the process that this one is gone
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -72,7 +76,9 @@ def run_group(
                 start_new_session=True,
             )
             started(process)
-            output, _ = process.communicate()
+            with process:
+                assert process.stdout is not None, "a pipe"
+                output = process.stdout.read()
             code = process.returncode
         if stopped():
             return
@@ -123,9 +129,19 @@ def run_groups(groups: Sequence[CellGroup], workers: int, device: str = "auto") 
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+            _end(running)
+
+
+def _end(running: Collection[subprocess.Popen[str]]) -> None:
+    """End processes and their children: first so that they can clean up, then at once."""
+    for number, patience in ((signal.SIGTERM, _PATIENCE_SECONDS), (signal.SIGKILL, None)):
+        left = [process for process in running if process.poll() is None]
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        until = time.monotonic() + (patience or 0)
+        while patience and time.monotonic() < until and any(process.poll() is None for process in left):
+            time.sleep(0.05)
 
 
 def _environment(number: int, workers: int, device: str = "auto") -> dict[str, str]:

@@ -13,13 +13,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.data.texts import DEFAULT_TEXTS, Count
-from secateur.errors import InputError, unknown
+from secateur.errors import InputError, first_line, unknown
 from secateur.evaluation.speed import NEW_TOKENS, Timing
 from secateur.evaluation.tasks import TaskRequest
 from secateur.healing.data import TrainingTexts
 from secateur.plan.amount import Amount, Fraction
 from secateur.progress import Progress
-from secateur.run_options import RunOptions
+from secateur.reading import MIB, FileKind
+from secateur.run_options import LARGEST_SEED, RunOptions
+
+RECIPE_FILE = FileKind("recipe", MIB // 4)
+_MOST_VALUES = 100_000
 
 
 class Section(BaseModel):
@@ -117,7 +121,7 @@ class Common(Section):
     texts: str = DEFAULT_TEXTS
     windows: int | Literal["all", "auto"] = 32
     seq_len: int | None = Field(default=None, ge=2)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     batch_size: int | None = Field(default=None, ge=1)
     dtype: str = "auto"
     device: str = "auto"
@@ -194,17 +198,30 @@ def read_recipe(path: str | Path) -> Recipe | Study:
     Raises:
         InputError: no such file, not YAML, an unknown or missing key, or an invalid value.
     """
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: the recipe cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
-        raise InputError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or 'not text'}).") from error
+    data = RECIPE_FILE.parsed(Path(path), _from_yaml)
     if not isinstance(data, dict):
         raise InputError(f"{path}: not a recipe; it says what to do by keys such as model and prune.")
     return as_recipe(data, str(path))
+
+
+def _from_yaml(text: str) -> Any:
+    """Return the data of a YAML text.
+
+    Raises:
+        InputError: not YAML, or it repeats parts of itself (by aliases) until they are too many.
+    """
+    try:
+        data = yaml.safe_load(text)  # the faster loader in C crashes where lists are nested deeply
+    except yaml.YAMLError as error:
+        where = f"line {mark.line + 1}: " if (mark := getattr(error, "problem_mark", None)) else ""
+        raise InputError(f"{where}not YAML ({getattr(error, 'problem', None) or first_line(error)}).") from error
+    left = [data]
+    for _ in range(_MOST_VALUES):
+        if not left:
+            return data
+        one = left.pop()
+        left += [*one.keys(), *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
+    raise InputError(f"more than {_MOST_VALUES:,} values.")
 
 
 def as_recipe(data: dict[str, Any], where: str) -> Recipe | Study:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.claims import claimed
 from secateur.errors import InputError
 from secateur.evaluation.catalogue import require_known
 from secateur.experiments.grid import check_healing, rows_of, study_of
@@ -94,7 +95,15 @@ class RunJob(Job[list[CellOutcome]]):
         return JobCost(models=(describe_model(dense), lines), disk=(room,))
 
     def run(self) -> list[CellOutcome]:
-        """Run what is not finished."""
+        """Run what is not finished.
+
+        Raises:
+            InputError: another process is writing the folder.
+        """
+        with claimed(self.folder):
+            return self._outcomes()
+
+    def _outcomes(self) -> list[CellOutcome]:
         if isinstance(self.recipe, Study):
             return run_study(self.recipe, self.folder, queue=self.queue, finished=self.finished, progress=self.progress)
         begin(self.folder, "run", self.recipe.to_yaml(), {"model": self.recipe.model})

@@ -6,15 +6,19 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.errors import InputError
 from secateur.evaluation.metrics.perplexity import mean_over_sources
 from secateur.evaluation.reference import RESULTS
 from secateur.evaluation.results import read_results
 from secateur.files import replace_file
+from secateur.reading import MIB, FileKind, from_json
 
 FORMAT = 1
+STATE_FILE = FileKind("state of a run", 16 * MIB, advice="Remove it to start over.")
 _MEASURED = ("eval", "bench", "generate")
 _LATER = {"plan": ("prune", "heal", *_MEASURED), "prune": ("heal", *_MEASURED), "heal": _MEASURED}
 """For each stage, the stages that use its result."""
@@ -46,14 +50,14 @@ class State:
         path = folder / STATE
         if not path.exists():
             return cls(folder, folder.name)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            found, version = cls(folder, data["name"], data["stages"], data["failed"]), data["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not the state of a run ({error}); remove it to start over.") from error
-        if version != FORMAT:
+        data = STATE_FILE.json(path)
+        version = data.get("format") if isinstance(data, dict) else None
+        if version != FORMAT and isinstance(version, int):
             raise InputError(f"{path}: written by another version of secateur (format {version}); use another folder.")
-        return found
+        written = STATE_FILE.parsed(path, lambda text: _Written.model_validate(from_json(text)))
+        failed = None if written.failed is None else written.failed.model_dump()
+        stages = {name: stage.model_dump(exclude_unset=True) for name, stage in written.stages.items()}
+        return cls(folder, written.name, stages, failed)
 
     def finished(self, stage: str, key: str) -> bool:
         """Return whether a stage was done with these settings."""
@@ -93,6 +97,35 @@ class State:
         """Write the file."""
         data = {"format": FORMAT, "name": self.name, "stages": self.stages, "failed": self.failed}
         replace_file(self.folder / STATE, json.dumps(data, indent=2) + "\n")
+
+
+class _Stage(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    key: str
+    seconds: float
+    removed: float | None = None
+    cut: str | None = Field(None, pattern=r"^(\.\./[^/]+/)?[^/]+$")
+    facts: dict[str, Any] | None = None
+
+
+class _Failed(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    stage: str
+    kind: str
+    error: str
+
+
+class _Written(BaseModel):
+    """The file of a state."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1]
+    name: str
+    stages: dict[str, _Stage]
+    failed: _Failed | None
 
 
 RECIPE, STATE = "recipe.yaml", "state.json"

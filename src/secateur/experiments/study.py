@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from accelerate.utils.memory import clear_device_cache
 
-from secateur.checkpoints.folders import MARKER, check_target
+from secateur.checkpoints.folders import check_target, read_record
 from secateur.data.local_files import stamp_of
 from secateur.errors import InputError, unknown
 from secateur.experiments import queue as local
@@ -144,8 +143,8 @@ def begin(folder: Path, command: str, recipe: str, details: dict[str, Any]) -> N
         InputError: a folder secateur did not create, or one of another command.
     """
     check_target(folder, replaces=False)
-    marker = folder / MARKER
-    if marker.exists() and (found := json.loads(marker.read_text(encoding="utf-8")).get("command")) != command:
+    record = read_record(folder)
+    if record and (found := record.get("command")) != command:
         raise InputError(f"{folder}: holds what `secateur {found or 'prune'}` wrote; choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_marker(folder, command, details)

@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.sources import open_rows
+from secateur.data.templates import ChatRenderer
 from secateur.data.texts import wants_bos
-from secateur.errors import InputError, first_line
+from secateur.errors import InputError
 from secateur.training.data import IGNORED
 
 Message = dict[str, str]
@@ -91,9 +92,10 @@ def open_instructions(
     """
     if tokenizer is None:
         raise InputError(f"no tokenizer to read '{source}' with; give one.")
+    renderer = ChatRenderer(tokenizer) if tokenizer.chat_template is not None else None
     rows, cut, empty = list[tuple[list[int], list[bool]]](), 0, 0
     for messages in _conversations(source, seed):
-        ids, learnt = _encoded(messages, tokenizer, source)
+        ids, learnt = _encoded(messages, tokenizer, renderer, source)
         cut += len(ids) > seq_len
         ids, learnt = ids[:seq_len], learnt[:seq_len]
         if not any(learnt[1:]):
@@ -115,9 +117,10 @@ def open_instructions(
 def _conversations(source: str, seed: int) -> Iterator[list[Message]]:
     for number, row in enumerate(open_rows(source, seed)):
         if isinstance(row.get("messages"), list) and row["messages"]:
-            yield [{"role": str(one["role"]), "content": str(one["content"])} for one in row["messages"]]
+            yield [_turn(one, "role", "content", f"{source}, row {number + 1}") for one in row["messages"]]
         elif isinstance(row.get("conversations"), list) and row["conversations"]:
-            yield [{"role": _role(one["from"]), "content": str(one["value"])} for one in row["conversations"]]
+            turns = [_turn(one, "from", "value", f"{source}, row {number + 1}") for one in row["conversations"]]
+            yield [one | {"role": _role(one["role"])} for one in turns]
         elif row.get("instruction") and row.get("output"):
             asked = "\n\n".join(str(row[key]) for key in ("instruction", "input") if row.get(key))
             yield [{"role": "user", "content": asked}, {"role": "assistant", "content": str(row["output"])}]
@@ -128,20 +131,28 @@ def _conversations(source: str, seed: int) -> Iterator[list[Message]]:
             )
 
 
+def _turn(one: Any, role: str, content: str, where: str) -> Message:
+    if not isinstance(one, dict) or not {role, content} <= one.keys():
+        raise InputError(f"{where}: a turn of a chat needs '{role}' and '{content}'.")
+    return {"role": str(one[role]), "content": str(one[content])}
+
+
 def _role(speaker: str) -> str:
     """Return the role by which chat templates know one of ShareGPT's speakers."""
     return {"human": "user", "gpt": "assistant"}.get(speaker, speaker)
 
 
-def _encoded(messages: list[Message], tokenizer: PreTrainedTokenizerBase, source: str) -> tuple[list[int], list[bool]]:
+def _encoded(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, renderer: ChatRenderer | None, source: str
+) -> tuple[list[int], list[bool]]:
     """Return the token ids of a conversation, and which of them the assistant writes (including its end of turn)."""
     ids: list[int] = []
     learnt: list[bool] = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered(messages[:number], tokenizer, source, asks=True)
-        after = _rendered(messages[: number + 1], tokenizer, source, asks=False)
+        before = _rendered(messages[:number], tokenizer, renderer, source, asks=True)
+        after = _rendered(messages[: number + 1], tokenizer, renderer, source, asks=False)
         if not after.startswith(before):
             raise InputError(f"{source}: the chat template rewrites earlier turns, so answers cannot be told apart.")
         start, end = (len(_tokens(text, tokenizer)) for text in (before, after))
@@ -158,14 +169,20 @@ def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return found
 
 
-def _rendered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, source: str, *, asks: bool) -> str:
-    if tokenizer.chat_template is None:
+def _rendered(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: ChatRenderer | None,
+    source: str,
+    *,
+    asks: bool,
+) -> str:
+    if renderer is None:
         return _headed(messages, source, asks=asks, end=tokenizer.eos_token or "")
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-    except Exception as error:
-        raise InputError(f"{source}: the chat template refuses a conversation: {first_line(error)}") from error
-    return text
+        return renderer.render(messages, asks=asks)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def _headed(messages: list[Message], source: str, *, asks: bool, end: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from secateur.data.texts import Texts
 from secateur.data.windows import Windows
+from secateur.errors import SecateurWarning
 from secateur.files import require_room
 from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of, memory_of
 from secateur.methods.method import Measurements
@@ -58,6 +60,8 @@ class PruneJob(Job[Decoder]):
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
         if model.fingerprint:  # a model whose weights are not available locally has none yet
             require_made_for(plan, model)
+        if plan.parameters_after == plan.parameters_before:
+            warnings.warn("the plan removes nothing; the result is the model as it is", SecateurWarning, 2)
         measures = any(step.measures for step in plan.steps)
         windows = windows_of_plan(model, plan, texts, progress=options.progress) if measures else None
         return cls(model, plan, windows, replace(options, seed=plan.seed))

@@ -8,7 +8,6 @@ skips that block exactly.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ from secateur.models.anatomy import Family, count_parameters, resolve
 from secateur.models.decoder import Decoder
 from secateur.models.depth import with_blocks
 from secateur.models.forward import capture, logits, run_block
+from secateur.ownership import scratch
 
 _BLOCKS = 4
 _VOCABULARY = 128
@@ -246,7 +246,7 @@ def _walk(decoder: Decoder, tokens: torch.Tensor, left_out: int | None) -> torch
 
 
 def _reloaded(module: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedModel:
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch("detection") as folder:
         module.save_pretrained(folder)
         again, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code

@@ -12,12 +12,12 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
-    StrictDataclassError,
 )
 from transformers import AutoConfig
 
 from secateur.errors import InputError, ModelError, first_line
 from secateur.models import gguf
+from secateur.models.config_limits import refuse_impossible
 from secateur.models.shards import INDEX, files_in_index
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -148,12 +148,32 @@ def read_config(folder: Path, source: str, *, trust_remote_code: bool) -> Any:
     Raises:
         ModelError: it cannot be read, or is not that of a decoder that can be pruned.
     """
+    _refuse_odd_files(folder)
+    refuse_impossible(folder, source)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # a configuration class of any family may raise anything at numbers it does not expect
         raise ModelError(f"{source}: cannot read its configuration: {error}") from error
     refuse_config(config, source)
     return config
+
+
+_MOST_SETTINGS = 512 << 20
+"""Largest size in bytes of a file of settings or of a tokenizer."""
+
+
+def _refuse_odd_files(folder: Path) -> None:
+    """Refuse pipes, devices and the like, which would be read without end, and settings too large to be any.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    for pattern in (*_FILES, *_PICKLES, "*.safetensors"):
+        for file in folder.glob(pattern):
+            if file.exists() and not file.is_file() and not file.is_dir():
+                raise ModelError(f"{file}: not an ordinary file; copy the checkpoint again.")
+            if pattern in _FILES and file.is_file() and file.stat().st_size > _MOST_SETTINGS:
+                raise ModelError(f"{file}: {file.stat().st_size >> 20:,} MiB are too many for settings or a tokenizer.")
 
 
 _WRAPPED = ("text_config", "vision_config", "audio_config", "thinker_config")
@@ -209,6 +229,8 @@ def refuse_files(folder: Path, *, allow_pickle: bool) -> None:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json, so this is not a transformers checkpoint.")
+    if (folder / "adapter_config.json").exists():  # transformers would load it into the model, pickled ones too
+        raise ModelError(f"{folder}: holds an adapter (adapter_config.json); merge it into the model, or remove it.")
     if has_safetensors(folder):
         return
     pickled = pickled_weights(folder)

@@ -183,6 +183,6 @@ def _forwards(blocks: nn.ModuleList, make: Callable[[int], Callable[..., Any]]) 
     finally:
         for block, forward in zip(blocks, before, strict=True):
             if forward is None:
-                del block.forward
+                block.__dict__.pop("forward", None)  # if it was interrupted before, there is none yet
             else:
                 block.forward = forward

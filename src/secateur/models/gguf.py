@@ -25,6 +25,7 @@ from transformers.utils import is_gguf_available
 from secateur.errors import InputError, ModelError, first_line
 from secateur.files import building, cache_folder, replace_file, require_room
 from secateur.models.dtypes import DTYPES
+from secateur.reading import MIB, FileKind, from_json
 from secateur.versions import versions
 
 SUFFIX = ".gguf"
@@ -156,11 +157,13 @@ def origin_of(folder: Path) -> Origin | None:
     """Return the GGUF file that a folder of the cache was made from; None for any other folder."""
     if not (folder / RECORD).is_file():
         return None
-    try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))["gguf"]
-        return Origin(**found | {"unread": tuple(found["unread"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / RECORD}: not readable ({error}); remove {folder}, it is created again.") from error
+    record = FileKind("record", MIB, error=ModelError, advice=f"Remove {folder}, it is created again.")
+    return record.parsed(folder / RECORD, _origin_in)
+
+
+def _origin_in(text: str) -> Origin:
+    found = from_json(text)["gguf"]
+    return Origin(**found | {"unread": tuple(found["unread"])})
 
 
 def readable_architectures() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,7 +36,11 @@ from secateur.models.fetch import (
 )
 from secateur.models.gguf import Origin, origin_of
 from secateur.models.shards import Shards, open_shard, shard_files
+from secateur.reading import MIB, FileKind, from_json
 
+_RECORD = FileKind(
+    "record of secateur", 64 * MIB, error=ModelError, advice="Remove it to open the model without its history."
+)
 _SHARE_OF_MEMORY = 0.7
 
 
@@ -158,6 +160,8 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
             pickled=pickled,
         )
         shards = None
+    if here and not pickled:
+        _refuse_other_numbers(folder, module)
     return Decoder(
         module=module.eval().requires_grad_(False),
         tokenizer=_tokenizer(asked.tokenizer or folder, trust_remote_code=trusted),
@@ -173,6 +177,26 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         history=_history(folder),
         gguf=Path(origin.file) if origin is not None else None,
     )
+
+
+_FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+def _refuse_other_numbers(folder: Path, module: PreTrainedModel) -> None:
+    """Refuse weights that are no floating-point numbers: loading would convert them, and what they stand for is lost.
+
+    Raises:
+        ModelError: naming the first.
+    """
+    weights = {name for name, _ in module.named_parameters()}
+    for file in shard_files(folder):
+        with open_shard(file) as handle:
+            for name in sorted(weights & set(handle.keys())):
+                if (found := handle.get_slice(name).get_dtype()) not in _FLOATING:
+                    raise ModelError(
+                        f"{file}: {name} is of type {found}, not a floating-point number; are the weights "
+                        "quantised? Prune the original checkpoint."
+                    )
 
 
 def _said(origin: Origin | None) -> Origin | None:
@@ -197,13 +221,7 @@ def _history(folder: Path) -> tuple[dict[str, Any], ...]:
     record = folder / "secateur.json"
     if not record.is_file():
         return ()
-    try:
-        history = json.loads(record.read_text(encoding="utf-8")).get("history", [])
-        return tuple(dict(entry) for entry in history)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{record}: not readable ({error}); remove it to open the model without its history."
-        ) from error
+    return _RECORD.parsed(record, lambda text: tuple(dict(entry) for entry in from_json(text).get("history", [])))
 
 
 def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -> Decoder:
@@ -285,8 +303,14 @@ def free_memory(device: torch.device) -> int:
 
 def empty_model(config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
     """Build a model without weights but with its buffers (rotary tables and the like)."""
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the classes of a family may raise anything at settings they do not expect
+        raise ModelError(
+            f"{config.name_or_path or config.model_type}: the model that its config.json describes cannot be built "
+            f"({type(error).__name__}: {first_line(error)})."
+        ) from error
     for holder in module.modules():
         for name, buffer in holder._buffers.items():
             if buffer is not None:
@@ -322,8 +346,8 @@ def _whole(
         )
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{folder}: does not fit on {device}; open it as a skeleton (--skeleton).") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # transformers and the classes of a family may raise anything at a damaged checkpoint
+        raise ModelError(f"{folder}: cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
     if report["mismatched_keys"]:
         name, found, expected = sorted(report["mismatched_keys"])[0]
         raise ModelError(f"{folder}: {name} is {tuple(found)} but the config asks for {tuple(expected)}.")
@@ -343,6 +367,10 @@ def _tokenizer(source: Any, *, trust_remote_code: bool) -> PreTrainedTokenizerBa
     if folder.is_dir() and not any((folder / name).is_file() for name in names):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises nothing more specific
+        found = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        found("a")  # some settings are used, and found impossible, only then
+        return found
+    except BaseException as error:  # the tokenizers library raises nothing more specific, or panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise ModelError(f"{source}: the tokenizer cannot be read: {first_line(error)}") from error

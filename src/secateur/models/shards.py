@@ -8,12 +8,9 @@ that code converts between the two, in both directions.
 from __future__ import annotations
 
 import ctypes
-import json
+import errno
 import re
-import shutil
 import sys
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -39,9 +36,14 @@ from transformers.utils import logging
 from secateur.errors import ModelError
 from secateur.files import require_room
 from secateur.models.anatomy import set_parameter
+from secateur.ownership import scratch_folder
+from secateur.reading import MIB, FileKind, from_json
 
 INDEX = "model.safetensors.index.json"
 """Name of the file that says which shard of a checkpoint folder holds which tensor."""
+
+INDEX_FILE = FileKind("shard index", 64 * MIB, error=ModelError, advice="Copy it again.")
+_SHARD = re.compile(r"\w[^/\\\0]*\.safetensors")
 
 OUTER = -1
 """Key of the tensors outside the blocks: embeddings, final norm, head."""
@@ -51,7 +53,7 @@ def shard_files(folder: Path) -> list[Path]:
     """List the safetensors files of a checkpoint folder, in order.
 
     Raises:
-        ModelError: there are none, or a file listed in the index is missing.
+        ModelError: there are none, or a file listed in the index is missing or elsewhere.
     """
     if not (folder / INDEX).is_file():
         whole = folder / "model.safetensors"
@@ -60,6 +62,9 @@ def shard_files(folder: Path) -> list[Path]:
             raise ModelError(f"{folder}: no safetensors weights here.")
         return files
     names = files_in_index(folder)
+    leaving = [name for name in names if not _stays(folder / name)]
+    if leaving:
+        raise ModelError(f"{folder}: {leaving[0]} is a link that leaves the folder; copy the file instead.")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder}: missing shard {', '.join(missing)} (named in {INDEX}); copy it again.")
@@ -70,12 +75,27 @@ def files_in_index(folder: Path) -> list[str]:
     """List the files that a checkpoint's index names.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, or names anything but plain safetensors files beside it.
     """
-    try:
-        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / INDEX}: not a readable shard index ({error}).") from error
+    return INDEX_FILE.parsed(folder / INDEX, _names_in)
+
+
+def _names_in(text: str) -> list[str]:
+    found = from_json(text)["weight_map"]
+    if not isinstance(found, dict) or not found:
+        raise ValueError("its weight_map names no weights")
+    for name in found.values():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise ValueError(f"'{name}' is no plain name of a safetensors file")
+    return sorted(set(found.values()))
+
+
+def _stays(file: Path) -> bool:
+    """Return whether a file named by an index is in its folder; in the Hub's cache it is a link to the blobs."""
+    folder, found = file.parent.resolve(), file.resolve()
+    if found.is_relative_to(folder):
+        return True
+    return folder.parent.name == "snapshots" and found.is_relative_to(folder.parent.parent / "blobs")
 
 
 @dataclass(frozen=True)
@@ -287,9 +307,11 @@ class EditedPart:
         Raises:
             OSError: there is no room for them.
         """
-        folder = Path(tempfile.mkdtemp(prefix="secateur-edited-"))
-        self._removal = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        folder = scratch_folder("edited", self)
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         require_room(folder, needed, "edited weights")
         self.file = folder / "part.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, self.file)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, self.file)
+        except SafetensorError as error:
+            raise OSError(errno.ENOSPC, f"edited weights cannot be written ({error})", str(folder)) from error

@@ -10,14 +10,20 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from secateur.errors import InputError
+from secateur.files import replace_file
 from secateur.plan.format_1 import from_format_1
+from secateur.plan.records import Amount, TargetRecord, TextsRecord
 from secateur.plan.step import AnyStep, Sizes
 from secateur.plan.units import BlockChange, Removal, UnitKind
+from secateur.reading import MIB, FileKind, from_json
+from secateur.run_options import LARGEST_SEED
+
+PLAN_FILE = FileKind("plan", 64 * MIB)
 
 _DERIVED = ("parameters_before", "parameters_after", "removed_fraction")
 
@@ -39,8 +45,8 @@ class ModelRef(BaseModel):
     source: str
     fingerprint: str
     family: str
-    block_parameters: tuple[int, ...]
-    other_parameters: int
+    block_parameters: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    other_parameters: int = Field(ge=0)
     units: dict[UnitKind, tuple[int, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -102,6 +108,12 @@ class Search(BaseModel):
     best: int
     settings: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _points_at_candidates(self) -> Search:
+        if not all(0 <= place < len(self.candidates) for place in (*self.front, self.best)):
+            raise ValueError("the search points at candidates it does not hold")
+        return self
+
 
 class Plan(BaseModel):
     """What to do to one model.
@@ -122,11 +134,11 @@ class Plan(BaseModel):
     format: Literal[2] = 2
     version: str
     model: ModelRef
-    requested: dict[str, Any] = Field(default_factory=dict)
-    texts: dict[str, Any] | None = None
-    seed: int = 0
+    requested: dict[str, Amount] = Field(default_factory=dict)
+    texts: TextsRecord | None = None
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     steps: tuple[AnyStep, ...] = ()
-    counts_on: dict[str, Any] = Field(default_factory=dict)
+    counts_on: TargetRecord = Field(default_factory=dict)
     search: Search | None = None
 
     @model_validator(mode="before")
@@ -201,8 +213,12 @@ class Plan(BaseModel):
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
     def write(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the plan as JSON.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        replace_file(Path(path), self.to_json())
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -211,14 +227,14 @@ class Plan(BaseModel):
         Raises:
             InputError: no such file, not JSON, an unknown key, or steps that cannot be applied.
         """
+        return PLAN_FILE.parsed(Path(path), cls._from_text)
+
+    @classmethod
+    def _from_text(cls, text: str) -> Plan:
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise InputError(f"{path}: the plan cannot be read ({error.strerror}).") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not a valid plan: not text.") from error
+            return cls.model_validate(from_json(text))
         except ValidationError as error:
-            raise InputError(f"{path}: not a valid plan: {'; '.join(_problems(error))}.") from error
+            raise InputError("; ".join(_problems(error))) from error
 
 
 def plans_in(history: Iterable[dict[str, Any]]) -> tuple[Plan, ...]:

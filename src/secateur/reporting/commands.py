@@ -58,7 +58,7 @@ def _by_steps(plan: Plan) -> tuple[str, list[object]]:
     for method in (one for one in methods if one in METHODS):
         owner = f"{method}." if len(methods) > 1 else ""
         words += _chosen(METHODS[method].settings, firsts[method].settings, owner)
-    return plan.requested.get("methods") or ",".join(methods), words
+    return str(plan.requested.get("methods") or ",".join(methods)), words
 
 
 def _by_search(search: Search) -> tuple[str, list[object]]:

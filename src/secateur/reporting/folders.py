@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoints.folders import MARKER
+from secateur.checkpoints.folders import MARKER, read_record
 from secateur.errors import InputError, first_line
 from secateur.evaluation.reference import RESULTS
 from secateur.evaluation.results import Result, read_results
 from secateur.experiments.recipe import read_recipe
 from secateur.experiments.state import CELLS, CUT, DENSE, HEALED, PLAN, RECIPE, SAMPLES, SCORES, SPEEDS, STATE, State
 from secateur.plan.plan import Plan, plans_in
+from secateur.reading import MIB, FileKind
 from secateur.reporting.cells import Cell, Contents, Failure, Measured, Sample, amount_of, method_of
 from secateur.scores.profile import Scores
 
+SAMPLES_FILE = FileKind("list of samples", 64 * MIB)
 _AMOUNTS = ("remove", "blocks", "slice", "target_params", "target_memory", "target_speedup")
 
 
@@ -162,8 +163,15 @@ def _asked(folder: Path) -> dict[str, Any]:
 def _measured(folder: Path, role: str) -> Measured | None:
     results = _results_in(folder, role)
     path = folder / SAMPLES
-    samples = tuple(_sample(path, one) for one in _json(path)) if path.is_file() else ()
+    samples = tuple(_sample(path, one) for one in _samples(path)) if path.is_file() else ()
     return Measured(results=results, samples=samples) if results or samples else None
+
+
+def _samples(path: Path) -> list[Any]:
+    found = SAMPLES_FILE.json(path)
+    if not isinstance(found, list):
+        raise InputError(f"{path}: not a valid list of samples; generate them again.")
+    return found
 
 
 def _sample(path: Path, one: Any) -> Sample:
@@ -188,13 +196,4 @@ def _plans(history: list[dict[str, Any]], checkpoint: Path | None) -> tuple[Plan
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    path = folder / MARKER
-    record = _json(path) if path.is_file() else {}
-    return record if isinstance(record, dict) else {}
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({first_line(error)}).") from error
+    return read_record(folder)

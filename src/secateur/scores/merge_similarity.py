@@ -32,7 +32,9 @@ class MergeProbe:
 
     Attributes:
         evaluated: block evaluations so far (one block on all windows).
-        known: all similarities measured so far.
+        known: all similarities that this probe was asked for so far, whether it measured them or knew them before. What
+            is chosen among them does not depend on what else was measured earlier, so that an interrupted search, which
+            has lost that, goes on with the same result.
     """
 
     @torch.no_grad()
@@ -44,7 +46,7 @@ class MergeProbe:
         shares: Callable[[Span], Shares],
         lows: range,
         batch_size: int | None = None,
-        known: dict[Merged, float] | None = None,
+        measured: dict[Merged, float] | None = None,
     ) -> None:
         """Run the original model once.
 
@@ -55,14 +57,15 @@ class MergeProbe:
             shares: coefficients of the blocks of a window in the merged block.
             lows: blocks at which a merged window may begin.
             batch_size: windows per batch; None depends on the device.
-            known: similarities measured earlier, on the same model and windows and with the same shares; new ones are
-                added.
+            measured: similarities measured earlier, on the same model and windows and with the same shares; new ones
+                are added.
 
         Raises:
             NumericsError: NaN or infinity on the way.
         """
         self.evaluated = 0
-        self.known: dict[Merged, float] = {} if known is None else known
+        self.known: dict[Merged, float] = {}
+        self._measured = {} if measured is None else measured
         self._decoder, self._store, self._shares = decoder, store, shares
         self._batches = stored_start(decoder, windows, store, batch_size, key=lambda batch: (batch.index, 0))
         for index in range(decoder.block_count):
@@ -86,8 +89,9 @@ class MergeProbe:
         Raises:
             NumericsError: NaN or infinity on the way; it never becomes a similarity.
         """
-        if merged not in self.known:
-            self.known[merged] = self._measure(merged)
+        if merged not in self._measured:
+            self._measured[merged] = self._measure(merged)
+        self.known[merged] = self._measured[merged]
         return self.known[merged]
 
     @torch.no_grad()

@@ -12,6 +12,11 @@ from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from secateur.data.windows import Windows
 from secateur.errors import InputError, NumericsError
+from secateur.files import replace_file
+from secateur.plan.records import TextsRecord
+from secateur.reading import MIB, FileKind, from_json
+
+SCORES_FILE = FileKind("scores file", 256 * MIB)
 
 Matrix = tuple[tuple[float, ...], ...]
 Kind = Literal["cosine", "angular", "magnitude", "cka", "perplexity", "taylor"]
@@ -38,7 +43,7 @@ class Scores(BaseModel):
     format: Literal[1] = 1
     model: str
     fingerprint: str
-    texts: dict[str, Any] | None = None
+    texts: TextsRecord | None = None
     cosine: Matrix | None = None
     angular: Matrix | None = None
     relative_magnitude: tuple[float, ...] | None = None
@@ -71,8 +76,10 @@ class Scores(BaseModel):
             value = getattr(self, name)
             if isinstance(value, tuple):
                 counts.add(len(value) - (name in ("cosine", "angular")))
-                if isinstance(value[0], tuple) and len(value) != len(value[0]):
+                if any(isinstance(row, tuple) and len(row) != len(value) for row in value):
                     raise ValueError(f"'{name}' is not square")
+        if counts and min(counts) < 1:
+            raise ValueError("there are scores of no blocks")
         if len(counts) > 1:
             raise ValueError("the scores differ in their number of blocks")
         return self
@@ -118,7 +125,7 @@ class Scores(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write `scores.json`."""
-        path.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+        replace_file(path, json.dumps(self.model_dump(), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> Scores:
@@ -127,10 +134,7 @@ class Scores(BaseModel):
         Raises:
             InputError: no such file, or not a scores file.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable scores file ({str(error).splitlines()[0]}).") from error
+        return SCORES_FILE.parsed(Path(path), lambda text: cls.model_validate(from_json(text)))
 
 
 def _diagonal(matrix: Matrix, offset: int) -> tuple[float, ...]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
-import shutil
-import tempfile
-import weakref
-from pathlib import Path
+import os
 from typing import Protocol
 
 import torch
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.files import require_room
+from secateur.ownership import scratch_folder
 
 _HELD_BACK = 0.05
 _MOST_HELD_BACK = 128
@@ -120,11 +119,27 @@ class MappedTensors:
         Raises:
             OSError: there is not enough room.
         """
-        self.folder = Path(tempfile.mkdtemp(prefix=f"secateur-{what}-"))
-        self._removal = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.folder = scratch_folder(what.replace(" ", "-"), self)
         require_room(self.folder, needed, f"{what} ({needed / 2**30:.1f} GiB)")
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return a new file-backed tensor of zeros."""
-        path = str(self.folder / name)
-        return torch.from_file(path, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        """Return a new file-backed tensor of zeros.
+
+        Its room is taken now: on a full disk, writing to mapped memory would kill the process.
+
+        Raises:
+            OSError: there is not enough room.
+        """
+        path = self.folder / name
+        with path.open("wb") as file:
+            _reserve(file.fileno(), math.prod(shape) * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+def _reserve(handle: int, size: int) -> None:
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+            raise

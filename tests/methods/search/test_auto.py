@@ -174,6 +174,23 @@ def test_a_search_that_was_stopped_goes_on_and_gives_the_same_plan(tiny, monkeyp
     assert len(third) == len(whole), "another search has nothing of this one"
 
 
+@pytest.mark.parametrize("stop_at", [3, 7])
+def test_what_candidates_share_does_not_change_them(tiny, monkeypatch, tmp_path, stop_at):
+    """What was measured for one candidate is gone after a kill; the next ones must come out the same without it."""
+
+    def plan(**more):
+        settings = {"depth": "none,swm,replaceme,shortened-llama", "width": "none,obs-width", "skip_hopeless": False}
+        options = RunOptions(**more)
+        return make_plan(tiny("llama"), method="auto", remove=0.45, texts=WINDOWS, settings=settings, options=options)
+
+    undisturbed = plan()
+    counting_losses(monkeypatch, stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        plan(work=tmp_path)
+    monkeypatch.undo()
+    assert plan(work=tmp_path).to_json() == undisturbed.to_json()
+
+
 def test_a_search_for_a_target_goes_on_too(tiny, monkeypatch, tmp_path):
     decoder = tiny("llama")
 

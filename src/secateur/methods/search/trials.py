@@ -20,8 +20,10 @@ from secateur.methods.method import Applied, Measurements, Method
 from secateur.methods.search.splits import Split
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import AnyStep, Sizes
+from secateur.reading import MIB, FileKind
 from secateur.versions import digest, versions
 
+TRIAL_FILE = FileKind("result of a candidate", 16 * MIB)
 SLACK = 0.05
 """Share of the requested removal by which a candidate may miss it."""
 
@@ -263,8 +265,8 @@ class TrialLog:
 
 def _read(path: Path) -> Made | SecateurError | None:
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
+        entry = TRIAL_FILE.json(path)
         failure = next((kind for kind in FAILURES if kind.__name__ == entry.get("failed")), None)
         return failure(entry["why"]) if failure else Made(**entry | {"steps": _STEPS.validate_python(entry["steps"])})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError, InputError):
         return None
