@@ -16,10 +16,9 @@ from secateur.checkpoints.card import methods_in
 from secateur.errors import InputError
 from secateur.export.gguf_contents import layout_of, metadata, tensors
 from secateur.export.gguf_file import PROVENANCE, TYPES, GgufFile, require_replaceable
+from secateur.export.gguf_header import Entry, read_header
 from secateur.export.gguf_layout import Layout
 from secateur.export.gguf_vocabulary import (
-    Entry,
-    read_entries,
     vocabulary_by_converter,
     vocabulary_like,
     vocabulary_of,
@@ -153,7 +152,7 @@ class GgufExport:
         if dense is not None and (options.like is not None or options.llama_cpp is None):
             if not dense.is_file():
                 raise InputError(f"{dense}: no such file; name a GGUF of the dense model.")
-            entries = vocabulary_like(read_entries(dense), decoder, dense)
+            entries = vocabulary_like(read_header(dense).entries, decoder, dense)
             whence = f"from {dense}"
         elif options.llama_cpp is not None:
             if decoder.folder is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from secateur.errors import CheckError, InputError, NumericsError
-from secateur.export.gguf_vocabulary import Entry, read_entries
+from secateur.export.gguf_header import Entry, read_header
 
 PROVENANCE = "secateur.provenance"
 """The entry by which files that secateur wrote are recognised: what was pruned, and how."""
@@ -26,11 +26,11 @@ _BLOCK = 32
 
 @dataclass(frozen=True)
 class Written:
-    """A tensor of a file: its shape, its type there, and a digest of its bytes."""
+    """A tensor of a file: its shape, its type there, and a checksum of its bytes."""
 
     shape: tuple[int, ...]
-    kind: str
-    digest: bytes
+    kind: int
+    checksum: int
 
 
 def stored_type(name: str, shape: tuple[int, ...], kind: str) -> str:
@@ -58,7 +58,8 @@ class GgufFile:
         """Add entries of the header."""
         kinds = self._gguf.GGUFValueType
         for name, entry in entries.items():
-            kind, of = entry.kind, entry.of
+            kind = None if entry.kind is None else kinds(entry.kind)
+            of = None if entry.of is None else kinds(entry.of)
             if kind is None:
                 kind, of = _kind_of(entry.value, kinds), None
                 if kind == kinds.ARRAY:
@@ -78,26 +79,30 @@ class GgufFile:
         Raises:
             NumericsError: a weight is NaN or infinite, or becomes so.
         """
-        for name, shape in ((name, tuple(one.shape)) for name, one in shapes):
-            kind = self._gguf.GGMLQuantizationType[stored_type(name, shape, self._kind).upper()]
+        for name, tensor in shapes:
+            kind = self._stored(name, tensor)
             size, width = self._gguf.GGML_QUANT_SIZES[kind]
-            count = int(np.prod(shape))
-            self._writer.add_tensor_info(name, shape, np.dtype(np.float32), count // size * width, kind)
+            self._writer.add_tensor_info(
+                name, tuple(tensor.shape), np.dtype(np.float32), tensor.numel() // size * width, kind
+            )
         self._writer.write_header_to_file()
         self._writer.write_kv_data_to_file()
         self._writer.write_ti_data_to_file()
         for name, tensor in tensors:
-            kind = stored_type(name, tuple(tensor.shape), self._kind)
-            data = self._rounded(name, tensor, kind)
-            self.written[name] = Written(tuple(tensor.shape), kind, _digest(data))
+            kind = self._stored(name, tensor)
+            data = self._rounded(name, tensor, kind.name.lower())
+            self.written[name] = Written(tuple(tensor.shape), int(kind), _checksum(data))
             self._writer.write_tensor_data(data)
         self._writer.close()
         return self._path.stat().st_size
 
+    def _stored(self, name: str, tensor: torch.Tensor) -> Any:
+        return self._gguf.GGMLQuantizationType[stored_type(name, tuple(tensor.shape), self._kind).upper()]
+
     def _rounded(self, name: str, tensor: torch.Tensor, kind: str) -> np.ndarray[Any, Any]:
         floats = {"f16": torch.float16, "bf16": torch.bfloat16}
         rounded = tensor.to(floats[kind]) if kind in floats else tensor
-        if not bool(torch.isfinite(rounded).all()):
+        if not all(bool(torch.isfinite(end.to(rounded.dtype))) for end in tensor.aminmax()):
             raise NumericsError(f"{name}: NaN or infinity in the weights; the model is damaged, or {kind} too small.")
         if kind == "bf16":
             return np.ascontiguousarray(rounded.view(torch.int16).numpy())
@@ -112,12 +117,11 @@ class GgufFile:
         Raises:
             CheckError: one is missing, or differs.
         """
-        reader = self._gguf.GGUFReader(self._path)
+        header = read_header(self._path)
+        data = np.memmap(self._path, np.uint8, "r")
         found = {
-            one.name: Written(
-                tuple(int(n) for n in reversed(one.shape)), one.tensor_type.name.lower(), _digest(one.data)
-            )
-            for one in reader.tensors
+            name: Written(place.shape, place.kind, _checksum(data[place.begin : place.begin + place.bytes]))
+            for name, place in header.tensors.items()
         }
         wrong = sorted(name for name in {*found, *self.written} if found.get(name) != self.written.get(name))
         if wrong:
@@ -131,8 +135,8 @@ def _kind_of(value: Any, kinds: Any) -> Any:
     return kinds.ARRAY
 
 
-def _digest(data: np.ndarray[Any, Any]) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(data).view(np.uint8).data, digest_size=16).digest()
+def _checksum(data: np.ndarray[Any, Any]) -> int:
+    return zlib.crc32(np.ascontiguousarray(data).view(np.uint8).data)
 
 
 def require_replaceable(path: Path) -> None:
@@ -146,6 +150,6 @@ def require_replaceable(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb") as stream:
-        ours = stream.read(4) == b"GGUF" and PROVENANCE in read_entries(path)
+        ours = stream.read(4) == b"GGUF" and PROVENANCE in read_header(path).entries
     if not ours:
         raise InputError(f"{path}: exists and was not written by secateur; choose another name, or remove it.")

@@ -9,11 +9,11 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import InputError, ModelError, first_line
+from secateur.errors import InputError
+from secateur.export.gguf_header import Entry, read_header
 from secateur.models.decoder import Decoder
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -27,40 +27,6 @@ _LLAMA3 = (
 )
 _RULES = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
 """Names that llama.cpp gives to regular expressions that split text."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One entry of a GGUF header.
-
-    Attributes:
-        value: a number, string, or list.
-        kind: its type in the file, as the package `gguf` names it; None for what is written with the type it has.
-        of: the type of a list's items.
-    """
-
-    value: Any
-    kind: Any = None
-    of: Any = None
-
-
-def read_entries(file: Path) -> dict[str, Entry]:
-    """Return the header of a GGUF file.
-
-    Raises:
-        ModelError: not a GGUF file, or damaged.
-    """
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(file)
-        fields = {name: one for name, one in reader.fields.items() if not name.startswith("GGUF.")}
-        return {
-            name: Entry(one.contents(), one.types[0], one.types[-1] if len(one.types) > 1 else None)
-            for name, one in fields.items()
-        }
-    except Exception as error:  # it parses bytes without checks: ValueError, IndexError, OverflowError, …
-        raise ModelError(f"{file}: cannot be read as GGUF ({first_line(error)}); name another file.") from error
 
 
 def vocabulary_like(entries: dict[str, Entry], decoder: Decoder, file: Path) -> dict[str, Entry]:
@@ -103,7 +69,7 @@ def vocabulary_by_converter(decoder: Decoder, folder: Path, llama_cpp: Path) -> 
         if done.returncode != 0 or not file.is_file():
             tail = "\n".join(done.stderr.strip().splitlines()[-3:])
             raise InputError(f"{script} could not convert the tokenizer of {folder}:\n{tail}")
-        return vocabulary_like(read_entries(file), decoder, file)
+        return vocabulary_like(read_header(file).entries, decoder, file)
 
 
 def vocabulary_of(decoder: Decoder) -> dict[str, Entry]:
