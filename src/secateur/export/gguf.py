@@ -19,6 +19,7 @@ from secateur.export.gguf_file import PROVENANCE, TYPES, GgufFile, require_repla
 from secateur.export.gguf_header import Entry, read_header
 from secateur.export.gguf_layout import Layout
 from secateur.export.gguf_vocabulary import (
+    CONVERTER,
     vocabulary_by_converter,
     vocabulary_like,
     vocabulary_of,
@@ -154,7 +155,7 @@ class GgufExport:
                 raise InputError(f"{dense}: no such file; name a GGUF of the dense model.")
             entries = vocabulary_like(read_header(dense).entries, decoder, dense)
             whence = f"from {dense}"
-        elif options.llama_cpp is not None:
+        elif options.llama_cpp is not None and (self.quantiser is None or (options.llama_cpp / CONVERTER).is_file()):
             if decoder.folder is None:
                 raise InputError("the converter of llama.cpp reads a folder; save the model first.")
             entries = vocabulary_by_converter(decoder, decoder.folder, options.llama_cpp)

@@ -129,7 +129,7 @@ def _tokens(decoder: Decoder) -> tuple[list[int], str, int | None]:
         text = ""
         count = int(decoder.module.get_input_embeddings().num_embeddings)
         tokens = torch.randint(0, count, (wanted,), generator=torch.Generator().manual_seed(0)).tolist()
-    tokens = tokens[:longest] if window is not None else tokens[: min(longest, 96)]
+    tokens = tokens[:longest] if window is not None else tokens[: min(longest, 64)]
     if len(tokens) <= _SCORED:
         raise CheckError(f"{decoder.source}: has too few positions ({longest}) to be compared in llama.cpp.")
     return [int(one) for one in tokens], text, window
