@@ -11,11 +11,12 @@ import torch
 
 from secateur.errors import ModelError
 from secateur.export.gguf_layout import LAYOUTS, LLAMA, UNEVEN, Layout, Named
-from secateur.modeling import SecateurConfig
+from secateur.modeling import DeciLMConfig, SecateurConfig
 from secateur.models.anatomy import find
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.surgery.hidden.folding import norm_eps
+from secateur.surgery.uneven import against_llama, query_heads
 
 _HEADS = {"q_proj.weight": "queries", "q_proj.bias": "queries", "k_proj.weight": "groups", "k_proj.bias": "groups"}
 
@@ -28,7 +29,7 @@ def layout_of(decoder: Decoder) -> Layout:
     """
     config = decoder.config
     if isinstance(config, SecateurConfig):
-        if (reason := _against_uneven(config)) is not None:
+        if (reason := against_llama(config)) is not None:
             raise _refused(decoder, reason)
         return UNEVEN
     layout = LAYOUTS.get(config.model_type)
@@ -68,28 +69,6 @@ def _against_head(decoder: Decoder, layout: Layout) -> str | None:
     return None
 
 
-def _against_uneven(config: SecateurConfig) -> str | None:
-    """Return the reason why a model with the modelling file is no Llama with uneven blocks."""
-    assert config.networks is not None
-    assert config.experts is not None
-    plain = {
-        "its residual stream changes its width or basis": any(config.shortcuts or ())
-        or set(config.widths or ()) != {config.hidden_size},
-        "its attention and MLP run in parallel": config.parallel,
-        f"its positions are {config.positions}": config.positions != "rope" or not all(config.rope_blocks or (True,)),
-        "its queries and keys have norms": config.qk_norm is not None,
-        "its queries are clipped": config.clip_qkv is not None,
-        "it has experts": any(config.experts),
-        "its head has a bias": config.head_bias,
-        "its MLP is not a gated SiLU": not config.gated or config.hidden_act != "silu",
-        "it has a replacement module that is no SwiGLU": not set(config.networks) <= {"", "swiglu"},
-        "its first block has no attention": bool(config.networks[0]),
-        "some of its blocks attend to a window": "sliding_attention" in (config.layer_types or ()),
-        "only a part of each head is rotated": _rope(config).get("partial_rotary_factor", 1.0) != 1.0,
-    }
-    return next((reason for reason, found in plain.items() if found), None)
-
-
 # Metadata
 
 
@@ -123,11 +102,13 @@ def metadata(decoder: Decoder, layout: Layout) -> dict[str, Any]:
 
 
 def _widths(decoder: Decoder, index: int) -> tuple[int, int, int]:
-    """Return query heads, key/value heads and channels of a block; without attention no heads."""
+    """Return query heads, key/value heads and channels of a block; what is absent has none."""
     config = decoder.config
-    if isinstance(config, SecateurConfig) and config.networks is not None and config.networks[index]:
+    if isinstance(config, SecateurConfig):
+        assert config.key_value_heads is not None
         assert config.intermediate_sizes is not None
-        return 0, 0, config.intermediate_sizes[index]
+        heads = query_heads(config)[index]
+        return heads, config.key_value_heads[index] if heads else 0, config.intermediate_sizes[index]
     found = block_widths(decoder, index)
     return found.heads, found.groups, found.channels
 
@@ -195,6 +176,7 @@ def tensors(decoder: Decoder, layout: Layout, *, shapes: bool = False) -> Named:
     """
     names = _Names(decoder, layout)
     blocks = f"{decoder.anatomy.family.blocks}."
+    folded = isinstance(decoder.config, SecateurConfig) and not isinstance(decoder.config, DeciLMConfig)
     yield from _rope_factors(decoder)
     with nullcontext() if shapes else decoder.outer():
         outside = [(name, one) for name, one in decoder.module.named_parameters() if not name.startswith(blocks)]
@@ -202,12 +184,12 @@ def tensors(decoder: Decoder, layout: Layout, *, shapes: bool = False) -> Named:
         if layout.own_head is None and decoder.anatomy.tied:
             table = decoder.module.get_input_embeddings().weight
             yield from (("output.weight", one) for _, one in names.of(_floats([(names.table, table)], shapes)))
-        if isinstance(decoder.config, SecateurConfig) and not decoder.config.final_scale:
+        if folded and not decoder.config.final_scale:
             yield "output_norm.weight", _ones(decoder, shapes)
     for index in range(decoder.block_count):
         with nullcontext(decoder.block_list[index]) if shapes else decoder.block(index) as block:
             named = [(f"{blocks}{index}.{name}", one) for name, one in block.named_parameters()]
-            if isinstance(decoder.config, SecateurConfig):
+            if folded:
                 heads, _, _ = _widths(decoder, index)
                 for part in (*["attn_norm"] * bool(heads), "ffn_norm"):
                     yield f"blk.{index}.{part}.weight", _ones(decoder, shapes)
