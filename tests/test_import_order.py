@@ -19,6 +19,7 @@ ORDER = [
     {"evaluation", "surgery", "scores"},
     {"training"},
     {"methods", "healing", "checkpoints"},
+    {"export"},
     {"jobs"},
     {"experiments"},
     {"reporting"},

@@ -131,6 +131,13 @@ _CANONICAL = (
         positions="learned",
         qk_norm="rms",
     ),
+    _row(
+        "nemotron-nas",
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        intermediate_sizes=lambda blocks: [INTERMEDIATE - 8 * (i % 3 == 1) for i in range(blocks)],
+        tie_word_embeddings=True,
+    ),
 )
 
 _VARIATIONS = (

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from secateur.evaluation.tasks import TaskRequest
     from secateur.experiments.run import compare, run
     from secateur.experiments.study import Queue
+    from secateur.export.gguf import GgufOptions, export_gguf
     from secateur.healing.data import TrainingTexts
     from secateur.jobs.bench import bench
     from secateur.jobs.evaluate import evaluate
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Amount",
     "CardFacts",
+    "GgufOptions",
     "Plan",
     "Queue",
     "RunOptions",
@@ -56,6 +58,7 @@ __all__ = [
     "convert",
     "demo",
     "evaluate",
+    "export_gguf",
     "heal",
     "inspect",
     "make_plan",
@@ -71,6 +74,7 @@ __all__ = [
 _WHERE = {
     "Amount": "plan.amount",
     "CardFacts": "checkpoints.push",
+    "GgufOptions": "export.gguf",
     "Plan": "plan.plan",
     "Queue": "experiments.study",
     "RunOptions": "run_options",
@@ -84,6 +88,7 @@ _WHERE = {
     "convert": "checkpoints.save",
     "demo": "cli.demo",
     "evaluate": "jobs.evaluate",
+    "export_gguf": "export.gguf",
     "heal": "jobs.heal",
     "inspect": "models.inspection",
     "make_plan": "jobs.plan",

@@ -7,7 +7,7 @@ import json
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,13 +15,16 @@ from secateur.checkpoints.card import model_card
 from secateur.checkpoints.check import record_expected, reopen, require_passed
 from secateur.checkpoints.folders import MARKER, replacing
 from secateur.checkpoints.writer import SHARD_BYTES, write_weights
-from secateur.modeling import AUTO_MAP, MODELLING_FILE, SecateurConfig
+from secateur.modeling import MODELLING_FILE, DeciLMConfig, SecateurConfig, auto_map
 from secateur.models.decoder import Decoder
 from secateur.models.dtypes import dtype_named
 from secateur.models.opening import open_model
 from secateur.ownership import scratch
 from secateur.plan.plan import plans_in
+from secateur.surgery.uneven import against_decilm, as_decilm
 from secateur.versions import versions
+
+Layout = Literal["stock", "decilm", "secateur"]
 
 _CARRIED = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _TOKENIZER = (
@@ -67,6 +70,8 @@ def save(
         CheckError: the reopened folder behaves differently; nothing is left at the target.
     """
     stored = decoder.saved_dtype if dtype is None else dtype_named(dtype)
+    if layout_of(decoder) == "decilm" and not isinstance(decoder.config, DeciLMConfig):
+        decoder = as_decilm(decoder)
     with replacing(out, reads=decoder.folder) as folder:
         size = write_weights(decoder, folder, stored, shard_bytes)
         _write_config(decoder, folder, stored)
@@ -77,6 +82,15 @@ def save(
         model_card(decoder, record).save(folder / "README.md")
         (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
+
+
+def layout_of(decoder: Decoder) -> Layout:
+    """Return the layout in which a model is saved: its architecture's own, Nemotron-NAS's, or the modelling file's."""
+    if not isinstance(decoder.config, SecateurConfig):
+        return "stock"
+    if isinstance(decoder.config, DeciLMConfig) or against_decilm(decoder.config) is None:
+        return "decilm"
+    return "secateur"
 
 
 def _prove(decoder: Decoder, folder: Path, stored: torch.dtype) -> dict[str, Any]:
@@ -93,7 +107,7 @@ def _write_config(decoder: Decoder, folder: Path, stored: torch.dtype) -> None:
     config.architectures = [type(decoder.module).__name__]
     config.dtype = stored
     if isinstance(config, SecateurConfig):
-        config.auto_map = AUTO_MAP
+        config.auto_map = auto_map(config)
         assert config.widths is not None
         config.embedding_size = config.widths[0]  # the name from which vLLM's transformers backend builds the embedding
         config.save_pretrained(folder)

@@ -49,6 +49,7 @@ COMMANDS = {
     "run": Entry("study", "run", "Run a recipe: a whole pipeline, or a study, from one file."),
     "report": Entry("study", "report", "Make one HTML page from the results of other commands."),
     "convert": Entry("checkpoints", "convert", "Save a model as safetensors: from GGUF, or in another dtype."),
+    "export": Entry("checkpoints", "export", "Write a model as a GGUF file for llama.cpp and Ollama."),
     "push": Entry("checkpoints", "push", "Upload a checkpoint to the Hub."),
     "methods": Entry("lists", "methods", "List methods and healing recipes, or the settings of one."),
     "families": Entry("lists", "families", "List the model families that are known exactly."),

@@ -18,6 +18,7 @@ from secateur.data.texts import Count
 from secateur.errors import InputError
 from secateur.evaluation.speed import BATCHES, NEW_TOKENS, Timing
 from secateur.evaluation.tasks import TaskRequest
+from secateur.export.serving import Engine, read_engine, settings_for
 from secateur.healing.data import TrainingTexts
 from secateur.models.decoder import Decoder
 from secateur.models.opening import open_model, open_shapes
@@ -217,6 +218,33 @@ class AmountOptions:
     def known_scores(self) -> Scores | None:
         """Read the scores file, if one was given."""
         return Scores.read(self.scores) if self.scores else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """The engine that is to run the result."""
+
+    for_: Annotated[str | None, typer.Option("--for", help="Prune only what this engine runs: vllm or llama.cpp.")] = (
+        None
+    )
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Keep heads and channels divisible by this many processes of vLLM.", min=1)
+    ] = 1
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine; None if there is no restriction.
+
+        Raises:
+            InputError: an unknown one.
+        """
+        if self.for_ is None:
+            return "vllm" if self.tensor_parallel > 1 else None
+        return read_engine(self.for_)
+
+    def settings(self, decoder: Decoder, method: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return a method's settings, restricted to what the engine runs."""
+        return settings_for(self.engine, decoder, method, settings, self.tensor_parallel)
 
 
 _AMOUNTS = {

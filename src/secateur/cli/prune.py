@@ -16,7 +16,7 @@ from secateur.checkpoints.folders import check_target, replacing
 from secateur.checkpoints.save import save
 from secateur.claims import claim
 from secateur.cli.demo import demo as run_demo
-from secateur.cli.options import AmountOptions, Learning, Opening, Output, Reading, Saving, grouped
+from secateur.cli.options import AmountOptions, Learning, Opening, Output, Reading, Saving, Serving, grouped
 from secateur.cli.tables import healing_table, plan_summary, scores_table, showing_progress
 from secateur.cli.terminal import (
     DryRun,
@@ -34,6 +34,8 @@ from secateur.cli.terminal import (
 from secateur.distributed import is_main_process, process_count
 from secateur.errors import InputError, NumericsError, SecateurError, TextsWarning, unknown
 from secateur.evaluation.damage import damage_of
+from secateur.export.plans import plan_as, require_tool
+from secateur.export.serving import require_runs, serving_lines
 from secateur.files import replace_file
 from secateur.healing.recipes import find_healing_recipe
 from secateur.jobs.heal import HealJob, dense_source, require_origin
@@ -90,13 +92,19 @@ def plan(
     amount: AmountOptions,
     reading: Reading,
     opening: Opening,
+    serving: Serving,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="The plan file. (default: under secateur-runs/)")
+    ] = None,
+    as_tool: Annotated[
+        str | None, typer.Option("--as", help="Print what does the same in mergekit or llama.cpp.")
     ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Decide what to remove: a small file to read, edit and pass to `prune`."""
+    if as_tool is not None:
+        require_tool(as_tool)
     file = out or run_folder(model, "plan") / "plan.json"
     check_target(file.parent, replaces=False, ours=False)
     if file.exists():
@@ -106,7 +114,7 @@ def plan(
     decoder = opened(opening, model, only_shapes=dry_run)
     work = training_folder(file)
     with _keeping(work, file), showing_progress(err) as progress:
-        job = _plan_job(decoder, method, amount, reading, progress=progress, work=work)
+        job = _plan_job(decoder, method, amount, reading, serving, progress=progress, work=work)
         announce(job.cost())
         if dry_run:
             return
@@ -114,10 +122,14 @@ def plan(
             made = job.run()
     if not is_main_process():
         return
+    translated = None if as_tool is None else plan_as(made, as_tool, str(decoder.saved_dtype).removeprefix("torch."))
     replace_file(file, made.to_json())
     shutil.rmtree(work, ignore_errors=True)
     _draw_merged(job, made, file.with_name("windows.png"))
-    answer(made.model_dump(mode="json"), plan_summary(made), as_json=as_json)
+    if translated is not None and not as_json:
+        typer.echo(translated, nl=False)
+    else:
+        answer(made.model_dump(mode="json"), plan_summary(made), as_json=as_json)
     err.print(f"Written: [bold]{escape(str(file))}[/]\nTo apply it: secateur prune {model} --plan {file} -o FOLDER")
 
 
@@ -128,6 +140,7 @@ def prune(
     reading: Reading,
     opening: Opening,
     saving: Saving,
+    serving: Serving,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan made by `secateur plan`.")] = None,
     method: Annotated[str | None, typer.Option(help="Decide and cut in one go: see `secateur methods`.")] = None,
     save_dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights. (default: as before)")] = None,
@@ -151,7 +164,7 @@ def prune(
     with _keeping(work, folder), showing_progress(err) as progress:
         if made is None:
             assert method is not None, "either a plan or a method was given"
-            planning = _plan_job(decoder, method, amount, reading, progress=progress, work=work)
+            planning = _plan_job(decoder, method, amount, reading, serving, progress=progress, work=work)
             announce(planning.cost())
             if saving.dry_run:
                 return
@@ -172,6 +185,7 @@ def prune(
             pruned = cutting.run()
     if not is_main_process():
         return
+    require_runs(serving.engine, pruned, serving.tensor_parallel)
     if saving.check:
         pruned = _judged(decoder, pruned)
     with err.status("saving, and reopening in a fresh process" if saving.check else "saving"):
@@ -180,6 +194,8 @@ def prune(
     answer(record, None, as_json=saving.as_json)
     proof = "reopened in a fresh process: same logits, same generation" if saving.check else "not checked (--no-check)"
     err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
+    for line in serving_lines(pruned, folder):
+        err.print(escape(line), soft_wrap=True)
 
 
 def _judged(dense: Decoder, pruned: Decoder) -> Decoder:
@@ -257,7 +273,14 @@ def _teacher(decoder: Decoder, learning: Learning, opening: Opening, folder: Pat
 
 
 def _plan_job(
-    decoder: Decoder, method: str, amount: AmountOptions, reading: Reading, *, progress: Progress, work: Path
+    decoder: Decoder,
+    method: str,
+    amount: AmountOptions,
+    reading: Reading,
+    serving: Serving,
+    *,
+    progress: Progress,
+    work: Path,
 ) -> PlanJob:
     with saying_warnings():
         return PlanJob.prepare(
@@ -265,7 +288,7 @@ def _plan_job(
             method=method,
             **amount.amount().fields(),
             **reading.fields(),
-            settings=amount.settings(),
+            settings=serving.settings(decoder, method, amount.settings()),
             scores=amount.known_scores(),
             options=reading.options(progress, work),
         )

@@ -10,6 +10,9 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from secateur.modeling.modeling_secateur import (
+    DeciLMConfig,
+    DeciLMForCausalLM,
+    DeciLMModel,
     SecateurConfig,
     SecateurExperts,
     SecateurForCausalLM,
@@ -19,26 +22,34 @@ from secateur.modeling.modeling_secateur import (
 
 MODELLING_FILE = Path(__file__).with_name("modeling_secateur.py")
 
-AUTO_MAP = {
-    "AutoConfig": "modeling_secateur.SecateurConfig",
-    "AutoModel": "modeling_secateur.SecateurModel",
-    "AutoModelForCausalLM": "modeling_secateur.SecateurForCausalLM",
-}
-"""Entries of `config.json` by which `trust_remote_code=True` finds the classes without secateur."""
 
-SecateurConfig.register_for_auto_class()
-SecateurModel.register_for_auto_class("AutoModel")
-SecateurForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # whoever saves one saves this file beside it
-AutoConfig.register(SecateurConfig.model_type, SecateurConfig, exist_ok=True)
-AutoModel.register(SecateurConfig, SecateurModel, exist_ok=True)
-AutoModelForCausalLM.register(SecateurConfig, SecateurForCausalLM, exist_ok=True)
+def auto_map(config: SecateurConfig) -> dict[str, str]:
+    """Return the entries of `config.json` by which `trust_remote_code=True` finds the classes without secateur."""
+    kind = "DeciLM" if isinstance(config, DeciLMConfig) else "Secateur"
+    classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    return {auto: f"{MODELLING_FILE.stem}.{kind}{name}" for auto, name in classes.items()}
+
+
+for _config, _model, _causal in (
+    (SecateurConfig, SecateurModel, SecateurForCausalLM),
+    (DeciLMConfig, DeciLMModel, DeciLMForCausalLM),
+):
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+    _causal.register_for_auto_class("AutoModelForCausalLM")  # whoever saves one saves this file beside it
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _causal, exist_ok=True)
 
 __all__ = [
-    "AUTO_MAP",
     "MODELLING_FILE",
+    "DeciLMConfig",
+    "DeciLMForCausalLM",
+    "DeciLMModel",
     "SecateurConfig",
     "SecateurExperts",
     "SecateurForCausalLM",
     "SecateurModel",
+    "auto_map",
     "mlp_traits",
 ]

@@ -378,13 +378,15 @@ class SecateurPreTrainedModel(PreTrainedModel):
 class SecateurModel(SecateurPreTrainedModel):
     """Embeddings, blocks and final norm."""
 
+    _layer_class: type[nn.Module] = SecateurDecoderLayer
+
     def __init__(self, config: SecateurConfig) -> None:
         """Build from a configuration."""
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.widths[0], config.pad_token_id)
         learned = config.positions.startswith("learned")
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.widths[0]) if learned else None
-        self.layers = nn.ModuleList(SecateurDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self._layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = ScaleFreeNorm(config.hidden_size, config.norm_eps, config.widths[-1] * config.final_scale)
         self.rotary_emb = PhiRotaryEmbedding(config) if config.positions == "rope" else None
         self.gradient_checkpointing = False
@@ -466,11 +468,12 @@ class SecateurForCausalLM(SecateurPreTrainedModel, GenerationMixin):
     """The decoder with its head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _model_class: type[SecateurModel] = SecateurModel
 
     def __init__(self, config: SecateurConfig) -> None:
         """Build from a configuration."""
         super().__init__(config)
-        self.model = SecateurModel(config)
+        self.model = self._model_class(config)
         self.lm_head = nn.Linear(config.widths[-1], config.vocab_size, bias=config.head_bias)
         self.post_init()
 
@@ -511,4 +514,138 @@ class SecateurForCausalLM(SecateurPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["SecateurConfig", "SecateurForCausalLM", "SecateurModel"]
+class Part(dict):
+    """A part of a block's configuration: a dictionary whose entries are attributes too, as vLLM reads them."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an entry."""
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
+@strict
+class DeciLMConfig(SecateurConfig):
+    """Shapes of a Llama in which every block has its own MLP and its own key/value heads, or lacks one branch.
+
+    This is the layout of Nemotron-NAS, under whose name vLLM serves it. All blocks with attention have as many
+    query heads; a block without attention has no heads in `heads`, one without an MLP no channels.
+
+    Attributes:
+        block_configs: for each block `attention` (`no_op`, `n_heads_in_group`: query heads for each key/value head) and
+            `ffn` (`no_op`, `intermediate_size`, `hidden_act`); lists of `SecateurConfig` given beside it count first.
+    """
+
+    model_type = "nemotron-nas"
+    attribute_map = {"rms_norm_eps": "norm_eps", "attention_bias": "attention_out_bias"}  # noqa: RUF012
+
+    block_configs: list[dict] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Derive the lists from `block_configs`, or the other way round."""
+        if self.block_configs is not None and self.intermediate_sizes is None:
+            self._read_blocks(self.block_configs)
+        self.final_scale = True
+        super().__post_init__(**kwargs)
+        self.describe_blocks()
+
+    def _read_blocks(self, blocks: list[dict]) -> None:
+        heads = self.num_attention_heads
+        if any(
+            block["attention"].get("replace_with_linear") or block["ffn"].get("replace_with_linear") for block in blocks
+        ):
+            raise ValueError("blocks with a linear layer in place of attention or MLP are not supported.")
+        groups = [
+            None if block["attention"].get("no_op") else block["attention"]["n_heads_in_group"] for block in blocks
+        ]
+        self.heads = [heads if group else 0 for group in groups]
+        self.key_value_heads = [heads // group if group else 0 for group in groups]
+        self.intermediate_sizes = [_inner_size(block["ffn"], self.hidden_size) for block in blocks]
+
+    def describe_blocks(self) -> None:
+        """Set `block_configs` from the lists, after one of them was changed."""
+        self.block_configs = [
+            Part(
+                attention=Part(
+                    no_op=not heads, n_heads_in_group=heads // groups if heads else None, replace_with_linear=False
+                ),
+                ffn=Part(
+                    no_op=not inner,
+                    intermediate_size=inner or None,
+                    hidden_act=self.hidden_act,
+                    replace_with_linear=False,
+                ),
+            )
+            for heads, groups, inner in zip(self.heads, self.key_value_heads, self.intermediate_sizes, strict=True)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration with the names under which others read it too."""
+        self.describe_blocks()
+        return super().to_dict() | {"rms_norm_eps": self.norm_eps, "attention_bias": self.attention_out_bias}
+
+
+def _inner_size(ffn: dict, hidden_size: int) -> int:
+    """Return the channels of an MLP, given as such or as a multiple of the hidden size, rounded up to 256."""
+    if ffn.get("no_op"):
+        return 0
+    if ffn.get("intermediate_size"):
+        return int(ffn["intermediate_size"])
+    return -(-int(2 * ffn["ffn_mult"] * hidden_size / 3) // 256) * 256
+
+
+class DeciLMDecoderLayer(GradientCheckpointingLayer):
+    """A Llama's block, in which attention or the MLP may be absent."""
+
+    def __init__(self, config: DeciLMConfig, layer_idx: int) -> None:
+        """Block with the widths that the configuration gives it."""
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_sizes[layer_idx]
+        self.layer_idx = layer_idx
+        self.self_attn = self.mlp = None
+        if config.heads[layer_idx]:
+            self.input_layernorm = ScaleFreeNorm(width, config.norm_eps, width)
+            self.self_attn = SecateurAttention(config, layer_idx, width, width)
+        if inner:
+            self.post_attention_layernorm = ScaleFreeNorm(width, config.norm_eps, width)
+            self.mlp = SecateurMLP(config, inner, width, width)
+
+    def forward(self, hidden_states: torch.Tensor, use_cache: bool | None = None, **kwargs: Any) -> torch.Tensor:
+        """Map the residual stream (batch, positions, width) to the same shape."""
+        if self.self_attn is None:
+            _note_positions(kwargs.get("past_key_values"), self.layer_idx, hidden_states)
+        else:
+            hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+
+class DeciLMModel(SecateurModel):
+    """Embeddings, blocks and final norm in the layout of Nemotron-NAS."""
+
+    config: DeciLMConfig
+    config_class = DeciLMConfig
+    _layer_class = DeciLMDecoderLayer
+    _no_split_modules = ("DeciLMDecoderLayer",)
+    _can_record_outputs = {"hidden_states": DeciLMDecoderLayer, "attentions": SecateurAttention}  # noqa: RUF012
+
+
+class DeciLMForCausalLM(SecateurForCausalLM):
+    """The decoder with its head in the layout of Nemotron-NAS."""
+
+    config: DeciLMConfig
+    config_class = DeciLMConfig
+    _model_class = DeciLMModel
+    _no_split_modules = ("DeciLMDecoderLayer",)
+    _can_record_outputs = {"hidden_states": DeciLMDecoderLayer, "attentions": SecateurAttention}  # noqa: RUF012
+
+
+__all__ = [
+    "DeciLMConfig",
+    "DeciLMForCausalLM",
+    "DeciLMModel",
+    "SecateurConfig",
+    "SecateurForCausalLM",
+    "SecateurModel",
+]

@@ -234,6 +234,23 @@ _ROWS = (
         per_point_lists=("widths", "shortcuts"),
         light_blocks=True,
     ),
+    replace(
+        _LLAMA,
+        model_type="nemotron-nas",
+        inner_size="intermediate_sizes",
+        per_layer_lists=(
+            "intermediate_sizes",
+            "heads",
+            "key_value_heads",
+            "experts",
+            "networks",
+            "rope_blocks",
+            "layer_types",
+            "block_configs",
+        ),
+        per_point_lists=("widths", "shortcuts"),
+        light_blocks=True,
+    ),
 )
 
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}

@@ -41,6 +41,8 @@ def config_of_width(decoder: Decoder, width: int) -> Any:
     writer = next(present(block, decoder.anatomy.family.attention_out))[1]
     config.head_dim = writer.weight.shape[-1] // config.num_attention_heads
     config.hidden_size = width
+    if getattr(config, "widths", None):
+        config.widths = [width] * len(config.widths)
     config.tie_word_embeddings = False
     if not list(present(block, decoder.anatomy.family.attention_norms)):
         config.rms_norm_eps = config.rms_norm_eps * decoder.hidden_size / width

@@ -17,7 +17,7 @@ from torch import nn
 
 from secateur.calibration.statistics import device_with_float64
 from secateur.errors import ModelError
-from secateur.modeling import SecateurConfig
+from secateur.modeling import DeciLMConfig, SecateurConfig
 from secateur.modeling.modeling_secateur import SecateurDecoderLayer
 from secateur.models.anatomy import Family, count_parameters, present
 from secateur.models.decoder import Decoder
@@ -80,6 +80,8 @@ def reason_against_heads(decoder: Decoder) -> str | None:
 def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
     """Return the configuration of the same architecture at these widths; None if it cannot express them."""
     family, dense, config = decoder.anatomy.family, all_widths(decoder), copy.deepcopy(decoder.config)
+    if isinstance(config, DeciLMConfig) and len({(new.groups, new.queries) for new in widths}) > 1:
+        return None
     if names_every_block(decoder):
         return _with_widths(config, widths)
     for name, experts in ((family.inner_size, False), (family.expert_size, True)):
@@ -136,12 +138,15 @@ def _with_widths(config: SecateurConfig, widths: Sequence[Widths]) -> SecateurCo
     config.heads = [one.groups * one.queries for one in widths]
     config.key_value_heads = [one.groups for one in widths]
     config.intermediate_sizes = [one.channels for one in widths]
+    if isinstance(config, DeciLMConfig):
+        config.num_attention_heads, config.num_key_value_heads = config.heads[0], config.key_value_heads[0]
+        config.describe_blocks()
     return config
 
 
 def names_every_block(decoder: Decoder) -> bool:
     """Return whether the configuration gives every block its own widths, as that of the modelling file does."""
-    return decoder.anatomy.family.model_type == SecateurConfig.model_type
+    return isinstance(decoder.config, SecateurConfig)
 
 
 def width_sizes(decoder: Decoder, *, stock: bool, bias: bool = False) -> WidthSizes:

@@ -1,0 +1,1 @@
+"""Other formats: GGUF files for llama.cpp, and what each engine serves."""
