@@ -11,6 +11,7 @@ from secateur.checkpoints.folders import check_target
 from secateur.cli.options import Asking, HeldOut, Opening, Output, Rounds, grouped
 from secateur.cli.tables import results_tables, showing_progress
 from secateur.cli.terminal import ModelArg, announce, err, keep, opened, target
+from secateur.errors import InputError
 from secateur.jobs.bench import BenchJob
 from secateur.jobs.evaluate import PERPLEXITY, EvaluateJob
 from secateur.models.decoder import Decoder
@@ -56,22 +57,28 @@ def bench(
     opening: Opening,
     output: Output,
     against: Annotated[str | None, typer.Option(help="The dense model, measured alternately with it.")] = None,
+    as_draft_of: Annotated[
+        str | None,
+        typer.Option(help="The dense model: let it write held-out texts with MODEL as its draft, and without."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts, which are random tokens.")] = 0,
 ) -> None:
     """Measure speed and memory next to the dense model: prefill, decode, first token, peak, cache."""
     folder = target(output.out, model, "bench", dry_run=output.dry_run)
     timing = rounds.timing()
-    decoder, dense = _opened_pair(opening, model, against, folder, only_shapes=output.dry_run, whole=True)
+    if against is not None and as_draft_of is not None:
+        raise InputError("--against and --as-draft-of both name the dense model; give one of them.")
+    other = as_draft_of or against
+    decoder, dense = _opened_pair(opening, model, other, folder, only_shapes=output.dry_run, whole=True)
     with showing_progress(err) as progress:
         options = RunOptions(seed=seed, progress=progress)
-        job = BenchJob.prepare(decoder, against=dense, timing=timing, options=options)
+        role = "against" if as_draft_of is None else "as_draft_of"
+        job = BenchJob.prepare(decoder, **{role: dense}, timing=timing, options=options)
         announce(job.cost())
         if output.dry_run:
             return
         results = job.run()
-    keep(
-        results, folder, "bench", {"model": model, "against": against}, results_tables(results), as_json=output.as_json
-    )
+    keep(results, folder, "bench", {"model": model, "against": other}, results_tables(results), as_json=output.as_json)
 
 
 def _opened_pair(

@@ -293,6 +293,7 @@ class Rounds:
     new_tokens: Annotated[int, typer.Option(help="Tokens written after the prompt.")] = NEW_TOKENS
     repeats: Annotated[int, typer.Option(help="Rounds that are measured.")] = 5
     warmup: Annotated[int, typer.Option(help="Warm-up rounds before them.")] = 1
+    draft_tokens: Annotated[int, typer.Option(help="With --as-draft-of: tokens drafted before each check.")] = 5
 
     def timing(self) -> Timing:
         """Return the requests and rounds.
@@ -306,6 +307,7 @@ class Rounds:
             new_tokens=self.new_tokens,
             repeats=self.repeats,
             warmup=self.warmup,
+            draft_tokens=self.draft_tokens,
         )
 
 

@@ -206,6 +206,9 @@ Pair = tuple[Result | None, Result | None]
 _FORMS: dict[str, tuple[str, Callable[[float], str]]] = {
     "prefill_tokens_per_second": ("prefill tokens/s", lambda value: f"{value:,.1f}"),
     "decode_tokens_per_second": ("decode tokens/s", lambda value: f"{value:,.1f}"),
+    "assisted_tokens_per_second": ("tokens/s with the draft; without", lambda value: f"{value:,.1f}"),
+    "draft_acceptance": ("drafted tokens that are kept", lambda value: f"{value:.1%}"),
+    "tokens_per_check": ("tokens per pass of the dense model", lambda value: f"{value:.2f}"),
     "time_to_first_token": ("time to first token", lambda value: f"{1000 * value:,.1f} ms"),
     "peak_resident_bytes": ("peak resident", gigabytes),
     "peak_allocated_bytes": ("peak allocated", gigabytes),
@@ -302,7 +305,8 @@ def _with_error(result: Result | None) -> str:
 
 def _speeds_table(results: Sequence[Result]) -> Table:
     """Return a table with a row per measure and request: this model, the dense one, the ratio."""
-    table = Table(title="speed and memory (median ± half the interquartile range)", title_justify="left")
+    title = "speed and memory: medians over rounds ± half the interquartile range; ratios are medians of ratios"
+    table = Table(title=title, title_justify="left")
     for name in ("batch", "prompt", "measure", "model", "dense", "ratio"):
         table.add_column(name, justify="left" if name == "measure" else "right", no_wrap=name == "measure")
 

@@ -45,6 +45,7 @@ class Timing(BaseModel):
         new_tokens: tokens generated after the prompt, with the cache.
         repeats: rounds that are measured.
         warmup: rounds before those.
+        draft_tokens: tokens that a draft model writes before each check.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,11 +55,14 @@ class Timing(BaseModel):
     new_tokens: int = NEW_TOKENS
     repeats: int = 5
     warmup: int = 1
+    draft_tokens: int = 5
 
     @model_validator(mode="after")
     def _possible(self) -> Timing:
         if self.repeats < 1 or self.warmup < 0 or self.new_tokens < 2:
             raise InputError("repeats must be at least 1, warm-up rounds 0 or more, new tokens at least 2.")
+        if self.draft_tokens < 1:
+            raise InputError("a draft has at least one token.")
         if not self.batch_sizes or self.prompts == ():
             raise InputError("no batch size or no prompt length given.")
         return self

