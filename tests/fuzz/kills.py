@@ -50,9 +50,10 @@ COMMANDS = {
     "compare": "run study.yaml -o out",
     "run": "run {recipe}.yaml -o out",
     "convert": "convert model --save-dtype {dtype} --no-check -o out",
+    "export": "export bundled --type {kind} --no-check -o out.gguf",
 }
-EARLIER = {"share": "15%", "epochs": "1", "recipe": "earlier", "dtype": "float16"}
-NOW = {"share": "30%", "epochs": "2", "recipe": "now", "dtype": "bfloat16"}
+EARLIER = {"share": "15%", "epochs": "1", "recipe": "earlier", "dtype": "float16", "kind": "f16"}
+NOW = {"share": "30%", "epochs": "2", "recipe": "now", "dtype": "bfloat16", "kind": "f32"}
 RESUMES_IN_PLACE = ("compare", "run")
 """Commands whose folder is not replaced but completed, stage by stage; an earlier result there is of the same run."""
 
@@ -109,7 +110,7 @@ def main() -> None:
             _clear(place)
             expected[name] = _undisturbed(place, name)
             print(f"{name}: {expected[name][1]:.1f} seconds undisturbed", flush=True)
-        while counts.kills < given.kills:
+        while counts.kills - counts.ended_before < given.kills:  # a kill after the end interrupts nothing
             name = given.commands[counts.kills % len(given.commands)]
             number = signal.SIGTERM if draw.random() < 0.3 else signal.SIGKILL
             _kill_once(place, name, expected[name], draw.random(), number, counts)
