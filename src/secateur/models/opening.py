@@ -19,7 +19,7 @@ from transformers import (
 from secateur.distributed import launched, local_rank
 from secateur.errors import InputError, ModelError, SecateurWarning, first_line
 from secateur.models import fingerprint
-from secateur.models.anatomy import Family, resolve
+from secateur.models.anatomy import Family, find, resolve
 from secateur.models.decoder import Decoder
 from secateur.models.detection import detect
 from secateur.models.dtypes import DTYPES, dtype_named
@@ -35,7 +35,7 @@ from secateur.models.fetch import (
     refuse_files,
 )
 from secateur.models.gguf import Origin, origin_of
-from secateur.models.shards import Shards, open_shard, shard_files
+from secateur.models.shards import Shards, holds_own_head, open_shard, shard_files
 from secateur.reading import MIB, FileKind, from_json
 
 _RECORD = FileKind(
@@ -134,6 +134,8 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         refuse_files(folder, allow_pickle=asked.allow_pickle)
     config = read_config(folder, source, trust_remote_code=trusted)
     family = _family(config, source, trust_remote_code=trusted)
+    if here and has_safetensors(folder) and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = not holds_own_head(folder, family)
     saved = _saved_dtype(config, folder)
     place = _device(asked.device)
     arithmetic = _arithmetic(asked.dtype, saved, place)
@@ -162,6 +164,7 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         shards = None
     if here and not pickled:
         _refuse_other_numbers(folder, module)
+    _name_own_head(module, family)
     return Decoder(
         module=module.eval().requires_grad_(False),
         tokenizer=_tokenizer(asked.tokenizer or folder, trust_remote_code=trusted),
@@ -174,7 +177,7 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         shapes_only=thin and not skeleton,
         for_estimate=shapes_only,
         other_tokenizer=asked.tokenizer is not None,
-        history=_history(folder),
+        history=history_of(folder),
         gguf=Path(origin.file) if origin is not None else None,
     )
 
@@ -216,8 +219,12 @@ def _shown(source: str) -> str:
     return f"./{source}" if HUB_NAME.fullmatch(source) and Path(source).is_dir() else source
 
 
-def _history(folder: Path) -> tuple[dict[str, Any], ...]:
-    """Return what secateur did to this checkpoint before, so that its history is kept when it is pruned again."""
+def history_of(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Return what secateur did to this checkpoint before, so that its history is kept when it is pruned again.
+
+    Raises:
+        ModelError: the record in the folder cannot be read.
+    """
     record = folder / "secateur.json"
     if not record.is_file():
         return ()
@@ -230,6 +237,7 @@ def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -
         raise InputError(f"{name}: some of its weights are offloaded; give the folder instead, opened as a skeleton.")
     refuse_config(module.config, name)
     family = _family(module.config, name, trust_remote_code=trust_remote_code)
+    _name_own_head(module, family)
     return Decoder(
         module=module.eval().requires_grad_(False),
         tokenizer=_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer is not None else None,
@@ -244,6 +252,13 @@ def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -
 def _family(config: Any, source: str, *, trust_remote_code: bool) -> Family:
     known = FAMILIES.get(config.model_type)
     return known or detect(config, source, trust_remote_code=trust_remote_code)
+
+
+def _name_own_head(module: PreTrainedModel, family: Family) -> None:
+    """Let the configuration say that a head is not tied where it is not, as transformers unties it on loading."""
+    table, head = find(module, f"{family.embeddings[0]}.weight"), find(module, f"{family.head}.weight")
+    if head is not table and getattr(module.config, "tie_word_embeddings", False):
+        module.config.tie_word_embeddings = False
 
 
 def _saved_dtype(config: Any, folder: Path) -> torch.dtype:
