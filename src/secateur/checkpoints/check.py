@@ -22,6 +22,7 @@ from secateur.models.fetch import has_safetensors
 from secateur.models.fingerprint import of_folder
 from secateur.models.forward import capture, logits, run_block
 from secateur.models.opening import history_of, open_model
+from secateur.models.wrappers import auto_class
 from secateur.ownership import scratch
 from secateur.plan.plan import blocks_kept_by, plans_in
 from secateur.plan.steps import DropBlocks
@@ -41,6 +42,8 @@ class Expected:
     dtype: torch.dtype
     tolerance: float
     trust_remote_code: bool = False
+    auto_class: str = "AutoModelForCausalLM"
+    """Name of the class of transformers that opens the folder."""
     original: dict[str, Any] | None = None
     """How plain transformers reads the original folder for comparison; see `fresh_process`."""
 
@@ -52,6 +55,7 @@ class Expected:
             "dtype": _name(self.dtype),
             "tolerance": self.tolerance,
             "trust_remote_code": self.trust_remote_code,
+            "auto_class": self.auto_class,
             "original": self.original,
         }
 
@@ -69,7 +73,8 @@ def record_expected(decoder: Decoder, file: Path, stored: torch.dtype | None = N
     tolerance = TOLERANCE[arithmetic]
     if stored is not None and stored != decoder.saved_dtype:
         tolerance = max(tolerance, TOLERANCE[stored])
-    return Expected(file, arithmetic, tolerance, trust_remote_code=decoder.has_own_code)
+    opens = auto_class(decoder.module.config).__name__
+    return Expected(file, arithmetic, tolerance, trust_remote_code=decoder.has_own_code, auto_class=opens)
 
 
 @torch.no_grad()

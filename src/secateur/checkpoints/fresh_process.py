@@ -1,7 +1,7 @@
 """Reopen checkpoint folders in a separate process, without secateur, and compare with the expected logits.
 
 Run as a script: `python -P fresh_process.py jobs.json`, where jobs.json lists `{folder, expected, dtype,
-tolerance, trust_remote_code, original}`; `expected` is an .npz file with `tokens` and `logits`. Prints one
+tolerance, trust_remote_code, auto_class, original}`; `expected` is an .npz file with `tokens` and `logits`. Prints one
 JSON object per folder.
 
 `original` is None, or `{folder, blocks, left_out, tolerance}`: the folder the model was made from, whose blocks
@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+import transformers
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 NEW_TOKENS = 8
@@ -31,7 +32,7 @@ def examine(job: dict[str, Any]) -> dict[str, Any]:
     with np.load(job["expected"]) as data:
         tokens = torch.from_numpy(data["tokens"])
         expected = torch.from_numpy(data["logits"])
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = _auto_class(job).from_pretrained(
         job["folder"],
         dtype=getattr(torch, job["dtype"]),
         output_loading_info=True,
@@ -75,11 +76,15 @@ def _against_original(job: dict[str, Any], tokens: torch.Tensor, found: torch.Te
     original = job.get("original")
     if original is None:
         return {}
-    model = AutoModelForCausalLM.from_pretrained(
-        original["folder"],
-        dtype=getattr(torch, job["dtype"]),
-        trust_remote_code=job.get("trust_remote_code", False),
-    ).eval()
+    model = (
+        _auto_class(job)
+        .from_pretrained(
+            original["folder"],
+            dtype=getattr(torch, job["dtype"]),
+            trust_remote_code=job.get("trust_remote_code", False),
+        )
+        .eval()
+    )
     if "expected" in original:
         with np.load(original["expected"]) as data:
             tokens, found = torch.from_numpy(data["tokens"]), torch.from_numpy(data["logits"])
@@ -100,9 +105,14 @@ def _bypass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) 
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def _auto_class(job: dict[str, Any]) -> Any:
+    return getattr(transformers, job.get("auto_class", "AutoModelForCausalLM"))
+
+
 def _generation_gap(model: Any, tokens: torch.Tensor, scale: float) -> float:
     """Return how far cached greedy choices fall short of the best uncached logit, relative to the largest logit."""
-    room = getattr(model.config, "max_position_embeddings", None) or tokens.shape[1] + NEW_TOKENS
+    text = model.config.get_text_config(decoder=True)
+    room = getattr(text, "max_position_embeddings", None) or tokens.shape[1] + NEW_TOKENS
     prompt = tokens[:1, : max(1, min(tokens.shape[1], room - NEW_TOKENS))]
     model.generation_config = GenerationConfig(pad_token_id=0)
     written = model.generate(

@@ -26,7 +26,7 @@ from secateur.versions import versions
 
 Layout = Literal["stock", "decilm", "secateur"]
 
-_CARRIED = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_CARRIED = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _TOKENIZER = (
     "tokenizer*",
     "vocab*",
@@ -103,7 +103,7 @@ def _prove(decoder: Decoder, folder: Path, stored: torch.dtype) -> dict[str, Any
 
 
 def _write_config(decoder: Decoder, folder: Path, stored: torch.dtype) -> None:
-    config = copy.deepcopy(decoder.config)
+    config = copy.deepcopy(decoder.module.config)
     config.architectures = [type(decoder.module).__name__]
     config.dtype = stored
     if isinstance(config, SecateurConfig):

@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,7 +18,7 @@ from transformers import (
 from secateur.distributed import launched, local_rank
 from secateur.errors import InputError, ModelError, SecateurWarning, first_line
 from secateur.models import fingerprint
-from secateur.models.anatomy import Family, find, resolve
+from secateur.models.anatomy import Family, is_tied, resolve, text_config
 from secateur.models.decoder import Decoder
 from secateur.models.detection import detect
 from secateur.models.dtypes import DTYPES, dtype_named
@@ -36,6 +35,7 @@ from secateur.models.fetch import (
 )
 from secateur.models.gguf import Origin, origin_of
 from secateur.models.shards import Shards, holds_own_head, open_shard, shard_files
+from secateur.models.wrappers import auto_class, inside_wrapper
 from secateur.reading import MIB, FileKind, from_json
 
 _RECORD = FileKind(
@@ -134,8 +134,9 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         refuse_files(folder, allow_pickle=asked.allow_pickle)
     config = read_config(folder, source, trust_remote_code=trusted)
     family = _family(config, source, trust_remote_code=trusted)
-    if here and has_safetensors(folder) and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = not holds_own_head(folder, family)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    if tied and here and has_safetensors(folder) and holds_own_head(folder, family):
+        _set_untied(config)
     saved = _saved_dtype(config, folder)
     place = _device(asked.device)
     arithmetic = _arithmetic(asked.dtype, saved, place)
@@ -250,15 +251,26 @@ def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -
 
 
 def _family(config: Any, source: str, *, trust_remote_code: bool) -> Family:
-    known = FAMILIES.get(config.model_type)
-    return known or detect(config, source, trust_remote_code=trust_remote_code)
+    text = text_config(config)
+    known = FAMILIES.get(text.model_type)
+    family = known or detect(text, source, trust_remote_code=trust_remote_code)
+    if text is config:
+        return family
+    with torch.device("meta"):
+        module = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    return inside_wrapper(family, module)
 
 
 def _name_own_head(module: PreTrainedModel, family: Family) -> None:
     """Let the configuration say that a head is not tied where it is not, as transformers unties it on loading."""
-    table, head = find(module, f"{family.embeddings[0]}.weight"), find(module, f"{family.head}.weight")
-    if head is not table and getattr(module.config, "tie_word_embeddings", False):
-        module.config.tie_word_embeddings = False
+    if not is_tied(module, family):
+        _set_untied(module.config)
+
+
+def _set_untied(config: Any) -> None:
+    for one in (config, text_config(config)):
+        if getattr(one, "tie_word_embeddings", False):
+            one.tie_word_embeddings = False
 
 
 def _saved_dtype(config: Any, folder: Path) -> torch.dtype:
@@ -320,7 +332,7 @@ def empty_model(config: Any, dtype: torch.dtype, device: torch.device, *, trust_
     """Build a model without weights but with its buffers (rotary tables and the like)."""
     try:
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            module = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # the classes of a family may raise anything at settings they do not expect
         raise ModelError(
             f"{config.name_or_path or config.model_type}: the model that its config.json describes cannot be built "
@@ -349,7 +361,7 @@ def _whole(
         shard_files(folder)
     placed = {} if device == torch.device("cpu") else {"device_map": device if device == "auto" else {"": device}}
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(
+        module, report = auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,

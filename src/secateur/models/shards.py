@@ -150,7 +150,9 @@ class Shards:
     @cached_property
     def keys(self) -> dict[int, dict[str, Path]]:
         """Return the checkpoint keys of each block (and of `OUTER`), with the file that holds them."""
-        number = re.compile(rf"(?:^|\.){re.escape(self.blocks.rsplit('.', 1)[-1])}\.(\d+)\.")
+        *above, leaf = self.blocks.split(".")
+        tower = "language_model." if "language_model" in above else ""  # other towers of a wrapper have blocks, too
+        number = re.compile(rf"(?:^|\.){re.escape(tower)}(?:.*\.)?{re.escape(leaf)}\.(\d+)\.")
         groups: dict[int, dict[str, Path]] = {}
         for file in self.files:
             with open_shard(file) as handle:
