@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -268,3 +269,45 @@ def test_the_fresh_process_notices_missing_weights_and_a_broken_cache(pruned, tm
     del weights["model.layers.2.mlp.up_proj.weight"]
     writer.save_file(weights, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
     assert fresh_process.examine(job)["wrong_keys"] == ["model.layers.2.mlp.up_proj.weight"]
+
+
+def with_own_head(folder):
+    """Store a head in a checkpoint whose configuration ties the head to the embeddings; return its logits' oracle."""
+    weights = load_file(folder / "model.safetensors")
+    head = torch.randn(weights["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(1))
+    weights["lm_head.weight"] = head.to(torch.bfloat16)
+    writer.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("skeleton", [False, True])
+def test_the_stored_head_is_the_head(source, tmp_path, skeleton):
+    dense = AutoModelForCausalLM.from_pretrained(with_own_head(source), dtype=torch.float32).eval()
+    model = open_model(source, skeleton=skeleton)
+    assert not model.anatomy.tied
+    save(prune(model, make_plan(model, method="last-n", blocks=3)), tmp_path / "cut")
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype=torch.float32).eval()
+    dense.model.layers = torch.nn.ModuleList([dense.model.layers[i] for i in (0, 1, 2, 3, 7)])
+    tokens = torch.arange(3, 20)[None]
+    torch.testing.assert_close(cut(tokens).logits, dense(tokens, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stored_copy_of_the_embeddings_stays_tied(source):
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    writer.save_file(weights, source / "model.safetensors", {"format": "pt"})
+    assert all(open_model(source, skeleton=one).anatomy.tied for one in (False, True))
+
+
+@pytest.mark.parametrize("method", ["last-n", "wanda-sp"])
+def test_a_mistake_in_reading_does_not_confirm_itself(source, tmp_path, monkeypatch, method):
+    """Were the stored head overlooked, the cut would be like the model that was read, but not like the original."""
+    with_own_head(source)
+    windows = tmp_path / "windows.npy"
+    np.save(windows, np.arange(3, 35).reshape(2, 16))
+    monkeypatch.setattr("secateur.models.opening.holds_own_head", lambda *_: False)
+    model = open_model(source, skeleton=True)
+    amount = {"blocks": 2} if method == "last-n" else {"remove": "10%", "texts": windows}
+    with pytest.raises(CheckError, match="not the original"):
+        save(prune(model, make_plan(model, method=method, **amount)), tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,15 @@ import torch
 
 from secateur.errors import CheckError
 from secateur.models.decoder import Decoder
+from secateur.models.fetch import has_safetensors
+from secateur.models.fingerprint import of_folder
 from secateur.models.forward import capture, logits, run_block
+from secateur.models.opening import history_of, open_model
+from secateur.models.wrappers import auto_class
 from secateur.ownership import scratch
+from secateur.plan.plan import blocks_kept_by, plans_in
+from secateur.plan.steps import DropBlocks
+from secateur.surgery.depth.blocks import query_scaled_by_number
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference allowed, relative to the largest logit, by the dtype of the arithmetic."""
@@ -35,15 +42,21 @@ class Expected:
     dtype: torch.dtype
     tolerance: float
     trust_remote_code: bool = False
+    auto_class: str = "AutoModelForCausalLM"
+    """Name of the class of transformers that opens the folder."""
+    original: dict[str, Any] | None = None
+    """How plain transformers reads the original folder for comparison; see `fresh_process`."""
 
     def job(self, folder: Path) -> dict[str, Any]:
         """Return the check of a folder as data for the fresh process."""
         return {
             "folder": str(folder),
             "expected": str(self.file),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": _name(self.dtype),
             "tolerance": self.tolerance,
             "trust_remote_code": self.trust_remote_code,
+            "auto_class": self.auto_class,
+            "original": self.original,
         }
 
 
@@ -53,23 +66,77 @@ def record_expected(decoder: Decoder, file: Path, stored: torch.dtype | None = N
 
     If the weights are saved in another dtype than before, the tolerance allows for the rounding.
     """
+    tokens = _sample(decoder)
+    found = _logits(decoder, tokens)
+    np.savez(file, tokens=tokens.numpy(), logits=found.numpy())
+    arithmetic = _dtype_for_reopening(decoder)
+    tolerance = TOLERANCE[arithmetic]
+    if stored is not None and stored != decoder.saved_dtype:
+        tolerance = max(tolerance, TOLERANCE[stored])
+    opens = auto_class(decoder.module.config).__name__
+    return Expected(file, arithmetic, tolerance, trust_remote_code=decoder.has_own_code, auto_class=opens)
+
+
+@torch.no_grad()
+def with_original(expected: Expected, decoder: Decoder) -> Expected:
+    """Let the fresh process also read the folder that the decoder was made from.
+
+    The cut is then compared with what plain transformers makes of the original, so that a mistake in reading it here
+    cannot confirm itself. If only blocks were removed, their outputs are bypassed there, and the result must be the
+    logits of the cut. After any other edit of a skeleton, the dense model is read here once more, and must agree
+    with the original as transformers reads it. A model in memory was read by transformers itself.
+    """
+    folder = decoder.folder
+    if folder is None or not (folder / "config.json").is_file():
+        return expected
+    done = decoder.history[len(history_of(folder)) :]
+    plans = plans_in(done)
+    if not done and (not has_safetensors(folder) or decoder.fingerprint != of_folder(folder)):
+        return expected  # edited by other means than a plan
+    original: dict[str, Any] = {"folder": str(folder), "blocks": decoder.anatomy.family.blocks, "left_out": []}
+    if len(plans) == len(done) and all(type(step) is DropBlocks for plan in plans for step in plan.steps):
+        kept = blocks_kept_by(done, decoder.block_count)
+        count = len(plans[0].model.block_parameters) if plans else decoder.block_count
+        original["left_out"] = [index for index in range(count) if index not in kept]
+        rounded = query_scaled_by_number(decoder) is not None
+        tolerance = max(expected.tolerance, TOLERANCE[decoder.saved_dtype]) if rounded else expected.tolerance
+    elif decoder.is_skeleton:
+        dense = open_model(
+            folder,
+            skeleton=True,
+            device=str(decoder.device),
+            dtype=_name(decoder.module.dtype),
+            trust_remote_code=decoder.has_own_code,
+        )
+        original["expected"] = str(expected.file.with_name("original.npz"))
+        tokens = _sample(dense)
+        np.savez(original["expected"], tokens=tokens.numpy(), logits=_logits(dense, tokens).numpy())
+        tolerance = expected.tolerance
+    else:
+        return expected
+    return replace(expected, original={**original, "tolerance": tolerance})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sample(decoder: Decoder) -> torch.Tensor:
     positions = min(_POSITIONS, decoder.max_positions or _POSITIONS)
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(decoder.module.get_input_embeddings().num_embeddings, int(decoder.config.vocab_size))
-    tokens = torch.randint(0, vocabulary, (_WINDOWS, positions), generator=generator)
+    return torch.randint(0, vocabulary, (_WINDOWS, positions), generator=generator)
+
+
+def _logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    """Return logits for these tokens, computed block by block, in float32 on the CPU."""
     placed = tokens.to(decoder.device)
     hidden, calls = capture(decoder, placed)
     for index, call in enumerate(calls):
         with decoder.block(index) as block:
             hidden = run_block(block, call, hidden)
     with decoder.outer():
-        found = logits(decoder, hidden, placed)
-    np.savez(file, tokens=tokens.numpy(), logits=found.float().cpu().numpy())
-    arithmetic = _dtype_for_reopening(decoder)
-    tolerance = TOLERANCE[arithmetic]
-    if stored is not None and stored != decoder.saved_dtype:
-        tolerance = max(tolerance, TOLERANCE[stored])
-    return Expected(file, arithmetic, tolerance, trust_remote_code=decoder.has_own_code)
+        return logits(decoder, hidden, placed).float().cpu()
 
 
 def _dtype_for_reopening(decoder: Decoder) -> torch.dtype:
@@ -121,6 +188,13 @@ def require_passed(result: dict[str, Any]) -> None:
     Raises:
         CheckError: with the differences.
     """
+    original = result.get("original_difference")
+    if original is not None and not result["original_passed"]:
+        raise CheckError(
+            f"the written checkpoint is not the original without what was removed: logits differ by {original:.2e} "
+            "(relative) from those of the original folder, read by plain transformers. Were its weights or files "
+            "changed after it was opened? Nothing was kept."
+        )
     if not result["passed"]:
         raise CheckError(
             "the written checkpoint behaves differently when reopened: "

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from secateur.checkpoints.card import model_card
-from secateur.checkpoints.check import record_expected, reopen, require_passed
+from secateur.checkpoints.check import record_expected, reopen, require_passed, with_original
 from secateur.checkpoints.folders import MARKER, replacing
 from secateur.checkpoints.writer import SHARD_BYTES, write_weights
 from secateur.modeling import MODELLING_FILE, DeciLMConfig, SecateurConfig, auto_map
@@ -26,7 +26,7 @@ from secateur.versions import versions
 
 Layout = Literal["stock", "decilm", "secateur"]
 
-_CARRIED = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_CARRIED = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _TOKENIZER = (
     "tokenizer*",
     "vocab*",
@@ -95,7 +95,7 @@ def layout_of(decoder: Decoder) -> Layout:
 
 def _prove(decoder: Decoder, folder: Path, stored: torch.dtype) -> dict[str, Any]:
     with scratch("check") as place:
-        expected = record_expected(decoder, place / "expected.npz", stored)
+        expected = with_original(record_expected(decoder, place / "expected.npz", stored), decoder)
         (result,) = reopen([expected.job(folder)])
     require_passed(result)
     del result["folder"]
@@ -103,7 +103,7 @@ def _prove(decoder: Decoder, folder: Path, stored: torch.dtype) -> dict[str, Any
 
 
 def _write_config(decoder: Decoder, folder: Path, stored: torch.dtype) -> None:
-    config = copy.deepcopy(decoder.config)
+    config = copy.deepcopy(decoder.module.config)
     config.architectures = [type(decoder.module).__name__]
     config.dtype = stored
     if isinstance(config, SecateurConfig):

@@ -155,7 +155,7 @@ def resolve(module: nn.Module, family: Family) -> Anatomy:
         ModelError: a name of the row does not exist in the model.
     """
     blocks = find(module, family.blocks)
-    config: Any = module.config
+    config: Any = text_config(module.config)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
         raise ModelError(f"{family.model_type}: no list of blocks at '{family.blocks}' in {type(module).__name__}.")
     for path in (*family.embeddings[:1], family.head):
@@ -170,8 +170,18 @@ def resolve(module: nn.Module, family: Family) -> Anatomy:
         family=family,
         block_count=len(blocks),
         parallel=_parallel(config, family),
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        tied=is_tied(module, family),
     )
+
+
+def text_config(config: Any) -> Any:
+    """Return the configuration of the text decoder: a part of that of a multimodal wrapper, else all of it."""
+    return config.get_text_config(decoder=True)
+
+
+def is_tied(module: nn.Module, family: Family) -> bool:
+    """Return whether the head is the token table."""
+    return find(module, f"{family.embeddings[0]}.weight") is find(module, f"{family.head}.weight")
 
 
 def _parallel(config: Any, family: Family) -> bool:

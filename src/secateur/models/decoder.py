@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.modeling import SecateurConfig
-from secateur.models.anatomy import Anatomy, count_parameters, find
+from secateur.models.anatomy import Anatomy, count_parameters, find, text_config
 from secateur.models.shards import OUTER, Shards
 
 
@@ -54,8 +54,13 @@ class Decoder:
 
     @property
     def config(self) -> Any:
-        """The transformers configuration."""
-        return self.module.config
+        """The transformers configuration of the decoder; in a multimodal wrapper, that of its text decoder."""
+        return text_config(self.module.config)
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether it is the text decoder of a multimodal model."""
+        return self.config is not self.module.config
 
     @property
     def block_count(self) -> int:

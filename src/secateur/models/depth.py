@@ -15,13 +15,14 @@ from accelerate import dispatch_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.models.anatomy import Family
+from secateur.models.anatomy import Family, text_config
 
 
 def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
     """Return the configuration of the model that keeps only these blocks, in this order."""
+    whole = copy.deepcopy(config)
+    config, edited = text_config(config), text_config(whole)
     before = config.num_hidden_layers
-    edited = copy.deepcopy(config)
     for name in family.per_layer_lists:
         values = getattr(config, name, None)
         if isinstance(values, list | tuple) and len(values) == before:
@@ -43,7 +44,7 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
         setattr(edited, family.dense_blocks, dense)
         edited.decoder_sparse_step = 1
     edited.num_hidden_layers = len(kept)
-    return edited
+    return whole
 
 
 def block_kind(config: Any, family: Family, index: int) -> tuple[Any, ...]:

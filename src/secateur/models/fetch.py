@@ -17,8 +17,10 @@ from transformers import AutoConfig
 
 from secateur.errors import InputError, ModelError, first_line
 from secateur.models import gguf
+from secateur.models.anatomy import text_config
 from secateur.models.config_limits import refuse_impossible
 from secateur.models.shards import INDEX, files_in_index
+from secateur.models.wrappers import is_wrapper
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 """Form of a name on the hub: owner/name."""
@@ -190,10 +192,10 @@ def refuse_config(config: Any, source: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{source}: '{kind}' is an encoder-decoder; only decoder-only language models can be pruned.")
     wrapped = [name for name in _WRAPPED if getattr(config, name, None) is not None]
-    if wrapped:
+    if wrapped and not is_wrapper(config):
         raise ModelError(
-            f"{source}: '{kind}' is a multimodal wrapper ({', '.join(wrapped)}). Save its text model on its own "
-            "(for example with AutoModelForCausalLM on the text config) and prune that."
+            f"{source}: '{kind}' is a multimodal model ({', '.join(wrapped)}) that AutoModelForImageTextToText does "
+            "not open; of those that hold a text decoder, only the ones it opens can be pruned."
         )
     quantisation = getattr(config, "quantization_config", None)
     if quantisation:
@@ -202,10 +204,10 @@ def refuse_config(config: Any, source: str) -> None:
             f"{source}: the weights are quantised ({getattr(name, 'value', name)}). Prune the unquantised checkpoint "
             "(or dequantise this one) and quantise the result."
         )
-    if getattr(config, "num_kv_shared_layers", 0):
+    if getattr(text_config(config), "num_kv_shared_layers", 0):
         raise ModelError(f"{source}: blocks of '{kind}' share keys and values; removing one would break the others.")
     names = getattr(config, "architectures", None) or []
-    if names and not any("CausalLM" in name or "LMHead" in name for name in names):
+    if names and not wrapped and not any("CausalLM" in name or "LMHead" in name for name in names):
         raise ModelError(
             f"{source}: {names[0]} is not a causal language model (an encoder, or a head for another task)."
         )

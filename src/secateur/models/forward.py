@@ -102,7 +102,9 @@ def final_states(
     `decoder.outer(head=False)` must be open around this call for a skeleton.
     """
     with _blocks_giving(decoder, hidden):
-        result: torch.Tensor = _call(decoder.module.base_model, tokens, mask).last_hidden_state
+        base = decoder.module.base_model  # of Llama 4's text model this is the model with its head
+        inner = base if base is not decoder.module else decoder.module.get_decoder()
+        result: torch.Tensor = _call(inner, tokens, mask).last_hidden_state
     return result
 
 

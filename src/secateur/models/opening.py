@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,7 +18,7 @@ from transformers import (
 from secateur.distributed import launched, local_rank
 from secateur.errors import InputError, ModelError, SecateurWarning, first_line
 from secateur.models import fingerprint
-from secateur.models.anatomy import Family, resolve
+from secateur.models.anatomy import Family, is_tied, resolve, text_config
 from secateur.models.decoder import Decoder
 from secateur.models.detection import detect
 from secateur.models.dtypes import DTYPES, dtype_named
@@ -35,7 +34,8 @@ from secateur.models.fetch import (
     refuse_files,
 )
 from secateur.models.gguf import Origin, origin_of
-from secateur.models.shards import Shards, open_shard, shard_files
+from secateur.models.shards import Shards, holds_own_head, open_shard, shard_files
+from secateur.models.wrappers import auto_class, inside_wrapper
 from secateur.reading import MIB, FileKind, from_json
 
 _RECORD = FileKind(
@@ -134,6 +134,9 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         refuse_files(folder, allow_pickle=asked.allow_pickle)
     config = read_config(folder, source, trust_remote_code=trusted)
     family = _family(config, source, trust_remote_code=trusted)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    if tied and here and has_safetensors(folder) and holds_own_head(folder, family):
+        _set_untied(config)
     saved = _saved_dtype(config, folder)
     place = _device(asked.device)
     arithmetic = _arithmetic(asked.dtype, saved, place)
@@ -162,6 +165,7 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         shards = None
     if here and not pickled:
         _refuse_other_numbers(folder, module)
+    _name_own_head(module, family)
     return Decoder(
         module=module.eval().requires_grad_(False),
         tokenizer=_tokenizer(asked.tokenizer or folder, trust_remote_code=trusted),
@@ -174,7 +178,7 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         shapes_only=thin and not skeleton,
         for_estimate=shapes_only,
         other_tokenizer=asked.tokenizer is not None,
-        history=_history(folder),
+        history=history_of(folder),
         gguf=Path(origin.file) if origin is not None else None,
     )
 
@@ -216,8 +220,12 @@ def _shown(source: str) -> str:
     return f"./{source}" if HUB_NAME.fullmatch(source) and Path(source).is_dir() else source
 
 
-def _history(folder: Path) -> tuple[dict[str, Any], ...]:
-    """Return what secateur did to this checkpoint before, so that its history is kept when it is pruned again."""
+def history_of(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Return what secateur did to this checkpoint before, so that its history is kept when it is pruned again.
+
+    Raises:
+        ModelError: the record in the folder cannot be read.
+    """
     record = folder / "secateur.json"
     if not record.is_file():
         return ()
@@ -230,6 +238,7 @@ def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -
         raise InputError(f"{name}: some of its weights are offloaded; give the folder instead, opened as a skeleton.")
     refuse_config(module.config, name)
     family = _family(module.config, name, trust_remote_code=trust_remote_code)
+    _name_own_head(module, family)
     return Decoder(
         module=module.eval().requires_grad_(False),
         tokenizer=_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer is not None else None,
@@ -242,8 +251,26 @@ def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -
 
 
 def _family(config: Any, source: str, *, trust_remote_code: bool) -> Family:
-    known = FAMILIES.get(config.model_type)
-    return known or detect(config, source, trust_remote_code=trust_remote_code)
+    text = text_config(config)
+    known = FAMILIES.get(text.model_type)
+    family = known or detect(text, source, trust_remote_code=trust_remote_code)
+    if text is config:
+        return family
+    with torch.device("meta"):
+        module = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    return inside_wrapper(family, module)
+
+
+def _name_own_head(module: PreTrainedModel, family: Family) -> None:
+    """Let the configuration say that a head is not tied where it is not, as transformers unties it on loading."""
+    if not is_tied(module, family):
+        _set_untied(module.config)
+
+
+def _set_untied(config: Any) -> None:
+    for one in (config, text_config(config)):
+        if getattr(one, "tie_word_embeddings", False):
+            one.tie_word_embeddings = False
 
 
 def _saved_dtype(config: Any, folder: Path) -> torch.dtype:
@@ -305,7 +332,7 @@ def empty_model(config: Any, dtype: torch.dtype, device: torch.device, *, trust_
     """Build a model without weights but with its buffers (rotary tables and the like)."""
     try:
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            module = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # the classes of a family may raise anything at settings they do not expect
         raise ModelError(
             f"{config.name_or_path or config.model_type}: the model that its config.json describes cannot be built "
@@ -334,7 +361,7 @@ def _whole(
         shard_files(folder)
     placed = {} if device == torch.device("cpu") else {"device_map": device if device == "auto" else {"": device}}
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(
+        module, report = auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,

@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from secateur.errors import ModelError
 from secateur.files import require_room
-from secateur.models.anatomy import set_parameter
+from secateur.models.anatomy import Family, set_parameter
 from secateur.ownership import scratch_folder
 from secateur.reading import MIB, FileKind, from_json
 
@@ -44,6 +44,8 @@ INDEX = "model.safetensors.index.json"
 
 INDEX_FILE = FileKind("shard index", 64 * MIB, error=ModelError, advice="Copy it again.")
 _SHARD = re.compile(r"\w[^/\\\0]*\.safetensors")
+_ROWS = 4096
+"""Rows of the token table and the head that are compared at a time."""
 
 OUTER = -1
 """Key of the tensors outside the blocks: embeddings, final norm, head."""
@@ -98,6 +100,28 @@ def _stays(file: Path) -> bool:
     return folder.parent.name == "snapshots" and found.is_relative_to(folder.parent.parent / "blobs")
 
 
+def holds_own_head(folder: Path, family: Family) -> bool:
+    """Return whether a checkpoint stores a head beside the token table that differs from it.
+
+    transformers then does not tie the two, whatever the configuration says.
+    """
+    found: dict[str, Any] = {}
+    for file in shard_files(folder):
+        handle = open_shard(file)
+        for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a dict
+            for path in (family.embeddings[0], family.head):
+                # the prefix of the base model is missing in some checkpoints, or there is one more
+                if f".{path}.weight".endswith(f".{key}") or f".{key}".endswith(f".{path}.weight"):
+                    found[path] = handle.get_slice(key)
+    if len(found) < 2:
+        return False
+    table, head = found.values()
+    if list(table.get_shape()) != list(head.get_shape()):
+        return True
+    rows = range(0, table.get_shape()[0], _ROWS)
+    return not all(torch.equal(table[row : row + _ROWS], head[row : row + _ROWS]) for row in rows)
+
+
 @dataclass(frozen=True)
 class Shards:
     """A checkpoint's safetensors files, with the block numbers that a pruned model reads from them.
@@ -126,7 +150,9 @@ class Shards:
     @cached_property
     def keys(self) -> dict[int, dict[str, Path]]:
         """Return the checkpoint keys of each block (and of `OUTER`), with the file that holds them."""
-        number = re.compile(rf"(?:^|\.){re.escape(self.blocks.rsplit('.', 1)[-1])}\.(\d+)\.")
+        *above, leaf = self.blocks.split(".")
+        tower = "language_model." if "language_model" in above else ""  # other towers of a wrapper have blocks, too
+        number = re.compile(rf"(?:^|\.){re.escape(tower)}(?:.*\.)?{re.escape(leaf)}\.(\d+)\.")
         groups: dict[int, dict[str, Path]] = {}
         for file in self.files:
             with open_shard(file) as handle:

@@ -57,6 +57,8 @@ def refuse_unsliceable(decoder: Decoder, refusal: str = CANNOT_SLICE) -> None:
 
 def _reason_against(anatomy: Anatomy, config: Any, module: nn.Module) -> str | None:
     family = anatomy.family
+    if config is not module.config:
+        return "it is inside a multimodal wrapper, whose other parts need its architecture and its hidden size"
     if family.model_type == SecateurConfig.model_type:
         return "it is already in secateur's own form; cut the dense model by more instead"
     if family.detected:

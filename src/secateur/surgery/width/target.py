@@ -19,7 +19,7 @@ from secateur.calibration.statistics import device_with_float64
 from secateur.errors import ModelError
 from secateur.modeling import DeciLMConfig, SecateurConfig
 from secateur.modeling.modeling_secateur import SecateurDecoderLayer
-from secateur.models.anatomy import Family, count_parameters, present
+from secateur.models.anatomy import Family, count_parameters, present, text_config
 from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
 from secateur.models.widths import BlockWidths, block_widths
@@ -79,7 +79,8 @@ def reason_against_heads(decoder: Decoder) -> str | None:
 
 def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
     """Return the configuration of the same architecture at these widths; None if it cannot express them."""
-    family, dense, config = decoder.anatomy.family, all_widths(decoder), copy.deepcopy(decoder.config)
+    family, dense, whole = decoder.anatomy.family, all_widths(decoder), copy.deepcopy(decoder.module.config)
+    config = text_config(whole)
     if isinstance(config, DeciLMConfig) and len({(new.groups, new.queries) for new in widths}) > 1:
         return None
     if names_every_block(decoder):
@@ -104,7 +105,7 @@ def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
         config.validate()
     except StrictDataclassError:
         return None
-    return config
+    return whole
 
 
 def folded_at(decoder: Decoder, widths: Sequence[Widths], *, bias: bool) -> SecateurConfig:
