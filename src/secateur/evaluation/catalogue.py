@@ -17,15 +17,20 @@ from typing import Literal
 
 from secateur.errors import InputError
 from secateur.evaluation.cloze import NAME as CLOZE
+from secateur.evaluation.probes import PROBES
 
 COMMONSENSE = "commonsense"
 STREAMLINE = "streamline"
 STREAMLINE_PAPER = "streamline-paper"
+OWN_TASKS = (CLOZE, *PROBES)
+"""Tasks that need no data set."""
 SEVEN = ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "boolq")
 """The seven zero-shot tasks that most pruning papers report."""
 TASK_SETS: dict[str, tuple[str, ...]] = {
     COMMONSENSE: SEVEN,
     STREAMLINE: ("winogrande", "hellaswag", "arc_easy", "arc_challenge", "boolq", "openbookqa", "rte"),
+    "probes": tuple(PROBES),
+    "reasoning": ("gsm8k", *PROBES),
     STREAMLINE_PAPER: ("boolq", "wsc", "commonsense_qa", "hellaswag", "piqa", "race", "mmlu", "cmmlu"),
 }
 """Names for several tasks. `streamline` is what the released code of LLM-Streamline reports on; `streamline-paper` are
@@ -71,7 +76,7 @@ def find_task(name: str) -> Found:
     """
     known = harness_tasks()
     if name not in known:
-        near = get_close_matches(name, [CLOZE, *TASK_SETS, *known], n=5, cutoff=0.6)
+        near = get_close_matches(name, [*OWN_TASKS, *TASK_SETS, *known], n=5, cutoff=0.6)
         hint = f" Near it: {', '.join(near)}." if near else ""
         raise InputError(
             f"unknown task '{name}'.{hint} Known are {CLOZE}, {', '.join(TASK_SETS)}, the names of "
@@ -88,7 +93,7 @@ def require_known(text: str) -> None:
     """
     for name in task_names(text):
         path = Path(name).expanduser()
-        if name != CLOZE and not path.is_dir() and path.suffix not in (".yaml", ".yml"):
+        if name not in OWN_TASKS and not path.is_dir() and path.suffix not in (".yaml", ".yml"):
             find_task(name)
 
 

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.errors import InputError, NumericsError, first_line
 from secateur.evaluation import cloze
 from secateur.evaluation.catalogue import find_task
+from secateur.evaluation.probes import PROBES, Probe, questions
 from secateur.evaluation.stability import Answer, Outcome
 from secateur.progress import Progress
 from secateur.run_options import DEFAULTS, RunOptions
@@ -58,6 +59,8 @@ def _load(name: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     manager = TaskManager(include_defaults=False)
     if name == cloze.NAME:
         return _leaves(manager, [_cloze_config(tokenizer)], name)
+    if name in PROBES:
+        return _leaves(manager, [_probe_config(PROBES[name])], name)
     path = Path(name).expanduser()
     if path.is_dir() or path.suffix in (".yaml", ".yml"):
         return _load_local(path)
@@ -133,6 +136,32 @@ def _cloze_config(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1},
     }
+
+
+def _probe_config(probe: Probe) -> dict[str, Any]:
+    """Return a task whose answer has to be the greedy continuation."""
+    rows = [{"context": one.context, "answer": one.answer} for one in questions(probe)]
+    return {
+        "task": probe.name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": _EXACT,
+        "doc_to_text": lambda row: row["context"],
+        "doc_to_target": lambda row: row["answer"],
+        "target_delimiter": "",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1, "floor": round(probe.chance, 4)},
+    }
+
+
+_EXACT = "loglikelihood"
+"""The harness's type of tasks with one answer, which is right if it is the greedy continuation."""
+
+
+def is_comparable(task: Any) -> bool:
+    """Return whether the answers of two models can be compared question by question, so that stability is defined."""
+    return has_options(task) or getattr(task, "OUTPUT_TYPE", None) == _EXACT
 
 
 def has_options(task: Any) -> bool:
@@ -238,14 +267,21 @@ def _outcome(task: Any, model: _Model, found: dict[str, Any]) -> Outcome:
         task=name,
         metrics=metrics,
         errors=errors,
-        answers=tuple(_answer(task, one, model) for one in samples) if has_options(task) else (),
+        answers=tuple(_answer(task, one, model) for one in samples) if is_comparable(task) else (),
         settings={
             "task_version": found["versions"].get(name),
             "shots": found["n-shot"].get(name),
             "questions": len({one["doc_id"] for one in samples}),
-        },
+        }
+        | _floor(task),
         fingerprint=hashlib.sha256(put.encode()).hexdigest()[:16],
     )
+
+
+def _floor(task: Any) -> dict[str, float]:
+    """Return the accuracy of guessing, where it is known."""
+    floor = (getattr(getattr(task, "config", None), "metadata", None) or {}).get("floor")
+    return {} if floor is None else {"floor": floor}
 
 
 def _metrics(
@@ -284,6 +320,10 @@ def _standard_error(metric: str, value: float, samples: Sequence[dict[str, Any]]
 
 def _answer(task: Any, sample: dict[str, Any], model: _Model) -> Answer:
     """Return the options of one question, without the unconditional ones that mutual information adds."""
+    if not has_options(task):
+        (pair,), ((value, greedy),) = sample["arguments"][:1], sample["filtered_resps"][:1]
+        count = model.token_counts[tuple(pair)]
+        return Answer(sums=(float(value),), tokens=(count,), gold=frozenset({0}), exact=bool(greedy))
     choices = task.doc_to_choice(sample["doc"])
     pairs = sample["arguments"][: len(choices)]
     return Answer(

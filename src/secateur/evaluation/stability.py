@@ -58,7 +58,7 @@ def flips(original: Sequence[Answer], pruned: Sequence[Answer]) -> float:
         NumericsError: a log-likelihood is NaN or infinite.
     """
     _require_same_questions(original, pruned)
-    changed = [before.chosen() != after.chosen() for before, after in zip(original, pruned, strict=True)]
+    changed = [before.given() != after.given() for before, after in zip(original, pruned, strict=True)]
     return sum(changed) / len(changed)
 
 
@@ -88,11 +88,13 @@ class Answer:
         sums: log-likelihood of each option, summed over its tokens.
         tokens: number of tokens of each option.
         gold: the right option; several where the task allows several.
+        exact: for a task with one answer, whether greedy decoding gives it; None for a choice among options.
     """
 
     sums: tuple[float, ...]
     tokens: tuple[int, ...]
     gold: frozenset[int]
+    exact: bool | None = None
 
     def losses(self) -> Values:
         """Return the mean loss per token of each option, in nats."""
@@ -103,8 +105,12 @@ class Answer:
         return int(np.argmin(self.losses()))
 
     def right(self) -> bool:
-        """Return whether the chosen option is a right one."""
-        return self.chosen() in self.gold
+        """Return whether the chosen option is a right one, or the only answer the one that is given."""
+        return self.chosen() in self.gold if self.exact is None else self.exact
+
+    def given(self) -> int | bool:
+        """Return what two models may differ in: the chosen option, or whether the only answer is given."""
+        return self.chosen() if self.exact is None else self.exact
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Outcome:
         task: its name.
         metrics: the harness's metrics by name (`acc`, `acc_norm`, `exact_match`, …).
         errors: standard errors of metrics that are means over questions.
-        answers: one per question; empty for tasks without options.
+        answers: one per question; empty for tasks whose answers cannot be compared.
         settings: version of the task, examples shown, number of questions.
         fingerprint: of the questions as the model was asked them.
     """
@@ -134,5 +140,8 @@ class Outcome:
     @classmethod
     def of(cls, data: dict[str, Any]) -> Outcome:
         """Return the outcome that `as_dict` returned as plain data."""
-        answers = (Answer(tuple(one["sums"]), tuple(one["tokens"]), frozenset(one["gold"])) for one in data["answers"])
+        answers = (
+            Answer(tuple(one["sums"]), tuple(one["tokens"]), frozenset(one["gold"]), one.get("exact"))
+            for one in data["answers"]
+        )
         return cls(**(data | {"answers": tuple(answers)}))

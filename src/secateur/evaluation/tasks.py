@@ -81,9 +81,12 @@ def ask_tasks(
     if first.tokenizer is None:
         raise InputError(f"{first.source}: tasks need a tokenizer, and there is none; give one (--tokenizer).")
     loaded = harness.load_tasks(list(asked.names), first.tokenizer)
-    without = [one.task_name for one in loaded if not harness.has_options(one)]
+    without = [one.task_name for one in loaded if not harness.is_comparable(one)]
     if asked.stability and without:
-        raise InputError(f"{without[0]} has no options to choose among, so its stability is undefined; leave it out.")
+        raise InputError(
+            f"{without[0]} has neither options to choose among nor one exact answer, so its stability is undefined; "
+            "leave it out."
+        )
     outcomes: dict[str, list[Outcome]] = {}
     for role, model in models.items():
         with model.whole() as module:
@@ -142,7 +145,7 @@ def task_results(
 
 def _measures(outcome: Outcome) -> Iterable[tuple[str, float]]:
     yield from outcome.metrics.items()
-    if outcome.answers:
+    if outcome.answers and outcome.answers[0].exact is None:
         yield PER_TOKEN, accuracy(outcome.answers)
 
 
