@@ -19,6 +19,7 @@ from oracles import draw_tokens, forward, no_real_parameters, walk
 from secateur.errors import ModelError
 from secateur.models import detection
 from secateur.models.families import FAMILIES
+from secateur.models.forward import final_states, inputs_of
 from secateur.models.opening import open_model
 from secateur.surgery.depth.blocks import keep_blocks
 from tiny_models import HIDDEN, INTERMEDIATE, OTHER_FAMILIES, POSITIONS, VARIANTS, VOCABULARY, build
@@ -110,6 +111,19 @@ def test_a_list_of_block_numbers_as_long_as_the_model(tmp_path):
     tokens = draw_tokens()
     cut = reloaded(keep_blocks(decoder, KEPT).module, tmp_path)
     torch.testing.assert_close(forward(cut, tokens), walk(decoder, tokens, without=(2, 5)), rtol=1e-5, atol=1e-5)
+
+
+def test_final_states_of_a_model_that_is_its_own_base_model():
+    """`base_model` of Llama 4's text model is the model with its head."""
+    module = of_type("llama4_text", num_local_experts=4, head_dim=8, intermediate_size_mlp=48)
+    decoder, tokens = open_model(module), draw_tokens()
+    with torch.no_grad():
+        hidden = module.model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+        assert module.base_model is module
+        with inputs_of([module.model.norm]) as before_norm:
+            module(input_ids=tokens, use_cache=False)
+        found = final_states(decoder, before_norm[0], tokens)
+    assert torch.equal(found, hidden.last_hidden_state)
 
 
 def test_token_ids_are_not_taken_for_block_numbers():

@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from secateur.errors import ModelError, NumericsError
+from secateur.models.anatomy import find
 from secateur.models.decoder import Decoder
 
 
@@ -103,7 +104,7 @@ def final_states(
     """
     with _blocks_giving(decoder, hidden):
         base = decoder.module.base_model  # of Llama 4's text model this is the model with its head
-        inner = base if base is not decoder.module else decoder.module.get_decoder()
+        inner = base if base is not decoder.module else find(base, decoder.anatomy.family.blocks.rpartition(".")[0])
         result: torch.Tensor = _call(inner, tokens, mask).last_hidden_state
     return result
 
