@@ -156,6 +156,29 @@ def test_new_weights_are_counted_before_they_are_made(run, model, windows, monke
     assert "no space left for the new weights" in err
 
 
+def test_a_cut_that_makes_the_model_larger_is_refused(run, model, windows, tmp_path):
+    words = (
+        "prune",
+        model,
+        "--method",
+        "slicegpt",
+        "--slice",
+        "5%",
+        "--set",
+        "rounding=1",
+        "--texts",
+        windows,
+        "-o",
+        "cut",
+    )
+    code, _, err = run(*words)
+    assert code == 2
+    assert "more than the" in err
+    assert "--remove 20%" in err
+    assert not (tmp_path / "cut").exists()
+    assert run(*words, "--allow-larger", "--no-check")[0] == 0
+
+
 def test_a_dry_run_tells_of_the_model_as_the_job_will_hold_it(run, model, windows):
     for words in (["score", model], ["plan", model, "--method", "sleb", "--blocks", "2"], ["eval", model]):
         assert "blocks, in memory, float32 on cpu" in run(*words, "--texts", windows, "--dry-run")[2]

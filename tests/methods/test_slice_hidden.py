@@ -11,7 +11,7 @@ from oracles import draw_windows
 from secateur import Plan, make_plan, open_model, prune, score
 from secateur.calibration.walk import mean_loss
 from secateur.data.windows import Windows
-from secateur.errors import InputError, ModelError, TextsWarning
+from secateur.errors import InputError, ModelError, SecateurWarning, TextsWarning
 from secateur.methods.slice_hidden import normalised, rounded_width, slice_fractions
 from secateur.run_options import RunOptions
 from secateur.surgery.hidden.own_bases import slice_by_principal_directions
@@ -213,6 +213,19 @@ def test_redundancy_is_scored_on_texts_of_its_own(bundled, tmp_path):
     assert plan.steps[0].widths == tuple(rounded_width(one, 192, 1) for one in fractions)
     same = make_plan(bundled, method="dynamic-slicing", slicing=0.2, texts=windows, settings=settings)
     assert same.steps[0].widths != plan.steps[0].widths
+
+
+def test_stock_slicing_says_why_it_misses_an_amount(tiny):
+    with pytest.warns(
+        SecateurWarning, match=r"where 30.0% was asked: hidden sizes of this architecture are multiples of"
+    ) as said:
+        step = make_plan(
+            tiny("llama"), method="stock-slicing", remove=0.3, texts=draw_windows(), settings={"rounding": 8}
+        )
+    assert f"stock-slicing removes {step.removed_fraction:.1%}" in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SecateurWarning)
+        make_plan(tiny("llama"), method="stock-slicing", remove=step.removed_fraction, texts=draw_windows())
 
 
 def test_bases_beyond_the_blocks(tiny):

@@ -144,6 +144,7 @@ def prune(
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan made by `secateur plan`.")] = None,
     method: Annotated[str | None, typer.Option(help="Decide and cut in one go: see `secateur methods`.")] = None,
     save_dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights. (default: as before)")] = None,
+    allow_larger: Annotated[bool, typer.Option("--allow-larger", help="Accept a plan with more parameters.")] = False,
 ) -> None:
     """Prune a model, save a folder that plain transformers opens, and check that it does."""
     if (plan_file is None) == (method is None):
@@ -162,6 +163,8 @@ def prune(
     check_target(folder, reads=decoder.folder)
     work = training_folder(folder)
     with _keeping(work, folder), showing_progress(err) as progress:
+        if made is not None and not allow_larger:
+            _require_smaller(made)
         if made is None:
             assert method is not None, "either a plan or a method was given"
             planning = _plan_job(decoder, method, amount, reading, serving, progress=progress, work=work)
@@ -171,6 +174,8 @@ def prune(
             with saying_warnings():
                 made = planning.run()
             err.print(plan_summary(made))
+            if not allow_larger:
+                _require_smaller(made)
             texts = planning.windows
             cutting = PruneJob.prepare(decoder, made, texts=texts, options=reading.options(progress, work))
             announce(dataclasses.replace(cutting.cost(), models=(), reads="", notes=()))
@@ -196,6 +201,21 @@ def prune(
     err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
     for line in serving_lines(pruned, folder):
         err.print(escape(line), soft_wrap=True)
+
+
+def _require_smaller(made: Plan) -> None:
+    """Refuse a plan that makes the model larger.
+
+    Raises:
+        InputError: with the numbers and what to ask for instead.
+    """
+    before, after = made.parameters_before, made.parameters_after
+    if after > before:
+        raise InputError(
+            f"the result would have {after:,} parameters, more than the {before:,} there are: an amount of hidden "
+            "directions counts none of the shortcut matrices that each block gains, nor a head that is no longer tied. "
+            "Ask for a share of the parameters (--remove 20%), or say --allow-larger."
+        )
 
 
 def _judged(dense: Decoder, pruned: Decoder) -> Decoder:

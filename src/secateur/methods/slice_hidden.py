@@ -13,6 +13,7 @@ Legend: SP = mean fraction sliced away, SB = the fraction every block loses, LR 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from secateur.data.texts import windows_for
-from secateur.errors import InputError
+from secateur.errors import InputError, SecateurWarning
 from secateur.methods.budget import Budget, choose_size
 from secateur.methods.method import Measurements, MethodSettings, applies, method
 from secateur.methods.sliced_speed import speed_with_own_bases, speed_with_shared_bases
@@ -39,6 +40,8 @@ _STEPS = 1000
 """Slice percentages tried when a number of parameters is requested."""
 _BASES_TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)
 """`slice_base="auto"`: shares of SP that are tried as SB; 1 is constant slicing."""
+_MISSED = 0.02
+"""Share of the parameters by which `stock-slicing` may miss an amount without a warning."""
 _SWEEP = 0.02
 """`slice_base="sweep"`: distance of the bases that are tried, as in the released code."""
 
@@ -347,7 +350,31 @@ def decide_shared(measurements: Measurements, settings: StockSettings, budget: B
         return (step(rounded_width(budget.value, sizes.width, rounding)),)
     candidates = [step(width) for width in range(rounding, sizes.width, rounding)]
     left = [sizes.sizes_at(*one.points()).total for one in candidates]
-    return (candidates[choose_size(budget, left, decoder.parameter_count)],)
+    place = choose_size(budget, left, decoder.parameter_count)
+    if budget.aim == "remove":
+        _warn_of_coarse_steps(decoder, budget.value, rounding, [one.widths[0] for one in candidates], left, place)
+    return (candidates[place],)
+
+
+def _warn_of_coarse_steps(
+    decoder: Decoder, asked: float, step: int, widths: Sequence[int], left: Sequence[int], place: int
+) -> None:
+    """Warn if the nearest width that the architecture allows misses the amount, with its neighbours and the reason."""
+    removed = [1 - one / decoder.parameter_count for one in left]
+    if abs(removed[place] - asked) <= _MISSED:
+        return
+    near = ", ".join(
+        f"{removed[one]:.1%} at {widths[one]}" for one in (place + 1, place, place - 1) if 0 <= one < len(left)
+    )
+    reason = f"hidden sizes of this architecture are multiples of {step}"
+    if decoder.anatomy.tied:
+        reason += ", and its tied head has to become a matrix of its own"
+    warnings.warn(
+        f"stock-slicing removes {removed[place]:.1%} where {asked:.1%} was asked: {reason}. Possible are {near}; "
+        "slicegpt and the width methods come closer.",
+        SecateurWarning,
+        stacklevel=4,
+    )
 
 
 def _constant_widths(sizes: StreamSizes, rounding: int, budget: Budget, total: int) -> Widths:
