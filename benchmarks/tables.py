@@ -6,7 +6,8 @@
 * `measured NAME`: perplexity of the bundled model under that method, from `results/*_table.jsonl`;
 * `comparison`: all methods beside each other; `healing`: all ways of healing by tokens;
 * `searched`: `auto` and the single methods it tried; `quantised`, `stability`;
-* `robustness`: what came of mutated files and of killed commands.
+* `robustness`: what came of mutated files and of killed commands;
+* `ablation`: what each choice of a width repair is worth on a real model.
 
 Where something was measured several times, the last line counts.
 """
@@ -176,6 +177,25 @@ def robustness() -> str:
     return markdown(("", "found"), rows)
 
 
+def ablation() -> str:
+    """List the variants of a width repair, with perplexity ÷ that of the dense model on each source."""
+    rows = []
+    for one in _records("repair_ablation"):
+        asked, found = one["setting"], one["found"]
+        at_once = " (sums of the dense model, all blocks at once)" if "measured_on" in asked else ""
+        ratios = [found["ratios"][source] for source in ("wikitext", "prose", "code")]
+        rows.append(
+            (
+                f"`{asked['variant']}`{at_once}",
+                str(asked["windows"]),
+                *(f"{ratio:.2f}" for ratio in ratios),
+                f"{found['geometric_mean']:.3f}",
+            )
+        )
+    rows.sort(key=lambda row: ("at once" in row[0], -float(row[-1])))
+    return markdown(("variant", "windows", "WikiText-2", "prose", "code", "geometric mean"), rows)
+
+
 def searched() -> str:
     """Put `auto` beside the single methods it tried: perplexity, plans measured, processor seconds."""
     found: dict[str, dict[float, Record]] = {}
@@ -208,6 +228,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "quantised": quantised,
     "stability": stability,
     "robustness": robustness,
+    "ablation": ablation,
 }
 
 
