@@ -3,7 +3,7 @@
 Names of tensors come from the package `gguf`. This module adds what depends on the architecture: rows of queries and
 keys reordered for interleaved rotary positions, fused projections regrouped, `1 + w` of Gemma's norms, factors that
 llama.cpp derives from the number of blocks, and which shapes each architecture can have. Read in the source of
-llama.cpp (build 11434: `conversion/`, `src/models/`); tests/export/test_gguf.py runs every row.
+llama.cpp (build 11434: `conversion/`, `src/models/`); tests/export/test_export_gguf.py runs every row.
 """
 
 from __future__ import annotations
