@@ -206,7 +206,7 @@ def test_what_cannot_be_asked(folder, pair, tmp_path):
         ({"tasks": "hellaswagg"}, "unknown task 'hellaswagg'. Near it: hellaswag"),
         ({"tasks": "stdlib-close"}, "Near it: stdlib-cloze"),
         ({"tasks": " , "}, "no task named"),
-        ({"tasks": str(folder), "against": dense, "stability": True}, "plain_text has no options"),
+        ({"tasks": str(folder), "against": dense, "stability": True}, "plain_text has neither options"),
         ({"tasks": str(folder), "stability": True}, "name the dense one"),
         ({"tasks": str(tmp_path / "empty")}, "no task here"),
         ({"tasks": str(tmp_path / "none.yaml")}, "no such file"),
