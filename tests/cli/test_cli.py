@@ -13,7 +13,6 @@ from secateur import files as scratch
 from secateur import open_model
 from secateur.cli import main as cli
 from secateur.cli import prune as pruning
-from secateur.cli import terminal
 from secateur.jobs.score import ScoreJob
 from secateur.methods.search import trials
 from secateur.plan.plan import Plan
@@ -28,26 +27,6 @@ def model(tiny_with_tokenizer):
 @pytest.fixture(scope="module")
 def windows(window_file):
     return window_file
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command line in this process, in an empty folder; gives exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
-        monkeypatch.setattr(terminal.err, "width", 1000, raising=False)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    terminal.err.width = terminal.out_console.width = 1000
-    return call
 
 
 def test_the_whole_job(run, model, windows, tmp_path):

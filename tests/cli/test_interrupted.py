@@ -7,39 +7,24 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-import secateur.cli.main as cli
 from secateur import claims
 from secateur.calibration import store
 from secateur.cli import prune as pruning
-from secateur.cli import terminal
 from secateur.jobs.score import ScoreJob
 from secateur.models import forward
 from secateur.training import run_folder
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command line in this process, in an empty folder; gives exit code and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
-        monkeypatch.setattr(terminal.err, "width", 1000, raising=False)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, capsys.readouterr().err
-
-    return call
+def run(run):
+    """Run a command line as for all commands; gives exit code and stderr."""
+    return lambda *words: run(*words)[::2]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ RUINED = 3.0
 LEAST_VARIED = 0.35
 """Share of distinct three-token sequences below which a continuation repeats itself."""
 
-_WINDOWS, _LENGTH = 4, 512
+_WINDOWS = 4
 _PROMPT, _WRITTEN = 32, 48
 
 
@@ -85,17 +85,13 @@ def damage_of(dense: Decoder, pruned: Decoder, *, options: RunOptions = DEFAULTS
     """
     if dense.tokenizer is None:
         return None
-    sources = windows_by_source(dense, None, windows=_WINDOWS, seq_len=_length(dense), options=options)
+    sources = windows_by_source(dense, None, windows=_WINDOWS, options=options)
     ratios = {one.source: perplexity(pruned, one, options) / perplexity(dense, one, options) for one in sources}
     if dense.by_blocks or pruned.by_blocks or sources[0].seq_len < _PROMPT + _WRITTEN:
         return Damage(ratios)
     before, after = ([_varied(one) for one in _written(model, sources)] for model in (dense, pruned))
     repeating = sum(was >= LEAST_VARIED > now for was, now in zip(before, after, strict=True))
     return Damage(ratios, len(after), repeating)
-
-
-def _length(model: Decoder) -> int:
-    return min(_LENGTH, model.max_positions or _LENGTH)
 
 
 @torch.inference_mode()

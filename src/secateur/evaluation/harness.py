@@ -123,35 +123,31 @@ def _leaf_name(task: Any) -> str:
 def _cloze_config(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     made = cloze.questions(tokenizer)
     rows = [{"context": one.context, "options": list(one.options), "right": one.right} for one in made]
-    return {
-        "task": cloze.NAME,
-        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
-        "test_split": "test",
+    return _own_config(cloze.NAME, rows, "right") | {
         "output_type": "multiple_choice",
-        "doc_to_text": lambda row: row["context"],
         "doc_to_choice": lambda row: row["options"],
-        "doc_to_target": lambda row: row["right"],
-        "target_delimiter": "",
-        "num_fewshot": 0,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1},
     }
 
 
 def _probe_config(probe: Probe) -> dict[str, Any]:
     """Return a task whose answer has to be the greedy continuation."""
     rows = [{"context": one.context, "answer": one.answer} for one in questions(probe)]
+    own = _own_config(probe.name, rows, "answer")
+    return own | {"output_type": _EXACT, "metadata": own["metadata"] | {"floor": round(probe.chance, 4)}}
+
+
+def _own_config(name: str, rows: list[dict[str, Any]], target: str) -> dict[str, Any]:
+    """Return what the tasks that are made here have in common: each row's context, and its target under this key."""
     return {
-        "task": probe.name,
+        "task": name,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
         "test_split": "test",
-        "output_type": _EXACT,
         "doc_to_text": lambda row: row["context"],
-        "doc_to_target": lambda row: row["answer"],
+        "doc_to_target": lambda row: row[target],
         "target_delimiter": "",
         "num_fewshot": 0,
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1, "floor": round(probe.chance, 4)},
+        "metadata": {"version": 1},
     }
 
 

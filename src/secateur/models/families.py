@@ -11,6 +11,9 @@ from secateur.models.anatomy import Family
 
 _LLAMA = Family(model_type="llama")
 
+_OWN_LISTS = ("intermediate_sizes", "heads", "key_value_heads", "experts", "networks", "rope_blocks", "layer_types")
+"""What the configurations of the modelling file name for every block."""
+
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 _MIXTRAL = replace(
@@ -222,15 +225,7 @@ _ROWS = (
         mlp_out=("mlp.down_proj", "mlp.down_projs"),
         router=("mlp.gate",),
         inner_size="intermediate_sizes",
-        per_layer_lists=(
-            "intermediate_sizes",
-            "heads",
-            "key_value_heads",
-            "experts",
-            "networks",
-            "rope_blocks",
-            "layer_types",
-        ),
+        per_layer_lists=_OWN_LISTS,
         per_point_lists=("widths", "shortcuts"),
         light_blocks=True,
     ),
@@ -238,16 +233,7 @@ _ROWS = (
         _LLAMA,
         model_type="nemotron-nas",
         inner_size="intermediate_sizes",
-        per_layer_lists=(
-            "intermediate_sizes",
-            "heads",
-            "key_value_heads",
-            "experts",
-            "networks",
-            "rope_blocks",
-            "layer_types",
-            "block_configs",
-        ),
+        per_layer_lists=(*_OWN_LISTS, "block_configs"),
         per_point_lists=("widths", "shortcuts"),
         light_blocks=True,
     ),
