@@ -45,6 +45,7 @@ from secateur.plan.steps import AnyStep, Choice, PruneWidth
 from secateur.plan.width import width_forwards
 from secateur.scores.taylor import taylor_by_unit
 from secateur.scores.unit_scores import best_units, cheapest_to_lose, fluctuation, magnitude, weighted_norm
+from secateur.surgery.depth.blocks import keep_blocks
 from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
 from secateur.surgery.width.pruning import Choose, Place, Refit, prune_width
 from secateur.surgery.width.target import (
@@ -286,7 +287,8 @@ def apply(measurements: Measurements, step: PruneWidth) -> Applied:
         gram=step.repair or step.choose == "brain-surgeon",
         options=measurements.options,
     )
-    return Applied(pruned.decoder, {"repair": pruned.fits} if pruned.fits else {})
+    kept = step.kept_blocks(decoder.block_count)
+    return Applied(keep_blocks(pruned.decoder, kept), {"repair": pruned.fits} if pruned.fits else {})
 
 
 def _warn_of_few_tokens(decoder: Decoder, windows: Windows) -> None:

@@ -37,8 +37,9 @@ class SecateurConfig(PreTrainedConfig):
         shortcuts: for each residual connection between adjacent reading points, whether it has a shortcut matrix.
             None means none.
         parallel: attention and MLP read the same normed state and are added to the same residual.
-        intermediate_sizes: width of each block's MLP (of each of its experts).
-        heads, key_value_heads: numbers of query and of key/value heads of each block. None means the same everywhere.
+        intermediate_sizes: width of each block's MLP (of each of its experts); 0 for a block without an MLP.
+        heads, key_value_heads: numbers of query and of key/value heads of each block, 0 for a block without attention.
+            None means the same everywhere.
         experts: number of experts of each block, 0 for a dense MLP. None means dense everywhere.
         networks: for each block "", or the module without attention that replaces several blocks: `ffn`,
             `down(gelu(up(x)))`, or `swiglu`, `down(silu(gate(x)) * up(x))`. None means no such module.
@@ -304,7 +305,7 @@ class SecateurExperts(nn.Module):
 
 
 class SecateurDecoderLayer(GradientCheckpointingLayer):
-    """A block: attention and MLP, each with a norm and a residual connection; replacement modules have an MLP only."""
+    """A block: attention and MLP, each with a norm and a residual connection; one of them may be absent."""
 
     def __init__(self, config: SecateurConfig, layer_idx: int) -> None:
         """Block with the widths that the configuration gives it."""
@@ -317,12 +318,13 @@ class SecateurDecoderLayer(GradientCheckpointingLayer):
         network = config.networks[layer_idx]
         self.layer_idx = layer_idx
         self.norm = ScaleFreeNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = None if network else SecateurAttention(config, layer_idx, widths[0], widths[1])
-        self.mlp = (
-            SecateurExperts(config, experts, inner, widths[-2], widths[-1])
-            if experts
-            else SecateurMLP(config, inner, widths[-2], widths[-1], network)
-        )
+        self.self_attn = self.mlp = None
+        if config.heads[layer_idx] and not network:
+            self.self_attn = SecateurAttention(config, layer_idx, widths[0], widths[1])
+        if inner and experts:
+            self.mlp = SecateurExperts(config, experts, inner, widths[-2], widths[-1])
+        elif inner:
+            self.mlp = SecateurMLP(config, inner, widths[-2], widths[-1], network)
         self.attn_shortcut = _shortcut(widths[0], widths[1], matrices[0]) if not config.parallel else None
         self.mlp_shortcut = _shortcut(widths[-2], widths[-1], matrices[-1])
 
@@ -344,8 +346,8 @@ class SecateurDecoderLayer(GradientCheckpointingLayer):
         return self.self_attn(self.norm(hidden_states), **kwargs)[0]
 
     def mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return what the MLP adds to the residual stream."""
-        return self.mlp(self.norm(hidden_states))
+        """Return what the MLP adds to the residual stream: nothing if there is none."""
+        return hidden_states.new_zeros(()) if self.mlp is None else self.mlp(self.norm(hidden_states))
 
 
 def _note_positions(cache: Any, layer_idx: int, hidden_states: torch.Tensor) -> None:

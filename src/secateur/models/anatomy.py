@@ -89,7 +89,7 @@ class Family:
     depth_scaled_query: str | None = None
     """Projection whose queries the stock code scales by the block's index."""
     light_blocks: bool = False
-    """Whether some blocks may have an MLP and no attention."""
+    """Whether some blocks may lack attention or an MLP."""
     detected: bool = False
     """Whether the row was guessed for an unknown architecture and verified on a tiny copy."""
 
@@ -148,6 +148,9 @@ def present(block: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Any
             yield name, found
 
 
+_PARTS = ("attention_in", "attention_out", "mlp_in", "mlp_out")
+
+
 def resolve(module: nn.Module, family: Family) -> Anatomy:
     """Match a family row against a model.
 
@@ -161,10 +164,9 @@ def resolve(module: nn.Module, family: Family) -> Anatomy:
     for path in (*family.embeddings[:1], family.head):
         if find(module, path) is None:
             raise ModelError(f"{family.model_type}: nothing at '{path}' in {type(module).__name__}.")
-    parts = ("mlp_in", "mlp_out") if family.light_blocks else ("attention_in", "attention_out", "mlp_in", "mlp_out")
     for index, block in enumerate(blocks):
-        for part in parts:
-            if not family.detected and not list(present(block, getattr(family, part))):
+        for part in () if family.detected or family.light_blocks else _PARTS:
+            if not list(present(block, getattr(family, part))):
                 raise ModelError(f"{family.model_type}: block {index} has none of {getattr(family, part)}.")
     return Anatomy(
         family=family,

@@ -19,10 +19,10 @@ class BlockWidths:
     """Widths inside a block.
 
     Attributes:
-        groups: key/value heads; each serves the same number of adjacent query heads.
+        groups: key/value heads; each serves the same number of adjacent query heads. 0 if there is no attention.
         queries: query heads per group.
         head_size: dimensions of a head.
-        channels: inner width of the MLP, or of each of its experts.
+        channels: inner width of the MLP, or of each of its experts; 0 if there is no MLP.
         experts: number of experts, 0 for a dense MLP.
     """
 
@@ -41,17 +41,16 @@ class BlockWidths:
 def block_widths(decoder: Decoder, index: int) -> BlockWidths:
     """Return the widths of block `index`, from the shapes of its projections."""
     family, config, block = decoder.anatomy.family, decoder.config, decoder.block_list[index]
-    writer = next(present(block, family.attention_out))[1]
+    inner = {"channels": _channels(block, family.mlp_out), "experts": _experts(block, family.router)}
+    writer = next(present(block, family.attention_out), None)
+    if writer is None:
+        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or decoder.hidden_size // config.num_attention_heads
+        return BlockWidths(groups=0, queries=config.num_attention_heads // groups, head_size=size, **inner)
     own = getattr(config, "heads", None)
     heads = int(own[index] if own else config.num_attention_heads)
     groups = _groups(decoder, index) or heads
-    return BlockWidths(
-        groups=groups,
-        queries=heads // groups,
-        head_size=_inputs(writer) // heads,
-        channels=_channels(block, family.mlp_out),
-        experts=_experts(block, family.router),
-    )
+    return BlockWidths(groups=groups, queries=heads // groups, head_size=_inputs(writer[1]) // heads, **inner)
 
 
 def _groups(decoder: Decoder, index: int) -> int | None:
@@ -68,7 +67,10 @@ def _inputs(module: Any) -> int:
 
 
 def _channels(block: nn.Module, writers: tuple[str, ...]) -> int:
-    found = next(present(block, writers))[1]
+    named = next(present(block, writers), None)
+    if named is None:
+        return 0
+    found = named[1]
     if isinstance(found, nn.ModuleList):
         found = found[0]
     return int(found.shape[-1]) if isinstance(found, nn.Parameter) else _inputs(found)
@@ -88,14 +90,14 @@ def unit_counts(decoder: Decoder) -> dict[UnitKind, tuple[int, ...]]:
 
 
 def _units(decoder: Decoder, index: int) -> dict[UnitKind, int]:
-    """Count the units of one block; it may be an MLP alone."""
-    family, block = decoder.anatomy.family, decoder.block_list[index]
-    units = {UnitKind.MLP: 1, UnitKind.DIRECTION: decoder.hidden_size}
-    if next(present(block, family.attention_out), None) is None:
-        return units | {UnitKind.CHANNEL: _channels(block, family.mlp_out)}
+    """Count the units of one block; it may lack attention or an MLP."""
     found = block_widths(decoder, index)
-    units |= {UnitKind.ATTENTION: 1, UnitKind.QUERY_HEAD: found.heads, UnitKind.KEY_VALUE_GROUP: found.groups}
-    return units | {UnitKind.CHANNEL: found.channels} | ({UnitKind.EXPERT: found.experts} if found.experts else {})
+    units = {UnitKind.DIRECTION: decoder.hidden_size}
+    if found.groups:
+        units |= {UnitKind.ATTENTION: 1, UnitKind.QUERY_HEAD: found.heads, UnitKind.KEY_VALUE_GROUP: found.groups}
+    if found.channels:
+        units |= {UnitKind.MLP: 1, UnitKind.CHANNEL: found.channels}
+    return units | ({UnitKind.EXPERT: found.experts} if found.experts else {})
 
 
 def cache_numbers(decoder: Decoder) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Edits inside blocks: fewer heads, key/value groups and channels of the MLP."""
+"""Edits inside blocks: fewer heads, key/value groups and channels of the MLP, down to none: then the branch is absent."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ class Widths(BaseModel):
     """The widths inside a block.
 
     Attributes:
-        groups: key/value heads.
+        groups: key/value heads; 0 if the block has no attention.
         queries: query heads of each group.
-        channels: inner width of the MLP, or of each of its experts.
+        channels: inner width of the MLP, or of each of its experts; 0 if the block has no MLP.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    groups: int = Field(ge=1)
+    groups: int = Field(ge=0)
     queries: int = Field(ge=1)
-    channels: int = Field(ge=1)
+    channels: int = Field(ge=0)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether neither attention nor an MLP remains, so that the block computes nothing."""
+        return not self.groups and not self.channels
 
     def units(self) -> dict[UnitKind, int]:
         """Return the number of units of each kind."""
         return {
+            UnitKind.ATTENTION: int(self.groups > 0),
+            UnitKind.MLP: int(self.channels > 0),
             UnitKind.QUERY_HEAD: self.groups * self.queries,
             UnitKind.KEY_VALUE_GROUP: self.groups,
             UnitKind.CHANNEL: self.channels,
@@ -46,6 +53,8 @@ class BlockSizes(BaseModel):
         query: parameters of a query head.
         channel: parameters of a channel, summed over all experts.
         fixed: all other parameters.
+        attention: how many of those are gone if the block has no attention, such as the bias of its output.
+        mlp: how many of those are gone if the block has no MLP.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,11 +64,16 @@ class BlockSizes(BaseModel):
     query: int
     channel: int
     fixed: int
+    attention: int = 0
+    mlp: int = 0
 
     def parameters_at(self, widths: Widths) -> int:
-        """Count the parameters of the block at these widths."""
+        """Count the parameters of the block at these widths; 0 if nothing is left in it."""
+        if widths.is_empty:
+            return 0
         heads = widths.groups * widths.queries
-        return self.fixed + widths.groups * self.group + heads * self.query + widths.channels * self.channel
+        gone = self.attention * (not widths.groups) + self.mlp * (not widths.channels)
+        return self.fixed - gone + widths.groups * self.group + heads * self.query + widths.channels * self.channel
 
 
 class WidthSizes(BaseModel):
@@ -71,14 +85,19 @@ class WidthSizes(BaseModel):
     other: int
 
     def sizes_at(self, widths: tuple[Widths, ...]) -> Sizes:
-        """Count parameters and units at these widths."""
-        blocks = tuple(one.parameters_at(own) for one, own in zip(self.blocks, widths, strict=True))
-        counts = [one.units() for one in widths]
+        """Count parameters and units at these widths, of the blocks in which something is left."""
+        left = [(one, own) for one, own in zip(self.blocks, widths, strict=True) if not own.is_empty]
+        counts = [own.units() for _, own in left]
         units: Units = {kind: tuple(one[kind] for one in counts) for kind in _KINDS}
-        return Sizes(blocks, self.other, units)
+        return Sizes(tuple(one.parameters_at(own) for one, own in left), self.other, units)
 
 
-_KINDS = (UnitKind.QUERY_HEAD, UnitKind.KEY_VALUE_GROUP, UnitKind.CHANNEL)
+_KINDS = (UnitKind.ATTENTION, UnitKind.MLP, UnitKind.QUERY_HEAD, UnitKind.KEY_VALUE_GROUP, UnitKind.CHANNEL)
+_BRANCHES = {
+    UnitKind.ATTENTION: (UnitKind.QUERY_HEAD, UnitKind.KEY_VALUE_GROUP),
+    UnitKind.MLP: (UnitKind.CHANNEL,),
+}
+"""The units of each branch."""
 
 
 Choice = Literal["fluctuation", "weighted-norm", "magnitude", "taylor", "brain-surgeon"]
@@ -90,7 +109,7 @@ Target = Literal["dense", "block"]
 
 
 class PruneWidth(Step):
-    """Keep some heads, key/value groups and channels of each block.
+    """Keep some heads, key/value groups and channels of each block, or none: then that branch of the block is removed.
 
     The plan says how many. Which ones, and the weights refitted to compensate for the others, are measured on the texts
     when it is applied, block by block on the model as pruned so far.
@@ -124,10 +143,11 @@ class PruneWidth(Step):
     sizes: WidthSizes
 
     def kept_blocks(self, count: int) -> tuple[int, ...]:
-        """Return all blocks: none is removed.
+        """Return the blocks in which something is left.
 
         Raises:
-            InputError: widths for another number of blocks, more than there is, or fewer groups and queries.
+            InputError: widths for another number of blocks, more than there is, fewer groups and queries, or nothing is
+                left at all.
         """
         if not len(self.widths) == len(self.sizes.blocks) == count:
             raise InputError(f"the plan has widths for {len(self.widths)} blocks, but this model has {count}.")
@@ -141,22 +161,32 @@ class PruneWidth(Step):
                 raise InputError(
                     f"the plan keeps fewer groups in block {block} and fewer queries in each; only one of them may go."
                 )
-        return tuple(range(count))
+        kept = tuple(block for block, keep in enumerate(self.widths) if not keep.is_empty)
+        if not kept:
+            raise InputError("the plan leaves nothing in any block; keep some groups or channels.")
+        return kept
 
     def sizes_after(self, sizes: Sizes) -> Sizes:
         """Return the sizes of the pruned model."""
-        self.kept_blocks(len(sizes.blocks))
+        kept = self.kept_blocks(len(sizes.blocks))
         counted = self.sizes.sizes_at(self.widths)
-        return replace(counted, units={**sizes.units, **counted.units})
+        return replace(counted, units={**sizes.with_blocks(kept).units, **counted.units})
 
     def removes(self, sizes: Sizes) -> tuple[Removal, ...]:
-        """Return the removed units, block by block."""
-        return tuple(
-            Removal(unit=kind, count=total - keep.units()[kind], total=total, block=block)
-            for block, (keep, one) in enumerate(zip(self.widths, self.sizes.blocks, strict=True))
-            for kind, total in one.dense.units().items()
-            if keep.units()[kind] < total
-        )
+        """Return the removed units: whole blocks, then branches or what is inside them, block by block."""
+        count = len(self.widths)
+        gone = tuple(block for block, keep in enumerate(self.widths) if keep.is_empty)
+        found = [Removal(unit=UnitKind.BLOCK, count=len(gone), total=count, indices=gone)] if gone else []
+        for block, (keep, one) in enumerate(zip(self.widths, self.sizes.blocks, strict=True)):
+            if keep.is_empty:
+                continue
+            now, before = keep.units(), one.dense.units()
+            for branch, inside in _BRANCHES.items():
+                for kind in (branch,) if now[branch] < before[branch] else inside:
+                    if now[kind] < before[kind]:
+                        removed = before[kind] - now[kind]
+                        found.append(Removal(unit=kind, count=removed, total=before[kind], block=block))
+        return tuple(found)
 
     def block_changes(self, sizes: Sizes, numbers: Sequence[int]) -> dict[int, BlockChange]:
         """Return what happens to each block; the share is that of the parameters of its units."""
@@ -165,7 +195,7 @@ class PruneWidth(Step):
             for keep, one in zip(self.widths, self.sizes.blocks, strict=True)
         ]
         changes = super().block_changes(sizes, numbers)
-        return {place: replace(change, share=shares[place]) for place, change in changes.items()}
+        return {place: replace(change, share=max(0.0, shares[place])) for place, change in changes.items()}
 
     def forwards(self, tokens: int) -> float:
         """Return the cost of measuring and pruning."""
@@ -179,14 +209,17 @@ class PruneWidth(Step):
     def describe(self) -> tuple[str, str]:
         """Describe what remains."""
         dense = [one.dense for one in self.sizes.blocks]
-        parts = [
-            _span([keep.groups * keep.queries for keep in self.widths], [one.groups * one.queries for one in dense])
-            + " query heads",
-            _span([keep.groups for keep in self.widths], [one.groups for one in dense]) + " key/value groups",
-            _span([keep.channels for keep in self.widths], [one.channels for one in dense]) + " channels",
-        ]
+        attending = [(keep, one) for keep, one in zip(self.widths, dense, strict=True) if keep.groups]
+        with_mlp = [(keep, one) for keep, one in zip(self.widths, dense, strict=True) if keep.channels]
+        parts = []
+        if attending:
+            heads = [(keep.groups * keep.queries, one.groups * one.queries) for keep, one in attending]
+            parts.append(_span(heads) + " query heads")
+            parts.append(_span([(keep.groups, one.groups) for keep, one in attending]) + " key/value groups")
+        if with_mlp:
+            parts.append(_span([(keep.channels, one.channels) for keep, one in with_mlp]) + " channels")
         how = "same architecture" if self.stock else "with its modelling file"
-        text = f"{', '.join(parts)} in each block; {how}"
+        text = f"{', '.join(parts)} in each block{self._without()}; {how}"
         if self.rounding > 1:
             text += f"; channels in multiples of {self.rounding}"
         if self.unrounded is not None:
@@ -195,10 +228,25 @@ class PruneWidth(Step):
             text += f"; no compensating bias in {self.without_bias} blocks, which cannot hold one"
         return "keeps", text
 
+    def _without(self) -> str:
+        """Name the blocks that lose a branch, and those that are removed."""
+        pairs = list(enumerate(zip(self.widths, (one.dense for one in self.sizes.blocks), strict=True)))
+        lost = {
+            "attention": [block for block, (keep, one) in pairs if one.groups and not keep.groups and keep.channels],
+            "MLP": [block for block, (keep, one) in pairs if one.channels and not keep.channels and keep.groups],
+        }
+        said = [f"no {branch} in {', '.join(map(str, blocks))}" for branch, blocks in lost.items() if blocks]
+        empty = [block for block, (keep, _) in pairs if keep.is_empty]
+        if empty:
+            said.append(f"without {', '.join(map(str, empty))}")
+        return "".join(f"; {one}" for one in said)
 
-def _span(kept: list[int], dense: list[int]) -> str:
+
+def _span(pairs: list[tuple[int, int]]) -> str:
+    """Write `3 to 5 of 8` of what is kept and what there was."""
+    kept = [one for one, _ in pairs]
     low, high = min(kept), max(kept)
-    return f"{low if low == high else f'{low} to {high}'} of {max(dense)}"
+    return f"{low if low == high else f'{low} to {high}'} of {max(dense for _, dense in pairs)}"
 
 
 def width_forwards(choose: Choice, *, target: Target = "block") -> float:

@@ -81,7 +81,8 @@ def couplings_of(block: nn.Module, family: Family, widths: BlockWidths) -> Coupl
     else:
         own, shared = query.view(groups, -1), group.view(groups, -1)
         readers = [torch.cat([own, shared, shared], dim=1).flatten()]
-    for (name, module), labels in zip(present(block, family.attention_in), readers, strict=True):
+    queries_keys_values = list(present(block, family.attention_in))
+    for (name, module), labels in zip(queries_keys_values, readers, strict=bool(queries_keys_values)):
         found |= _reader(name, module, "heads", labels)
     for name, module in present(block, family.attention_out):
         found |= _writer(name, module, "heads", query)

@@ -35,6 +35,7 @@ from secateur.surgery.width.repair import choose_fit, described
 from secateur.surgery.width.target import WidthAssembly
 
 _TINY = 1e-30
+_PARTS: tuple[Part, Part] = ("heads", "channels")
 
 
 @dataclass(frozen=True)
@@ -176,13 +177,14 @@ class _Block:
         """Choose, refit, run the batches through, and add the block to the result."""
         dense = block_widths(self.decoder, self.index)
         kept = Kept.all_of(dense)
-        smaller: list[Part] = []
-        if self.keep.groups * self.keep.queries < dense.heads:
-            smaller.append("heads")
-        if self.keep.channels < dense.channels:
-            smaller.append("channels")
+        left = {"heads": self.keep.groups * self.keep.queries, "channels": self.keep.channels}
+        there = {"heads": dense.heads, "channels": dense.channels}
+        smaller: list[Part] = [part for part in _PARTS if 0 < left[part] < there[part]]
         stages = [smaller] if self.decoder.anatomy.parallel and smaller else [[part] for part in smaller]
         edits: dict[str, torch.Tensor] = {}
+        for part in _PARTS:
+            if there[part] and not left[part]:
+                edits |= self._without(part, kept)
         for batch in self.batches:
             if _of_dense(batch) in self.store:
                 dense_state = step(self.decoder, self.index, batch, self.store.get(_of_dense(batch)))
@@ -199,6 +201,16 @@ class _Block:
     @property
     def block(self) -> nn.Module:
         return self.decoder.block_list[self.index]
+
+    def _without(self, part: Part, kept: Kept) -> dict[str, torch.Tensor]:
+        """Note in `kept` that a branch is removed; return an output projection that writes nothing."""
+        (kept.heads if part == "heads" else kept.channels)[:] = False
+        name = writer_of(self.decoder, self.index, part)
+        found = find(self.block, name)
+        if isinstance(found, nn.Parameter):
+            return {name: torch.zeros_like(found)}
+        named = found.named_parameters(prefix=name)
+        return {path: torch.zeros_like(parameter) for path, parameter in named}
 
     def _edit(
         self, part: Part, sums: list[InputSums], choose: Choose, kept: Kept, dense: BlockWidths

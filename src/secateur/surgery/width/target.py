@@ -81,10 +81,12 @@ def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
     """Return the configuration of the same architecture at these widths; None if it cannot express them."""
     family, dense, whole = decoder.anatomy.family, all_widths(decoder), copy.deepcopy(decoder.module.config)
     config = text_config(whole)
-    if isinstance(config, DeciLMConfig) and len({(new.groups, new.queries) for new in widths}) > 1:
+    if isinstance(config, DeciLMConfig) and len({new.groups * new.queries for new in widths} - {0}) > 1:
         return None
     if names_every_block(decoder):
         return _with_widths(config, widths)
+    if any(not new.groups or not new.channels for new in widths):
+        return None
     for name, experts in ((family.inner_size, False), (family.expert_size, True)):
         pairs = {
             (old.channels, new.channels) for old, new in zip(dense, widths, strict=True) if bool(old.experts) == experts
@@ -140,7 +142,7 @@ def _with_widths(config: SecateurConfig, widths: Sequence[Widths]) -> SecateurCo
     config.key_value_heads = [one.groups for one in widths]
     config.intermediate_sizes = [one.channels for one in widths]
     if isinstance(config, DeciLMConfig):
-        config.num_attention_heads, config.num_key_value_heads = config.heads[0], config.key_value_heads[0]
+        config.num_attention_heads, config.num_key_value_heads = max(config.heads), max(config.key_value_heads)
         config.describe_blocks()
     return config
 
@@ -176,9 +178,13 @@ def width_sizes(decoder: Decoder, *, stock: bool, bias: bool = False) -> WidthSi
 def _block_sizes(block: nn.Module, family: Family, widths: BlockWidths) -> BlockSizes:
     couplings = couplings_of(block, family, widths)
     counted = dict.fromkeys(("query", "group", "channel"), 0)
+    fixed = {branch: 0 for branch in ("attention", "mlp")}
+    of_attention, of_mlp = _with_branch(family, family.attention_out, 0), _with_branch(family, family.mlp_out, -1)
     for name, parameter in block.named_parameters():
         coupling = couplings.get(name)
         if coupling is None:
+            fixed["attention"] += parameter.numel() * name.startswith(of_attention)
+            fixed["mlp"] += parameter.numel() * name.startswith(of_mlp)
             continue
         slices = 1 if coupling.axis is None else parameter.shape[coupling.axis]
         for kind, unit in (("query", 0), ("group", widths.heads)) if coupling.part == "heads" else (("channel", 0),):
@@ -186,11 +192,18 @@ def _block_sizes(block: nn.Module, family: Family, widths: BlockWidths) -> Block
     return BlockSizes(
         dense=Widths(groups=widths.groups, queries=widths.queries, channels=widths.channels),
         **counted,
+        **fixed,
         fixed=count_parameters(block)
         - widths.heads * counted["query"]
         - widths.groups * counted["group"]
         - widths.channels * counted["channel"],
     )
+
+
+def _with_branch(family: Family, writers: tuple[str, ...], norm: int) -> tuple[str, ...]:
+    """Return how the names of parameters begin that go with a branch, given its output projections and its norm."""
+    own = (f"{family.norms[norm]}.",) if family.model_type == DeciLMConfig.model_type else ()
+    return (*own, *(f"{writer.partition('.')[0]}." for writer in writers))
 
 
 class WidthAssembly:
@@ -236,6 +249,8 @@ class WidthAssembly:
             for name, parameter in assembly.layer(index).named_parameters():
                 if name.endswith("bias") and name not in tensors:
                     tensors[name] = torch.zeros(parameter.shape)
+        there = {name for name, _ in assembly.layer(index).named_parameters()}
+        tensors = {name: tensor for name, tensor in tensors.items() if name in there}
         found = without_units(tensors, couplings, kept)
         self._seen.append([[round(_sum(tensor), 4), len(tensor)] for tensor in found.values()])
         assembly.put(where, found)
