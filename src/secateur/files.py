@@ -21,8 +21,8 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 """What a kernel or file system says that cannot exchange two names."""
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Replace a file atomically.
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Replace a file atomically; text is written in UTF-8.
 
     Raises:
         InputError: the path cannot be written.
@@ -32,7 +32,7 @@ def replace_file(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_litter(path.parent, f"{stem}.", "tmp")
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}).") from error

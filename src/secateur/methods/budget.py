@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from secateur.errors import InputError
-from secateur.methods.cost import Cost, SpeedModel, memory_cost, time_cost
+from secateur.methods.cost import WHOLE, Cached, Cost, SpeedModel, memory_cost, time_cost
 from secateur.models.decoder import Decoder
+from secateur.models.widths import unit_counts
 from secateur.plan.amount import Amount, gigabytes
 from secateur.plan.steps import AnyStep, Sizes
+from secateur.plan.units import UnitKind
 
 Native = Literal["blocks", "slice", "ratio"]
 """The native unit of a method."""
@@ -148,7 +150,13 @@ def weigh(budget: Budget, block_parameters: tuple[int, ...], total: int) -> tupl
     return (block_parameters, total) if budget.cost is None else (budget.cost.blocks, budget.cost.total)
 
 
-def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[Sequence[int]] | None = None) -> int:
+def choose_size(
+    budget: Budget,
+    left: Sequence[int],
+    total: int,
+    kept: Sequence[Sequence[int]] | None = None,
+    cached: Sequence[Cached] | None = None,
+) -> int:
     """Return the index of the candidate that meets a budget.
 
     Args:
@@ -156,6 +164,7 @@ def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[
         left: parameters that remain with each candidate.
         total: parameters of the dense model.
         kept: blocks that each candidate keeps; None if all keep all.
+        cached: shares of the cache that blocks keep with each candidate; None if all keep all of it.
 
     Raises:
         InputError: no candidate is smaller than the dense model, or the budget is outside their range; `TooSmall` if it
@@ -165,7 +174,8 @@ def choose_size(budget: Budget, left: Sequence[int], total: int, kept: Sequence[
     whole: float = total
     if budget.cost is not None:
         blocks = kept if kept is not None else [range(len(budget.cost.blocks))] * len(left)
-        weights = [budget.cost.weigh(stay, count) for stay, count in zip(blocks, left, strict=True)]
+        shares = cached if cached is not None else [WHOLE] * len(left)
+        weights = [budget.cost.weigh(*one) for one in zip(blocks, left, shares, strict=True)]
         whole = budget.cost.total
     smaller = [place for place, weight in enumerate(weights) if weight < whole]
     wanted = budget.limit(whole)
@@ -259,12 +269,16 @@ def expected(budget: Budget, decoder: Decoder, steps: Sequence[AnyStep]) -> dict
     if cost is None:
         return {}
     kept = tuple(range(decoder.block_count))
-    inside = decoder.block_parameter_counts()
-    sizes = Sizes(inside, decoder.parameter_count - sum(inside))
+    inside, units = decoder.block_parameter_counts(), unit_counts(decoder)
+    sizes = Sizes(inside, decoder.parameter_count - sum(inside), units)
     for step in steps:
         kept = tuple(kept[place] for place in step.kept_blocks(len(kept)))
         sizes = step.sizes_after(sizes)
-    left = cost.weigh(kept, sizes.total) if steps else cost.total
+    groups, dense = sizes.units.get(UnitKind.KEY_VALUE_GROUP), units.get(UnitKind.KEY_VALUE_GROUP)
+    cached = WHOLE
+    if groups is not None and dense is not None:
+        cached = {block: now / max(1, dense[block]) for block, now in zip(kept, groups, strict=True)}
+    left = cost.weigh(kept, sizes.total, cached) if steps else cost.total
     if cost.unit == "bytes":
         return {"bytes": int(left), "dense_bytes": int(cost.dense)} | cost.facts
     return {"speedup": round(cost.dense / left, 4), "seconds": left, "dense_seconds": cost.dense} | cost.facts

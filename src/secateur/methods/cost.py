@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 from secateur.distributed import process_count
 from secateur.errors import InputError
@@ -20,6 +21,18 @@ SpeedModel = Callable[[Decoder, BlockTimes], Callable[[int], float]]
 """How a method's models run: from the dense model and its times to seconds by the number of remaining parameters."""
 
 
+Cached = Mapping[int, float]
+"""Share of its cache that a block keeps, by block; all of it if it is not named."""
+WHOLE: Cached = MappingProxyType({})
+
+
+class Weigh(Protocol):
+    """The cost of a model."""
+
+    def __call__(self, kept: Sequence[int], parameters: int, cached: Cached = WHOLE, /) -> float:
+        """Return it for a model with these blocks, this many parameters and these shares of the cache."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of a model, and of each of its blocks.
@@ -29,7 +42,8 @@ class Cost:
         blocks: cost that is saved with each block.
         total: cost of the model.
         dense: cost of the original model.
-        weigh: cost of a model with these blocks and this many parameters.
+        weigh: cost of a model with these blocks, this many parameters, and these shares of the cache of blocks that
+            lose key/value groups.
         facts: what the cost is based on, for the plan.
     """
 
@@ -37,7 +51,7 @@ class Cost:
     blocks: tuple[float, ...]
     total: float
     dense: float
-    weigh: Callable[[Sequence[int], int], float] = field(compare=False, repr=False)
+    weigh: Weigh = field(compare=False, repr=False)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def after(self, kept: Sequence[int], parameters: int) -> Cost:
@@ -46,7 +60,9 @@ class Cost:
             self,
             blocks=tuple(self.blocks[block] for block in kept),
             total=self.weigh(kept, parameters),
-            weigh=lambda stay, count: self.weigh([kept[place] for place in stay], count),
+            weigh=lambda stay, count, cached=WHOLE: self.weigh(
+                [kept[place] for place in stay], count, {kept[place]: share for place, share in cached.items()}
+            ),
         )
 
 
@@ -60,7 +76,9 @@ def memory_cost(decoder: Decoder, context: int) -> Cost:
         blocks=tuple(count * each + held for count, held in zip(decoder.block_parameter_counts(), cache, strict=True)),
         total=total,
         dense=total,
-        weigh=lambda kept, parameters: parameters * each + sum(cache[block] for block in kept),
+        weigh=lambda kept, parameters, cached=WHOLE: (
+            parameters * each + sum(cache[block] * cached.get(block, 1.0) for block in kept)
+        ),
         facts={"context": context, "dtype": str(decoder.saved_dtype).removeprefix("torch.")},
     )
 
@@ -92,7 +110,7 @@ def time_cost(decoder: Decoder, speed_model: SpeedModel | None = None) -> Cost:
         blocks=times.blocks,
         total=times.whole,
         dense=times.whole,
-        weigh=by_size if curve is None else lambda _, parameters: curve(parameters),
+        weigh=by_size if curve is None else lambda _, parameters, _cached=WHOLE: curve(parameters),
         facts={
             "batch": request.batch,
             "prompt": request.prompt,
@@ -112,12 +130,12 @@ def _fitting(decoder: Decoder) -> Request:
     return Request(1, max(1, room * 3 // 4), max(1, room // 4))
 
 
-def _by_size(decoder: Decoder, times: BlockTimes) -> Callable[[Sequence[int], int], float]:
+def _by_size(decoder: Decoder, times: BlockTimes) -> Weigh:
     """Scale the time of the kept blocks by their size; a head that becomes untied adds nothing."""
     sizes = decoder.block_parameter_counts()
     outside = decoder.parameter_count - sum(sizes)
 
-    def seconds(kept: Sequence[int], parameters: int) -> float:
+    def seconds(kept: Sequence[int], parameters: int, _cached: Cached = WHOLE) -> float:
         share = max(0, parameters - outside) / sum(sizes[block] for block in kept)
         return times.other + min(1.0, share) * sum(times.blocks[block] for block in kept)
 

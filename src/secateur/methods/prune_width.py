@@ -26,6 +26,9 @@ from secateur.calibration.inputs import InputSums
 from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, SecateurWarning
 from secateur.methods import slice_hidden
+from secateur.methods.allocation.database import open_database
+from secateur.methods.allocation.levels import Grid, Groups
+from secateur.methods.allocation.widths import Allocation
 from secateur.methods.budget import Budget
 from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
 from secateur.methods.method import Applied, Measurements, applies, method
@@ -34,8 +37,10 @@ from secateur.methods.uniform_widths import (
     Candidates,
     EvenSettings,
     FlapSettings,
+    Heads,
     MinitronSettings,
     PrunerSettings,
+    SurgeonSettings,
     rounding_for,
 )
 from secateur.models.decoder import Decoder
@@ -255,12 +260,59 @@ def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidd
     )
 
 
-_even_method(
-    "obs-width",
-    "greedily remove channels and heads that the others compensate for best; the result is a stock model",
-    "secateur's own (docs/methods.md)",
-    "brain-surgeon",
+_decide_evenly_by_surgeon = decide_evenly("obs-width", "brain-surgeon")
+_FORWARDS_OF_DATABASE = 8.0
+
+
+@method(
+    order=70,
+    name="obs-width",
+    summary="greedily remove channels and heads that the others compensate for best; the result is a stock model",
+    paper="secateur's own (docs/methods.md)",
+    settings=SurgeonSettings,
+    native="ratio",
+    forwards=lambda _blocks, _gone, settings: _FORWARDS_OF_DATABASE * (settings.allocation == "global"),
+    apply_forwards=lambda settings, _tokens: _even_forwards(settings, "brain-surgeon"),
 )
+def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, budget: Budget) -> Sequence[PruneWidth]:
+    """Keep the same widths in all free blocks, or give each its own at the least expected loss.
+
+    Raises:
+        InputError: no block is free, or the budget is out of reach.
+        ModelError: with `allocation=global`, the modelling file cannot hold the model.
+        NumericsError: NaN or infinity while measuring.
+    """
+    if settings.allocation == "uniform" or budget.is_zero:
+        return _decide_evenly_by_surgeon(measurements, settings, budget)
+    decoder = measurements.decoder
+    require_width_prunable(decoder)
+    free = settings.free_blocks(decoder.block_count)
+    if not free:
+        raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
+    stock = names_every_block(decoder)
+    sizes = width_sizes(decoder, stock=stock)
+    grid = Grid(rounding_for(decoder, free, settings.rounding), groups=_groups(decoder, settings.heads))
+    database = open_database(decoder, measurements.need_windows(), free, grid, options=measurements.options)
+    return (
+        PruneWidth(
+            method="obs-width",
+            settings=settings.model_dump(exclude_none=True),
+            widths=Allocation(decoder, database, sizes, budget).meet(budget),
+            choose="brain-surgeon",
+            stock=stock,
+            repair=settings.repair,
+            ridge=settings.ridge,
+            target=settings.target,
+            rounding=grid.multiple,
+            sizes=sizes,
+        ),
+    )
+
+
+def _groups(decoder: Decoder, heads: Heads) -> Groups:
+    """Return how key/value groups may go where each block has its own widths."""
+    kinds: dict[Heads, Groups] = {"last": "together", "even": "singly", "never": "never"}
+    return "never" if reason_against_heads(decoder) else kinds[heads]
 
 
 @applies(PruneWidth)

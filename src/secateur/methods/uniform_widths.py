@@ -227,7 +227,9 @@ class EvenSettings(WidthSettings):
     """Settings of methods that prune all blocks alike."""
 
     heads: Heads = Field(
-        "last", description="heads go once a quarter of the channels is left (last), like the channels (even), or never"
+        "last",
+        description="heads go once a quarter of the channels is left (last), like the channels (even), or never; with "
+        "allocation=global those of a block together (last), or group by group (even)",
     )
     target: Target = Field(
         "dense",
@@ -246,6 +248,22 @@ class EvenSettings(WidthSettings):
                 raise InputError(f"ratio and {next(iter(named))} contradict each other; give one of them.")
             return super().own_amount()
         return Budget("own", next(iter(named.values())), knob=next(iter(named))) if named else None
+
+
+class SurgeonSettings(EvenSettings):
+    """Settings of `obs-width`."""
+
+    allocation: Literal["uniform", "global"] = Field(
+        "uniform",
+        description="all blocks get the same widths, or each its own, down to none, by what the loss makes of it",
+    )
+
+    def own_amount(self) -> Budget | None:
+        """Return the ratio, or the first number given, which are of uniform widths."""
+        found = super().own_amount()
+        if found is not None and self.allocation == "global":
+            raise InputError(f"{found.knob}: sets uniform widths; with allocation=global ask for an amount (--remove).")
+        return found
 
 
 class PrunerSettings(EvenSettings):

@@ -318,7 +318,8 @@ class SecateurDecoderLayer(GradientCheckpointingLayer):
         network = config.networks[layer_idx]
         self.layer_idx = layer_idx
         self.norm = ScaleFreeNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = self.mlp = None
+        self.self_attn: nn.Module | None = None
+        self.mlp: nn.Module | None = None
         if config.heads[layer_idx] and not network:
             self.self_attn = SecateurAttention(config, layer_idx, widths[0], widths[1])
         if inner and experts:

@@ -1,4 +1,4 @@
-"""Edits inside blocks: fewer heads, key/value groups and channels of the MLP, down to none: then the branch is absent."""
+"""Edits inside blocks: fewer heads, key/value groups and channels; with none left the branch is absent."""
 
 from __future__ import annotations
 

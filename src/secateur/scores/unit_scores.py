@@ -13,6 +13,8 @@ all key/value heads; the query heads of each key/value head are a group of their
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from secateur.calibration.inputs import InputSums
@@ -65,6 +67,26 @@ def cheapest_to_lose(
     Returns:
         Which units remain, (P, U) bool.
     """
+    stay = torch.ones(units.shape[:2], dtype=torch.bool, device=weight.device)
+    for gone in _losing(weight, gram, units, keep, batch, ridge):
+        stay.view(-1)[gone] = False
+    return stay
+
+
+def removal_order(
+    weight: torch.Tensor, gram: torch.Tensor, units: torch.Tensor, *, batch: int = 8, ridge: float = RIDGE
+) -> torch.Tensor:
+    """Return the numbers of the units of one group, (1, U, C), in the order in which greedy removal takes them, (U,).
+
+    The first U − k of them are what `cheapest_to_lose` removes to keep k, up to the batches. Arguments as there.
+    """
+    return torch.cat(list(_losing(weight, gram, units, 0, batch, ridge)))
+
+
+def _losing(
+    weight: torch.Tensor, gram: torch.Tensor, units: torch.Tensor, keep: int, batch: int, ridge: float
+) -> Iterator[torch.Tensor]:
+    """Yield the flat indices of the units removed together, batch after batch, until `keep` of each group are left."""
     weight, heavy = weight.clone(), gram.clone()
     heavy.diagonal().add_(strength(gram, ridge))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(heavy))
@@ -76,8 +98,8 @@ def cheapest_to_lose(
         costs[stay.sum(dim=1) <= keep] = torch.inf
         gone = _cheapest(costs, stay.sum(dim=1) - keep, batch)
         stay.view(-1)[gone] = False
+        yield gone
         forget(weight, inverse, units.flatten(0, 1)[gone].flatten())
-    return stay
 
 
 def _cheapest(costs: torch.Tensor, allowance: torch.Tensor, batch: int) -> torch.Tensor:

@@ -81,6 +81,15 @@ def writer_weights(decoder: Decoder, index: int, part: Part) -> list[torch.Tenso
     return [weight.T if isinstance(found, Conv1D) else weight]
 
 
+def silenced(decoder: Decoder, index: int, part: Part) -> dict[str, torch.Tensor]:
+    """Return parameters of block `index`, whose weights are loaded, with which one of its branches writes nothing."""
+    block, name = decoder.block_list[index], writer_of(decoder, index, part)
+    found = find(block, name)
+    if isinstance(found, nn.Parameter):
+        return {name: torch.zeros_like(found)}
+    return {path: torch.zeros_like(parameter) for path, parameter in found.named_parameters(prefix=name)}
+
+
 @dataclass(frozen=True)
 class Refit:
     """How output projections are refitted to the remaining inputs.
@@ -184,33 +193,24 @@ class _Block:
         edits: dict[str, torch.Tensor] = {}
         for part in _PARTS:
             if there[part] and not left[part]:
-                edits |= self._without(part, kept)
+                edits |= silenced(self.decoder, self.index, part)
+                (kept.heads if part == "heads" else kept.channels)[:] = False
         for batch in self.batches:
             if _of_dense(batch) in self.store:
                 dense_state = step(self.decoder, self.index, batch, self.store.get(_of_dense(batch)))
                 self.store.put(_of_dense(batch), dense_state)
         for parts in stages:
-            with _holding(self.block, edits):
+            with holding(self.block, edits):
                 measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, self.folds)
             for part, sums in measured.items():
                 edits |= self._edit(part, sums, choose, kept, dense)
-        with _holding(self.block, edits):
+        with holding(self.block, edits):
             through_block(self.decoder, self.index, self.batches, self.store)
             self.target.block(self.index, kept)
 
     @property
     def block(self) -> nn.Module:
         return self.decoder.block_list[self.index]
-
-    def _without(self, part: Part, kept: Kept) -> dict[str, torch.Tensor]:
-        """Note in `kept` that a branch is removed; return an output projection that writes nothing."""
-        (kept.heads if part == "heads" else kept.channels)[:] = False
-        name = writer_of(self.decoder, self.index, part)
-        found = find(self.block, name)
-        if isinstance(found, nn.Parameter):
-            return {name: torch.zeros_like(found)}
-        named = found.named_parameters(prefix=name)
-        return {path: torch.zeros_like(parameter) for path, parameter in named}
 
     def _edit(
         self, part: Part, sums: list[InputSums], choose: Choose, kept: Kept, dense: BlockWidths
@@ -349,7 +349,7 @@ def _add(
 
 
 @contextmanager
-def _holding(block: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def holding(block: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Give a block other parameters for a while, including a bias where it has none."""
     before: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     try:

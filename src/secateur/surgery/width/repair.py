@@ -113,9 +113,7 @@ def held_out_errors(
     """
     kept, gone = stay.nonzero().flatten(), (~stay).nonzero().flatten()
     lost = weight[:, gone]
-    plain = float(torch.sum((lost @ held_out.gram[gone][:, gone]) * lost) + held_out.lacking)
-    if held_out.cross is not None:
-        plain += 2 * float(torch.sum(lost.T * held_out.cross[gone]))
+    plain = _plain_error(lost, held_out, gone)
     gains = held_out_gains(
         fitted.gram[kept][:, kept],
         _missed(lost, fitted, kept, gone),
@@ -148,15 +146,37 @@ def rewritten(
     Returns:
         W' with zeros in the removed columns, (out, n), and what is added to the bias, (out,) or None.
     """
-    result = torch.zeros_like(weight)
-    kept, gone = stay.nonzero().flatten(), (~stay).nonzero().flatten()
-    result[:, kept] = weight[:, kept]
+    result = torch.where(stay, weight, 0.0)
     moments = sums.moments if repair else None
     mean = sums.mean() if moments is None else moments.mean()
-    if moments is not None and len(gone):
+    if moments is not None:
         moments = moments.about(mean) if bias else moments
-        left = moments.gram[kept][:, kept]
-        left.diagonal().add_(strength(moments.gram, ridge))
-        factor = torch.linalg.cholesky(left)
-        result[:, kept] += torch.cholesky_solve(_missed(weight[:, gone], moments, kept, gone), factor).T
+        result[:, stay] += correction(weight, moments, stay, ridge)
     return result, (weight - result) @ mean if bias else None
+
+
+def correction(weight: torch.Tensor, moments: Moments, stay: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return Δ = W'_K − W_K fitted on these sums, (out, K), for W (out, n) and the inputs `stay` (n,) that remain."""
+    kept, gone = stay.nonzero().flatten(), (~stay).nonzero().flatten()
+    if not len(kept) or (not len(gone) and moments.cross is None):
+        return torch.zeros_like(weight[:, kept])
+    left = moments.gram[kept][:, kept]
+    left.diagonal().add_(strength(moments.gram, ridge))
+    factor = torch.linalg.cholesky(left)
+    return torch.cholesky_solve(_missed(weight[:, gone], moments, kept, gone), factor).T
+
+
+def error_with(weight: torch.Tensor, delta: torch.Tensor, moments: Moments, stay: torch.Tensor) -> float:
+    """Return Σ w ‖W x + m − (W_K + Δ) x_K‖² over the tokens of these sums, for Δ (out, K) of the inputs that remain."""
+    kept, gone = stay.nonzero().flatten(), (~stay).nonzero().flatten()
+    right = _missed(weight[:, gone], moments, kept, gone)
+    fitted = torch.sum((delta @ moments.gram[kept][:, kept]) * delta) - 2 * torch.sum(delta.T * right)
+    return _plain_error(weight[:, gone], moments, gone) + float(fitted)
+
+
+def _plain_error(lost: torch.Tensor, moments: Moments, gone: torch.Tensor) -> float:
+    """Return Σ w ‖W_R x_R + m‖², the error of the plain slice."""
+    plain = float(torch.sum((lost @ moments.gram[gone][:, gone]) * lost) + moments.lacking)
+    if moments.cross is not None:
+        plain += 2 * float(torch.sum(lost.T * moments.cross[gone]))
+    return plain

@@ -178,7 +178,7 @@ def width_sizes(decoder: Decoder, *, stock: bool, bias: bool = False) -> WidthSi
 def _block_sizes(block: nn.Module, family: Family, widths: BlockWidths) -> BlockSizes:
     couplings = couplings_of(block, family, widths)
     counted = dict.fromkeys(("query", "group", "channel"), 0)
-    fixed = {branch: 0 for branch in ("attention", "mlp")}
+    fixed = dict.fromkeys(("attention", "mlp"), 0)
     of_attention, of_mlp = _with_branch(family, family.attention_out, 0), _with_branch(family, family.mlp_out, -1)
     for name, parameter in block.named_parameters():
         coupling = couplings.get(name)
