@@ -49,7 +49,14 @@ from secateur.plan.hidden import SliceHidden, slicing_forwards
 from secateur.plan.steps import AnyStep, Choice, PruneWidth
 from secateur.plan.width import width_forwards
 from secateur.scores.taylor import taylor_by_unit
-from secateur.scores.unit_scores import best_units, cheapest_to_lose, fluctuation, magnitude, weighted_norm
+from secateur.scores.unit_scores import (
+    activation_norm,
+    best_units,
+    cheapest_to_lose,
+    fluctuation,
+    magnitude,
+    weighted_norm,
+)
 from secateur.surgery.depth.blocks import keep_blocks
 from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
 from secateur.surgery.width.pruning import Choose, Place, Refit, prune_width
@@ -335,7 +342,13 @@ def apply(measurements: Measurements, step: PruneWidth) -> Applied:
         step.widths,
         _chooser(measurements, step.choose),
         stock=step.stock,
-        refit=Refit(repair=step.repair, ridge=step.ridge, bias=step.bias, target=step.target),
+        refit=Refit(
+            repair=step.repair,
+            ridge=step.ridge,
+            bias=step.bias,
+            target=step.target,
+            others=frozenset(step.refitted),
+        ),
         gram=step.repair or step.choose == "brain-surgeon",
         options=measurements.options,
     )
@@ -362,6 +375,7 @@ _SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {
     "fluctuation": fluctuation,
     "weighted-norm": weighted_norm,
     "magnitude": magnitude,
+    "activation-norm": activation_norm,
 }
 
 

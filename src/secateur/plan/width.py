@@ -100,7 +100,7 @@ _BRANCHES = {
 """The units of each branch."""
 
 
-Choice = Literal["fluctuation", "weighted-norm", "magnitude", "taylor", "brain-surgeon"]
+Choice = Literal["fluctuation", "weighted-norm", "magnitude", "activation-norm", "taylor", "brain-surgeon"]
 """What decides which units of a block are removed."""
 
 
@@ -121,6 +121,7 @@ class PruneWidth(Step):
         repair: refit output projections by least squares, where that is better on held-out windows.
         ridge: ridge of that fit; "auto" is chosen on held-out windows.
         target: what a refitted MLP is to write.
+        refitted: blocks whose MLP is refitted to the dense states even if nothing is removed from it.
         bias: put what a constant can compensate for into biases, where the result has a place for them.
         without_bias: blocks with an output projection that has no place for a bias.
         rounding: channels were rounded to multiples of this.
@@ -136,6 +137,7 @@ class PruneWidth(Step):
     repair: bool = True
     ridge: float | Literal["auto"] = "auto"
     target: Target = "block"
+    refitted: tuple[int, ...] = ()
     bias: bool = False
     without_bias: int = 0
     rounding: int = Field(1, ge=1)

@@ -30,6 +30,8 @@ Gone = tuple[int | Branch, ...]
 Key = tuple[int, int, Gone]
 Last = Iterator[tuple[Batch, torch.Tensor]]
 """Batches with the output of the last block."""
+Measure = Callable[[Decoder, Last], float]
+"""What counts as the loss, from the output of the last block; final norm and head are loaded."""
 
 
 class RemovalProbe:
@@ -46,7 +48,7 @@ class RemovalProbe:
         store: StateStore,
         batch_size: int | None = None,
         known: dict[Gone, float] | None = None,
-        measure: Callable[[Decoder, Last], float] = mean_loss_of,
+        measure: Measure = mean_loss_of,
     ) -> None:
         """Prepare the windows.
 
@@ -56,7 +58,7 @@ class RemovalProbe:
             store: holds the cached states; closed by its owner.
             batch_size: windows per batch; None depends on the device.
             known: losses measured earlier on this model and these windows; new ones are added.
-            measure: what counts as the loss, from the output of the last block; final norm and head are loaded.
+            measure: what counts as the loss.
         """
         self.evaluated = 0
         self._decoder = decoder

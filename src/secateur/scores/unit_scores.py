@@ -6,6 +6,7 @@
 * Wanda-sp: the same paper's structured version of Sun et al. 2024, "Wanda": Σ_i |W_ij| · ‖x_j‖₂.
 * Minitron: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation": how large a
   channel, or the output of a head, is: mean over the tokens of a window, 2-norm over windows.
+* 2SSP: Sandri et al. 2025, "2SSP: A Two-Stage Framework for Structured Pruning of LLMs": 2-norm over tokens.
 
 Legend: W (out, n), x_j one of the n inputs; P groups of U units of C inputs each: all channels are one group, so are
 all key/value heads; the query heads of each key/value head are a group of their own, because as many must go in each.
@@ -34,6 +35,11 @@ def weighted_norm(weight: torch.Tensor, sums: InputSums) -> torch.Tensor:
 def magnitude(_: torch.Tensor, sums: InputSums) -> torch.Tensor:
     """Return the score of Minitron: length of each head's output, or size of a channel, (heads or channels,)."""
     return sums.magnitudes.sqrt()
+
+
+def activation_norm(_: torch.Tensor, sums: InputSums) -> torch.Tensor:
+    """Return the score of 2SSP: the 2-norm of each input over all tokens, (n,)."""
+    return sums.squares.sqrt()
 
 
 def z_scores(values: torch.Tensor) -> torch.Tensor:

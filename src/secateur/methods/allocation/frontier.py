@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_NEAR = 400
+"""A little more is this part of the most that can be saved."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -25,7 +28,7 @@ def best_choices(branches: Sequence[Sequence[Option]], buckets: int = 4000) -> l
     """Return, for amounts saved from 0 to the most, the choice of one option per branch whose losses add up to least.
 
     Amounts are counted in `buckets` equal parts of the most that can be saved, each option rounded down, so that a
-    choice for an amount saves at least that. Amounts for which more is saved at no more loss are left out.
+    choice for an amount saves at least that. Where a little more can be saved at less loss, that is taken instead.
 
     Args:
         branches: the options of each branch; the first saves nothing and costs nothing.
@@ -48,9 +51,9 @@ def best_choices(branches: Sequence[Sequence[Option]], buckets: int = 4000) -> l
             better = candidate < padded
             padded[better], choice[better] = candidate[better], number
         best, taken = padded, [*taken, choice]
-    later = np.minimum.accumulate(np.append(np.inf, best[:0:-1]))[::-1]
-    worth = [amount for amount in range(len(best)) if best[amount] < later[amount]]
-    return [_traced(branches, taken, unit, amount) for amount in worth]
+    near = buckets // _NEAR + 1
+    cheapest = [amount + int(best[amount : amount + near].argmin()) for amount in range(len(best))]
+    return [_traced(branches, taken, unit, one) for one in dict.fromkeys(cheapest) if np.isfinite(best[one])]
 
 
 def _traced(

@@ -81,6 +81,19 @@ def writer_weights(decoder: Decoder, index: int, part: Part) -> list[torch.Tenso
     return [weight.T if isinstance(found, Conv1D) else weight]
 
 
+def parts_to_measure(keep: Widths, dense: BlockWidths) -> list[Part]:
+    """Return the parts of a block of which some units go and others stay."""
+    left = {"heads": keep.groups * keep.queries, "channels": keep.channels}
+    there = {"heads": dense.heads, "channels": dense.channels}
+    return [part for part in _PARTS if 0 < left[part] < there[part]]
+
+
+def _lost(keep: Widths, dense: BlockWidths) -> list[Part]:
+    """Return the branches of a block that go."""
+    gone: dict[Part, bool] = {"heads": dense.heads > keep.groups == 0, "channels": dense.channels > keep.channels == 0}
+    return [part for part in _PARTS if gone[part]]
+
+
 def silenced(decoder: Decoder, index: int, part: Part) -> dict[str, torch.Tensor]:
     """Return parameters of block `index`, whose weights are loaded, with which one of its branches writes nothing."""
     block, name = decoder.block_list[index], writer_of(decoder, index, part)
@@ -100,12 +113,15 @@ class Refit:
         bias: put what a constant can compensate for into biases, where the result has them.
         target: what an MLP is to write: what brings the states back to those of the dense model, where it writes them
             directly; or what it wrote before, which is what all others do, and all with a bias.
+        others: blocks whose MLP is refitted to the dense states even if nothing is removed from it, once something was
+            removed before it.
     """
 
     repair: bool = True
     ridge: Ridge = "auto"
     bias: bool = False
     target: Target = "block"
+    others: frozenset[int] = frozenset()
 
 
 REFIT = Refit()
@@ -155,15 +171,19 @@ def prune_width(
     target = WidthAssembly(decoder, widths, stock=stock, bias=refit.bias)
     folds = folds_of(windows) if gram else None
     fits: list[dict[str, Any]] = []
+    dense = [block_widths(decoder, index) for index in range(decoder.block_count)]
+    reads = refit.repair or any(parts_to_measure(*pair) for pair in zip(widths, dense, strict=True))
+    changed = False
     with open_store(decoder) as store:
-        batches = stored_start(decoder, windows, store, options.batch_size)
+        batches = stored_start(decoder, windows, store, options.batch_size) if reads else []
         if refit.repair and refit.target == "dense" and not refit.bias and writes_stream(decoder):
             for batch in batches:
                 store.put(_of_dense(batch), store.get(batch.index))
         for index in options.progress(range(decoder.block_count), "pruning widths block by block", decoder.block_count):
             with decoder.block(index):
                 walk = _Block(decoder, index, widths[index], batches, store, target, refit, folds)
-                walk.prune(choose)
+                changed |= walk.is_cut
+                walk.prune(choose, mend=changed and index in refit.others)
                 fits += walk.fits
     return Pruned(target.finish(), fits)
 
@@ -182,19 +202,25 @@ class _Block:
     folds: Folds | None
     fits: list[dict[str, Any]] = field(default_factory=list)
 
-    def prune(self, choose: Choose) -> None:
-        """Choose, refit, run the batches through, and add the block to the result."""
+    @property
+    def is_cut(self) -> bool:
+        """Whether anything is removed from it."""
+        dense = block_widths(self.decoder, self.index)
+        return bool(parts_to_measure(self.keep, dense) or _lost(self.keep, dense))
+
+    def prune(self, choose: Choose, *, mend: bool) -> None:
+        """Choose, refit, run the batches through, and add the block to the result; `mend` refits a whole MLP too."""
         dense = block_widths(self.decoder, self.index)
         kept = Kept.all_of(dense)
-        left = {"heads": self.keep.groups * self.keep.queries, "channels": self.keep.channels}
-        there = {"heads": dense.heads, "channels": dense.channels}
-        smaller: list[Part] = [part for part in _PARTS if 0 < left[part] < there[part]]
+        smaller = parts_to_measure(self.keep, dense)
+        follows_dense = any(_of_dense(batch) in self.store for batch in self.batches)
+        if mend and follows_dense and self.keep.channels == dense.channels > 0:
+            smaller.append("channels")
         stages = [smaller] if self.decoder.anatomy.parallel and smaller else [[part] for part in smaller]
         edits: dict[str, torch.Tensor] = {}
-        for part in _PARTS:
-            if there[part] and not left[part]:
-                edits |= silenced(self.decoder, self.index, part)
-                (kept.heads if part == "heads" else kept.channels)[:] = False
+        for part in _lost(self.keep, dense):
+            edits |= silenced(self.decoder, self.index, part)
+            (kept.heads if part == "heads" else kept.channels)[:] = False
         for batch in self.batches:
             if _of_dense(batch) in self.store:
                 dense_state = step(self.decoder, self.index, batch, self.store.get(_of_dense(batch)))
@@ -222,7 +248,11 @@ class _Block:
         weights = writer_weights(self.decoder, self.index, part)
         for expert, (weight, one) in enumerate(zip(weights, sums, strict=True)):
             weight, units = weight.to(one.total.device), units.to(one.total.device)
-            chosen = choose(Place(self.index, part, expert), weight, one, units, keep)
+            chosen = (
+                torch.ones(units.shape[:2], dtype=torch.bool, device=weight.device)
+                if keep == units.shape[1]
+                else choose(Place(self.index, part, expert), weight, one, units, keep)
+            )
             stay = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
             stay[units[chosen].flatten()] = True
             _note(kept, part, expert, chosen.cpu(), dense, self.keep)

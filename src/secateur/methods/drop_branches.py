@@ -1,0 +1,256 @@
+"""Methods that remove attention and MLP branches of blocks separately.
+
+* BlockPruner: Zhong et al. 2024, "BlockPruner: Fine-grained Pruning for Large Language Models".
+* FinerCut: Zhang et al. 2024, "FinerCut: Finer-grained Interpretable Layer Pruning for Large Language Models".
+* `branches` is secateur's own, after Týr-the-Pruner and SubFit (see docs/methods/branches.md): the branches whose
+  absence costs the loss least for their size, with the MLPs that remain refitted to stand in for them.
+
+A candidate is a set of branches; the budget picks one of a growing series. Skipping a branch is exact in models whose
+branches write to the residual stream directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat
+
+from secateur.calibration.walk import mean_loss_of, open_store
+from secateur.errors import InputError
+from secateur.methods.allocation.database import open_database
+from secateur.methods.allocation.levels import Grid
+from secateur.methods.allocation.widths import Allocation, cached_share
+from secateur.methods.budget import Budget, already, choose_size
+from secateur.methods.method import Measurements, Settings, method
+from secateur.models.decoder import Decoder
+from secateur.plan.steps import PruneWidth, Widths
+from secateur.scores.divergence import Distance, OutputChange
+from secateur.scores.removal import Branch, Measure, RemovalProbe
+from secateur.surgery.width.coupling import Part
+from secateur.surgery.width.target import dense_widths, names_every_block, require_width_prunable, width_sizes
+
+AllWidths = tuple[Widths, ...]
+
+
+class BranchSettings(Settings):
+    """Settings of all methods that remove branches."""
+
+    count: int | None = Field(None, ge=1, description="number of attention and MLP branches to remove; sets the amount")
+
+    def own_amount(self) -> Budget | None:
+        """Return the number of branches."""
+        return None if self.count is None else Budget("own", self.count, knob="count")
+
+
+class FinerCutSettings(BranchSettings):
+    """Settings of `finercut`."""
+
+    distance: Distance = Field(
+        "js", description="between predictions: Jensen-Shannon divergence, or the angle between the logits"
+    )
+
+
+class StandInSettings(BranchSettings):
+    """Settings of `branches`."""
+
+    repair: bool = Field(True, description="refit the remaining MLPs to stand in for what went")
+    ridge: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="regularisation toward the original weights; by default chosen on held-out windows"
+    )
+
+
+def present_branches(dense: Sequence[Widths], free: range) -> list[Branch]:
+    """Return the branches that the free blocks have, in order."""
+    parts: tuple[tuple[Part, str], ...] = (("heads", "groups"), ("channels", "channels"))
+    return [(block, part) for block in free for part, name in parts if getattr(dense[block], name)]
+
+
+def without(dense: Sequence[Widths], gone: Sequence[Branch]) -> AllWidths:
+    """Return the widths of a model without these branches."""
+    found = list(dense)
+    for block, part in gone:
+        found[block] = found[block].model_copy(update={"groups" if part == "heads" else "channels": 0})
+    return tuple(found)
+
+
+class BranchTarget:
+    """The widths among a growing series of cuts that meet a budget."""
+
+    def __init__(self, decoder: Decoder, budget: Budget) -> None:
+        """Count the sizes of a model; the attributes are those of `PruneWidth`.
+
+        Raises:
+            InputError: the model is within the budget as it is.
+            ModelError: it cannot lose branches.
+        """
+        require_width_prunable(decoder)
+        self.stock = names_every_block(decoder)
+        self.sizes = width_sizes(decoder, stock=self.stock)
+        self.dense = dense_widths(decoder)
+        self._budget, self._total = budget, decoder.parameter_count
+        whole = self._total if budget.cost is None else budget.cost.total
+        if budget.aim != "own" and budget.limit(whole) >= whole:
+            raise InputError(already(budget, whole))
+        self._wanted = budget.limit(whole) if budget.aim != "own" else 0.0
+
+    def choose(self, series: Iterator[tuple[Branch, ...]]) -> AllWidths:
+        """Return the widths; the series is read only as far as needed.
+
+        Raises:
+            InputError: the budget is out of reach.
+        """
+        tried: list[AllWidths] = []
+        for gone in series:
+            widths = without(self.dense, gone)
+            if all(one.is_empty for one in widths):
+                break
+            tried.append(widths)
+            if self._budget.aim == "own":
+                if len(gone) == self._budget.value:
+                    return widths
+            elif self._weight(widths) <= self._wanted:
+                break
+        if self._budget.aim == "own":
+            raise InputError(f"count={self._budget.value}: at most {len(tried)} can be removed; one must remain.")
+        left = [self.sizes.sizes_at(one).total for one in tried]
+        kept = [[block for block, own in enumerate(one) if not own.is_empty] for one in tried]
+        cached = [cached_share(one, self.dense) for one in tried]
+        return tried[choose_size(self._budget, left, self._total, kept, cached)]
+
+    def _weight(self, widths: AllWidths) -> float:
+        left = self.sizes.sizes_at(widths).total
+        if self._budget.cost is None:
+            return left
+        kept = [block for block, own in enumerate(widths) if not own.is_empty]
+        return self._budget.cost.weigh(kept, left, cached_share(widths, self.dense))
+
+    def step(self, name: str, settings: Settings, widths: AllWidths, **more: Any) -> PruneWidth:
+        """Return the step that keeps these widths; without repair unless `more` says so."""
+        given: dict[str, Any] = {"choose": "magnitude", "repair": False} | more
+        recorded = settings.model_dump(exclude_none=True)
+        return PruneWidth(method=name, settings=recorded, widths=widths, stock=self.stock, sizes=self.sizes, **given)
+
+
+def free_blocks(decoder: Decoder, settings: Settings) -> range:
+    """Return the blocks that are not protected.
+
+    Raises:
+        InputError: there is none.
+    """
+    free = settings.free_blocks(decoder.block_count)
+    if not free:
+        raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
+    return free
+
+
+def greedily(
+    measurements: Measurements, choices: Sequence[Branch], measure: Measure = mean_loss_of
+) -> Iterator[tuple[Branch, ...]]:
+    """Yield 1, 2, 3, … branches: each time the one whose absence costs least, given those that are gone."""
+    decoder, options = measurements.decoder, measurements.options
+    with open_store(decoder) as store:
+        probe = RemovalProbe(decoder, measurements.need_windows(), store, options.batch_size, measure=measure)
+        probe.loss(())
+        left, gone = list(choices), tuple[Branch, ...]()
+        while left:
+            trials = options.progress(list(left), f"leaving out branch {len(gone) + 1}", len(left))
+            losses = {one: probe.loss((*gone, one)) for one in trials}
+            best = min(losses, key=lambda one: (losses[one], one))
+            gone = (*gone, best)
+            left.remove(best)
+            probe.fix(gone)
+            yield gone
+
+
+def _greedy_forwards(blocks: int, gone: int, settings: BranchSettings) -> float:
+    """Return the cost of removing two branches for each block's worth: all candidates, half of the blocks each."""
+    return 1 + (settings.count or 2 * gone) * blocks
+
+
+@method(
+    order=20,
+    name="blockpruner",
+    summary="greedily remove the attention or MLP branch whose absence costs the least loss, one after the other",
+    paper="Zhong et al. 2024, BlockPruner",
+    settings=BranchSettings,
+    native=None,
+    forwards=_greedy_forwards,
+)
+def decide_blockpruner(measurements: Measurements, settings: BranchSettings, budget: Budget) -> Sequence[PruneWidth]:
+    """Remove branches greedily by the loss without them.
+
+    Raises:
+        InputError: no block is free, or the budget is out of reach.
+        ModelError: the modelling file cannot hold the model.
+        NumericsError: NaN or infinity while measuring.
+    """
+    target = BranchTarget(measurements.decoder, budget)
+    choices = present_branches(target.dense, free_blocks(measurements.decoder, settings))
+    series = greedily(measurements, choices)
+    return (target.step("blockpruner", settings, target.choose(series)),)
+
+
+@method(
+    order=20,
+    name="finercut",
+    summary="greedily remove the attention or MLP branch whose absence changes the output least",
+    paper="Zhang et al. 2024, FinerCut",
+    settings=FinerCutSettings,
+    native=None,
+    forwards=_greedy_forwards,
+)
+def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budget: Budget) -> Sequence[PruneWidth]:
+    """Remove branches greedily by the change of the output distribution.
+
+    Raises:
+        InputError: no block is free, or the budget is out of reach.
+        ModelError: the modelling file cannot hold the model.
+        NumericsError: NaN or infinity while measuring.
+    """
+    target = BranchTarget(measurements.decoder, budget)
+    choices = present_branches(target.dense, free_blocks(measurements.decoder, settings))
+    with open_store(measurements.decoder) as store:
+        series = greedily(measurements, choices, OutputChange(store, settings.distance))
+        return (target.step("finercut", settings, target.choose(series)),)
+
+
+@method(
+    order=20,
+    name="branches",
+    summary="remove the attention and MLP branches the loss needs least for their size; the MLPs left stand in",
+    paper="secateur's own (docs/methods/branches.md)",
+    settings=StandInSettings,
+    native=None,
+    forwards=lambda _blocks, _gone, _settings: 6.0,
+    apply_forwards=lambda settings, _tokens: 3.0 * settings.repair,
+)
+def decide_branches(measurements: Measurements, settings: StandInSettings, budget: Budget) -> Sequence[PruneWidth]:
+    """Remove the branches at the least expected loss for the budget.
+
+    Raises:
+        InputError: no block is free, or the budget is out of reach.
+        ModelError: the modelling file cannot hold the model.
+        NumericsError: NaN or infinity while measuring.
+    """
+    decoder = measurements.decoder
+    target, free = BranchTarget(decoder, budget), free_blocks(decoder, settings)
+    grid = Grid(multiple=1, most=1, groups="together")
+    database = open_database(decoder, measurements.need_windows(), free, grid, options=measurements.options)
+    allocation = Allocation(decoder, database, target.sizes, budget)
+    if budget.aim == "own":
+        widths = next((one for one in allocation.path if _lost(one, target.dense) >= budget.value), None)
+        if widths is None:
+            raise InputError(f"count={budget.value}: at most {2 * len(free)} can be removed.")
+    else:
+        widths = allocation.meet(budget)
+    refit = {"repair": True, "ridge": settings.ridge, "target": "dense", "refitted": tuple(free)}
+    return (target.step("branches", settings, widths, **(refit if settings.repair else {})),)
+
+
+def _lost(widths: Sequence[Widths], dense: Sequence[Widths]) -> int:
+    """Count the branches that are gone."""
+    return sum(
+        bool(before.groups and not own.groups) + bool(before.channels and not own.channels)
+        for own, before in zip(widths, dense, strict=True)
+    )

@@ -1,0 +1,89 @@
+"""2SSP: fewer channels first, as many in every block, then attention branches.
+
+Sandri et al. 2025, "2SSP: A Two-Stage Framework for Structured Pruning of LLMs" (TMLR). How much the two stages take
+follows from the amount (equation 5): of L blocks N = round(L · s^(m / (α a))) lose their attention, s being the share
+of what is inside blocks that goes, a and m the parameters of attention and MLP of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field, PositiveFloat
+
+from secateur.methods.allocation.widths import cached_share
+from secateur.methods.budget import Budget, choose_size
+from secateur.methods.drop_branches import AllWidths, BranchTarget, free_blocks, greedily, present_branches, without
+from secateur.methods.method import Measurements, Settings, apply_step, method
+from secateur.methods.uniform_widths import rounded, rounding_for
+from secateur.plan.steps import PruneWidth
+
+_SHARES = 1000
+
+
+class TwoStageSettings(Settings):
+    """Settings of `2ssp`."""
+
+    alpha: PositiveFloat = Field(1.5, description="the larger, the more attention branches go (the paper's α)")
+    rounding: int | None = Field(
+        None, ge=1, description="channels stay in multiples of this; by default 256, 64, 8 or 1, by the MLP's width"
+    )
+
+
+@method(
+    order=20,
+    name="2ssp",
+    summary="remove the channels of smallest activations, as many in every block, then attention by the loss without it",
+    paper="Sandri et al. 2025, 2SSP",
+    settings=TwoStageSettings,
+    native=None,
+    forwards=lambda blocks, _gone, _settings: 5.0 + blocks,
+    apply_forwards=lambda _settings, _tokens: 3.0,
+)
+def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budget) -> Sequence[PruneWidth]:
+    """Remove channels, then choose attention branches on the model without them.
+
+    Raises:
+        InputError: no block is free, or the budget is out of reach.
+        ModelError: the modelling file cannot hold the model.
+        NumericsError: NaN or infinity while measuring.
+    """
+    decoder = measurements.decoder
+    target, free = BranchTarget(decoder, budget), free_blocks(decoder, settings)
+    multiple = rounding_for(decoder, free, settings.rounding)
+    path = list(dict.fromkeys(_at(share / _SHARES, target, free, settings.alpha, multiple) for share in range(_SHARES)))
+    path = [one for one in path if one != target.dense]
+    left = [target.sizes.sizes_at(one).total for one in path]
+    cached = [cached_share(one, target.dense) for one in path]
+    wanted = path[choose_size(budget, left, decoder.parameter_count, cached=cached)]
+    count = sum(not own.groups for own in wanted)
+    narrow = tuple(
+        before.model_copy(update={"channels": own.channels}) for own, before in zip(wanted, target.dense, strict=True)
+    )
+    first = target.step("2ssp", settings, narrow, choose="activation-norm", rounding=multiple)
+    if not count:
+        return (first,)
+    after = measurements.on(apply_step(measurements, first).decoder)
+    second = BranchTarget(after.decoder, Budget("own", count))
+    choices = [one for one in present_branches(second.dense, free) if one[1] == "heads"]
+    gone = next(found for found in greedily(after, choices) if len(found) == count)
+    drop = second.step("2ssp", settings, without(second.dense, gone))
+    return (drop,) if narrow == target.dense else (first, drop)
+
+
+def _at(share: float, target: BranchTarget, free: range, alpha: float, multiple: int) -> AllWidths:
+    """Return widths without this share of what is inside the free blocks; the first blocks stand for any."""
+    dense = target.dense
+    inside = {block: target.sizes.blocks[block] for block in free}
+    one, whole = inside[free[0]], dense[free[0]]
+    attention = one.parameters_at(whole) - one.parameters_at(whole.model_copy(update={"groups": 0}))
+    mlp = one.channel * whole.channels
+    count = round(len(free) * share ** (mlp / attention / alpha)) if attention else 0
+    amount = share * sum(sizes.parameters_at(dense[block]) for block, sizes in inside.items()) - count * attention
+    channels = sum(inside[block].channel * dense[block].channels for block in free)
+    fraction = min(1.0, max(0.0, amount / max(1, channels)))
+    found = list(without(dense, [(block, "heads") for block in free[:count]]))
+    for block in free:
+        narrow = rounded((1 - fraction) * dense[block].channels, dense[block].channels, multiple)
+        found[block] = found[block].model_copy(update={"channels": narrow})
+    return tuple(found)
