@@ -33,7 +33,7 @@ class TwoStageSettings(Settings):
 @method(
     order=20,
     name="2ssp",
-    summary="remove the channels of smallest activations, as many in every block, then attention by the loss without it",
+    summary="remove channels of the smallest activations, as many in every block, then attention by the loss",
     paper="Sandri et al. 2025, 2SSP",
     settings=TwoStageSettings,
     native=None,

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import torch
 
 from secateur.calibration.folds import folds_of
-from secateur.calibration.inputs import InputSums, Moments
+from secateur.calibration.inputs import InputSums
 from secateur.calibration.ridge import UNJUDGED
 from secateur.calibration.walk import open_store, stored_start, through_block
 from secateur.data.windows import Windows
@@ -108,6 +108,9 @@ def measure_levels(
         NumericsError: NaN or infinity on the way.
     """
     folds = folds_of(windows)
+    judged = folds.held_out if bool(folds.held_out.any()) else torch.ones_like(folds.held_out)
+    tokens = torch.full((len(windows),), windows.seq_len) if windows.mask is None else windows.mask.sum(dim=1)
+    scale = float((folds.weight * tokens)[judged].sum()) * decoder.hidden_size
     last = max((index for index in free if index not in known), default=-1) + 1
     if not last:
         return
@@ -123,7 +126,7 @@ def measure_levels(
                     found = []
                     for part in parts:
                         weights = writer_weights(decoder, index, part)
-                        found.append(_branch(index, part, dense, levels[part], weights, sums[part]))
+                        found.append(_branch(index, part, dense, levels[part], weights, sums[part], scale))
                     yield index, found
                 through_block(decoder, index, batches, store)
 
@@ -138,6 +141,7 @@ def _branch(
     levels: tuple[int, ...],
     weights: list[torch.Tensor],
     sums: list[InputSums],
+    scale: float,
 ) -> tuple[Branch, Writers]:
     units = units_of(part, dense, Widths(groups=0, queries=dense.queries, channels=0))[0]
     probe = len(levels) // 2
@@ -152,13 +156,9 @@ def _branch(
             stay = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
             stay[inputs[0, order[: len(order) - keep]].flatten()] = False
             delta = correction(weight, one.fitted, stay, UNJUDGED)
-            errors[place] += error_with(weight, delta, judged, stay) / _weight_of(judged)
+            errors[place] += error_with(weight, delta, judged, stay) / scale
             if place == probe:
                 writer = torch.zeros_like(weight)
                 writer[:, stay] = weight[:, stay] + delta
                 writers.append(writer.float().cpu())
     return Branch(block, part, levels, tuple(errors.cummax(dim=0).values.tolist()), probe), tuple(writers)
-
-
-def _weight_of(moments: Moments) -> float:
-    return float(moments.weight.clamp_min(torch.finfo(torch.float64).tiny))

@@ -1,0 +1,243 @@
+"""Every block its own width: the dynamic program against all choices, levels and losses against models made by hand."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+
+from oracles import draw_windows, plain_loss
+from secateur import make_plan, prune
+from secateur.calibration.folds import folds_of
+from secateur.calibration.ridge import UNJUDGED
+from secateur.errors import InputError, ModelError
+from secateur.methods.allocation import database
+from secateur.methods.allocation.database import open_database
+from secateur.methods.allocation.frontier import Option, best_choices
+from secateur.methods.allocation.levels import Branch, Grid, measure_levels
+from secateur.methods.allocation.sensitivity import Reaction, judging_windows
+from secateur.methods.allocation.widths import Allocation, expected_losses
+from secateur.methods.budget import Budget
+from secateur.models.anatomy import find
+from secateur.models.widths import block_widths
+from secateur.scores.unit_scores import cheapest_to_lose, removal_order
+from secateur.surgery.width.target import width_sizes
+from tiny_models import build
+
+WINDOWS = draw_windows(windows=8)
+GRID = Grid(multiple=8, groups="singly")
+WRITERS = {"heads": "self_attn.o_proj", "channels": "mlp.down_proj"}
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_dynamic_program_finds_the_best_of_all_choices(seed):
+    generator = torch.Generator().manual_seed(seed)
+    branches = []
+    for _ in range(5):
+        saved = torch.randint(1, 6, (3,), generator=generator).cumsum(0).tolist()
+        losses = torch.rand(3, generator=generator).cumsum(0).tolist()
+        pairs = zip(saved, losses, strict=True)
+        branches.append([Option(0, 0.0), *(Option(float(amount), loss) for amount, loss in pairs)])
+    most = sum(options[-1].saved for options in branches)
+    found = best_choices(branches, buckets=int(most))  # each bucket is one unit
+    totals = {}
+    for choice in itertools.product(range(4), repeat=5):
+        saved = sum(branches[place][level].saved for place, level in enumerate(choice))
+        loss = sum(branches[place][level].loss for place, level in enumerate(choice))
+        totals[saved] = min(totals.get(saved, torch.inf), loss)
+    for choice in found:
+        saved = sum(branches[place][level].saved for place, level in enumerate(choice))
+        loss = sum(branches[place][level].loss for place, level in enumerate(choice))
+        assert loss == pytest.approx(totals[saved])
+    assert len(found) == len(set(found)) > 5
+    assert found[0] == (0,) * 5
+
+
+def test_nothing_to_save():
+    assert best_choices([[Option(0.0, 0.0)], [Option(0.0, 0.0)]]) == [(0, 0)]
+
+
+def test_the_order_of_removal_begins_with_what_greedy_removal_takes():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    weight, gram = torch.randn(5, 12, generator=generator, dtype=torch.float64), inputs.T @ inputs
+    units = torch.arange(12).view(1, 6, 2)
+    order = removal_order(weight, gram, units, batch=1)
+    assert sorted(order.tolist()) == list(range(6))
+    for keep in range(1, 6):
+        stay = cheapest_to_lose(weight, gram, units, keep, batch=1)[0]
+        assert set(order[: 6 - keep].tolist()) == set((~stay).nonzero().flatten().tolist())
+
+
+def inputs_of(block, part):
+    """What enters an output projection, window after window, and the residual stream that leaves the block."""
+    module, seen = build("llama", blocks=4), {}
+    layer = module.model.layers[block]
+    find(layer, WRITERS[part]).register_forward_pre_hook(lambda _, args: seen.update(inputs=args[0]))
+    layer.register_forward_hook(lambda _m, _a, out: seen.update(leaves=out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        module(WINDOWS.tokens)
+    return seen["inputs"].double(), seen["leaves"].double(), find(layer, WRITERS[part]).weight.detach().double()
+
+
+@pytest.mark.parametrize("part", ["heads", "channels"])
+def test_errors_are_those_of_a_ridge_regression_on_held_out_windows(tiny, part):
+    """Straight line: fit on three windows of four, judge on the fourth, every token relative to the stream."""
+    decoder = tiny("llama", blocks=4)
+    found = {(one.block, one.part): (one, writers[0]) for _, rows in levels(decoder) for one, writers in rows}
+    branch, writer = found[1, part]
+    inputs, leaves, weight = inputs_of(1, part)
+    held_out = folds_of(WINDOWS).held_out
+    assert held_out.any()
+    heavy = 1 / leaves.square().mean(-1)
+    stay = (writer != 0).any(dim=0)
+    per_unit = 1 if part == "channels" else weight.shape[1] // branch.keep[0]
+    assert int(stay.sum()) == branch.keep[branch.probe] * per_unit
+    x, w = inputs[~held_out].flatten(0, 1), heavy[~held_out].flatten()
+    gram = (x * w[:, None]).T @ x
+    ridge = UNJUDGED * gram.diagonal().mean() * torch.eye(int(stay.sum()), dtype=torch.float64)
+    right = gram[stay][:, ~stay] @ weight[:, ~stay].T
+    expected = weight[:, stay] + torch.linalg.solve(gram[stay][:, stay] + ridge, right).T
+    torch.testing.assert_close(writer[:, stay].double(), expected, rtol=1e-4, atol=1e-5)
+    x, w = inputs[held_out].flatten(0, 1), heavy[held_out].flatten()
+    wrong = x @ weight.T - x[:, stay] @ expected.T
+    error = (w * wrong.square().mean(-1)).mean()
+    assert branch.errors[branch.probe] == pytest.approx(float(error), rel=1e-4)
+    assert branch.errors[0] == 0
+    assert list(branch.errors) == sorted(branch.errors)
+
+
+def levels(decoder, **more):
+    return list(measure_levels(decoder, WINDOWS, range(4), GRID, **more))
+
+
+def test_levels_go_from_all_to_none(tiny):
+    decoder = tiny("llama", blocks=4)
+    dense = block_widths(decoder, 0)
+    assert GRID.of("heads", dense) == tuple(range(dense.groups, -1, -1))
+    assert Grid(8).of("heads", dense) == (dense.groups, 0)
+    assert Grid(8, groups="never").of("heads", dense) == (dense.groups,)
+    channels = GRID.of("channels", dense)
+    assert (channels[0], channels[-1]) == (dense.channels, 0)
+    assert all(one % 8 == 0 for one in channels[1:])
+    assert Grid(multiple=1, most=1).of("channels", dense) == (dense.channels, 0)
+
+
+def test_reactions_are_the_loss_of_models_changed_in_one_branch(tiny):
+    decoder = tiny("llama", blocks=4)
+    rows = [row for _, found in levels(decoder) for row in found]
+    found = open_database(decoder, WINDOWS, range(4), GRID)
+    judged = judging_windows(WINDOWS)
+    assert judged.tokens.tolist() == WINDOWS.tokens[folds_of(WINDOWS).held_out].tolist()
+    dense = plain_loss(build("llama", blocks=4), judged)
+    for (branch, writers), reaction in zip(rows, found.reactions, strict=True):
+        for weight, measured in ((writers[0], reaction.probe), (torch.zeros_like(writers[0]), reaction.removed)):
+            module = build("llama", blocks=4)
+            with torch.no_grad():
+                find(module.model.layers[branch.block], WRITERS[branch.part]).weight.copy_(weight)
+            assert plain_loss(module, judged) - dense == pytest.approx(measured, abs=1e-5)
+
+
+def test_expected_losses_go_through_what_was_measured():
+    branch = Branch(0, "channels", (8, 6, 4, 2, 0), (0.0, 0.1, 0.2, 0.4, 1.0), 2)
+    found = expected_losses(branch, Reaction(0.5, 2.1))
+    assert found == pytest.approx((0.0, 0.25, 0.5, 0.9, 2.1))
+    assert expected_losses(branch, Reaction(-0.1, -0.2)) == (0.0,) * 5, "noise below nothing counts as nothing"
+
+
+def test_measured_once(tiny, monkeypatch):
+    decoder = tiny("llama", blocks=4)
+    first = open_database(decoder, WINDOWS, range(4), GRID)
+    monkeypatch.setattr(database, "measure_levels", None)
+    monkeypatch.setattr(database, "reactions", None)
+    assert open_database(decoder, WINDOWS, range(4), GRID) == first
+    with pytest.raises(TypeError):
+        open_database(decoder, draw_windows(windows=8, seed=1), range(4), GRID)
+    with pytest.raises(TypeError):
+        open_database(decoder, WINDOWS, range(3), GRID)
+
+
+def test_an_interrupted_measurement_goes_on(tiny, monkeypatch):
+    decoder = tiny("llama", blocks=4)
+    true_levels, blocks = measure_levels, []
+
+    def killed(*given, **more):
+        for index, rows in true_levels(*given, **more):
+            if index == 2 and not blocks:
+                raise KeyboardInterrupt
+            yield index, rows
+
+    def counted(*given, **more):
+        for index, rows in true_levels(*given, **more):
+            blocks.append(index)
+            yield index, rows
+
+    monkeypatch.setattr(database, "measure_levels", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_database(decoder, WINDOWS, range(4), GRID)
+    monkeypatch.setattr(database, "measure_levels", counted)
+    found = open_database(decoder, WINDOWS, range(4), GRID)
+    assert blocks == [2, 3]
+    monkeypatch.setenv("SECATEUR_CACHE", "elsewhere-in-memory")
+    assert [dataclasses.asdict(one) for _, rows in levels(decoder) for one, _ in rows] == [
+        dataclasses.asdict(one) for one in found.branches
+    ]
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[1, 2]", '{"branches": [{}], "reactions": []}'])
+def test_damaged_measurements_are_made_again(tiny, damage, tmp_path):
+    decoder = tiny("llama", blocks=4)
+    first = open_database(decoder, WINDOWS, range(4), GRID)
+    (file,) = tmp_path.rglob("levels.json")
+    file.write_text(damage)
+    assert open_database(decoder, WINDOWS, range(4), GRID) == first
+    assert json.loads(file.read_text())["branches"]
+
+
+@pytest.mark.parametrize("heads", ["last", "even", "never"])
+@pytest.mark.parametrize("amount", [{"remove": 0.2}, {"target_params": 40_000}])
+def test_amounts_are_met(tiny, heads, amount):
+    decoder = tiny("llama", blocks=4)
+    settings = {"allocation": "global", "heads": heads, "rounding": 8}
+    plan = make_plan(decoder, method="obs-width", texts=WINDOWS, settings=settings, **amount)
+    if "remove" in amount:
+        assert abs(plan.removed_fraction - 0.2) < 0.03
+    else:
+        assert 0.9 * 40_000 < plan.parameters_after <= 40_000
+    (step,) = plan.steps
+    groups = {one.groups for one in step.widths}
+    assert groups <= {"last": {0, 2}, "even": {0, 1, 2}, "never": {2}}[heads]
+    pruned = prune(decoder, plan, texts=WINDOWS)
+    assert pruned.parameter_count == plan.parameters_after
+
+
+def test_cheaper_branches_give_more(tiny):
+    decoder = tiny("llama", blocks=4)
+    measured = open_database(decoder, WINDOWS, range(4), GRID)
+    worth = [
+        Reaction(0.001, 0.002) if (one.block, one.part) == (2, "channels") else Reaction(1.0, 2.0)
+        for one in measured.branches
+    ]
+    budget = Budget("remove", 0.07)
+    sizes = width_sizes(decoder, stock=False)
+    found = Allocation(decoder, dataclasses.replace(measured, reactions=tuple(worth)), sizes, budget).meet(budget)
+    assert found[2].channels < found[2].groups * 24
+    assert all(one == sizes.blocks[0].dense for block, one in enumerate(found) if block != 2)
+
+
+def test_uniform_amounts_contradict_it(tiny):
+    with pytest.raises(InputError, match="ffn: sets uniform widths; with allocation=global ask for an amount"):
+        make_plan(
+            tiny("llama", blocks=4), method="obs-width", texts=WINDOWS, settings={"allocation": "global", "ffn": 8}
+        )
+
+
+def test_families_that_the_modelling_file_cannot_hold(tiny):
+    with pytest.raises(ModelError, match="modelling file"):
+        make_plan(tiny("gemma2"), method="obs-width", texts=WINDOWS, remove=0.2, settings={"allocation": "global"})
