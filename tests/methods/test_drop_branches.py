@@ -1,4 +1,4 @@
-"""Attention and MLP removed separately: what is chosen, against models with branches silenced by hand, and the result."""
+"""Attention and MLP removed separately: what is chosen, what the result computes, and what it has left."""
 
 import itertools
 

@@ -355,7 +355,7 @@ def test_edited_plans(tiny, tmp_path):
 
     for change, says in (
         ({"channels": 49}, "keeps 49 channels in block 2; there are 48"),
-        ({"channels": 0}, "greater than or equal to 1"),
+        ({"channels": -1}, "greater than or equal to 0"),
         ({"groups": 1, "queries": 1}, "only one of them may go"),
     ):
         with pytest.raises(InputError, match=says):

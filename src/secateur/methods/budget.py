@@ -263,22 +263,31 @@ def with_cost(budget: Budget, decoder: Decoder, speed_model: SpeedModel | None) 
     return dataclasses.replace(budget, cost=dataclasses.replace(cost, dense=dense))
 
 
+def sizes_of(decoder: Decoder) -> Sizes:
+    """Return the sizes of a model with the units of each block."""
+    inside = decoder.block_parameter_counts()
+    return Sizes(inside, decoder.parameter_count - sum(inside), unit_counts(decoder))
+
+
+def cached_after(dense: Sizes, kept: Sequence[int], left: Sizes) -> Cached:
+    """Return the share of its cache that each kept block keeps, which follows its key/value groups."""
+    before, after = (one.units.get(UnitKind.KEY_VALUE_GROUP) for one in (dense, left))
+    if before is None or after is None:
+        return WHOLE
+    return {block: now / max(1, before[block]) for block, now in zip(kept, after, strict=True)}
+
+
 def expected(budget: Budget, decoder: Decoder, steps: Sequence[AnyStep]) -> dict[str, Any]:
     """Return what a target is based on, and what these last steps on this model are expected to reach."""
     cost = budget.cost
     if cost is None:
         return {}
     kept = tuple(range(decoder.block_count))
-    inside, units = decoder.block_parameter_counts(), unit_counts(decoder)
-    sizes = Sizes(inside, decoder.parameter_count - sum(inside), units)
+    dense = sizes = sizes_of(decoder)
     for step in steps:
         kept = tuple(kept[place] for place in step.kept_blocks(len(kept)))
         sizes = step.sizes_after(sizes)
-    groups, dense = sizes.units.get(UnitKind.KEY_VALUE_GROUP), units.get(UnitKind.KEY_VALUE_GROUP)
-    cached = WHOLE
-    if groups is not None and dense is not None:
-        cached = {block: now / max(1, dense[block]) for block, now in zip(kept, groups, strict=True)}
-    left = cost.weigh(kept, sizes.total, cached) if steps else cost.total
+    left = cost.weigh(kept, sizes.total, cached_after(dense, kept, sizes)) if steps else cost.total
     if cost.unit == "bytes":
         return {"bytes": int(left), "dense_bytes": int(cost.dense)} | cost.facts
     return {"speedup": round(cost.dense / left, 4), "seconds": left, "dense_seconds": cost.dense} | cost.facts

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from secateur.data.texts import windows_for, without_own
 from secateur.data.windows import Windows
 from secateur.errors import InputError
-from secateur.methods.budget import Budget, choose_blocks, choose_size
+from secateur.methods.budget import Budget, cached_after, choose_blocks, choose_size, sizes_of
 from secateur.methods.drop_blocks import WindowSettings
 from secateur.methods.method import Applied, Measurements, applies, method
 from secateur.modeling import SecateurConfig
@@ -29,7 +29,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.forward import Call
 from secateur.plan.amount import read_count
 from secateur.plan.replace import training_forwards
-from secateur.plan.steps import DropBlocks, Loss, Pairs, ReplaceBlocks, Sizes, Span
+from secateur.plan.steps import DropBlocks, Loss, Pairs, ReplaceBlocks, Span
 from secateur.scores.profile import Scores
 from secateur.surgery.assembly import Tensors
 from secateur.surgery.depth.blocks import keep_blocks, require_one_basis, with_block_tensors
@@ -135,9 +135,11 @@ def decide(
                 f"blocks={int(budget.value)}: at most {most} blocks can be removed, with one network in their place."
             )
         return (steps[int(budget.value) - 1],)
-    left = [step.sizes_after(Sizes(sizes, total - sum(sizes))).total for step in steps]
+    dense = sizes_of(decoder)
+    after = [step.sizes_after(dense) for step in steps]
     kept = [step.kept_blocks(decoder.block_count) for step in steps]
-    return (steps[choose_size(budget, left, total, kept)],)
+    cached = [cached_after(dense, *one) for one in zip(kept, after, strict=True)]
+    return (steps[choose_size(budget, [one.total for one in after], total, kept, cached)],)
 
 
 def _step(decoder: Decoder, settings: StreamlineSettings, window: Span, scores: Scores) -> ReplaceBlocks:
