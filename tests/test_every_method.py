@@ -20,7 +20,7 @@ from secateur.models.forward import capture, logits, run_block
 from secateur.run_options import RunOptions
 from tiny_models import OTHER_FAMILIES, VARIANTS, VOCABULARY, save_tiny
 
-DROP, SLICE, NARROW, SHARE = {"blocks": 2}, {"slice": 0.25}, {"ratio": 0.2}, {"remove": 0.25}
+DROP, SLICE, NARROW, SHARE, LITTLE = {"blocks": 2}, {"slice": 0.25}, {"ratio": 0.2}, {"remove": 0.25}, {"remove": 0.15}
 ENDS = {"protect_first": 2, "protect_last": 1}
 """By itself it protects six blocks, which is all there are here."""
 BRIEF = {"batch_size": 3, "evaluations": 1, "learning_rate": 1e-2, "pairs": "recompute"}
@@ -47,6 +47,11 @@ CASES = [
     ("stock-slicing", SLICE, {"bases": 2, "sensitivity": False}),
     ("flap", NARROW, {}),
     ("obs-width", NARROW, {"heads": "last"}),
+    ("obs-width", LITTLE, {"allocation": "global", "heads": "even", "rounding": 8}),
+    ("blockpruner", SHARE, {}),
+    ("finercut", SHARE, {}),
+    ("2ssp", SHARE, {"rounding": 8}),
+    ("branches", LITTLE, {}),
     ("auto", SHARE, {"trials": 3, "depth": "replaceme,streamline", "width": "none,obs-width"}),
 ]
 ALIKE = {"wanda-sp", "llm-pruner", "minitron-width"}
@@ -64,8 +69,13 @@ FOR_A_FEW: list[dict] = [
     {"criterion": "magnitude"},
     {"choose": "cosine"},
     {"bases": 2},
+    {"allocation": "global"},
 ]
 """Settings under which the same surgery is done as in another case: a few families stand for all."""
+
+BRANCH_METHODS = ("blockpruner", "finercut", "2ssp", "branches")
+"""They share their surgery: a few families stand for all."""
+WIDTH_METHODS = ("flap", "obs-width", *BRANCH_METHODS)
 
 REFUSED = {
     ("swm", "qwen3_moe-step"): "neighbouring blocks differ in shape everywhere",
@@ -80,11 +90,12 @@ REFUSED = {
         for name in ("gemma2", "gemma3_text", "olmo2", "opt-post-norm", "secateur", *OTHER_FAMILIES)
     },
     **{
-        ("flap", name): "need the modelling file, which cannot hold this model"
+        (method, name): "need the modelling file, which cannot hold this model"
+        for method in ("flap", "obs-width global", *BRANCH_METHODS)
         for name in ("gemma2", "gemma3_text", "olmo2", "opt-post-norm")
     },
-    **{(method, "secateur"): "experts of a model with its modelling file" for method in ("flap", "obs-width")},
-    **{(method, name): "which rows and columns" for method in ("flap", "obs-width") for name in OTHER_FAMILIES},
+    **{(method, "secateur"): "experts of a model with its modelling file" for method in WIDTH_METHODS},
+    **{(method, name): "which rows and columns" for method in WIDTH_METHODS for name in OTHER_FAMILIES},
 }
 """Methods that cannot cut a family, and why."""
 
@@ -153,17 +164,19 @@ def test_every_method_has_a_case():
 @pytest.mark.parametrize(("method", "amount", "settings"), CASES, ids=lambda value: str(value))
 def test_contract(opened, method, amount, settings, folders_to_reopen, tmp_path_factory):
     name, models = opened
-    if name not in FEW_FAMILIES and any(one.items() <= settings.items() for one in FOR_A_FEW):
+    few = method in BRANCH_METHODS or any(one.items() <= settings.items() for one in FOR_A_FEW)
+    if name not in FEW_FAMILIES and few:
         pytest.skip("a few families stand for all")
     if method == "auto" and name not in REFUSING_FAMILIES:
         pytest.skip("it applies other methods, which have their own cases")
     before = models.answers
-    if amount is not SHARE:  # a share of nothing is an error
+    if "remove" not in amount:  # a share of nothing is an error
         nothing = plan_for(models.memory, method, dict.fromkeys(amount, 0), settings)
         assert torch.equal(answers(cut(models.memory, nothing)), before)
         assert nothing.parameters_after == nothing.parameters_before == models.memory.parameter_count
 
-    refused = REFUSED.get((f"{method} {settings.get('network', '')}".strip(), name)) or REFUSED.get((method, name))
+    kind = f"{method} {settings.get('network') or settings.get('allocation', '')}".strip()
+    refused = REFUSED.get((kind, name)) or REFUSED.get((method, name))
     if refused:
         for decoder in (models.memory, models.skeleton):
             with pytest.raises(SecateurError, match=refused):
@@ -178,7 +191,7 @@ def test_contract(opened, method, amount, settings, folders_to_reopen, tmp_path_
     assert pruned.parameter_count == plan.parameters_after != plan.parameters_before
     assert pruned.block_parameter_counts() == plan.sizes_after().blocks
     assert pruned.block_count == len(plan.kept_blocks())
-    assert amount is SHARE or pruned.block_count == BLOCKS - amount.get("blocks", 0)
+    assert "remove" in amount or pruned.block_count == BLOCKS - amount.get("blocks", 0)
     after = answers(pruned)
     assert not torch.allclose(after, before, atol=1e-3)
     assert torch.equal(answers(models.memory), before), "the model given must stay as it is"

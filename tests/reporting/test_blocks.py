@@ -52,3 +52,22 @@ def test_widths_that_stay(study):
         assert not gone or f"{keep.channels} of {sizes.dense.channels} channels" in block.text
         reduced += gone > 0
     assert reduced
+
+
+def test_attention_and_mlp_that_differ_are_shown_apart():
+    dense = {"groups": 2, "queries": 2, "channels": 40}
+    sizes = {"dense": dense, "group": 1, "query": 1, "channel": 1, "fixed": 0}
+    widths = [dense, dense | {"groups": 0, "channels": 10}, dense | {"groups": 0, "channels": 0}]
+    step = {
+        "kind": "prune-width",
+        "method": "obs-width",
+        "widths": widths,
+        "choose": "brain-surgeon",
+        "stock": False,
+        "sizes": {"blocks": [sizes] * 3, "other": 5},
+    }
+    kept, narrow, gone = picture([plan(step, blocks=3)])
+    assert (kept.state, kept.branches) == ("kept", None)
+    assert (narrow.state, narrow.branches) == ("reduced", (0.0, 0.25))
+    assert "without its attention branch, 10 of 40 channels" in narrow.text
+    assert gone.state == "removed"

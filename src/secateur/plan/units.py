@@ -85,8 +85,10 @@ class BlockChange:
         state: in one word.
         text: in a few words, for users.
         share: share of its width that remains, in [0, 1]; 0 if the block is gone.
+        branches: the same for attention and for the MLP, where they differ.
     """
 
     state: BlockState
     text: str
     share: float = 1.0
+    branches: tuple[float, float] | None = None

@@ -197,7 +197,17 @@ class PruneWidth(Step):
             for keep, one in zip(self.widths, self.sizes.blocks, strict=True)
         ]
         changes = super().block_changes(sizes, numbers)
-        return {place: replace(change, share=max(0.0, shares[place])) for place, change in changes.items()}
+        return {
+            place: replace(change, share=max(0.0, shares[place]), branches=self._branches(place))
+            for place, change in changes.items()
+        }
+
+    def _branches(self, block: int) -> tuple[float, float] | None:
+        """Return the shares of attention and MLP that stay in a block, if they differ."""
+        keep, dense = self.widths[block], self.sizes.blocks[block].dense
+        heads = keep.groups * keep.queries / max(1, dense.groups * dense.queries)
+        channels = keep.channels / max(1, dense.channels)
+        return None if heads == channels else (heads, channels)
 
     def forwards(self, tokens: int) -> float:
         """Return the cost of measuring and pruning."""

@@ -13,7 +13,7 @@ State = Literal["kept"] | BlockState
 
 LEGEND: dict[State, str] = {
     "kept": "kept",
-    "reduced": "smaller: height is the share of its width that stays",
+    "reduced": "smaller: height is the share that stays; two bars where attention (left) and MLP differ",
     "changed": "other weights",
     "merged": "merged: several blocks in one",
     "absorbed": "merged into the block before",
@@ -32,12 +32,14 @@ class Block:
         state: what became of it.
         share: of its width that stays, in [0, 1]; 0 where it is gone.
         text: the same in words.
+        branches: the shares of attention and of the MLP that stay, where they differ.
     """
 
     number: int
     state: State = "kept"
     share: float = 1.0
     text: str = "kept"
+    branches: tuple[float, float] | None = None
 
 
 def picture(plans: Sequence[Plan]) -> list[Block]:
@@ -56,6 +58,15 @@ def picture(plans: Sequence[Plan]) -> list[Block]:
 def _changed(block: Block, change: BlockChange) -> Block:
     """Return the block after a change; what only makes it smaller, or changes weights, adds to what became of it."""
     if change.share == 0 or block.state == "kept" or change.state not in ("reduced", "changed"):
-        return replace(block, state=change.state, share=block.share * change.share, text=change.text)
+        text = change.text
+        return replace(block, state=change.state, share=block.share * change.share, text=text, branches=change.branches)
     state = change.state if block.state == "changed" else block.state
-    return replace(block, state=state, share=block.share * change.share, text=f"{block.text}; {change.text}")
+    before, now = (one.branches or (one.share, one.share) for one in (block, change))
+    branches = (before[0] * now[0], before[1] * now[1])
+    return replace(
+        block,
+        state=state,
+        share=block.share * change.share,
+        text=f"{block.text}; {change.text}",
+        branches=None if branches[0] == branches[1] else branches,
+    )

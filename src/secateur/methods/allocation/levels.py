@@ -160,5 +160,5 @@ def _branch(
             if place == probe:
                 writer = torch.zeros_like(weight)
                 writer[:, stay] = weight[:, stay] + delta
-                writers.append(writer.float().cpu())
+                writers.append(writer.float().cpu().contiguous())
     return Branch(block, part, levels, tuple(errors.cummax(dim=0).values.tolist()), probe), tuple(writers)

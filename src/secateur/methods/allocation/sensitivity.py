@@ -23,7 +23,7 @@ from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.width.pruning import holding, silenced, writer_of
 
-TOKENS = 2048
+TOKENS = 1024
 """Tokens on which the losses are measured, about."""
 
 Edits = Mapping[str, torch.Tensor]
@@ -43,7 +43,7 @@ class Reaction:
 
 
 def judging_windows(windows: Windows) -> Windows:
-    """Return the windows that no repair is fitted on, shortened to about 2,048 tokens in all."""
+    """Return the windows that no repair is fitted on, shortened to about 1,024 tokens in all."""
     held_out = folds_of(windows).held_out
     some = windows.some(held_out.nonzero().flatten().tolist()) if bool(held_out.any()) else windows
     length = min(some.seq_len, max(2, TOKENS // len(some)))
@@ -72,7 +72,8 @@ def reactions(
     Raises:
         NumericsError: NaN or infinity on the way.
     """
-    trials = [(place, removed) for place in range(len(branches)) for removed in (False, True)]
+    between = [one.probe < len(one.keep) - 1 for one in branches]
+    trials = [(place, removed) for place, has in enumerate(between) for removed in (False, True) if has or removed]
     with open_store(decoder) as store:
         batches = stored_start(
             decoder, judging_windows(windows), store, options.batch_size, key=lambda batch: (batch.index, None)
@@ -85,8 +86,9 @@ def reactions(
                     _advance(decoder, index, batches, store, (trial, trial), {})
                 for place, one in enumerate(branches):
                     if one.block == index:
-                        at_probe = _with_writers(decoder, one, writers(one))
-                        _advance(decoder, index, batches, store, (None, (place, False)), at_probe)
+                        if between[place]:
+                            at_probe = _with_writers(decoder, one, writers(one))
+                            _advance(decoder, index, batches, store, (None, (place, False)), at_probe)
                         silent = silenced(decoder, index, one.part)
                         _advance(decoder, index, batches, store, (None, (place, True)), silent)
                 _advance(decoder, index, batches, store, (None, None), {})
@@ -94,8 +96,11 @@ def reactions(
         with decoder.outer():
             for which in (None, *trials):
                 losses[which] = mean_loss_of(decoder, ((one, store.get((one.index, which))) for one in batches))
-    base = losses[None]
-    return [Reaction(losses[place, False] - base, losses[place, True] - base) for place in range(len(branches))]
+    without = [losses[place, True] - losses[None] for place in range(len(branches))]
+    return [
+        Reaction(losses[place, False] - losses[None] if between[place] else removed, removed)
+        for place, removed in enumerate(without)
+    ]
 
 
 Trial = tuple[int, bool] | None
