@@ -7,7 +7,7 @@
 * `comparison`: all methods beside each other; `healing`: all ways of healing by tokens;
 * `searched`: `auto` and the single methods it tried; `quantised`, `stability`;
 * `robustness`: what came of mutated files and of killed commands;
-* `ablation`: what each choice of a width repair is worth on a real model.
+* `ablation`: what each choice of a width repair is worth on a real model; `allocation`: widths for every block, branches.
 
 Where something was measured several times, the last line counts.
 """
@@ -196,6 +196,23 @@ def ablation() -> str:
     return markdown(("variant", "windows", "WikiText-2", "prose", "code", "geometric mean"), rows)
 
 
+def allocation() -> str:
+    """List uniform and allocated widths, branches and blocks by the share removed: mean ratio, then each source."""
+    cells: dict[str, dict[float, Record]] = {}
+    for one in _records("allocation"):
+        cells.setdefault(one["setting"]["case"], {})[one["setting"]["remove"]] = one["found"]
+    amounts = sorted({amount for row in cells.values() for amount in row})
+
+    def cell(found: Record | None) -> str:
+        if found is None:
+            return "–"
+        each = ", ".join(f"{found['ratios'][source]:.2f}" for source in ("wikitext", "prose", "code"))
+        return f"{found['geometric_mean']:.2f} ({each})"
+
+    rows = [[f"`{case}`", *(cell(row.get(amount)) for amount in amounts)] for case, row in cells.items()]
+    return markdown(("", *(f"{amount:.0%}" for amount in amounts)), rows)
+
+
 def searched() -> str:
     """Put `auto` beside the single methods it tried: perplexity, plans measured, processor seconds."""
     found: dict[str, dict[float, Record]] = {}
@@ -229,6 +246,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "stability": stability,
     "robustness": robustness,
     "ablation": ablation,
+    "allocation": allocation,
 }
 
 

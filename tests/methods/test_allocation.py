@@ -144,11 +144,29 @@ def test_reactions_are_the_loss_of_models_changed_in_one_branch(tiny):
             assert plain_loss(module, judged) - dense == pytest.approx(measured, abs=1e-5)
 
 
-def test_expected_losses_go_through_what_was_measured():
-    branch = Branch(0, "channels", (8, 6, 4, 2, 0), (0.0, 0.1, 0.2, 0.4, 1.0), 2)
-    found = expected_losses(branch, Reaction(0.5, 2.1))
-    assert found == pytest.approx((0.0, 0.25, 0.5, 0.9, 2.1))
-    assert expected_losses(branch, Reaction(-0.1, -0.2)) == (0.0,) * 5, "noise below nothing counts as nothing"
+@pytest.mark.parametrize(
+    ("reaction", "expected"),
+    [
+        (Reaction(0.5, 2.0), (0, 0.25, 0.5, 1.0, 2.0)),
+        (Reaction(0.5, 8.0), (0, 0.125, 0.5, 2.0, 8.0)),
+        (Reaction(0.5, 0.4), (0, 0.25, 0.5, 0.5, 0.5)),
+    ],
+    ids=["linear", "quadratic", "noise"],
+)
+def test_expected_losses_go_through_what_was_measured(reaction, expected):
+    branch = Branch(0, "channels", (8, 6, 4, 2, 0), (0.0, 0.1, 0.2, 0.4, 0.8), 2)
+    found = expected_losses(branch, reaction)
+    assert (found[2], found[4]) == pytest.approx((expected[2], expected[4]))
+    if reaction.removed > reaction.probe:
+        assert found == pytest.approx(expected)
+    assert list(found) == sorted(found)
+    assert expected_losses(branch, Reaction(-0.1, -0.2))[-1] < 1e-3, "noise below nothing counts as nothing"
+
+
+def test_all_or_none():
+    branch = Branch(0, "heads", (2, 0), (0.0, 3.0), 1)
+    assert expected_losses(branch, Reaction(0.7, 0.7)) == (0.0, 0.7)
+    assert expected_losses(branch, Reaction(-0.1, -0.1)) == (0.0, 0.0)
 
 
 def test_measured_once(tiny, monkeypatch):

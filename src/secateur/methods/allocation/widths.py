@@ -2,15 +2,14 @@
 
 Kurtic et al. 2023, "ZipLM" (NeurIPS); Tang et al. 2025, "DarwinLM: Evolutionary Structured Pruning of Large Language
 Models": one database of levels, then one level per branch under the budget. The expected loss of a level is
-interpolated over its error between what was measured with that branch alone changed: nothing at no error, the loss at a
-level between, and the loss without the branch. Losses of several branches are taken to add up.
+interpolated over its error between the losses with that branch alone at a level between, and without it. Losses of
+several branches are taken to add up.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-
-import numpy as np
 
 from secateur.methods.allocation.database import Database
 from secateur.methods.allocation.frontier import Option, best_choices
@@ -22,14 +21,29 @@ from secateur.models.widths import cache_size
 from secateur.plan.steps import Widths, WidthSizes
 
 AllWidths = tuple[Widths, ...]
+_NOISE = 1e-4
+"""Nats below which a loss says nothing."""
+_POWERS = (1.0, 2.0)
 
 
 def expected_losses(branch: Branch, reaction: Reaction) -> tuple[float, ...]:
-    """Return the loss in nats that each level of a branch is expected to cost; it never falls from level to level."""
-    between = max(reaction.probe, 0.0)
-    points = [(0.0, 0.0), (branch.errors[branch.probe], between), (branch.errors[-1], max(reaction.removed, between))]
-    errors, losses = zip(*sorted(dict(points).items()), strict=True)
-    return tuple(float(one) for one in np.interp(branch.errors, errors, losses))
+    """Return the loss in nats that each level of a branch is expected to cost; it never falls from level to level.
+
+    It follows a power of the error, a · Eᵖ with p from 1 to 2, through the loss at the level between and that without
+    the branch.
+    """
+    between = max(reaction.probe, _NOISE)
+    whole, middle = branch.errors[-1], branch.errors[branch.probe]
+    if not 0 < middle < whole:
+        return (0.0,) * (len(branch.errors) - 1) + (max(reaction.removed, 0.0),)
+    power = math.log(max(reaction.removed, between) / between) / math.log(whole / middle)
+    power = min(_POWERS[1], max(_POWERS[0], power))
+    below = [between * (error / middle) ** power for error in branch.errors]
+    above = [max(reaction.removed, between) * (error / whole) ** power for error in branch.errors]
+    return tuple(
+        low if error <= middle else max(high, between)
+        for error, low, high in zip(branch.errors, below, above, strict=True)
+    )
 
 
 def cached_share(widths: Sequence[Widths], dense: Sequence[Widths]) -> dict[int, float]:

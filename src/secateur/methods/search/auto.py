@@ -32,6 +32,8 @@ from secateur.plan.plan import Candidate, Search, pareto_front
 _NONE = "none"
 _TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}
 """Settings with which a method needs no training, so that it can be tried."""
+_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"allocated": ("obs-width", {"allocation": "global"})}
+"""Names of methods with settings that make them another one."""
 _FORWARDS_EACH = 5.0
 _SIDES: tuple[Literal["depth", "width"], ...] = ("depth", "width")
 
@@ -44,8 +46,9 @@ class AutoSettings(MethodSettings):
         description="methods that may remove blocks; with none among them, width alone is tried too",
     )
     width: str = Field(
-        "none,obs-width,stock-slicing",
-        description="methods that may slice or prune widths afterwards; with none among them, depth alone is tried too",
+        "none,obs-width,allocated,stock-slicing",
+        description="methods that may slice or prune widths afterwards (allocated: obs-width with allocation=global); "
+        "with none among them, depth alone is tried too",
     )
     trials: int = Field(16, ge=1, description="maximum number of plans measured; single methods come first")
     skip_hopeless: bool = Field(
@@ -82,6 +85,7 @@ def _members(settings: AutoSettings) -> dict[str, Member]:
         InputError: an unknown method, one on the wrong side, or none at all.
     """
     known = {name: method for name, method in METHODS.items() if method.native is not None}
+    known |= {name: known[owner] for name, (owner, _) in _VARIANTS.items()}
     sides = {"depth": settings.side("depth"), "width": settings.side("width")}
     for side, wanted in sides.items():
         fitting = [name for name, method in known.items() if (method.native == "blocks") == (side == "depth")]
@@ -95,7 +99,7 @@ def _members(settings: AutoSettings) -> dict[str, Member]:
     for name in given:
         if name not in names:
             raise unknown("method that takes part", name, names)
-    return {name: _member(known[name], given.get(name, {})) for name in names}
+    return {name: _member(known[name], given.get(name, {}) | _VARIANTS.get(name, ("", {}))[1]) for name in names}
 
 
 def _member(method: Method, given: dict[str, Any]) -> Member:

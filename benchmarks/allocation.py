@@ -1,0 +1,86 @@
+"""Widths for every block against the same for all, and branches against blocks, on a real model and three kinds of text.
+
+    python benchmarks/allocation.py MODEL WIKITEXT.txt [CASE@SHARE …]     # such as uniform@0.2 global@0.2
+
+Calibrated on the default mixture, which WikiText is no part of; judged on 8 windows of 512 tokens of each held-out
+source. One line per case goes to `results/allocation.jsonl`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from typing import Any
+
+from common import keep
+from transformers.utils import logging
+
+import secateur
+from secateur.data.texts import windows_for
+from secateur.errors import SecateurWarning
+from secateur.evaluation.metrics.perplexity import perplexity
+from secateur.models.decoder import Decoder
+from secateur.plan.units import summary
+from secateur.run_options import DEFAULTS
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "uniform": ("obs-width", {}),
+    "global": ("obs-width", {"allocation": "global"}),
+    "global-groups": ("obs-width", {"allocation": "global", "heads": "even"}),
+    "branches": ("branches", {}),
+    "branches-without-repair": ("branches", {"repair": False}),
+    "shortgpt": ("shortgpt", {}),
+    "sleb": ("sleb", {}),
+    "replaceme": ("replaceme", {}),
+    "2ssp": ("2ssp", {}),
+}
+DEFAULT = ("uniform@0.2", "global@0.2", "uniform@0.3", "global@0.3", "branches@0.15", "shortgpt@0.15")
+LENGTH, JUDGED = 512, 8
+
+
+def main(model: str, wikitext: str, *cases: str) -> None:
+    """Measure the cases."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", SecateurWarning)
+    dense = secateur.open_model(model)
+    named = {"wikitext": wikitext, "prose": "python-docs", "code": "python-stdlib"}
+    texts = {
+        name: windows_for(dense, source, windows=JUDGED, seq_len=LENGTH, split="held-out")
+        for name, source in named.items()
+    }
+    windows = windows_for(dense, None, windows=32, seq_len=LENGTH)
+
+    def read(decoder: Decoder) -> dict[str, float]:
+        return {name: perplexity(decoder, one, DEFAULTS) for name, one in texts.items()}
+
+    before = read(dense)
+    for case in cases or DEFAULT:
+        name, _, amount = case.partition("@")
+        method, settings = CASES[name]
+        started = time.perf_counter()
+        plan = secateur.make_plan(dense, method=method, texts=windows, settings=settings, remove=float(amount))
+        planned = time.perf_counter()
+        pruned = secateur.prune(dense, plan, texts=windows)
+        done = time.perf_counter()
+        after = read(pruned)
+        ratios = {source: after[source] / before[source] for source in texts}
+        keep(
+            "allocation",
+            {"case": name, "remove": float(amount), "model": "SmolLM2-135M-Instruct", "windows": len(windows)},
+            {
+                "removed": round(1 - pruned.parameter_count / dense.parameter_count, 4),
+                "dense": {source: round(value, 3) for source, value in before.items()},
+                "ratios": {source: round(value, 4) for source, value in ratios.items()},
+                "geometric_mean": round(math.prod(ratios.values()) ** (1 / len(ratios)), 4),
+                "plan_seconds": round(planned - started, 1),
+                "apply_seconds": round(done - planned, 1),
+                "removes": summary(plan.removes()),
+            },
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
