@@ -1,4 +1,4 @@
-"""Widths for every block against the same for all, and branches against blocks, on a real model and three kinds of text.
+"""Widths for every block against the same for all, branches against blocks, on a real model and three kinds of text.
 
     python benchmarks/allocation.py MODEL WIKITEXT.txt [CASE@SHARE …]     # such as uniform@0.2 global@0.2
 

@@ -7,7 +7,7 @@
 * `comparison`: all methods beside each other; `healing`: all ways of healing by tokens;
 * `searched`: `auto` and the single methods it tried; `quantised`, `stability`;
 * `robustness`: what came of mutated files and of killed commands;
-* `ablation`: what each choice of a width repair is worth on a real model; `allocation`: widths for every block, branches.
+* `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches.
 
 Where something was measured several times, the last line counts.
 """
