@@ -358,7 +358,7 @@ def test_nothing_is_measured_for_nothing(name, tiny, monkeypatch):
     decoder = tiny("llama")
     *_, settings = PROTECTED[name]
     no_measuring(monkeypatch)
-    monkeypatch.setattr("secateur.methods.drop_blocks.RemovalProbe", None)
+    monkeypatch.setattr("secateur.methods.greedy.RemovalProbe", None)
     plan = make_plan(decoder, method=name.split()[0], blocks=0, settings=settings)
     assert plan.texts is None
     assert plan.kept_blocks() == tuple(range(8))

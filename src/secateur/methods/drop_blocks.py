@@ -17,14 +17,13 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from secateur.calibration.walk import open_store
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
+from secateur.methods.greedy import SCREEN, Screen, greedily, screened_share
 from secateur.methods.method import Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import DropBlocks
 from secateur.scores.profile import Kind
-from secateur.scores.removal import RemovalProbe
 from secateur.scores.taylor import taylor
 from secateur.surgery.depth.blocks import keep_blocks, require_one_basis
 
@@ -75,6 +74,7 @@ class SlebSettings(Settings):
 
     protect_first: int = Field(1, ge=0, description="number of blocks at the start that never change")
     protect_last: int = Field(1, ge=0, description="number of blocks at the end that never change")
+    screen: Screen = SCREEN
 
 
 def _decide(
@@ -200,25 +200,12 @@ def by_shortened_criterion(measurements: Measurements, settings: ShortenedSettin
     summary="greedily remove the block whose absence costs the least loss, one after the other",
     paper="Song et al. 2024, SLEB",
     settings=SlebSettings,
-    forwards=lambda blocks, gone, _settings: 1 + gone * blocks / 2,
+    forwards=lambda blocks, gone, settings: 1 + gone * blocks / 2 * screened_share(settings.screen),
 )
-def greedily(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
+def by_absence(measurements: Measurements, settings: SlebSettings, _budget: Budget) -> Candidates:
     """Repeatedly skip the block whose absence costs least, on the model without those already skipped."""
-    free = list(settings.free_blocks(measurements.decoder.block_count))
-    with open_store(measurements.decoder) as store:
-        known = measurements.cache.setdefault("loss without blocks", {})
-        probe = RemovalProbe(
-            measurements.decoder, measurements.need_windows(), store, measurements.options.batch_size, known
-        )
-        gone: tuple[int, ...] = ()
-        while free:
-            trials = measurements.options.progress(list(free), f"leaving out block {len(gone) + 1}", len(free))
-            losses = {block: probe.loss((*gone, block)) for block in trials}
-            best = min(losses, key=lambda block: (losses[block], block))
-            gone = (*gone, best)
-            free.remove(best)
-            probe.fix(gone)
-            yield tuple(sorted(gone))
+    free = settings.free_blocks(measurements.decoder.block_count)
+    return (tuple(sorted(gone)) for gone in greedily(measurements, free, screen=settings.screen))
 
 
 def _lowest_first(values: Sequence[float], free: range) -> Candidates:

@@ -16,17 +16,18 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat
 
-from secateur.calibration.walk import mean_loss_of, open_store
+from secateur.calibration.walk import open_store
 from secateur.errors import InputError
 from secateur.methods.allocation.database import open_database
 from secateur.methods.allocation.levels import Grid
 from secateur.methods.allocation.widths import Allocation, cached_share
 from secateur.methods.budget import Budget, already, choose_size
+from secateur.methods.greedy import SCREEN, Screen, greedily, screened_share
 from secateur.methods.method import Measurements, Settings, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import PruneWidth, Widths
 from secateur.scores.divergence import Distance, OutputChange
-from secateur.scores.removal import Branch, Measure, RemovalProbe
+from secateur.scores.removal import Branch
 from secateur.surgery.width.coupling import Part
 from secateur.surgery.width.target import dense_widths, names_every_block, require_width_prunable, width_sizes
 
@@ -43,7 +44,13 @@ class BranchSettings(Settings):
         return None if self.count is None else Budget("own", self.count, knob="count")
 
 
-class FinerCutSettings(BranchSettings):
+class GreedySettings(BranchSettings):
+    """Settings of the greedy methods."""
+
+    screen: Screen = SCREEN
+
+
+class FinerCutSettings(GreedySettings):
     """Settings of `finercut`."""
 
     distance: Distance = Field(
@@ -144,28 +151,9 @@ def free_blocks(decoder: Decoder, settings: Settings) -> range:
     return free
 
 
-def greedily(
-    measurements: Measurements, choices: Sequence[Branch], measure: Measure = mean_loss_of
-) -> Iterator[tuple[Branch, ...]]:
-    """Yield 1, 2, 3, … branches: each time the one whose absence costs least, given those that are gone."""
-    decoder, options = measurements.decoder, measurements.options
-    with open_store(decoder) as store:
-        probe = RemovalProbe(decoder, measurements.need_windows(), store, options.batch_size, measure=measure)
-        probe.loss(())
-        left, gone = list(choices), tuple[Branch, ...]()
-        while left:
-            trials = options.progress(list(left), f"leaving out branch {len(gone) + 1}", len(left))
-            losses = {one: probe.loss((*gone, one)) for one in trials}
-            best = min(losses, key=lambda one: (losses[one], one))
-            gone = (*gone, best)
-            left.remove(best)
-            probe.fix(gone)
-            yield gone
-
-
-def _greedy_forwards(blocks: int, gone: int, settings: BranchSettings) -> float:
+def _greedy_forwards(blocks: int, gone: int, settings: GreedySettings) -> float:
     """Return the cost of removing two branches for each block's worth: all candidates, half of the blocks each."""
-    return 1 + (settings.count or 2 * gone) * blocks
+    return 1 + (settings.count or 2 * gone) * blocks * screened_share(settings.screen)
 
 
 @method(
@@ -173,11 +161,11 @@ def _greedy_forwards(blocks: int, gone: int, settings: BranchSettings) -> float:
     name="blockpruner",
     summary="greedily remove the attention or MLP branch whose absence costs the least loss, one after the other",
     paper="Zhong et al. 2024, BlockPruner",
-    settings=BranchSettings,
+    settings=GreedySettings,
     native=None,
     forwards=_greedy_forwards,
 )
-def decide_blockpruner(measurements: Measurements, settings: BranchSettings, budget: Budget) -> Sequence[PruneWidth]:
+def decide_blockpruner(measurements: Measurements, settings: GreedySettings, budget: Budget) -> Sequence[PruneWidth]:
     """Remove branches greedily by the loss without them.
 
     Raises:
@@ -187,7 +175,7 @@ def decide_blockpruner(measurements: Measurements, settings: BranchSettings, bud
     """
     target = BranchTarget(measurements.decoder, budget)
     choices = present_branches(target.dense, free_blocks(measurements.decoder, settings))
-    series = greedily(measurements, choices)
+    series = greedily(measurements, choices, screen=settings.screen, name="branch")
     return (target.step("blockpruner", settings, target.choose(series)),)
 
 
@@ -210,8 +198,9 @@ def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budg
     """
     target = BranchTarget(measurements.decoder, budget)
     choices = present_branches(target.dense, free_blocks(measurements.decoder, settings))
-    with open_store(measurements.decoder) as store:
-        series = greedily(measurements, choices, OutputChange(store, settings.distance))
+    with open_store(measurements.decoder) as one, open_store(measurements.decoder) as other:
+        measures = OutputChange(one, settings.distance), OutputChange(other, settings.distance)
+        series = greedily(measurements, choices, screen=settings.screen, measures=measures, name="branch")
         return (target.step("finercut", settings, target.choose(series)),)
 
 

@@ -13,7 +13,8 @@ from pydantic import Field, PositiveFloat
 
 from secateur.methods.allocation.widths import cached_share
 from secateur.methods.budget import Budget, choose_size
-from secateur.methods.drop_branches import AllWidths, BranchTarget, free_blocks, greedily, present_branches, without
+from secateur.methods.drop_branches import AllWidths, BranchTarget, free_blocks, present_branches, without
+from secateur.methods.greedy import SCREEN, Screen, greedily, screened_share
 from secateur.methods.method import Measurements, Settings, apply_step, method
 from secateur.methods.uniform_widths import rounded, rounding_for
 from secateur.plan.steps import PruneWidth
@@ -24,6 +25,7 @@ _SHARES = 1000
 class TwoStageSettings(Settings):
     """Settings of `2ssp`."""
 
+    screen: Screen = SCREEN
     alpha: PositiveFloat = Field(1.5, description="the larger, the more attention branches go (the paper's α)")
     rounding: int | None = Field(
         None, ge=1, description="channels stay in multiples of this; by default 256, 64, 8 or 1, by the MLP's width"
@@ -37,7 +39,7 @@ class TwoStageSettings(Settings):
     paper="Sandri et al. 2025, 2SSP",
     settings=TwoStageSettings,
     native=None,
-    forwards=lambda blocks, _gone, _settings: 5.0 + blocks,
+    forwards=lambda blocks, _gone, settings: 5.0 + blocks * screened_share(settings.screen),
     apply_forwards=lambda _settings, _tokens: 3.0,
 )
 def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budget) -> Sequence[PruneWidth]:
@@ -66,7 +68,9 @@ def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budge
     after = measurements.on(apply_step(measurements, first).decoder)
     second = BranchTarget(after.decoder, Budget("own", count))
     choices = [one for one in present_branches(second.dense, free) if one[1] == "heads"]
-    gone = next(found for found in greedily(after, choices) if len(found) == count)
+    gone = next(
+        found for found in greedily(after, choices, screen=settings.screen, name="branch") if len(found) == count
+    )
     drop = second.step("2ssp", settings, without(second.dense, gone))
     return (drop,) if narrow == target.dense else (first, drop)
 
