@@ -57,10 +57,11 @@ def fluctuation_profiles(
         batches = stored_start(decoder, windows, store, options.batch_size)
         for index in options.progress(range(free.stop), "walking the blocks", free.stop):
             with decoder.block(index):
-                if index in free:
-                    sums = measure_inputs(decoder, index, parts, batches, store)
-                    found[index] = Profile(*(_profile(decoder, index, part, sums.get(part, [])) for part in _BOTH))
-                through_block(decoder, index, batches, store)
+                if index not in free:
+                    through_block(decoder, index, batches, store)
+                    continue
+                sums = measure_inputs(decoder, index, parts, batches, store, advance=True)
+                found[index] = Profile(*(_profile(decoder, index, part, sums.get(part, [])) for part in _BOTH))
     return found
 
 

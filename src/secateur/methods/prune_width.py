@@ -138,7 +138,7 @@ def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
     paper="An et al. 2024, FLAP",
     settings=FlapSettings,
     native="ratio",
-    forwards=lambda _blocks, _gone, _settings: 2.0,
+    forwards=lambda _blocks, _gone, _settings: 1.0,
     apply_forwards=lambda _settings, _tokens: width_forwards("fluctuation"),
 )
 def decide_flap(measurements: Measurements, settings: FlapSettings, budget: Budget) -> Sequence[PruneWidth]:

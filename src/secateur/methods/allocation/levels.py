@@ -42,7 +42,8 @@ class Branch:
         block: its block.
         part: "heads" for attention, "channels" for the MLP.
         keep: groups or channels that stay at each level, from all to none.
-        errors: error at each level, as a share of the residual stream, squared; 0 for the first.
+        errors: error at each level, as a share of the residual stream, squared; 0 for the first. Of a branch that goes
+            as a whole or not at all it is 1 in the end, unmeasured.
         probe: a level between, whose loss is measured; the last if there is none between.
     """
 
@@ -107,31 +108,40 @@ def measure_levels(
     Raises:
         NumericsError: NaN or infinity on the way.
     """
+    dense = {index: block_widths(decoder, index) for index in free if index not in known}
+    levels = {(index, part): grid.of(part, one) for index, one in dense.items() for part in _PARTS}
+    last = max((index for (index, _), found in levels.items() if len(found) > 2), default=-1) + 1
+    for index in [index for index in dense if index >= last]:
+        yield index, [_whole(index, part, levels[index, part]) for part in _PARTS if len(levels[index, part]) == 2]
     folds = folds_of(windows)
     judged = folds.held_out if bool(folds.held_out.any()) else torch.ones_like(folds.held_out)
     tokens = torch.full((len(windows),), windows.seq_len) if windows.mask is None else windows.mask.sum(dim=1)
     scale = float((folds.weight * tokens)[judged].sum()) * decoder.hidden_size
-    last = max((index for index in free if index not in known), default=-1) + 1
     if not last:
         return
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, options.batch_size)
         for index in options.progress(range(last), "measuring widths block by block", last):
             with decoder.block(index):
-                if index in free and index not in known:
-                    dense = block_widths(decoder, index)
-                    levels = {part: grid.of(part, dense) for part in _PARTS}
-                    parts = [part for part in _PARTS if len(levels[part]) > 1]
-                    sums = measure_inputs(decoder, index, parts, batches, store, folds)
-                    found = []
-                    for part in parts:
-                        weights = writer_weights(decoder, index, part)
-                        found.append(_branch(index, part, dense, levels[part], weights, sums[part], scale))
-                    yield index, found
-                through_block(decoder, index, batches, store)
+                if index not in dense:
+                    through_block(decoder, index, batches, store)
+                    continue
+                own = {part: levels[index, part] for part in _PARTS}
+                graded = [part for part in _PARTS if len(own[part]) > 2]
+                sums = measure_inputs(decoder, index, graded, batches, store, folds, advance=True)
+                found = [_whole(index, part, own[part]) for part in _PARTS if len(own[part]) == 2]
+                for part in graded:
+                    weights = writer_weights(decoder, index, part)
+                    found.append(_branch(index, part, dense[index], own[part], weights, sums[part], scale))
+                yield index, found
 
 
 _PARTS: tuple[Part, Part] = ("heads", "channels")
+
+
+def _whole(block: int, part: Part, levels: tuple[int, ...]) -> tuple[Branch, Writers]:
+    """Return a branch that goes as a whole or not at all, of which no error need be known."""
+    return Branch(block, part, levels, (0.0, 1.0), 1), ()
 
 
 def _branch(

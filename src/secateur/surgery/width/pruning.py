@@ -316,8 +316,12 @@ def measure_inputs(
     batches: Sequence[Batch],
     store: StateStore,
     folds: Folds | None = None,
+    *,
+    advance: bool = False,
 ) -> dict[Part, list[InputSums]]:
     """Run block `index`, its weights loaded, on the states in the store, and sum up the inputs of output projections.
+
+    With `advance` the states it makes take the place of those in the store.
 
     With `folds` also what a fit reads, including what the output of a dense MLP lacks if the store has the states that
     leave the block of the dense model: a token has weight 1 / ‖h‖² there, h being the residual stream that leaves the
@@ -334,6 +338,8 @@ def measure_inputs(
                 for part, into in sums.items()
             }
             hidden = step(decoder, index, batch, store.get(batch.index))
+        if advance:
+            store.put(batch.index, hidden)
         own = None if folds is None else folds.slice(first, len(batch.tokens))
         lacking = None
         if own is not None and _of_dense(batch) in store:
