@@ -14,6 +14,7 @@ import torch
 
 import secateur
 from gguf_cuts import merging_tokenizer, tiny_decoder
+from oracles import draw_windows
 from secateur.errors import CheckError, InputError, ModelError, NumericsError
 from secateur.export import gguf, llama_cpp
 from secateur.export.gguf import GgufOptions, export_gguf
@@ -21,7 +22,11 @@ from secateur.export.gguf_contents import metadata
 from secateur.export.gguf_file import PROVENANCE, GgufFile
 from secateur.export.gguf_header import read_header
 from secateur.export.gguf_layout import LAYOUTS
+from secateur.methods.method import Measurements, apply_step
 from secateur.models.opening import open_model
+from secateur.plan.steps import PruneWidth
+from secateur.surgery.uneven import as_decilm
+from secateur.surgery.width.target import dense_widths, width_sizes
 from tiny_models import FAMILIES
 
 VARIATIONS = ("llama-tied", "llama-bias", "gpt_neox-sequential", "stablelm-parallel", "falcon-new")
@@ -362,3 +367,19 @@ def test_the_command(tmp_path):
     refused = run("--to", "onnx")
     assert refused.returncode == 2
     assert "unknown format 'onnx'" in refused.stderr
+
+
+@pytest.mark.parametrize("layout", ["decilm", "folded"])
+def test_blocks_that_lack_attention_or_an_mlp(layout, tmp_path):
+    """llama.cpp leaves out the attention, too, of a block without an MLP: one that writes nothing stands there."""
+    decoder = tiny_decoder("llama", tmp_path / "model")
+    widths = list(dense_widths(decoder))
+    widths[1] = widths[1].model_copy(update={"channels": 0})
+    widths[2] = widths[2].model_copy(update={"groups": 0})
+    sizes = width_sizes(decoder, stock=False)
+    step = PruneWidth(method="-", widths=tuple(widths), choose="magnitude", stock=False, repair=False, sizes=sizes)
+    pruned = apply_step(Measurements(decoder, draw_windows()), step).decoder
+    done = export_gguf(as_decilm(pruned) if layout == "decilm" else pruned, tmp_path / "cut.gguf")
+    assert done.architecture == "deci"
+    assert done.proof.difference < 1e-4
+    assert done.proof.same_tokens

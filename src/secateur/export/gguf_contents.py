@@ -72,6 +72,10 @@ def _against_head(decoder: Decoder, layout: Layout) -> str | None:
 # Metadata
 
 
+_SILENT = 32
+"""Channels of an MLP written where there is none; quantised rows need a multiple of this."""
+
+
 def metadata(decoder: Decoder, layout: Layout) -> dict[str, Any]:
     """Return the entries of the file that describe the model's computation.
 
@@ -87,7 +91,7 @@ def metadata(decoder: Decoder, layout: Layout) -> dict[str, Any]:
         "context_length": decoder.max_positions or 2048,
         "embedding_length": decoder.hidden_size,
         "vocab_size": int(decoder.module.get_input_embeddings().num_embeddings),
-        "feed_forward_length": _one_or_all([channels for _, _, channels in widths]),
+        "feed_forward_length": _one_or_all([channels or _SILENT for _, _, channels in widths]),
         "attention.head_count": _one_or_all([heads for heads, _, _ in widths]),
         "attention.head_count_kv": _one_or_all([groups for _, groups, _ in widths]),
         "attention.key_length": sizes.head_size,
@@ -194,6 +198,18 @@ def tensors(decoder: Decoder, layout: Layout, *, shapes: bool = False) -> Named:
                 for part in (*["attn_norm"] * bool(heads), "ffn_norm"):
                     yield f"blk.{index}.{part}.weight", _ones(decoder, shapes)
             yield from names.of(_floats(named, shapes), index)
+        if not _widths(decoder, index)[2]:
+            yield from _silent_mlp(decoder, index, norm=not folded, shapes=shapes)
+
+
+def _silent_mlp(decoder: Decoder, index: int, *, norm: bool, shapes: bool) -> Named:
+    """Yield an MLP that writes nothing: llama.cpp leaves out the attention, too, of a block without an MLP."""
+    place, width = torch.device("meta" if shapes else "cpu"), decoder.hidden_size
+    if norm:
+        yield f"blk.{index}.ffn_norm.weight", _ones(decoder, shapes)
+    for part in ("ffn_gate", "ffn_up"):
+        yield f"blk.{index}.{part}.weight", torch.zeros(_SILENT, width, device=place)
+    yield f"blk.{index}.ffn_down.weight", torch.zeros(width, _SILENT, device=place)
 
 
 def _floats(named: list[tuple[str, Any]], shapes: bool) -> Iterator[tuple[str, torch.Tensor]]:
