@@ -47,7 +47,7 @@ CASES = [
     ("stock-slicing", SLICE, {"bases": 2, "sensitivity": False}),
     ("flap", NARROW, {}),
     ("obs-width", NARROW, {"heads": "last"}),
-    ("obs-width", LITTLE, {"allocation": "global", "heads": "even", "rounding": 8}),
+    ("obs-width", LITTLE, {"allocation": "global", "rounding": 8}),
     ("blockpruner", SHARE, {}),
     ("finercut", SHARE, {}),
     ("2ssp", SHARE, {"rounding": 8}),

@@ -15,19 +15,18 @@ from secateur.errors import InputError, ModelError
 from secateur.methods.allocation import database
 from secateur.methods.allocation.database import open_database
 from secateur.methods.allocation.frontier import Option, best_choices
-from secateur.methods.allocation.levels import Branch, Grid, measure_levels
+from secateur.methods.allocation.levels import Levels, levels_of, measure_levels
 from secateur.methods.allocation.sensitivity import Reaction, judging_windows
 from secateur.methods.allocation.widths import Allocation, expected_losses
 from secateur.methods.budget import Budget
+from secateur.methods.method import Measurements
 from secateur.models.anatomy import find
-from secateur.models.widths import block_widths
 from secateur.scores.unit_scores import cheapest_to_lose, removal_order
 from secateur.surgery.width.target import width_sizes
 from tiny_models import build
 
 WINDOWS = draw_windows(windows=8)
-GRID = Grid(multiple=8, groups="singly")
-WRITERS = {"heads": "self_attn.o_proj", "channels": "mlp.down_proj"}
+WRITER = "mlp.down_proj"
 
 
 @pytest.fixture(autouse=True)
@@ -75,30 +74,35 @@ def test_the_order_of_removal_begins_with_what_greedy_removal_takes():
         assert set(order[: 6 - keep].tolist()) == set((~stay).nonzero().flatten().tolist())
 
 
-def inputs_of(block, part):
-    """What enters an output projection, window after window, and the residual stream that leaves the block."""
+def inputs_of(block):
+    """What enters an MLP's output projection, window after window, and the residual stream that leaves the block."""
     module, seen = build("llama", blocks=4), {}
     layer = module.model.layers[block]
-    find(layer, WRITERS[part]).register_forward_pre_hook(lambda _, args: seen.update(inputs=args[0]))
+    find(layer, WRITER).register_forward_pre_hook(lambda _, args: seen.update(inputs=args[0]))
     layer.register_forward_hook(lambda _m, _a, out: seen.update(leaves=out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
         module(WINDOWS.tokens)
-    return seen["inputs"].double(), seen["leaves"].double(), find(layer, WRITERS[part]).weight.detach().double()
+    return seen["inputs"].double(), seen["leaves"].double(), find(layer, WRITER).weight.detach().double()
 
 
-@pytest.mark.parametrize("part", ["heads", "channels"])
-def test_errors_are_those_of_a_ridge_regression_on_held_out_windows(tiny, part):
+def levels(decoder):
+    return list(measure_levels(decoder, WINDOWS, range(4), 8))
+
+
+def opened(decoder, free=range(4), windows=WINDOWS, **more):
+    return open_database(Measurements(decoder, windows), free, 8, **more)
+
+
+def test_errors_are_those_of_a_ridge_regression_on_held_out_windows(tiny):
     """Straight line: fit on three windows of four, judge on the fourth, every token relative to the stream."""
-    decoder = tiny("llama", blocks=4)
-    found = {(one.block, one.part): (one, writers[0]) for _, rows in levels(decoder) for one, writers in rows}
-    branch, writer = found[1, part]
-    inputs, leaves, weight = inputs_of(1, part)
+    mlp, (writer,) = levels(tiny("llama", blocks=4))[1]
+    assert mlp.block == 1
+    inputs, leaves, weight = inputs_of(1)
     held_out = folds_of(WINDOWS).held_out
     assert held_out.any()
     heavy = 1 / leaves.square().mean(-1)
     stay = (writer != 0).any(dim=0)
-    per_unit = 1 if part == "channels" else weight.shape[1] // branch.keep[0]
-    assert int(stay.sum()) == branch.keep[branch.probe] * per_unit
+    assert int(stay.sum()) == mlp.keep[mlp.probe]
     x, w = inputs[~held_out].flatten(0, 1), heavy[~held_out].flatten()
     gram = (x * w[:, None]).T @ x
     ridge = UNJUDGED * gram.diagonal().mean() * torch.eye(int(stay.sum()), dtype=torch.float64)
@@ -108,40 +112,51 @@ def test_errors_are_those_of_a_ridge_regression_on_held_out_windows(tiny, part):
     x, w = inputs[held_out].flatten(0, 1), heavy[held_out].flatten()
     wrong = x @ weight.T - x[:, stay] @ expected.T
     error = (w * wrong.square().mean(-1)).mean()
-    assert branch.errors[branch.probe] == pytest.approx(float(error), rel=1e-4)
-    assert branch.errors[0] == 0
-    assert list(branch.errors) == sorted(branch.errors)
+    assert mlp.errors[mlp.probe] == pytest.approx(float(error), rel=1e-4)
+    assert mlp.errors[0] == 0
+    assert list(mlp.errors) == sorted(mlp.errors)
 
 
-def levels(decoder, **more):
-    return list(measure_levels(decoder, WINDOWS, range(4), GRID, **more))
+def test_levels_go_from_all_to_none():
+    found = levels_of(1536, 64)
+    assert (found[0], found[-1], len(found)) == (1536, 0, 13)
+    assert all(one % 64 == 0 for one in found)
+    assert levels_of(10, 16) == (10, 0)
 
 
-def test_levels_go_from_all_to_none(tiny):
+def test_reactions_are_the_loss_of_models_changed_in_one_mlp(tiny):
     decoder = tiny("llama", blocks=4)
-    dense = block_widths(decoder, 0)
-    assert GRID.of("heads", dense) == tuple(range(dense.groups, -1, -1))
-    assert Grid(8).of("heads", dense) == (dense.groups, 0)
-    assert Grid(8, groups="never").of("heads", dense) == (dense.groups,)
-    channels = GRID.of("channels", dense)
-    assert (channels[0], channels[-1]) == (dense.channels, 0)
-    assert all(one % 8 == 0 for one in channels[1:])
-    assert Grid(multiple=1, most=1).of("channels", dense) == (dense.channels, 0)
-
-
-def test_reactions_are_the_loss_of_models_changed_in_one_branch(tiny):
-    decoder = tiny("llama", blocks=4)
-    rows = [row for _, found in levels(decoder) for row in found]
-    found = open_database(decoder, WINDOWS, range(4), GRID)
+    found = opened(decoder)
     judged = judging_windows(WINDOWS)
     assert judged.tokens.tolist() == WINDOWS.tokens[folds_of(WINDOWS).held_out].tolist()
     dense = plain_loss(build("llama", blocks=4), judged)
-    for (branch, writers), reaction in zip(rows, found.reactions, strict=True):
-        for weight, measured in ((writers[0], reaction.probe), (torch.zeros_like(writers[0]), reaction.removed)):
+    for (mlp, (writer,)), reaction in zip(levels(decoder), found.reactions, strict=True):
+        for weight, measured in ((writer, reaction.probe), (torch.zeros_like(writer), reaction.removed)):
             module = build("llama", blocks=4)
             with torch.no_grad():
-                find(module.model.layers[branch.block], WRITERS[branch.part]).weight.copy_(weight)
+                find(module.model.layers[mlp.block], WRITER).weight.copy_(weight)
             assert plain_loss(module, judged) - dense == pytest.approx(measured, abs=1e-5)
+
+
+def test_attention_goes_in_the_order_of_what_it_costs_given_what_is_gone(tiny):
+    found = opened(tiny("llama", blocks=4))
+    judged = judging_windows(WINDOWS)
+
+    def loss(gone):
+        module = build("llama", blocks=4)
+        with torch.no_grad():
+            for block in gone:
+                module.model.layers[block].self_attn.o_proj.weight.zero_()
+        return plain_loss(module, judged)
+
+    dense = loss(())
+    assert 0 < len(found.attention) < 4, "one stays"
+    highest = 0.0
+    for count in range(1, len(found.attention) + 1):
+        highest = max(highest, loss(found.attention[:count]) - dense)
+        assert found.lost[count - 1] == pytest.approx(highest, abs=1e-5)
+    alone = {block: loss((block,)) for block in range(4)}
+    assert found.attention[0] == min(alone, key=alone.get)
 
 
 @pytest.mark.parametrize(
@@ -154,71 +169,68 @@ def test_reactions_are_the_loss_of_models_changed_in_one_branch(tiny):
     ids=["linear", "quadratic", "noise"],
 )
 def test_expected_losses_go_through_what_was_measured(reaction, expected):
-    branch = Branch(0, "channels", (8, 6, 4, 2, 0), (0.0, 0.1, 0.2, 0.4, 0.8), 2)
-    found = expected_losses(branch, reaction)
+    mlp = Levels(0, (8, 6, 4, 2, 0), (0.0, 0.1, 0.2, 0.4, 0.8), 2)
+    found = expected_losses(mlp, reaction)
     assert (found[2], found[4]) == pytest.approx((expected[2], expected[4]))
     if reaction.removed > reaction.probe:
         assert found == pytest.approx(expected)
     assert list(found) == sorted(found)
-    assert expected_losses(branch, Reaction(-0.1, -0.2))[-1] < 1e-3, "noise below nothing counts as nothing"
+    assert expected_losses(mlp, Reaction(-0.1, -0.2))[-1] < 1e-3, "noise below nothing counts as nothing"
 
 
 def test_all_or_none():
-    branch = Branch(0, "heads", (2, 0), (0.0, 3.0), 1)
-    assert expected_losses(branch, Reaction(0.7, 0.7)) == (0.0, 0.7)
-    assert expected_losses(branch, Reaction(-0.1, -0.1)) == (0.0, 0.0)
+    mlp = Levels(0, (8, 0), (0.0, 3.0), 1)
+    assert expected_losses(mlp, Reaction(0.7, 0.7)) == (0.0, 0.7)
+    assert expected_losses(mlp, Reaction(-0.1, -0.1)) == (0.0, 0.0)
 
 
 def test_measured_once(tiny, monkeypatch):
     decoder = tiny("llama", blocks=4)
-    first = open_database(decoder, WINDOWS, range(4), GRID)
+    first = opened(decoder)
     monkeypatch.setattr(database, "measure_levels", None)
     monkeypatch.setattr(database, "reactions", None)
-    assert open_database(decoder, WINDOWS, range(4), GRID) == first
-    with pytest.raises(TypeError):
-        open_database(decoder, draw_windows(windows=8, seed=1), range(4), GRID)
-    with pytest.raises(TypeError):
-        open_database(decoder, WINDOWS, range(3), GRID)
+    assert opened(decoder) == first
+    for other in ({"windows": draw_windows(windows=8, seed=1)}, {"free": range(3)}, {"attention": False}):
+        with pytest.raises(TypeError):
+            opened(decoder, **other)
 
 
-def test_an_interrupted_measurement_goes_on(tiny, monkeypatch):
+def test_an_interrupted_measurement_goes_on(tiny, monkeypatch, tmp_path):
     decoder = tiny("llama", blocks=4)
     true_levels, blocks = measure_levels, []
 
     def killed(*given, **more):
-        for index, rows in true_levels(*given, **more):
-            if index == 2 and not blocks:
+        for one in true_levels(*given, **more):
+            if one[0].block == 2:
                 raise KeyboardInterrupt
-            yield index, rows
+            yield one
 
     def counted(*given, **more):
-        for index, rows in true_levels(*given, **more):
-            blocks.append(index)
-            yield index, rows
+        for one in true_levels(*given, **more):
+            blocks.append(one[0].block)
+            yield one
 
     monkeypatch.setattr(database, "measure_levels", killed)
     with pytest.raises(KeyboardInterrupt):
-        open_database(decoder, WINDOWS, range(4), GRID)
+        opened(decoder)
     monkeypatch.setattr(database, "measure_levels", counted)
-    found = open_database(decoder, WINDOWS, range(4), GRID)
+    found = opened(decoder)
     assert blocks == [2, 3]
-    monkeypatch.setenv("SECATEUR_CACHE", "elsewhere-in-memory")
-    assert [dataclasses.asdict(one) for _, rows in levels(decoder) for one, _ in rows] == [
-        dataclasses.asdict(one) for one in found.branches
-    ]
+    assert list(found.mlps) == [one for one, _ in levels(decoder)]
+    assert not list(tmp_path.rglob("block-*")), "what is measured needs them no more"
 
 
-@pytest.mark.parametrize("damage", ["", "{}", "[1, 2]", '{"branches": [{}], "reactions": []}'])
+@pytest.mark.parametrize("damage", ["", "{}", "[1, 2]", '{"mlps": [{}], "reactions": []}'])
 def test_damaged_measurements_are_made_again(tiny, damage, tmp_path):
     decoder = tiny("llama", blocks=4)
-    first = open_database(decoder, WINDOWS, range(4), GRID)
+    first = opened(decoder)
     (file,) = tmp_path.rglob("levels.json")
     file.write_text(damage)
-    assert open_database(decoder, WINDOWS, range(4), GRID) == first
-    assert json.loads(file.read_text())["branches"]
+    assert opened(decoder) == first
+    assert json.loads(file.read_text())["mlps"]
 
 
-@pytest.mark.parametrize("heads", ["last", "even", "never"])
+@pytest.mark.parametrize("heads", ["last", "never"])
 @pytest.mark.parametrize("amount", [{"remove": 0.2}, {"target_params": 40_000}])
 def test_amounts_are_met(tiny, heads, amount):
     decoder = tiny("llama", blocks=4)
@@ -230,22 +242,19 @@ def test_amounts_are_met(tiny, heads, amount):
         assert 0.9 * 40_000 < plan.parameters_after <= 40_000
     (step,) = plan.steps
     groups = {one.groups for one in step.widths}
-    assert groups <= {"last": {0, 2}, "even": {0, 1, 2}, "never": {2}}[heads]
+    assert groups <= {"last": {0, 2}, "never": {2}}[heads]
     pruned = prune(decoder, plan, texts=WINDOWS)
     assert pruned.parameter_count == plan.parameters_after
 
 
-def test_cheaper_branches_give_more(tiny):
+def test_cheaper_mlps_give_more(tiny):
     decoder = tiny("llama", blocks=4)
-    measured = open_database(decoder, WINDOWS, range(4), GRID)
-    worth = [
-        Reaction(0.001, 0.002) if (one.block, one.part) == (2, "channels") else Reaction(1.0, 2.0)
-        for one in measured.branches
-    ]
-    budget = Budget("remove", 0.07)
-    sizes = width_sizes(decoder, stock=False)
-    found = Allocation(decoder, dataclasses.replace(measured, reactions=tuple(worth)), sizes, budget).meet(budget)
-    assert found[2].channels < found[2].groups * 24
+    measured = opened(decoder)
+    worth = [Reaction(0.001, 0.002) if one.block == 2 else Reaction(1.0, 2.0) for one in measured.mlps]
+    budget, sizes = Budget("remove", 0.07), width_sizes(decoder, stock=False)
+    dear = dataclasses.replace(measured, reactions=tuple(worth), lost=tuple(5.0 for _ in measured.lost))
+    found = Allocation(decoder, dear, sizes, budget).meet(budget)
+    assert found[2].channels < 24
     assert all(one == sizes.blocks[0].dense for block, one in enumerate(found) if block != 2)
 
 
@@ -253,6 +262,17 @@ def test_uniform_amounts_contradict_it(tiny):
     with pytest.raises(InputError, match="ffn: sets uniform widths; with allocation=global ask for an amount"):
         make_plan(
             tiny("llama", blocks=4), method="obs-width", texts=WINDOWS, settings={"allocation": "global", "ffn": 8}
+        )
+
+
+def test_single_groups_are_of_uniform_widths(tiny):
+    with pytest.raises(InputError, match="heads=even is of uniform widths"):
+        make_plan(
+            tiny("llama", blocks=4),
+            method="obs-width",
+            texts=WINDOWS,
+            remove=0.2,
+            settings={"allocation": "global", "heads": "even"},
         )
 
 

@@ -3,8 +3,9 @@
 import pytest
 
 from oracles import draw_windows
+from secateur.calibration.store import StateStore
 from secateur.methods import greedy
-from secateur.methods.greedy import FEWEST, greedily, screened_share
+from secateur.methods.greedy import FEWEST, greedily, lazily, screened_share
 from secateur.methods.method import Measurements
 from secateur.scores.removal import RemovalProbe
 
@@ -66,3 +67,23 @@ def test_exactly_on_request(tiny, asked):
 def test_what_it_costs():
     assert screened_share(1.0) == 1.0
     assert screened_share(0.25) == 0.5
+
+
+def test_lazy_removal_takes_the_cheapest_for_its_size(tiny):
+    """Straight line: all candidates measured anew each time, where what is gone only makes the others dearer."""
+    windows, sizes = draw_windows(windows=4), {block: 1.0 + block % 3 for block in range(8)}
+    measurements = Measurements(tiny("llama"), windows)
+    series = lazily(measurements, range(8), lambda one: sizes[one])
+    lazy = [next(series) for _ in range(4)]
+    with StateStore() as store:
+        probe = RemovalProbe(tiny("llama"), windows, store)
+        dense = probe.loss(())
+        prices, before = {}, ()
+        for gone, loss in lazy:
+            assert probe.loss(gone) - dense == pytest.approx(loss, abs=1e-6)
+            now = probe.loss(before)
+            price = {one: (probe.loss((*before, one)) - now) / sizes[one] for one in range(8) if one not in before}
+            grew = all(value >= prices.get(one, value) - 1e-9 for one, value in price.items())
+            if grew:
+                assert gone[-1] == min(price, key=lambda one: (price[one], one))
+            prices, before = price, gone

@@ -18,11 +18,10 @@ from pydantic import Field, PositiveFloat
 
 from secateur.calibration.walk import open_store
 from secateur.errors import InputError
-from secateur.methods.allocation.database import open_database
-from secateur.methods.allocation.levels import Grid
-from secateur.methods.allocation.widths import Allocation, cached_share
+from secateur.methods.allocation.sensitivity import judging_windows
+from secateur.methods.allocation.widths import cached_share
 from secateur.methods.budget import Budget, already, choose_size
-from secateur.methods.greedy import SCREEN, Screen, greedily, screened_share
+from secateur.methods.greedy import SCREEN, Screen, greedily, lazily, screened_share
 from secateur.methods.method import Measurements, Settings, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import PruneWidth, Widths
@@ -32,6 +31,10 @@ from secateur.surgery.width.coupling import Part
 from secateur.surgery.width.target import dense_widths, names_every_block, require_width_prunable, width_sizes
 
 AllWidths = tuple[Widths, ...]
+_JUDGED = 2048
+"""Tokens on which the branches of `branches` are compared, about."""
+_AGAIN = 8
+"""Candidates measured again after each removal, about."""
 
 
 class BranchSettings(Settings):
@@ -100,6 +103,17 @@ class BranchTarget:
         if budget.aim != "own" and budget.limit(whole) >= whole:
             raise InputError(already(budget, whole))
         self._wanted = budget.limit(whole) if budget.aim != "own" else 0.0
+
+    def saves(self, block: int, part: Part) -> float:
+        """Return what goes with a branch, in the unit of the budget: parameters, bytes with the cache, or seconds."""
+        sizes, dense = self.sizes.blocks[block], self.dense[block]
+        less = dense.model_copy(update={"groups" if part == "heads" else "channels": 0})
+        saved = sizes.parameters_at(dense) - sizes.parameters_at(less)
+        if self._budget.cost is None:
+            return saved
+        every, cached = range(len(self.dense)), {block: 0.0} if part == "heads" else {}
+        weigh = self._budget.cost.weigh
+        return weigh(every, self._total) - weigh(every, self._total - saved, cached)
 
     def choose(self, series: Iterator[tuple[Branch, ...]]) -> AllWidths:
         """Return the widths; the series is read only as far as needed.
@@ -204,6 +218,11 @@ def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budg
         return (target.step("finercut", settings, target.choose(series)),)
 
 
+def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings) -> float:
+    """Return the cost of all candidates once, and of some again after each removal, on an eighth of the windows."""
+    return 1 + (2 * blocks + _AGAIN * (settings.count or 2 * gone)) / 2 / 8
+
+
 @method(
     order=20,
     name="branches",
@@ -211,11 +230,11 @@ def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budg
     paper="secateur's own (docs/methods/branches.md)",
     settings=StandInSettings,
     native=None,
-    forwards=lambda _blocks, _gone, _settings: 6.0,
+    forwards=_lazy_forwards,
     apply_forwards=lambda settings, _tokens: 3.0 * settings.repair,
 )
 def decide_branches(measurements: Measurements, settings: StandInSettings, budget: Budget) -> Sequence[PruneWidth]:
-    """Remove the branches at the least expected loss for the budget.
+    """Remove the branches whose absence costs the loss least for their size, one after the other.
 
     Raises:
         InputError: no block is free, or the budget is out of reach.
@@ -224,22 +243,8 @@ def decide_branches(measurements: Measurements, settings: StandInSettings, budge
     """
     decoder = measurements.decoder
     target, free = BranchTarget(decoder, budget), free_blocks(decoder, settings)
-    grid = Grid(multiple=1, most=1, groups="together")
-    database = open_database(decoder, measurements.need_windows(), free, grid, options=measurements.options)
-    allocation = Allocation(decoder, database, target.sizes, budget)
-    if budget.aim == "own":
-        widths = next((one for one in allocation.path if _lost(one, target.dense) >= budget.value), None)
-        if widths is None:
-            raise InputError(f"count={budget.value}: at most {2 * len(free)} can be removed.")
-    else:
-        widths = allocation.meet(budget)
+    judged = measurements.on_windows(judging_windows(measurements.need_windows(), _JUDGED))
+    series = lazily(judged, present_branches(target.dense, free), lambda one: target.saves(*one))
+    widths = target.choose(gone for gone, _ in series)
     refit = {"repair": True, "ridge": settings.ridge, "target": "dense", "refitted": tuple(free)}
     return (target.step("branches", settings, widths, **(refit if settings.repair else {})),)
-
-
-def _lost(widths: Sequence[Widths], dense: Sequence[Widths]) -> int:
-    """Count the branches that are gone."""
-    return sum(
-        bool(before.groups and not own.groups) + bool(before.channels and not own.channels)
-        for own, before in zip(widths, dense, strict=True)
-    )

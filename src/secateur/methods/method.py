@@ -71,6 +71,10 @@ class Measurements:
         """Return measurements of another model on the same windows; nothing measured on this one is reused."""
         return replace(self, decoder=decoder, known=None, cache={})
 
+    def on_windows(self, windows: Windows) -> Measurements:
+        """Return measurements of this model on other windows; nothing measured on these is reused."""
+        return replace(self, windows=windows, known=None, cache={})
+
     def scores(self, *kinds: Kind) -> Scores:
         """Return scores that hold at least these kinds."""
         if self.known is None or not self.known.has(kinds):

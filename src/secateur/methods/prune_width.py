@@ -27,7 +27,6 @@ from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, SecateurWarning
 from secateur.methods import slice_hidden
 from secateur.methods.allocation.database import open_database
-from secateur.methods.allocation.levels import Grid, Groups
 from secateur.methods.allocation.widths import Allocation
 from secateur.methods.budget import Budget
 from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
@@ -37,7 +36,6 @@ from secateur.methods.uniform_widths import (
     Candidates,
     EvenSettings,
     FlapSettings,
-    Heads,
     MinitronSettings,
     PrunerSettings,
     SurgeonSettings,
@@ -298,8 +296,9 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
         raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
     stock = names_every_block(decoder)
     sizes = width_sizes(decoder, stock=stock)
-    grid = Grid(rounding_for(decoder, free, settings.rounding), groups=_groups(decoder, settings.heads))
-    database = open_database(decoder, measurements.need_windows(), free, grid, options=measurements.options)
+    multiple = rounding_for(decoder, free, settings.rounding)
+    attention = settings.heads != "never" and not reason_against_heads(decoder)
+    database = open_database(measurements, free, multiple, attention=attention)
     return (
         PruneWidth(
             method="obs-width",
@@ -310,16 +309,10 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
             repair=settings.repair,
             ridge=settings.ridge,
             target=settings.target,
-            rounding=grid.multiple,
+            rounding=multiple,
             sizes=sizes,
         ),
     )
-
-
-def _groups(decoder: Decoder, heads: Heads) -> Groups:
-    """Return how key/value groups may go where each block has its own widths."""
-    kinds: dict[Heads, Groups] = {"last": "together", "even": "singly", "never": "never"}
-    return "never" if reason_against_heads(decoder) else kinds[heads]
 
 
 @applies(PruneWidth)

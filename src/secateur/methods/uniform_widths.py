@@ -229,7 +229,7 @@ class EvenSettings(WidthSettings):
     heads: Heads = Field(
         "last",
         description="heads go once a quarter of the channels is left (last), like the channels (even), or never; with "
-        "allocation=global those of a block together (last), or group by group (even)",
+        "allocation=global those of some blocks, all together (last), or never",
     )
     target: Target = Field(
         "dense",
@@ -261,6 +261,8 @@ class SurgeonSettings(EvenSettings):
     def own_amount(self) -> Budget | None:
         """Return the ratio, or the first number given, which are of uniform widths."""
         found = super().own_amount()
+        if self.allocation == "global" and self.heads == "even":
+            raise InputError("heads=even is of uniform widths; with allocation=global say last or never.")
         if found is not None and self.allocation == "global":
             raise InputError(f"{found.knob}: sets uniform widths; with allocation=global ask for an amount (--remove).")
         return found

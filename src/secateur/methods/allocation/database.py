@@ -1,4 +1,4 @@
-"""The levels of all branches and what the loss makes of them: measured once for a model and texts, kept on disk.
+"""What widths cost, block by block: measured once for a model and texts, kept on disk.
 
 Every budget, aim and setting of the search reads the same measurements. A killed process leaves the blocks it has
 finished; the next one goes on from there.
@@ -15,18 +15,21 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from secateur.data.windows import Windows
 from secateur.distributed import from_main_process, is_main_process
 from secateur.errors import InputError
 from secateur.files import cache_folder, replace_file
-from secateur.methods.allocation.levels import Branch, Grid, Writers, measure_levels
-from secateur.methods.allocation.sensitivity import Reaction, reactions
-from secateur.models.decoder import Decoder
+from secateur.methods.allocation.levels import Levels, Writers, measure_levels
+from secateur.methods.allocation.sensitivity import Reaction, judging_windows, reactions
+from secateur.methods.greedy import lazily
+from secateur.methods.method import Measurements
+from secateur.models.widths import block_widths
 from secateur.reading import MIB, FileKind
-from secateur.run_options import DEFAULTS, RunOptions
+from secateur.scores.removal import Branch
 from secateur.versions import digest
 
-_FORMAT = 1
+_FORMAT = 2
+_MOST_LOST = 2.0
+"""Nats after which no more attention is tried."""
 _RECORD = FileKind("measurements of widths", 64 * MIB)
 
 
@@ -35,75 +38,105 @@ class Database:
     """What was measured.
 
     Attributes:
-        branches: all branches of the free blocks, and their levels.
-        reactions: of each, in the same order.
+        mlps: levels of the MLPs of the free blocks.
+        reactions: of the loss to each, in the same order.
+        attention: blocks in the order in which their attention goes.
+        lost: loss in nats without the first 1, 2, 3, … of them.
     """
 
-    branches: tuple[Branch, ...]
+    mlps: tuple[Levels, ...]
     reactions: tuple[Reaction, ...]
+    attention: tuple[int, ...] = ()
+    lost: tuple[float, ...] = ()
 
 
 def open_database(
-    decoder: Decoder, windows: Windows, free: Sequence[int], grid: Grid, *, options: RunOptions = DEFAULTS
+    measurements: Measurements, free: Sequence[int], multiple: int, *, attention: bool = True
 ) -> Database:
-    """Read the measurements of a model on these windows, or make and keep them.
+    """Read the measurements of a model on its windows, or make and keep them.
+
+    Args:
+        measurements: of the dense model.
+        free: blocks that may lose something.
+        multiple: channels stay in multiples of this.
+        attention: whether attention may go.
 
     Raises:
-        InputError: the cache cannot be written.
+        InputError: there are no windows, or the cache cannot be written.
         NumericsError: NaN or infinity on the way.
     """
-    place = (str(decoder.module.dtype), decoder.device.type, options.batch_size)
-    key = digest(_FORMAT, decoder.fingerprint, place, windows.fingerprint, list(free), asdict(grid))
+    decoder, windows = measurements.decoder, measurements.need_windows()
+    place = (str(decoder.module.dtype), decoder.device.type, measurements.options.batch_size)
+    key = digest(_FORMAT, decoder.fingerprint, place, windows.fingerprint, list(free), multiple, attention)
     folder = cache_folder("widths", key)
     found: Database | None = from_main_process(_read(folder / "levels.json"))
     if found is None:
-        found = from_main_process(_measured(decoder, windows, free, grid, folder, options))
+        found = from_main_process(_measured(measurements, free, multiple, attention, folder))
     return found
 
 
 def _measured(
-    decoder: Decoder, windows: Windows, free: Sequence[int], grid: Grid, folder: Path, options: RunOptions
+    measurements: Measurements, free: Sequence[int], multiple: int, attention: bool, folder: Path
 ) -> Database:
+    decoder, windows, options = measurements.decoder, measurements.need_windows(), measurements.options
     blocks = _Blocks(folder)
-    for index, rows in measure_levels(decoder, windows, free, grid, blocks, options=options):
-        blocks.add(index, rows)
-    branches = [one for index in free for one in blocks.branches(index)]
-    worth = reactions(decoder, windows, branches, blocks.writers, options=options)
-    found = Database(tuple(branches), tuple(worth))
+    for levels, writers in measure_levels(decoder, windows, free, multiple, blocks, options=options):
+        blocks.add(levels, writers)
+    mlps = [blocks.levels(index) for index in free if index in blocks]
+    worth = reactions(decoder, windows, mlps, blocks.writers, options=options)
+    order, lost = attention_chain(measurements, free) if attention else ((), ())
+    found = Database(tuple(mlps), tuple(worth), order, lost)
     if is_main_process():
         replace_file(folder / "levels.json", json.dumps(asdict(found)) + "\n")
         blocks.drop()
     return found
 
 
+def attention_chain(measurements: Measurements, free: Sequence[int]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return blocks in the order in which their attention goes at the least loss, and the loss in nats after each.
+
+    What one attention costs depends on which others are gone: each alone is cheap, most of them together ruin a model.
+    The order ends where more than two nats are lost, and one attention always stays.
+    """
+    decoder = measurements.decoder
+    judged = measurements.on_windows(judging_windows(measurements.need_windows()))
+    candidates: list[Branch] = [(index, "heads") for index in free if block_widths(decoder, index).groups]
+    order: list[int] = []
+    lost: list[float] = []
+    for gone, loss in lazily(judged, candidates, lambda _: 1.0, name="attention"):
+        if len(gone) == decoder.block_count or loss > _MOST_LOST:
+            break
+        order.append(gone[-1][0])
+        lost.append(max(loss, lost[-1] if lost else 0.0))
+    return tuple(order), tuple(lost)
+
+
 class _Blocks:
-    """A file for each block with its branches and their output projections at the level between."""
+    """A file for each block with the levels of its MLP and its output projections at the level between."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._known: dict[int, list[Branch]] = {}
+        self._known: dict[int, Levels] = {}
 
     def __contains__(self, block: int) -> bool:
         if block not in self._known:
-            read = from_main_process(_branches_of(self._path(block)))
+            read = from_main_process(_levels_in(self._path(block)))
             if read is not None:
                 self._known[block] = read
         return block in self._known
 
-    def add(self, block: int, rows: Sequence[tuple[Branch, Writers]]) -> None:
-        tensors = {f"{one.part}.{number}": writer for one, own in rows for number, writer in enumerate(own)}
-        record = json.dumps([asdict(one) for one, _ in rows])
+    def add(self, levels: Levels, writers: Writers) -> None:
+        tensors = {str(number): writer for number, writer in enumerate(writers)}
         if is_main_process():
-            replace_file(self._path(block), save(tensors, {"branches": record}))
-        self._known[block] = [one for one, _ in rows]
+            replace_file(self._path(levels.block), save(tensors, {"levels": json.dumps(asdict(levels))}))
+        self._known[levels.block] = levels
 
-    def branches(self, block: int) -> list[Branch]:
-        return self._known[block] if block in self else []
+    def levels(self, block: int) -> Levels:
+        return self._known[block]
 
-    def writers(self, branch: Branch) -> Writers:
-        with safe_open(self._path(branch.block), framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(f"{branch.part}.")]  # noqa: SIM118 - not a dict
-            return tuple(file.get_tensor(f"{branch.part}.{number}") for number in range(len(names)))
+    def writers(self, levels: Levels) -> Writers:
+        with safe_open(self._path(levels.block), framework="pt") as file:
+            return tuple(file.get_tensor(str(number)) for number in range(len(list(file.keys()))))
 
     def drop(self) -> None:
         for path in self._folder.glob("block-*.safetensors"):
@@ -113,17 +146,17 @@ class _Blocks:
         return self._folder / f"block-{block}.safetensors"
 
 
-def _branch(row: dict[str, Any]) -> Branch:
-    return Branch(row["block"], row["part"], tuple(row["keep"]), tuple(row["errors"]), row["probe"])
+def _levels(row: dict[str, Any]) -> Levels:
+    return Levels(row["block"], tuple(row["keep"]), tuple(row["errors"]), row["probe"])
 
 
-def _branches_of(path: Path) -> list[Branch] | None:
-    """Read the branches of a block; None if there is no file, or a damaged one."""
+def _levels_in(path: Path) -> Levels | None:
+    """Read the levels of a block; None if there is no file, or a damaged one."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return [_branch(row) for row in json.loads(file.metadata()["branches"])]
+            return _levels(json.loads(file.metadata()["levels"]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -134,7 +167,8 @@ def _read(path: Path) -> Database | None:
         return None
     try:
         found = _RECORD.json(path)
-        branches = tuple(_branch(row) for row in found["branches"])
-        return Database(branches, tuple(Reaction(**row) for row in found["reactions"]))
+        mlps = tuple(_levels(row) for row in found["mlps"])
+        worth = tuple(Reaction(**row) for row in found["reactions"])
+        return Database(mlps, worth, tuple(found["attention"]), tuple(found["lost"]))
     except (InputError, KeyError, TypeError):
         return None

@@ -1,4 +1,4 @@
-"""How much the loss reacts to an error in a branch: each is pruned or removed alone, all others stay dense.
+"""How much the loss reacts to a narrower MLP: each is pruned or removed alone, all else stays dense.
 
 All these models are walked together, block after block: one that differs from the dense model at block b shares its
 states below b, and each block's weights are read once for all of them.
@@ -17,7 +17,7 @@ from secateur.calibration.folds import folds_of
 from secateur.calibration.store import StateStore
 from secateur.calibration.walk import Batch, mean_loss_of, open_store, step, stored_start
 from secateur.data.windows import Windows
-from secateur.methods.allocation.levels import Branch, Writers
+from secateur.methods.allocation.levels import Levels, Writers
 from secateur.models.anatomy import find
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
@@ -31,7 +31,7 @@ Edits = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Reaction:
-    """By how many nats the loss rises if one branch alone is changed.
+    """By how many nats the loss rises if one MLP alone is changed.
 
     Attributes:
         probe: at its level between.
@@ -42,11 +42,11 @@ class Reaction:
     removed: float
 
 
-def judging_windows(windows: Windows) -> Windows:
-    """Return the windows that no repair is fitted on, shortened to about 1,024 tokens in all."""
+def judging_windows(windows: Windows, tokens: int = TOKENS) -> Windows:
+    """Return the windows that no repair is fitted on, shortened to about this many tokens in all."""
     held_out = folds_of(windows).held_out
     some = windows.some(held_out.nonzero().flatten().tolist()) if bool(held_out.any()) else windows
-    length = min(some.seq_len, max(2, TOKENS // len(some)))
+    length = min(some.seq_len, max(2, tokens // len(some)))
     mask = None if some.mask is None else some.mask[:, :length]
     return replace(some, tokens=some.tokens[:, :length], mask=mask)
 
@@ -55,52 +55,48 @@ def judging_windows(windows: Windows) -> Windows:
 def reactions(
     decoder: Decoder,
     windows: Windows,
-    branches: Sequence[Branch],
-    writers: Callable[[Branch], Writers],
+    mlps: Sequence[Levels],
+    writers: Callable[[Levels], Writers],
     *,
     options: RunOptions = DEFAULTS,
 ) -> list[Reaction]:
-    """Measure the loss with each branch alone at its level between, and removed, on held-out windows.
+    """Measure the loss with each MLP alone at its level between, and removed, on held-out windows.
 
     Args:
         decoder: the dense model.
         windows: calibration windows.
-        branches: the branches.
-        writers: returns a branch's output projection at the level between; read when its block is walked.
+        mlps: their levels.
+        writers: returns the output projection of one at the level between; read when its block is walked.
         options: windows per batch, progress.
 
     Raises:
         NumericsError: NaN or infinity on the way.
     """
-    between = [one.probe < len(one.keep) - 1 for one in branches]
-    trials = [(place, removed) for place, has in enumerate(between) for removed in (False, True) if has or removed]
+    place_of = {one.block: place for place, one in enumerate(mlps)}
+    trials = [(place, removed) for place in range(len(mlps)) for removed in (False, True)]
     with open_store(decoder) as store:
         batches = stored_start(
             decoder, judging_windows(windows), store, options.batch_size, key=lambda batch: (batch.index, None)
         )
         count = decoder.block_count
-        for index in options.progress(range(count), "measuring what each branch is worth", count):
-            below = [trial for trial in trials if branches[trial[0]].block < index]
+        for index in options.progress(range(count), "measuring what each MLP is worth", count):
             with decoder.block(index):
-                for trial in below:
-                    _advance(decoder, index, batches, store, (trial, trial), {})
-                for place, one in enumerate(branches):
-                    if one.block == index:
-                        if between[place]:
-                            at_probe = _with_writers(decoder, one, writers(one))
-                            _advance(decoder, index, batches, store, (None, (place, False)), at_probe)
-                        silent = silenced(decoder, index, one.part)
-                        _advance(decoder, index, batches, store, (None, (place, True)), silent)
+                for trial in trials:
+                    if mlps[trial[0]].block < index:
+                        _advance(decoder, index, batches, store, (trial, trial), {})
+                if index in place_of:
+                    place = place_of[index]
+                    at_probe = _with_writers(decoder, index, writers(mlps[place]))
+                    _advance(decoder, index, batches, store, (None, (place, False)), at_probe)
+                    silent = silenced(decoder, index, "channels")
+                    _advance(decoder, index, batches, store, (None, (place, True)), silent)
                 _advance(decoder, index, batches, store, (None, None), {})
         losses: dict[Trial, float] = {}
         with decoder.outer():
             for which in (None, *trials):
                 losses[which] = mean_loss_of(decoder, ((one, store.get((one.index, which))) for one in batches))
-    without = [losses[place, True] - losses[None] for place in range(len(branches))]
-    return [
-        Reaction(losses[place, False] - losses[None] if between[place] else removed, removed)
-        for place, removed in enumerate(without)
-    ]
+    base = losses[None]
+    return [Reaction(losses[place, False] - base, losses[place, True] - base) for place in range(len(mlps))]
 
 
 Trial = tuple[int, bool] | None
@@ -121,10 +117,10 @@ def _advance(
             store.put((batch.index, after), step(decoder, index, batch, store.get((batch.index, before))))
 
 
-def _with_writers(decoder: Decoder, branch: Branch, writers: Writers) -> Edits:
-    """Return these output projections under the block's names."""
-    name = writer_of(decoder, branch.block, branch.part)
-    found = find(decoder.block_list[branch.block], name)
+def _with_writers(decoder: Decoder, index: int, writers: Writers) -> Edits:
+    """Return the output projections of an MLP under the block's names."""
+    name = writer_of(decoder, index, "channels")
+    found = find(decoder.block_list[index], name)
     if isinstance(found, nn.Parameter):
         return {name: torch.stack(writers).to(found)}
     writer = writers[0].T if isinstance(found, Conv1D) else writers[0]

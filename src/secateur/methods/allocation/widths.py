@@ -1,9 +1,9 @@
 """Every block its own widths, at the least expected loss for a budget.
 
 Kurtic et al. 2023, "ZipLM" (NeurIPS); Tang et al. 2025, "DarwinLM: Evolutionary Structured Pruning of Large Language
-Models": one database of levels, then one level per branch under the budget. The expected loss of a level is
-interpolated over its error between the losses with that branch alone at a level between, and without it. Losses of
-several branches are taken to add up.
+Models": one database of levels, then one level per MLP under the budget, and a number of attention branches. The
+expected loss of a level is interpolated over its error between the losses with that MLP alone at a level between, and
+without it. Losses of several MLPs, and that without attention in some blocks, are taken to add up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from secateur.methods.allocation.database import Database
 from secateur.methods.allocation.frontier import Option, best_choices
-from secateur.methods.allocation.levels import Branch
+from secateur.methods.allocation.levels import Levels
 from secateur.methods.allocation.sensitivity import Reaction
 from secateur.methods.budget import Budget, choose_size
 from secateur.models.decoder import Decoder
@@ -26,23 +26,23 @@ _NOISE = 1e-4
 _POWERS = (1.0, 2.0)
 
 
-def expected_losses(branch: Branch, reaction: Reaction) -> tuple[float, ...]:
-    """Return the loss in nats that each level of a branch is expected to cost; it never falls from level to level.
+def expected_losses(mlp: Levels, reaction: Reaction) -> tuple[float, ...]:
+    """Return the loss in nats that each level of an MLP is expected to cost; it never falls from level to level.
 
     It follows a power of the error, a · Eᵖ with p from 1 to 2, through the loss at the level between and that without
-    the branch.
+    the MLP.
     """
     between = max(reaction.probe, _NOISE)
-    whole, middle = branch.errors[-1], branch.errors[branch.probe]
+    whole, middle = mlp.errors[-1], mlp.errors[mlp.probe]
     if not 0 < middle < whole:
-        return (0.0,) * (len(branch.errors) - 1) + (max(reaction.removed, 0.0),)
+        return (0.0,) * (len(mlp.errors) - 1) + (max(reaction.removed, 0.0),)
     power = math.log(max(reaction.removed, between) / between) / math.log(whole / middle)
     power = min(_POWERS[1], max(_POWERS[0], power))
-    below = [between * (error / middle) ** power for error in branch.errors]
-    above = [max(reaction.removed, between) * (error / whole) ** power for error in branch.errors]
+    below = [between * (error / middle) ** power for error in mlp.errors]
+    above = [max(reaction.removed, between) * (error / whole) ** power for error in mlp.errors]
     return tuple(
         low if error <= middle else max(high, between)
-        for error, low, high in zip(branch.errors, below, above, strict=True)
+        for error, low, high in zip(mlp.errors, below, above, strict=True)
     )
 
 
@@ -60,16 +60,20 @@ class Allocation:
 
         Args:
             decoder: the dense model.
-            database: levels of its branches and their worth.
+            database: what widths cost.
             sizes: parameters of the result by unit.
             budget: says in which unit amounts are counted.
         """
-        self._decoder, self._branches, self._sizes = decoder, database.branches, sizes
+        self._decoder, self._database, self._sizes = decoder, database, sizes
         self._dense = tuple(one.dense for one in sizes.blocks)
         options = [
-            self._options(one, reaction, budget)
-            for one, reaction in zip(database.branches, database.reactions, strict=True)
+            [
+                Option(self._saved(one.block, channels=keep), loss)
+                for keep, loss in zip(one.keep, expected_losses(one, reaction), strict=True)
+            ]
+            for one, reaction in zip(database.mlps, database.reactions, strict=True)
         ]
+        options.append(self._attention(budget))
         self.path = list(dict.fromkeys(self._widths(levels) for levels in best_choices(options)))
 
     def meet(self, budget: Budget) -> AllWidths:
@@ -83,27 +87,26 @@ class Allocation:
         cached = [cached_share(one, self._dense) for one in path]
         return path[choose_size(budget, left, self._decoder.parameter_count, cached=cached)]
 
-    def _options(self, branch: Branch, reaction: Reaction, budget: Budget) -> list[Option]:
-        losses = expected_losses(branch, reaction)
-        full = self._sizes.blocks[branch.block].parameters_at(self._dense[branch.block])
-        cached = 0.0
-        if budget.cost is not None and budget.cost.unit == "bytes" and branch.part == "heads":
-            numbers = cache_size(self._decoder, int(budget.cost.facts["context"]))[branch.block]
-            cached = numbers / max(1, self._dense[branch.block].groups)
-        return [
-            Option(full - self._with(branch, keep) + cached * (branch.keep[0] - keep), loss)
-            for keep, loss in zip(branch.keep, losses, strict=True)
-        ]
+    def _attention(self, budget: Budget) -> list[Option]:
+        """Return the options of losing the attention of 0, 1, 2, … blocks; bytes count their cache, too."""
+        cache = [0] * len(self._dense)
+        if budget.cost is not None and budget.cost.unit == "bytes":
+            cache = list(cache_size(self._decoder, int(budget.cost.facts["context"])))
+        found, saved = [Option(0, 0.0)], 0
+        for block, loss in zip(self._database.attention, self._database.lost, strict=True):
+            saved += self._saved(block, groups=0) + cache[block]
+            found.append(Option(saved, loss))
+        return found
 
-    def _with(self, branch: Branch, keep: int) -> int:
-        """Count the parameters of the block of a branch with that branch at this level."""
-        name = "groups" if branch.part == "heads" else "channels"
-        widths = self._dense[branch.block].model_copy(update={name: keep})
-        return self._sizes.blocks[branch.block].parameters_at(widths)
+    def _saved(self, block: int, **less: int) -> int:
+        """Count the parameters that a block loses with these widths."""
+        sizes, dense = self._sizes.blocks[block], self._dense[block]
+        return sizes.parameters_at(dense) - sizes.parameters_at(dense.model_copy(update=less))
 
     def _widths(self, levels: Sequence[int]) -> AllWidths:
         found = list(self._dense)
-        for branch, level in zip(self._branches, levels, strict=True):
-            name = "groups" if branch.part == "heads" else "channels"
-            found[branch.block] = found[branch.block].model_copy(update={name: branch.keep[level]})
+        for mlp, level in zip(self._database.mlps, levels[:-1], strict=True):
+            found[mlp.block] = found[mlp.block].model_copy(update={"channels": mlp.keep[level]})
+        for block in self._database.attention[: levels[-1]]:
+            found[block] = found[block].model_copy(update={"groups": 0})
         return tuple(found)
