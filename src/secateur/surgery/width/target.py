@@ -252,7 +252,7 @@ class WidthAssembly:
         there = {name for name, _ in assembly.layer(index).named_parameters()}
         tensors = {name: tensor for name, tensor in tensors.items() if name in there}
         found = without_units(tensors, couplings, kept)
-        self._seen.append([[round(_sum(tensor), 4), len(tensor)] for tensor in found.values()])
+        self._seen.append([[round(_size(tensor), 4), len(tensor)] for tensor in found.values()])
         assembly.put(where, found)
         assembly.finish(index)
 
@@ -266,5 +266,6 @@ class WidthAssembly:
         return self._assembly.result({"narrowed": self._seen})
 
 
-def _sum(tensor: torch.Tensor) -> float:
-    return float(tensor.to(device_with_float64(tensor.device)).sum(dtype=torch.float64))
+def _size(tensor: torch.Tensor) -> float:
+    """Return Σ|w|: what folds the mean out of writers leaves plain sums at 0."""
+    return float(tensor.to(device_with_float64(tensor.device)).abs().sum(dtype=torch.float64))
