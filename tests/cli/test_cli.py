@@ -475,3 +475,25 @@ def test_a_recipe_is_run_and_gone_on_with(run, model, windows, tmp_path):
     code, _, err = run("run", recipe, "-o", "done")
     assert code == 2
     assert "Did you mean 'last-n'" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--method", "obs-width", "--gate", "probes:0.9"), "obs-width makes one plan"),
+        (("--method", "auto", "--gate", "probes:1.9"), "the share to be kept is a number above 0, up to 1"),
+        (("--method", "auto", "--gate", "gsm8k"), "'gsm8k' is no probe"),
+        (("--method", "auto", "--gate", "probes", "--set", "gate=probes"), "give one of them"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "prune"])
+def test_a_gate_that_cannot_be(run, tiny_with_tokenizer, window_file, tmp_path, command, words, says):
+    code, out, said = run(command, tiny_with_tokenizer, "--remove", "20%", "--texts", window_file, *words)
+    assert (code, out) == (2, "")
+    assert says in said
+    assert not list(tmp_path.rglob("plan.json"))
+
+
+def test_a_gate_beside_a_plan_is_refused(run, tiny_with_tokenizer):
+    code, _, said = run("prune", tiny_with_tokenizer, "--plan", "plan.json", "--gate", "probes:0.9")
+    assert (code, said.startswith("error: --gate: the plan already says")) == (2, True)
