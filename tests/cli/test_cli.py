@@ -497,3 +497,16 @@ def test_a_gate_that_cannot_be(run, tiny_with_tokenizer, window_file, tmp_path, 
 def test_a_gate_beside_a_plan_is_refused(run, tiny_with_tokenizer):
     code, _, said = run("prune", tiny_with_tokenizer, "--plan", "plan.json", "--gate", "probes:0.9")
     assert (code, said.startswith("error: --gate: the plan already says")) == (2, True)
+
+
+def test_compare_refuses_a_gate_of_what_the_dense_model_cannot_do(run, tiny_with_tokenizer, window_file, tmp_path):
+    words = ("--methods", "shortgpt", "--remove", "10%", "--texts", window_file, "--limit", "6", "-o", "study")
+    for _ in range(2):  # started again, it says the same
+        code, _, said = run("compare", tiny_with_tokenizer, *words, "--gate", "probe-format:0.8")
+        assert code == 2
+        assert "the dense model itself can do none of its probes (probe-format 0.00 (floor 0.00))" in said
+    assert "gate: probe-format:0.8" in (tmp_path / "study" / "recipe.yaml").read_text()
+    code, _, said = run("compare", tiny_with_tokenizer, *words, "--gate", "gsm8k")
+    assert (code, "'gsm8k' is no probe" in said) == (2, True)
+    code, _, said = run("report", "study", "--gate", "probe-copy")
+    assert (code, "probe-copy not measured on the dense model" in said) == (2, True)

@@ -14,6 +14,8 @@ FLOOR = PROBES["probe-sort"].chance
 def test_reading():
     assert Gate.read("probes:0.8") == Gate(tuple(PROBES), 0.8)
     assert Gate.read(" probe-copy, probe-sort ,probe-copy") == Gate(("probe-copy", "probe-sort"), 0.9)
+    assert str(Gate.read("probes")) == "probes:0.9"
+    assert str(Gate.read("probe-copy,probe-sort:0.75")) == "probe-copy,probe-sort:0.75"
     assert Gate.read("probe-copy,probes:1").probes == ("probe-copy", *(name for name in PROBES if name != "probe-copy"))
 
 
@@ -52,8 +54,9 @@ def test_what_the_dense_model_cannot_do_does_not_count():
     assert gate.able(dense) == ("probe-format",)
     assert gate.failing(dense, {"probe-format": 0.5, "probe-sort": 0.0}) is None
     assert gate.able(dense | {"probe-sort": FLOOR + 0.1}) == gate.probes
+    gate.require(dense)
     with pytest.raises(InputError, match=r"can do none of its probes \(probe-format 0\.09 \(floor 0\.00\), probe-sort"):
-        gate.able(dense | {"probe-format": 0.09})
+        gate.require(dense | {"probe-format": 0.09})
 
 
 def test_accuracies_are_those_of_eval(bundled, monkeypatch):

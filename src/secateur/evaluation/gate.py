@@ -12,11 +12,12 @@ for probes of which the dense model is at least 0.1 above the floor. A model pas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from secateur.errors import InputError
 from secateur.evaluation.probes import PROBES
+from secateur.evaluation.results import Result
 from secateur.evaluation.tasks import TaskRequest, ask_tasks
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
@@ -25,7 +26,7 @@ KEPT = 0.9
 """Share of a probe that has to be kept, where none is named."""
 ABOVE = 0.1
 """Accuracy above the floor from which a model counts as able to do a probe."""
-_ALL = "probes"
+_ALL, _ACCURACY = "probes", "acc"
 _ROUNDING = 1e-9
 
 
@@ -65,23 +66,30 @@ class Gate:
             raise InputError(f"gate {text}: the share to be kept is a number above 0, up to 1, such as {_ALL}:{KEPT}.")
         return cls(tuple(dict.fromkeys(probes)), kept)
 
+    def __str__(self) -> str:
+        """Write it as it is read."""
+        return f"{_ALL if self.probes == tuple(PROBES) else ','.join(self.probes)}:{self.kept:g}"
+
     def able(self, dense: Mapping[str, float]) -> tuple[str, ...]:
         """Return the probes that the dense model can do; the gate says nothing about the others.
 
         Args:
             dense: its accuracy of each probe.
+        """
+        return tuple(name for name in self.probes if dense[name] >= PROBES[name].chance + ABOVE - _ROUNDING)
+
+    def require(self, dense: Mapping[str, float]) -> None:
+        """Refuse a gate that can tell nothing.
 
         Raises:
-            InputError: it can do none of them.
+            InputError: the dense model can do none of the probes.
         """
-        found = tuple(name for name in self.probes if dense[name] >= PROBES[name].chance + ABOVE - _ROUNDING)
-        if not found:
+        if not self.able(dense):
             measured = ", ".join(f"{name} {dense[name]:.2f} (floor {PROBES[name].chance:.2f})" for name in self.probes)
             raise InputError(
                 f"the gate cannot be used: the dense model itself can do none of its probes ({measured}). "
                 "Leave it out, or name another probe."
             )
-        return found
 
     def failing(self, dense: Mapping[str, float], accuracies: Mapping[str, float]) -> str | None:
         """Return why a model does not pass, in one sentence; None if it does.
@@ -89,9 +97,6 @@ class Gate:
         Args:
             dense: the dense model's accuracy of each probe.
             accuracies: those of the model.
-
-        Raises:
-            InputError: the dense model can do none of the probes.
         """
         shares = {name: kept_of(name, dense[name], accuracies[name]) for name in self.able(dense)}
         lost = [
@@ -107,6 +112,11 @@ def kept_of(probe: str, dense: float, accuracy: float) -> float:
     """Return the share of a probe that is kept: accuracy above the floor ÷ the dense model's, negative below it."""
     floor = PROBES[probe].chance
     return (accuracy - floor) / (dense - floor)
+
+
+def accuracies_in(results: Iterable[Result]) -> dict[str, float]:
+    """Return the accuracies of probes among the results of one model."""
+    return {one.task: one.value for one in results if one.task in PROBES and one.measure == _ACCURACY}
 
 
 def accuracies_of(
@@ -125,4 +135,4 @@ def accuracies_of(
         NumericsError: NaN or infinity among the answers.
     """
     found = ask_tasks({"model": model}, TaskRequest(names=gate.probes, limit=limit), options=options)
-    return {outcome.task: outcome.metrics["acc"] for outcome in found["model"]}
+    return {outcome.task: outcome.metrics[_ACCURACY] for outcome in found["model"]}

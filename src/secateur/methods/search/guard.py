@@ -27,7 +27,7 @@ class Guard:
         self._options = replace(options, batch_size=None)  # that of windows
         self._found: dict[str, str | None] = {}
         self.dense = self._ask(dense)
-        gate.able(self.dense)
+        gate.require(self.dense)
 
     def failing(self, model: Decoder) -> str | None:
         """Return why a candidate does not pass, in one sentence; None if it does."""
