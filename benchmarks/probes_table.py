@@ -21,7 +21,7 @@ from secateur.evaluation.results import Result
 from secateur.jobs.evaluate import measure_reference
 from secateur.models.decoder import Decoder
 
-HELD_OUT = "python-stdlib,python-docs,self"
+HELD_OUT = "python-stdlib,python-docs"
 READING = {"texts": HELD_OUT, "windows": 16, "seq_len": 256}
 GATE = "probes:0.9"
 CUTS: dict[str, dict[str, Any]] = {
@@ -29,10 +29,10 @@ CUTS: dict[str, dict[str, Any]] = {
     "obs-width, calibrated on code": {"method": "obs-width", "remove": 0.15, "texts": "python-stdlib"},
     "replaceme": {"method": "replaceme", "blocks": 3},
     "shortgpt": {"method": "shortgpt", "blocks": 3},
-    "sleb": {"method": "sleb", "blocks": 3},
     "obs-width, a little": {"method": "obs-width", "remove": 0.05},
+    "sleb": {"method": "sleb", "blocks": 3},
 }
-CALIBRATION = {"texts": "python-stdlib,python-docs,self", "windows": 24, "seq_len": 256}
+CALIBRATION = {"texts": "python-stdlib,python-docs", "windows": 24, "seq_len": 256}
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--only", nargs="*", choices=CUTS, default=list(CUTS))
     given = parser.parse_args()
-    dense = secateur.open_model(given.file, dtype="float32")
+    dense = secateur.open_model(given.file, dtype="bfloat16")
     begun = time.perf_counter()
     reference = measure_reference(dense, tasks="probes", **READING)
     before = _accuracies(reference.results)

@@ -510,3 +510,13 @@ def test_compare_refuses_a_gate_of_what_the_dense_model_cannot_do(run, tiny_with
     assert (code, "'gsm8k' is no probe" in said) == (2, True)
     code, _, said = run("report", "study", "--gate", "probe-copy")
     assert (code, "probe-copy not measured on the dense model" in said) == (2, True)
+
+
+def test_eval_says_when_a_model_is_beyond_use(run, tmp_path):
+    made = ("prune", "bundled", "--method", "last-n", "--no-check", "-o")
+    asked = ("--against", "bundled", "--texts", "python-stdlib", "--windows", "2", "--seq-len", "64")
+    assert run(*made, "ruin", "--blocks", "8")[0] == run(*made, "fine", "--blocks", "1")[0] == 0
+    code, out, said = run("eval", "ruin", *asked, "--json")
+    assert (code, len(json.loads(out))) == (0, 2)
+    assert "This model is beyond use as it is: it predicts text far worse than before (×" in said
+    assert "beyond use" not in run("eval", "fine", *asked)[2]
