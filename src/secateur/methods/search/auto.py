@@ -37,6 +37,8 @@ _TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"allocated": ("obs-width", {"allocation": "global"})}
 """Names of methods with settings that make them another one."""
 _FORWARDS_EACH = 5.0
+_GATE_FORWARDS = 1.3 / 24
+"""Cost of a question of every probe in plain forward passes over 32 windows of 512."""
 _SIDES: tuple[Literal["depth", "width"], ...] = ("depth", "width")
 
 
@@ -129,7 +131,8 @@ def _member(method: Method, given: dict[str, Any]) -> Member:
 
 def _forwards(blocks: int, gone: int, settings: AutoSettings) -> float:
     deciding = sum(one.method.forwards(blocks, gone, one.settings) for one in _members(settings).values())
-    return 1 + deciding + _FORWARDS_EACH * settings.trials
+    gated = _GATE_FORWARDS * settings.gate_questions * (settings.trials + 1) if settings.gate else 0.0
+    return 1 + deciding + _FORWARDS_EACH * settings.trials + gated
 
 
 def _apply_forwards(settings: AutoSettings, tokens: int) -> float:
