@@ -11,7 +11,7 @@ from secateur.run_options import RunOptions
 
 
 class Guard:
-    """A gate with the dense model's accuracies; every model is asked once.
+    """A gate with the dense model's accuracies; every model is asked once, and only what the dense one can do.
 
     Attributes:
         dense: the dense model's accuracy of each probe.
@@ -28,6 +28,7 @@ class Guard:
         self._found: dict[str, str | None] = {}
         self.dense = self._ask(dense)
         gate.require(self.dense)
+        self._gate = Gate(gate.able(self.dense), gate.kept)
 
     def failing(self, model: Decoder) -> str | None:
         """Return why a candidate does not pass, in one sentence; None if it does."""
