@@ -6,6 +6,7 @@
 * `measured NAME`: perplexity of the bundled model under that method, from `results/*_table.jsonl`;
 * `comparison`: all methods beside each other; `healing`: all ways of healing by tokens;
 * `searched`: `auto` and the single methods it tried; `quantised`, `stability`;
+* `probes`: what cuts of a real model can still do, beside their perplexity;
 * `robustness`: what came of mutated files and of killed commands;
 * `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches.
 * `experts`: what fewer experts cost a small trained mixture.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.evaluation.probes import PROBES
 from secateur.healing.recipes import HEALING_RECIPES
 from secateur.methods.method import METHODS
 
@@ -149,6 +151,23 @@ def stability() -> str:
     return markdown(("model", "`acc`", "stability", "flips"), rows)
 
 
+def probes() -> str:
+    """Put perplexity ratios beside the accuracy of each probe, and what a gate says."""
+    floors = [f"{probe.chance:.2f}" for probe in PROBES.values()]
+    rows = [["guessing (the floor)", "", "", "", *floors, ""]]
+    for one in _records("probes"):
+        asked, found = one["setting"], one["found"]
+        ratios, right = found.get("ratios", {}), found["accuracy"]
+        method, _, more = asked["model"].partition(", ")
+        label = f"`{method}`{', ' if more else ''}{more}" if ratios else "dense"
+        read = [f"{ratios[source]:.2f}" if ratios else "1" for source in ("python-stdlib", "python-docs")]
+        kept = [f"{right[name]:.2f}" if name in right else "–" for name in PROBES]
+        gate = ("fails" if found["fails"] else "passes") if "gate" in found else ""
+        rows.append([label, _share(found["removed"]) if ratios else "", *read, *kept, gate])
+    names = [name.removeprefix("probe-") for name in PROBES]
+    return markdown(("model", "removed", "× code", "× prose", *names, "`--gate probes:0.9`"), rows)
+
+
 def robustness() -> str:
     """Return what came of mutated files and of commands killed at random moments."""
     rows = []
@@ -269,6 +288,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "searched": searched,
     "quantised": quantised,
     "stability": stability,
+    "probes": probes,
     "robustness": robustness,
     "ablation": ablation,
     "allocation": allocation,

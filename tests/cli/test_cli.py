@@ -475,3 +475,48 @@ def test_a_recipe_is_run_and_gone_on_with(run, model, windows, tmp_path):
     code, _, err = run("run", recipe, "-o", "done")
     assert code == 2
     assert "Did you mean 'last-n'" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--method", "obs-width", "--gate", "probes:0.9"), "obs-width makes one plan"),
+        (("--method", "auto", "--gate", "probes:1.9"), "the share to be kept is a number above 0, up to 1"),
+        (("--method", "auto", "--gate", "gsm8k"), "'gsm8k' is no probe"),
+        (("--method", "auto", "--gate", "probes", "--set", "gate=probes"), "give one of them"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "prune"])
+def test_a_gate_that_cannot_be(run, tiny_with_tokenizer, window_file, tmp_path, command, words, says):
+    code, out, said = run(command, tiny_with_tokenizer, "--remove", "20%", "--texts", window_file, *words)
+    assert (code, out) == (2, "")
+    assert says in said
+    assert not list(tmp_path.rglob("plan.json"))
+
+
+def test_a_gate_beside_a_plan_is_refused(run, tiny_with_tokenizer):
+    code, _, said = run("prune", tiny_with_tokenizer, "--plan", "plan.json", "--gate", "probes:0.9")
+    assert (code, said.startswith("error: --gate: the plan already says")) == (2, True)
+
+
+def test_compare_refuses_a_gate_of_what_the_dense_model_cannot_do(run, tiny_with_tokenizer, window_file, tmp_path):
+    words = ("--methods", "shortgpt", "--remove", "10%", "--texts", window_file, "--limit", "6", "-o", "study")
+    for _ in range(2):  # started again, it says the same
+        code, _, said = run("compare", tiny_with_tokenizer, *words, "--gate", "probe-format:0.8")
+        assert code == 2
+        assert "the dense model itself can do none of its probes (probe-format 0.00 (floor 0.00))" in said
+    assert "gate: probe-format:0.8" in (tmp_path / "study" / "recipe.yaml").read_text()
+    code, _, said = run("compare", tiny_with_tokenizer, *words, "--gate", "gsm8k")
+    assert (code, "'gsm8k' is no probe" in said) == (2, True)
+    code, _, said = run("report", "study", "--gate", "probe-copy")
+    assert (code, "probe-copy not measured on the dense model" in said) == (2, True)
+
+
+def test_eval_says_when_a_model_is_beyond_use(run, tmp_path):
+    made = ("prune", "bundled", "--method", "last-n", "--no-check", "-o")
+    asked = ("--against", "bundled", "--texts", "python-stdlib", "--windows", "2", "--seq-len", "64")
+    assert run(*made, "ruin", "--blocks", "8")[0] == run(*made, "fine", "--blocks", "1")[0] == 0
+    code, out, said = run("eval", "ruin", *asked, "--json")
+    assert (code, len(json.loads(out))) == (0, 2)
+    assert "This model is beyond use as it is: it predicts text far worse than before (×" in said
+    assert "beyond use" not in run("eval", "fine", *asked)[2]

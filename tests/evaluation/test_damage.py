@@ -6,8 +6,9 @@ import pytest
 
 from secateur import make_plan, prune
 from secateur.data.texts import windows_by_source
-from secateur.evaluation.damage import LEAST_VARIED, RUINED, Damage, _varied, damage_of
+from secateur.evaluation.damage import LEAST_VARIED, RUINED, Damage, _varied, beyond_use, damage_of
 from secateur.evaluation.metrics.perplexity import perplexity
+from secateur.evaluation.results import Result
 from secateur.run_options import DEFAULTS
 
 
@@ -39,6 +40,36 @@ def test_repeating_alone_is_ruin_too():
     assert found.ruined
     assert "repeats itself in 5 of 8 continuations" in found.sentence()
     assert not Damage({"code": 1.2}, prompts=8, repeating=4).ruined
+
+
+FACTS = {"model": "m", "fingerprint": "f", "parameters": 1, "blocks": 1}
+
+
+def read(ratio, source="code"):
+    texts = {"source": source, "fingerprint": source}
+    pairs = {"against": 4.0, "model": 4.0 * ratio}
+    return [Result(measure="perplexity", value=value, role=role, texts=texts, **FACTS) for role, value in pairs.items()]
+
+
+def asked(probe, after, before):
+    pairs = {"model": after, "against": before}
+    return [Result(measure="acc", value=value, role=role, task=probe, **FACTS) for role, value in pairs.items()]
+
+
+def test_an_evaluation_says_when_a_model_is_beyond_use():
+    assert beyond_use([*read(2.99), *read(1.0, "prose")]) is None
+    said = beyond_use([*read(3.01), *read(1.0, "prose")])
+    assert said.startswith("This model is beyond use as it is: it predicts text far worse than before (×3.01 of")
+    assert "on code). " in said
+    assert "Remove less" in said
+    kept, lost = asked("probe-copy", 0.11, 0.5), asked("probe-copy", 0.09, 0.5)
+    assert beyond_use([*read(1.1), *kept]) is None
+    assert beyond_use([*lost, *asked("probe-format", 0.4, 0.4)]) is None, "one of them it can do"
+    assert "it does no probe clearly better than guessing (probe-copy 0.09, dense 0.50)" in beyond_use(
+        [*read(1.1), *lost]
+    )
+    assert beyond_use(asked("probe-copy", 0.0, 0.09)) is None, "nor can the dense model"
+    assert beyond_use([one for one in [*read(9.0), *lost] if one.role == "model"]) is None, "nothing to compare with"
 
 
 def test_how_varied_a_text_is():

@@ -51,6 +51,7 @@ def test_a_run_and_a_study_come_back_as_they_were(file):
         ("prune: {method: sleb}", "model is missing"),
         ("model: m\nprune: {method: sleb}\neval: {stability: true}", "name some, such as stdlib-cloze"),
         ("model: m\nprune: {method: sleb}\nbench: {repeats: 0}", "bench.repeats"),
+        ("model: m\nprune: {method: sleb}\neval: {gate: mmlu}", "'mmlu' is no probe"),
         ("model: [", "not YAML"),
         ("just words", "not a recipe"),
     ],
@@ -59,6 +60,16 @@ def test_what_cannot_be_used_is_named(file, text, message):
     with pytest.raises(InputError, match=r"recipe\.yaml") as caught:
         read_recipe(file(text))
     assert message in str(caught.value)
+
+
+def test_a_gate_adds_its_probes_to_the_tasks(file):
+    text = "model: m\nprune: {method: sleb}\neval: {gate: 'probe-copy,probe-sort', stability: true"
+    alone = read_recipe(file(text + "}")).eval
+    assert alone.request().names == ("probe-copy", "probe-sort")
+    assert (alone.asked_gate().kept, alone.request().stability) == (0.9, True)
+    beside = read_recipe(file(text + ", tasks: 'stdlib-cloze,probe-sort', limit: 8}")).eval
+    assert (beside.request().names, beside.request().limit) == (("stdlib-cloze", "probe-sort", "probe-copy"), 8)
+    assert read_recipe(file("model: m\nprune: {method: sleb}")).eval.request() is None
 
 
 def test_no_file(tmp_path):

@@ -12,6 +12,7 @@ from secateur.cli.options import Asking, HeldOut, Opening, Output, Rounds, group
 from secateur.cli.tables import results_tables, showing_progress
 from secateur.cli.terminal import ModelArg, announce, err, keep, opened, target
 from secateur.errors import InputError
+from secateur.evaluation.damage import beyond_use
 from secateur.jobs.bench import BenchJob
 from secateur.jobs.evaluate import PERPLEXITY, EvaluateJob
 from secateur.models.decoder import Decoder
@@ -48,6 +49,9 @@ def evaluate(
     if job.sources:
         details["texts"] = [windows.describe() for windows in job.sources]
     keep(results, folder, "eval", details, results_tables(results), as_json=output.as_json)
+    ruined = beyond_use(results)
+    if ruined is not None:
+        err.print(ruined, style="bold red", markup=False, highlight=False)
 
 
 @grouped

@@ -194,6 +194,9 @@ class AmountOptions:
         str | None, typer.Option("--slice", help="Share of the hidden directions to slice away: 20%.")
     ] = None
     set_: Setting = None
+    gate: Annotated[
+        str | None, typer.Option(help="auto: keep this share of what the dense model can do: probes:0.9.")
+    ] = None
     scores: Annotated[Path | None, typer.Option(help="scores.json measured earlier on this model.")] = None
 
     def amount(self) -> Amount:
@@ -204,16 +207,31 @@ class AmountOptions:
         """
         return Amount.of({name: getattr(self, option) for name, option in _AMOUNTS.items()})
 
-    def settings(self) -> dict[str, Any]:
-        """Return the method's settings as typed."""
-        return read_pairs(self.set_)
+    def settings(self, method: str) -> dict[str, Any]:
+        """Return the method's settings as typed.
+
+        Raises:
+            InputError: a gate for a method that tries nothing, or one that is given twice.
+        """
+        typed = read_pairs(self.set_)
+        if self.gate is None:
+            return typed
+        if method != _SEARCH:
+            raise InputError(
+                f"--gate {self.gate}: {method} makes one plan, so there is none to choose instead; use --method "
+                f"{_SEARCH}, or look at what the result can do: secateur eval RESULT --against MODEL --tasks probes."
+            )
+        if "gate" in typed:
+            raise InputError(f"--gate {self.gate} and --set gate={typed['gate']}: give one of them.")
+        return typed | {"gate": self.gate}
 
     def given(self) -> list[str]:
         """Return the given options by name."""
         named = [
             name.replace("slicing", "slice") for name, option in _AMOUNTS.items() if getattr(self, option) is not None
         ]
-        return [f"--{name.replace('_', '-')}" for name in (*named, *(["set"] if self.set_ else []))]
+        more = [*(["gate"] if self.gate else []), *(["set"] if self.set_ else [])]
+        return [f"--{name.replace('_', '-')}" for name in (*named, *more)]
 
     def known_scores(self) -> Scores | None:
         """Read the scores file, if one was given."""
@@ -247,6 +265,8 @@ class Serving:
         return settings_for(self.engine, decoder, method, settings, self.tensor_parallel)
 
 
+_SEARCH = "auto"
+"""The method that compares plans, and so can have a gate."""
 _AMOUNTS = {
     "remove": "remove",
     "target_params": "target_params",

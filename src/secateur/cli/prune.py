@@ -309,7 +309,7 @@ def _plan_job(
             method=method,
             **amount.amount().fields(),
             **reading.fields(),
-            settings=serving.settings(decoder, method, amount.settings()),
+            settings=serving.settings(decoder, method, amount.settings(method)),
             scores=amount.known_scores(),
             options=reading.options(progress, work),
         )

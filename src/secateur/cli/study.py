@@ -77,11 +77,14 @@ class Measuring(Asking):
 
     eval_windows: Annotated[str, typer.Option(help="Windows of held-out text for perplexity, or 'all'.")] = "64"
     bench: Annotated[bool, typer.Option("--bench", help="Measure speed too, when nothing else runs.")] = False
+    gate: Annotated[
+        str | None, typer.Option(help="Rank last what keeps less of the probes the dense model can do: probes:0.9.")
+    ] = None
     samples: Annotated[int, typer.Option(help="Continuations to keep per cell; 0 for none.")] = 2
 
     def sections(self) -> dict[str, Any]:
         """Return the sections of a recipe."""
-        asked = {name: getattr(self, name) for name in ("tasks", "limit", "shots", "stability")}
+        asked = {name: getattr(self, name) for name in ("tasks", "limit", "shots", "stability", "gate")}
         return {
             "eval": {"windows": read_windows(self.eval_windows, "--eval-windows") or "all", **asked},
             "bench": {} if self.bench else None,
@@ -220,9 +223,13 @@ def report(
         Path | None, typer.Option("-o", "--out", help="The HTML file. (default: report.html in the folder)")
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    gate: Annotated[
+        str | None,
+        typer.Option(help="Rank last what keeps less of the measured probes: probes:0.9. (default: the study's)"),
+    ] = None,
 ) -> None:
     """Make one HTML page of a study or run: best method, what was removed, what remains. Works offline."""
-    file = make_report(folder, out)
+    file = make_report(folder, out, gate=gate)
     err.print(f"Written: [bold]{escape(str(file))}[/]")
     if show:
         typer.launch(str(file))

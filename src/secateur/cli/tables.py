@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.calibration.walk import perplexity_of
+from secateur.evaluation.gate import Gate
 from secateur.evaluation.metrics.perplexity import GEOMEAN
 from secateur.evaluation.results import Result
 from secateur.methods.method import METHODS
 from secateur.plan.amount import gigabytes
-from secateur.plan.plan import Candidate, Plan, Search
+from secateur.plan.plan import Plan, Search
 from secateur.plan.step import Step
 from secateur.plan.units import summary
 from secateur.progress import Progress
@@ -142,6 +143,7 @@ def search_table(search: Search, parameters: int) -> RenderableType:
     for place in sorted(measured, key=lambda place: search.candidates[place].loss or 0.0):
         one = search.candidates[place]
         mark = "best" if place == search.best else "front" if place in search.front else ""
+        mark = "refused" if one.refused else mark
         table.add_row(
             mark,
             one.depth or "–",
@@ -149,16 +151,22 @@ def search_table(search: Search, parameters: int) -> RenderableType:
             one.width or "–",
             f"{1 - (one.parameters or 0) / parameters:.1%}",
             f"{perplexity_of(one.loss or 0.0):.2f}",
-            style="bold" if mark == "best" else None if one.enough else "dim",
+            style="bold" if mark == "best" else "dim" if one.refused or not one.enough else None,
         )
-    return Group(
-        table, *(Text(f"{_name(one)}: {one.refused}", style="dim") for one in search.candidates if one.refused)
-    )
+    refused = [f"{one.label}: {one.refused}" for one in search.candidates if one.refused]
+    return Group(table, *(Text(line, style="dim") for line in (*_gated(search), *refused)))
 
 
-def _name(one: Candidate) -> str:
-    blocks = f" ({one.blocks})" if one.blocks else ""
-    return " + ".join(part for part in (one.depth and f"{one.depth}{blocks}", one.width) if part)
+def _gated(search: Search) -> list[str]:
+    """Return a line about the gate: what the dense model can do, and what it cannot, so that it does not count."""
+    if not search.probes:
+        return []
+    gate = Gate.read(str(search.settings["gate"]))
+    able = gate.able(search.probes)
+    listed = ", ".join(f"{name} {search.probes[name]:.2f}" for name in able)
+    idle = [name for name in gate.probes if name not in able]
+    more = f"; not counted, since the dense model cannot do them: {', '.join(idle)}" if idle else ""
+    return [f"Gate {search.settings['gate']}: accuracy of the dense model {listed}{more}."]
 
 
 def _unusual(step: Step) -> dict[str, Any]:

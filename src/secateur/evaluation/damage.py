@@ -5,7 +5,7 @@ It is no evaluation (`secateur eval`), but it tells a model that needs healing f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 
 from secateur.data.texts import windows_by_source
 from secateur.data.windows import Windows
-from secateur.evaluation.metrics.perplexity import mean_over_sources, perplexity
+from secateur.evaluation.gate import Gate, accuracies_in
+from secateur.evaluation.metrics.perplexity import mean_over_sources, perplexity, ratios_by_source
+from secateur.evaluation.results import Result
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 
@@ -22,6 +24,8 @@ RUINED = 3.0
 LEAST_VARIED = 0.35
 """Share of distinct three-token sequences below which a continuation repeats itself."""
 
+_PREDICTS = "it predicts text far worse than before"
+_ADVICE = "Remove less, use another method (`secateur compare` tries several), or heal it before use (`secateur heal`)."
 _WINDOWS = 4
 _PROMPT, _WRITTEN = 32, 48
 
@@ -59,17 +63,32 @@ class Damage:
             return f"{found}."
         what = []
         if max(self.ratios.values()) > RUINED:
-            what.append("it predicts text far worse than before")
+            what.append(_PREDICTS)
         if self.repeats:
             what.append(f"it repeats itself in {self.repeating} of {self.prompts} continuations")
-        return (
-            f"{found}. This cut has ruined the model: {' and '.join(what)}. Remove less, use another method "
-            "(`secateur compare` tries several), or heal it before use (`secateur heal`)."
-        )
+        return f"{found}. This cut has ruined the model: {' and '.join(what)}. {_ADVICE}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
         return asdict(self) | {"ruined": self.ruined}
+
+
+def beyond_use(results: Iterable[Result]) -> str | None:
+    """Return a sentence if an evaluation next to the dense model shows that a model is of no use; None if it does not.
+
+    It is of no use if its perplexity on a source is more than `RUINED` times the dense model's, or if it can do none of
+    the probes it was asked (`Gate.able`) and the dense model can.
+    """
+    found = list(results)
+    worst = {source: ratio for source, ratio in ratios_by_source(found).items() if ratio > RUINED}
+    listed = ", ".join(f"×{ratio:.2f} of the dense perplexity on {source}" for source, ratio in worst.items())
+    what = [f"{_PREDICTS} ({listed})"] if worst else []
+    after, before = (accuracies_in(one for one in found if one.role == role) for role in ("model", "against"))
+    asked = Gate(tuple(name for name in after if name in before))
+    if asked.able(before) and not asked.able(after):
+        listed = ", ".join(f"{name} {after[name]:.2f}, dense {before[name]:.2f}" for name in asked.able(before))
+        what.append(f"it does no probe clearly better than guessing ({listed})")
+    return f"This model is beyond use as it is: {' and '.join(what)}. {_ADVICE}" if what else None
 
 
 def damage_of(dense: Decoder, pruned: Decoder, *, options: RunOptions = DEFAULTS) -> Damage | None:

@@ -87,11 +87,11 @@ class Asked:
 
 
 def questions(probe: Probe, count: int = QUESTIONS, *, seed: int = 0) -> list[Asked]:
-    """Return the questions of a probe, always the same ones, level by level."""
+    """Return the questions of a probe, always the same ones; levels take turns, so that a few are of every level."""
     rng = random.Random(f"{probe.name} {seed}")
     found = []
     for number in range(count):
-        level = probe.levels[number * len(probe.levels) // count]
+        level = probe.levels[number % len(probe.levels)]
         pairs = [probe.ask(rng, level) for _ in range(probe.shots + 1)]
         shown = "".join(f"{asked}{answer}\n\n" for asked, answer in pairs[:-1])
         found.append(Asked(shown + pairs[-1][0], f"{pairs[-1][1]}\n"))

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from secateur.data.texts import DEFAULT_TEXTS, Count
 from secateur.errors import InputError, first_line, unknown
+from secateur.evaluation.gate import Gate
 from secateur.evaluation.speed import NEW_TOKENS, Timing
 from secateur.evaluation.tasks import TaskRequest
 from secateur.healing.data import TrainingTexts
@@ -70,7 +71,10 @@ class Healing(Section):
 
 
 class Measuring(Section):
-    """How quality is evaluated, as for `secateur eval`; `texts` defaults to the held-out part of the recipe's texts."""
+    """How quality is evaluated, as for `secateur eval`; `texts` defaults to the held-out part of the recipe's texts.
+
+    `gate` adds its probes to the tasks, and the report ranks what does not pass it last.
+    """
 
     texts: str | None = None
     windows: int | Literal["all", "auto"] = 64
@@ -79,22 +83,34 @@ class Measuring(Section):
     limit: int | None = Field(default=None, ge=1)
     shots: int | None = Field(default=None, ge=0)
     stability: bool = False
+    gate: str | None = None
 
     @model_validator(mode="after")
     def _stability_of_tasks(self) -> Measuring:
-        if self.stability and self.tasks is None:
+        if self.stability and self.tasks is None and self.gate is None:
             raise ValueError("stability is measured on tasks; name some, such as stdlib-cloze")
+        self.asked_gate()
         return self
 
+    def asked_gate(self) -> Gate | None:
+        """Return the gate that results are held against; None if there is none.
+
+        Raises:
+            InputError: it names what is no probe, or an impossible share.
+        """
+        return None if self.gate is None else Gate.read(self.gate)
+
     def request(self) -> TaskRequest | None:
-        """Return the requested tasks; None if none are named.
+        """Return the requested tasks, and the probes of the gate; None if none are named.
 
         Raises:
             InputError: an unknown task.
         """
-        if self.tasks is None:
+        gate = self.asked_gate()
+        tasks = [*([self.tasks] if isinstance(self.tasks, str) else self.tasks or ()), *(gate.probes if gate else ())]
+        if not tasks:
             return None
-        return TaskRequest.of(self.tasks, limit=self.limit, shots=self.shots, stability=self.stability)
+        return TaskRequest.of(tasks, limit=self.limit, shots=self.shots, stability=self.stability)
 
 
 class SpeedSection(Section, Timing):

@@ -15,6 +15,8 @@ from accelerate.utils.memory import clear_device_cache
 from secateur.checkpoints.folders import check_target, read_record
 from secateur.data.local_files import stamp_of
 from secateur.errors import InputError, unknown
+from secateur.evaluation.gate import accuracies_in
+from secateur.evaluation.reference import Reference
 from secateur.experiments import queue as local
 from secateur.experiments.grid import Cell, parts_of, rows_of
 from secateur.experiments.queue import CellGroup
@@ -193,6 +195,8 @@ def _share(study: Study, folder: Path, fingerprint: str, kinds: tuple[Kind, ...]
             if pending:
                 found = measure_reference(dense(), **study.measuring(), options=study.options(progress))
                 found.write(folder / DENSE)
+        if (gate := study.eval.asked_gate()) is not None:
+            gate.require(accuracies_in(Reference.read(folder / DENSE).results))
     if study.generate is not None:
         with stage("generate", study.generate.model_dump(mode="json"), study.measuring()["texts"]) as pending:
             if pending:

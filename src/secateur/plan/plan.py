@@ -71,7 +71,7 @@ class Candidate(BaseModel):
         parameters: of the result; None if there is none.
         loss: mean next-token loss on the held-back windows in nats; None if it was not measured.
         enough: whether the requested amount was removed; if not, another method followed, or was to follow.
-        refused: why there is no result.
+        refused: why there is no result, or why a measured one was passed over.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +84,12 @@ class Candidate(BaseModel):
     enough: bool = True
     refused: str | None = None
 
+    @property
+    def label(self) -> str:
+        """Return a name such as `replaceme (2) + obs-width`."""
+        blocks = f" ({self.blocks})" if self.blocks else ""
+        return " + ".join(part for part in (self.depth and f"{self.depth}{blocks}", self.width) if part)
+
 
 class Search(BaseModel):
     """How a plan was found: every candidate, and which of them are best.
@@ -94,8 +100,10 @@ class Search(BaseModel):
         dense_loss: loss of the dense model on the held-back windows.
         candidates: in the order in which they were tried.
         front: indices of the candidates on the Pareto front of size and loss; largest model first.
-        best: index of the candidate that the plan holds: the lowest loss among those that remove enough.
+        best: index of the candidate that the plan holds: the lowest loss among those that remove enough and are not
+            refused.
         settings: of the search.
+        probes: the dense model's accuracy of each probe of the gate; empty without one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -107,6 +115,7 @@ class Search(BaseModel):
     front: tuple[int, ...]
     best: int
     settings: dict[str, Any] = Field(default_factory=dict)
+    probes: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _points_at_candidates(self) -> Search:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.evaluation.gate import Gate
 from secateur.evaluation.metrics.perplexity import GEOMEAN
 from secateur.evaluation.results import Result
 from secateur.plan.plan import Plan
@@ -155,6 +156,7 @@ class Contents:
         dense: measurements of the dense model.
         scores: redundancy scores of the dense model, if measured.
         versions: versions of the software.
+        gate: what the cells must not have lost, if anything.
     """
 
     kind: str
@@ -164,6 +166,7 @@ class Contents:
     dense: Measured = field(default_factory=Measured)
     scores: Scores | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    gate: Gate | None = None
 
     @property
     def is_study(self) -> bool:

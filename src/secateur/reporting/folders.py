@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.checkpoints.folders import MARKER, read_record
 from secateur.errors import InputError, first_line
+from secateur.evaluation.gate import Gate, accuracies_in
 from secateur.evaluation.reference import RESULTS
 from secateur.evaluation.results import Result, read_results
 from secateur.experiments.recipe import read_recipe
@@ -21,11 +22,16 @@ SAMPLES_FILE = FileKind("list of samples", 64 * MIB)
 _AMOUNTS = ("remove", "blocks", "slice", "target_params", "target_memory", "target_speedup")
 
 
-def read_folder(folder: str | Path) -> Contents:
+def read_folder(folder: str | Path, gate: str | None = None) -> Contents:
     """Read a study, a run, a demo, a checkpoint, or a folder with scores, a plan or results.
 
+    Args:
+        folder: the folder.
+        gate: what the cells must not have lost; None is the gate of the recipe there, if it has one.
+
     Raises:
-        InputError: no folder, nothing in it that a report can show, or files of another format version.
+        InputError: no folder, nothing in it that a report can show, files of another format version, or a gate whose
+            probes the dense model was not asked, or can do none of.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -54,7 +60,30 @@ def read_folder(folder: str | Path) -> Contents:
         dense=dense,
         scores=scores,
         versions=_versions(record, cells),
+        gate=_gate(folder, gate, dense),
     )
+
+
+def _gate(folder: Path, asked: str | None, dense: Measured) -> Gate | None:
+    """Return the gate, if the dense model has done its probes.
+
+    Raises:
+        InputError: it was asked for here, and cannot be used.
+    """
+    before = accuracies_in(dense.results)
+    if asked is None:
+        planned = (_asked(folder).get("eval") or {}).get("gate")
+        gate = None if planned is None else Gate.read(planned)
+        return gate if gate is not None and set(gate.probes) <= set(before) else None
+    gate = Gate.read(asked)
+    missing = [name for name in gate.probes if name not in before]
+    if missing:
+        raise InputError(
+            f"{folder}: {', '.join(missing)} not measured on the dense model, so there is no gate {gate}; "
+            f"make the study with it (compare --gate {gate}), or evaluate with --tasks probes --against MODEL."
+        )
+    gate.require(before)
+    return gate
 
 
 def _cell(folder: Path) -> Cell:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from secateur.evaluation.gate import Gate, accuracies_in
 from secateur.files import replace_file
 from secateur.reporting import figures
 from secateur.reporting.blocks import LEGEND, Block, picture
@@ -28,7 +29,7 @@ _SIDE_BY_SIDE = 2
 """Number of cells whose samples are shown next to the dense model's; the others are collapsed."""
 
 
-def report(folder: str | Path, out: str | Path | None = None) -> Path:
+def report(folder: str | Path, out: str | Path | None = None, *, gate: str | None = None) -> Path:
     """Make one HTML page of an output folder: the best method, what was removed, what remains, and how to reproduce it.
 
     The page needs no network and no other files. Sections without data are omitted; failed cells are listed with their
@@ -37,15 +38,16 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
     Args:
         folder: a study, a run, a demo, a checkpoint, or a folder with scores, a plan or results.
         out: the file; None is `report.html` in the folder.
+        gate: what a cell must not have lost to come first, such as `probes:0.9`; None is the gate of the recipe there.
 
     Returns:
         The file.
 
     Raises:
-        InputError: no such folder, nothing in it to report, files of another format version, or an output path that
-            cannot be written.
+        InputError: no such folder, nothing in it to report, files of another format version, a gate that cannot be
+            used, or an output path that cannot be written.
     """
-    contents = read_folder(folder)
+    contents = read_folder(folder, gate)
     file = Path(out) if out is not None else Path(folder) / "report.html"
     replace_file(file, render(contents))
     return file
@@ -80,6 +82,7 @@ def render(contents: Contents) -> str:
         healing=healing_lines(contents),
         prompts=_prompts(contents, rows, summary),
         by_perplexity=any(row.ratio is not None for row in rows),
+        refused=[(row.cell.name, row.fails) for row in rows if row.fails],
         failures=[(row.cell.name, row.cell.failure) for row in rows if row.cell.failure],
         commands=[(row.cell.name, commands_of(contents, row.cell)) for row in rows],
         style=Markup((here / "style.css").read_text(encoding="utf-8")),
@@ -126,9 +129,20 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
     checks = [cell.checked for cell in contents.cells if cell.checked is not None]
     if checks:
         facts.append(("reopened", f"{sum(checks)} of {len(checks)} in a fresh process: same logits, same generation"))
+    if contents.gate is not None:
+        facts.append(("gate", _gate(contents.gate, contents)))
     if contents.versions:
         facts.append(("versions", ", ".join(f"{name} {number}" for name, number in contents.versions.items())))
     return facts
+
+
+def _gate(gate: Gate, contents: Contents) -> str:
+    """Return the gate, and which of its probes count, with the dense model's accuracies."""
+    before = accuracies_in(contents.dense.results)
+    able = ", ".join(f"{name} {before[name]:.2f}" for name in gate.able(before))
+    idle = ", ".join(name for name in gate.probes if name not in gate.able(before))
+    beyond = f"; beyond the dense model, and not counted: {idle}" if idle else ""
+    return f"{gate} of the dense model's {able or 'nothing'}{beyond}"
 
 
 def _texts(texts: dict[str, Any]) -> str:

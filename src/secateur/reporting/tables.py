@@ -39,6 +39,7 @@ class Table:
     lines: tuple[Line, ...]
 
 
+_GATE: dict[bool | None, str] = {True: "passes", False: "fails"}
 _Column = tuple[str, str, Callable[[Row], Any], Callable[[Any], str]]
 _COLUMNS: tuple[_Column, ...] = (
     ("method", "method of pruning", lambda row: row.cell.method, str),
@@ -50,6 +51,7 @@ _COLUMNS: tuple[_Column, ...] = (
     ("perplexity", "on held-out text; the geometric mean of several", lambda row: row.perplexity, "{:.2f}".format),
     ("× dense", "perplexity as a multiple of the dense model's", lambda row: row.ratio, "{:.3f}".format),
     ("price", "quality lost per 1 % of parameters removed", lambda row: row.price, "{:.2f}".format),
+    ("gate", "whether it keeps what the dense model can do", lambda row: _GATE.get(row.passes), str),
     ("accuracy", "mean over tasks", lambda row: row.accuracy, "{:.3f}".format),
     ("stability", "answers that stay right or wrong, weighted", lambda row: row.stability, "{:.3f}".format),
     ("flips", "share of changed answers", lambda row: row.flips, share),
@@ -74,7 +76,7 @@ def cells_table(rows: Sequence[Row], front: Sequence[Row]) -> Table:
                 failed=row.cell.failure.stage if row.cell.failure else "",
             )
         )
-    columns = tuple((name, says, name not in ("method", "asked", "healing")) for name, says, _, _ in kept)
+    columns = tuple((name, says, name not in ("method", "asked", "healing", "gate")) for name, says, _, _ in kept)
     return Table(columns=columns, lines=tuple(lines))
 
 

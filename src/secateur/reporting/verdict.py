@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from secateur.evaluation.gate import Gate, accuracies_in
 from secateur.evaluation.metrics.perplexity import mean_over_sources
 from secateur.plan.plan import pareto_front
 from secateur.reporting.cells import Cell, Contents, Measured
@@ -27,6 +28,8 @@ class Row:
         decode, prefill: tokens per second, as ratios to the dense model in the same rounds.
         quality: the plotted loss of quality: `ratio`, or `lost` if no perplexity was measured. Higher is worse.
         price: quality lost for each 1 % of parameters removed: per cent of perplexity, or points of accuracy.
+        passes: whether it passes the gate; None if there is none, or nothing was measured.
+        fails: why it does not pass; empty if it does, or there is no gate.
     """
 
     cell: Cell
@@ -41,11 +44,13 @@ class Row:
     prefill: float | None = None
     quality: float | None = None
     price: float | None = None
+    passes: bool | None = None
+    fails: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """The cells of one amount, cheapest first."""
+    """The cells of one amount, cheapest first, and after them those that do not pass the gate."""
 
     amount: str
     healed: bool
@@ -78,6 +83,9 @@ def rows_of(contents: Contents) -> list[Row]:
     """Return the measurements of every cell, amount by amount, cheapest first; unmeasured cells come last."""
     by_perplexity = any(cell.measured.perplexities() for cell in contents.cells)
     rows = [_row(cell, contents.dense, by_perplexity=by_perplexity) for cell in contents.cells]
+    if contents.gate is not None:
+        before = accuracies_in(contents.dense.results)
+        rows = [_gated(row, contents.gate, before) for row in rows]
     ranked = [row for one in rankings(rows) for row in one.rows]
     return ranked + sorted((row for row in rows if row not in ranked), key=lambda row: row.cell.failure is not None)
 
@@ -106,6 +114,16 @@ def _row(cell: Cell, dense: Measured, *, by_perplexity: bool) -> Row:
     )
 
 
+def _gated(row: Row, gate: Gate, dense: Mapping[str, float]) -> Row:
+    """Hold a row against the gate; one that was not asked its probes does not pass."""
+    found = accuracies_in(row.cell.measured.results)
+    if not row.cell.measured.results:
+        return row
+    missing = [name for name in gate.able(dense) if name not in found]
+    fails = f"was not asked {', '.join(missing)}" if missing else gate.failing(dense, found) or ""
+    return replace(row, passes=not fails, fails=fails)
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Say of each (cost, cost) point whether no other is at least as low in both and lower in one."""
     front = {points[place] for place in pareto_front(points)}
@@ -113,13 +131,13 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def rankings(rows: Sequence[Row]) -> list[Ranking]:
-    """Rank the cells of each amount by price, healed cells separately."""
+    """Rank the cells of each amount by price, those that do not pass the gate last; healed cells separately."""
     groups: dict[tuple[bool, str], list[Row]] = {}
     for row in rows:
         if row.price is not None:
             groups.setdefault((row.cell.healing is not None, row.cell.amount), []).append(row)
     ranked = [
-        Ranking(amount=amount, healed=healed, rows=tuple(sorted(group, key=_price)))
+        Ranking(amount=amount, healed=healed, rows=tuple(sorted(group, key=lambda row: (bool(row.fails), row.price))))
         for (healed, amount), group in groups.items()
     ]
     return sorted(ranked, key=lambda one: (one.healed, sum(row.cell.removed or 0 for row in one.rows) / len(one.rows)))
@@ -130,7 +148,9 @@ def verdict(contents: Contents, rows: Sequence[Row]) -> Verdict:
     model = contents.model_name
     ranked = rankings(rows)
     if contents.is_study and ranked:
-        return _winner(model, ranked)
+        fair = [one for one in ranked if not one.healed] or ranked
+        passing = [one for one in fair if not one.rows[0].fails]
+        return _winner(model, ranked, fair, passing) if passing else _nothing_passes(model, fair)
     row = next(iter(rows), None)
     if row is not None and not contents.is_study:
         return _single(model, row)
@@ -147,26 +167,46 @@ def verdict(contents: Contents, rows: Sequence[Row]) -> Verdict:
     return Verdict(headline=f"{model}: nothing compared with the dense model yet", sentence=state, best=None)
 
 
-def _winner(model: str, ranked: Sequence[Ranking]) -> Verdict:
-    fair = [one for one in ranked if not one.healed] or list(ranked)
+def _nothing_passes(model: str, ranked: Sequence[Ranking]) -> Verdict:
+    cheapest = min((row for one in ranked for row in one.rows), key=_price)
+    return Verdict(
+        headline=f"No cut of {model} passes the gate",
+        sentence=f"Cheapest is {cheapest.cell.label} at {cheapest.cell.amount}, {describe_row(cheapest, short=True)}, "
+        f"but it {cheapest.fails}.",
+        best=None,
+    )
+
+
+def _winner(model: str, ranked: Sequence[Ranking], fair: Sequence[Ranking], passing: Sequence[Ranking]) -> Verdict:
+    """Return the verdict about the cells that come first, of the amounts at which one passes the gate."""
     won: dict[str, list[Row]] = {}
-    for one in fair:
+    for one in passing:
         won.setdefault(one.rows[0].cell.label, []).append(one.rows[0])
     name, firsts = min(won.items(), key=lambda item: (-len(item[1]), sum(map(_price, item[1])) / len(item[1])))
     best = firsts[-1]
     rivals = next(one.rows for one in fair if best in one.rows)
     parts = [f"{describe_row(best)}."]
-    if len(rivals) > 1:
+    cheaper = min(rivals, key=_price)
+    if cheaper.fails:
+        parts.append(
+            f"By price alone {cheaper.cell.label} would come first, {describe_row(cheaper, short=True)}, "
+            f"but it {cheaper.fails}."
+        )
+    if len(rivals) > 1 and not rivals[1].fails:
         parts.append(f"Next is {rivals[1].cell.label}: {describe_row(rivals[1], short=True)}.")
-    others = [f"{one.rows[0].cell.label} at {one.amount}" for one in fair if one.rows[0] not in firsts]
+    others = [f"{one.rows[0].cell.label} at {one.amount}" for one in passing if one.rows[0] not in firsts]
     if others:
         parts.append(f"Elsewhere {', '.join(others)} comes first.")
-    elif len(fair) > 1:
-        parts.append(f"It comes first at all {len(fair)} amounts.")
+    elif len(passing) > 1:
+        parts.append(f"It comes first at all {len(passing)} amounts.")
+    refused = [one.amount for one in fair if one not in passing]
+    if refused:
+        parts.append(f"Nothing passes the gate at {', '.join(refused)}.")
     healed = [row for one in ranked if one.healed and one not in fair for row in one.rows]
     if healed:
-        cheapest = min(healed, key=lambda row: (row.cell.amount != best.cell.amount, row.price))
-        parts.append(f"Best with training: {cheapest.cell.label}, {describe_row(cheapest, short=True)}.")
+        cheapest = min(healed, key=lambda row: (bool(row.fails), row.cell.amount != best.cell.amount, row.price))
+        but = f", but it {cheapest.fails}" if cheapest.fails else ""
+        parts.append(f"Best with training: {cheapest.cell.label}, {describe_row(cheapest, short=True)}{but}.")
     return Verdict(headline=f"{name} preserves {model} best", sentence=" ".join(parts), best=best)
 
 
@@ -187,6 +227,8 @@ def _single(model: str, row: Row) -> Verdict:
         kept = f"perplexity at {row.ratio:.2f} × dense" if row.ratio else f"an accuracy of {row.accuracy:.3f}"
         size = f" with {share(cell.removed)} of {model} removed" if cell.removed else f" ({model})"
         headline = f"{cell.label} keeps {kept}{size}"
+    if row.fails:
+        sentence = f"It fails the gate: it {row.fails}."
     return Verdict(headline=headline, sentence=sentence, best=row)
 
 

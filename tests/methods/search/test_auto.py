@@ -17,7 +17,7 @@ from secateur.methods import method
 from secateur.methods.budget import Budget
 from secateur.methods.cost import memory_cost
 from secateur.methods.method import APPLY, Measurements, find_method
-from secateur.methods.search import auto, trials
+from secateur.methods.search import auto, guard, trials
 from secateur.methods.search.auto import front
 from secateur.methods.search.splits import Split, all_splits, search
 from secateur.progress import SILENT
@@ -296,6 +296,75 @@ def test_what_loses_too_much_before_its_widths_are_pruned_is_not_pruned(tiny, mo
     assert plan.search.candidates[plan.search.best].blocks == 0
 
 
+def keeping(lost):
+    """Accuracies of a model that loses half of what the dense one can do if `lost` says so of it."""
+    asked = []
+
+    def accuracies(model, gate, **_):
+        asked.append(model.fingerprint)
+        assert len(asked) == 1 or gate.probes == ("probe-copy",), "what the dense model cannot do is not asked again"
+        half = lost(model)
+        return dict.fromkeys(gate.probes, 0.4 if half else 0.8) | {"probe-brackets": 0.2}
+
+    return accuracies, asked
+
+
+def test_the_gate_refuses_the_plan_of_the_lowest_loss(tiny, monkeypatch, everything):
+    best = everything.search.candidates[everything.search.best]
+    accuracies, asked = keeping(lambda model: model.parameter_count == best.parameters)
+    monkeypatch.setattr(guard, "accuracies_of", accuracies)
+    settings = BRIEF | {"trials": 50, "gate": "probe-copy,probe-brackets"}
+    plan = make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=settings)
+    tried = [(one.label, one.parameters, one.loss) for one in everything.search.candidates]
+    assert [(one.label, one.parameters, one.loss) for one in plan.search.candidates] == tried, "measured all the same"
+    refused = {one.parameters: one.refused for one in plan.search.candidates if one.refused}
+    assert refused == {
+        best.parameters: "keeps 49% of probe-copy (accuracy 0.40, dense 0.80, floor 0.00); the gate asks for 90%"
+    }
+    passed = [one for one in plan.search.candidates if one.enough and not one.refused]
+    assert plan.search.candidates[plan.search.best] == min(passed, key=lambda one: one.loss)
+    assert plan.parameters_after != best.parameters
+    assert not {plan.search.candidates[place].parameters for place in plan.search.front} & {best.parameters}
+    assert plan.search.probes == {"probe-copy": 0.8, "probe-brackets": 0.2}
+    assert asked.count(tiny("llama").fingerprint) == 1
+    assert len(asked) == len(set(asked)) == 1 + len(passed) + len(refused), "models on the way are not asked"
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(plan_summary(plan))
+    said = console.export_text()
+    assert (
+        "accuracy of the dense model probe-copy 0.80; not counted, since the dense model cannot do them: probe-brac"
+        in said
+    )
+    assert sum(line.startswith("│ refused") for line in said.splitlines()) == 1
+
+
+def test_refused_plans_count_as_tried_and_if_all_are_it_says_why(tiny, monkeypatch, tmp_path):
+    accuracies, asked = keeping(lambda model: model.parameter_count < tiny("llama").parameter_count)
+    monkeypatch.setattr(guard, "accuracies_of", accuracies)
+    settings = BRIEF | {"trials": 3, "gate": "probe-copy:0.6"}
+
+    def search_again():
+        options = RunOptions(work=tmp_path)
+        with pytest.raises(InputError, match=r"no plan can be made\. streamline keeps 49% of probe-copy.*asks for 60%"):
+            make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=settings, options=options)
+
+    search_again()
+    assert len(asked) == 4
+    search_again()
+    assert len(asked) == 5, "a second run asks the dense model and no candidate"
+    assert make_plan(
+        tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=settings | {"gate": "probe-copy:0.49"}
+    ).steps
+
+
+def test_the_estimate_counts_the_gate():
+    searching = find_method("auto")
+    plain, gated = (
+        searching.forwards(8, 2, searching.read_settings(BRIEF | more)) for more in ({}, {"gate": "probes:0.9"})
+    )
+    assert gated - plain == pytest.approx(1.3 * 17), "the dense model and 16 plans"
+
+
 def test_nan_is_a_candidate_refused_and_never_a_loss(tiny, monkeypatch):
     true_loss = trials.mean_loss_of_sources
 
@@ -339,6 +408,8 @@ def test_when_nothing_can_be_done_it_says_why(tiny):
         ({"remove": 0.3}, {"depth": "none", "width": "none"}, "nothing to try"),
         ({"remove": 0.3}, {"trials": 0}, "trials=0"),
         ({"remove": 0.3}, {"held_back": 1}, "held_back=1"),
+        ({"remove": 0.3}, {"gate": "gsm8k:0.9"}, "'gsm8k' is no probe"),
+        ({"remove": 0.3}, {"gate": "probes:0.9"}, "tasks need a tokenizer"),
         ({"remove": 0.3}, {"replaceme.window": 2}, "replaceme.window: auto decides how much"),
         ({"remove": 0.3}, {"streamline.network": "block"}, "auto trains nothing"),
         ({"remove": 0.3}, {"sleb.protect_first": 2}, "unknown method that takes part 'sleb'"),

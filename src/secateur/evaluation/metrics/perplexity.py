@@ -37,18 +37,24 @@ def mean_over_sources(values: Iterable[float]) -> float:
     return found[0] if len(found) == 1 else geometric_mean(found)
 
 
+def ratios_by_source(results: Iterable[Result]) -> dict[str, float]:
+    """Return a model's perplexity ÷ the dense model's by source, of the texts that both have read."""
+    found: dict[str, dict[str, Result]] = {}
+    for one in (one for one in results if one.measure == "perplexity"):
+        found.setdefault(one.texts["fingerprint"], {})[one.role] = one
+    pairs = [(both["model"], both["against"]) for both in found.values() if {"model", "against"} <= set(both)]
+    return {own.texts["source"]: own.value / dense.value for own, dense in pairs}
+
+
 def mean_ratio(model: Decoder, results: Sequence[Result]) -> list[Result]:
     """Return the geometric mean of the ratios over sources, of results of both models; none for a single source.
 
     `spread` holds the best ratio as `low` and the worst as `high`, `settings` each source's.
     """
-    found: dict[str, dict[str, Result]] = {}
-    for one in (one for one in results if one.measure == "perplexity"):
-        found.setdefault(one.texts["fingerprint"], {})[one.role] = one
-    pairs = [(both["model"], both["against"]) for both in found.values() if len(both) == 2]
-    if len(pairs) < 2:
+    ratios = ratios_by_source(results)
+    if len(ratios) < 2:
         return []
-    ratios = {own.texts["source"]: own.value / dense.value for own, dense in pairs}
+    found = dict.fromkeys(one.texts["fingerprint"] for one in results if one.measure == "perplexity")
     value = mean_over_sources(ratios.values())
     spread = {"low": min(ratios.values()), "high": max(ratios.values())}
     texts = {"source": ",".join(ratios), "fingerprint": ", ".join(found)}

@@ -19,12 +19,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from secateur.calibration.walk import mean_loss_of_sources
 from secateur.errors import InputError, ModelError, SecateurError, unknown
+from secateur.evaluation.gate import Gate
 from secateur.methods.budget import Budget, already
 from secateur.methods.method import METHODS, Decision, Measurements, Method, MethodSettings, apply_step, method
+from secateur.methods.search.guard import Guard
 from secateur.methods.search.splits import Split, all_splits, search
 from secateur.methods.search.trials import FAILURES, Made, Member, Steps, TrialLog, Trials, kind_of
 from secateur.plan.plan import Candidate, Search, pareto_front
@@ -35,6 +37,8 @@ _TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"allocated": ("obs-width", {"allocation": "global"})}
 """Names of methods with settings that make them another one."""
 _FORWARDS_EACH = 5.0
+_GATE_FORWARDS = 1.3 / 24
+"""Cost of a question of every probe in plain forward passes over 32 windows of 512."""
 _SIDES: tuple[Literal["depth", "width"], ...] = ("depth", "width")
 
 
@@ -57,9 +61,20 @@ class AutoSettings(MethodSettings):
     held_back: float = Field(
         0.25, gt=0, lt=1, description="share of the calibration windows used to compare plans, and not to fit them"
     )
+    gate: str | None = Field(
+        None, description="share of what the dense model can do that a plan must keep, such as probes:0.9"
+    )
+    gate_questions: int = Field(24, ge=1, description="questions of each probe of the gate, put to every plan")
     of: dict[str, dict[str, Any]] | None = Field(
         None, description="settings of the methods involved, each as METHOD.SETTING"
     )
+
+    @field_validator("gate")
+    @classmethod
+    def _of_probes(cls, given: str | None) -> str | None:
+        if given is not None:
+            Gate.read(given)
+        return given
 
     def side(self, name: Literal["depth", "width"]) -> list[str | None]:
         """List the methods for one side; None if the other may do everything."""
@@ -116,7 +131,8 @@ def _member(method: Method, given: dict[str, Any]) -> Member:
 
 def _forwards(blocks: int, gone: int, settings: AutoSettings) -> float:
     deciding = sum(one.method.forwards(blocks, gone, one.settings) for one in _members(settings).values())
-    return 1 + deciding + _FORWARDS_EACH * settings.trials
+    gated = _GATE_FORWARDS * settings.gate_questions * (settings.trials + 1) if settings.gate else 0.0
+    return 1 + deciding + _FORWARDS_EACH * settings.trials + gated
 
 
 def _apply_forwards(settings: AutoSettings, tokens: int) -> float:
@@ -139,7 +155,8 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
     """Try candidates; return the steps of the best, and the record of all.
 
     Raises:
-        InputError: no candidate meets the budget, a setting names what cannot take part, or there is one window.
+        InputError: no candidate meets the budget or passes the gate, the dense model can do nothing that the gate
+            asks for, a setting names what cannot take part, or there is one window.
         ModelError: no candidate can cut this model.
         NumericsError: the dense model, or every candidate, has no loss.
     """
@@ -150,7 +167,8 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
     fitted, held_back = measurements.need_windows().split_off(settings.held_back)
     dense_loss = mean_loss_of_sources(measurements.decoder, held_back, options=measurements.options)
     to_fit = dataclasses.replace(measurements, windows=fitted, known=None, cache={})  # scores are of all windows
-    trials = Trials(to_fit, held_back, budget, members, apply_step)
+    guard = _guard(measurements, settings)
+    trials = Trials(to_fit, held_back, budget, members, apply_step, guard)
     log = TrialLog(measurements, settings.model_dump(mode="json"), repr(budget))
     tried = _Tried(trials, log, skip_hopeless=settings.skip_hopeless)
     splits = all_splits(settings.side("depth"), settings.side("width"), trials.most_blocks())
@@ -167,11 +185,19 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
         held_back=len(held_back),
         dense_loss=round(dense_loss, 6),
         candidates=tuple(tried.candidates),
-        front=front([(one.parameters, one.loss) for one in tried.candidates]),
+        front=front([(one.parameters, None if one.refused else one.loss) for one in tried.candidates]),
         best=best,
         settings=settings.model_dump(mode="json"),
+        probes={} if guard is None else {name: round(value, 4) for name, value in guard.dense.items()},
     )
     return Decision(steps, record)
+
+
+def _guard(measurements: Measurements, settings: AutoSettings) -> Guard | None:
+    """Ask the dense model what the gate asks of every plan."""
+    if settings.gate is None:
+        return None
+    return Guard(Gate.read(settings.gate), measurements.decoder, settings.gate_questions, measurements.options)
 
 
 class _Tried:
@@ -192,7 +218,7 @@ class _Tried:
         self._least = math.inf
 
     def measure(self, split: Split) -> float | None:
-        """Try a split; return its loss, or None if there is none.
+        """Try a split; return its loss, infinite if it does not pass the gate, or None if there is none.
 
         A method that cannot cut the model on its own is not tried again.
         """
@@ -201,7 +227,7 @@ class _Tried:
         if split.blocks and not self._is_promising(split):
             return None
         made = self._note(split)
-        return None if made is None else made.loss
+        return None if made is None else math.inf if made.fails else made.loss
 
     def _is_promising(self, split: Split) -> bool:
         """Measure what the first of two methods leaves: the second, or more blocks, will hardly improve it."""
@@ -230,11 +256,13 @@ class _Tried:
             if isinstance(made, ModelError) and not split.blocks:
                 self._impossible |= {split.depth, split.width} - {None}
             return None
-        if made.enough:
+        if made.fails:
+            self._failures.append(InputError(f"{_named(split).label} {made.fails}."))
+        elif made.enough:
             self._steps[len(self.candidates)] = made.steps
             self._least = min(self._least, made.loss)
         found = {"blocks": made.gone, "parameters": made.parameters, "loss": round(made.loss, 6), "enough": made.enough}
-        self.candidates.append(_named(split).model_copy(update=found))
+        self.candidates.append(_named(split).model_copy(update=found | {"refused": made.fails}))
         return made
 
     def _try(self, split: Split) -> Made | SecateurError:

@@ -17,6 +17,7 @@ from secateur.errors import InputError, ModelError, NumericsError, SecateurError
 from secateur.files import replace_file
 from secateur.methods.budget import Budget, weigh, with_cost
 from secateur.methods.method import Applied, Measurements, Method
+from secateur.methods.search.guard import Guard
 from secateur.methods.search.splits import Split
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import AnyStep, Sizes
@@ -66,6 +67,7 @@ class Made(NamedTuple):
         gone: number of blocks removed.
         loss: on the held-back windows.
         enough: whether the requested amount was removed.
+        fails: why it does not pass the gate; None if it does, or there is none.
     """
 
     steps: Steps
@@ -73,6 +75,7 @@ class Made(NamedTuple):
     gone: int
     loss: float
     enough: bool
+    fails: str | None = None
 
 
 class Trials:
@@ -85,6 +88,7 @@ class Trials:
         budget: Budget,
         members: Mapping[str, Member],
         apply: Apply,
+        guard: Guard | None = None,
     ) -> None:
         """Start with the dense model.
 
@@ -94,9 +98,10 @@ class Trials:
             budget: the request that every candidate has to meet.
             members: methods of the search, by name.
             apply: how each kind of step is applied.
+            guard: what else is asked of candidates that remove enough.
         """
         self._budget, self._held_back = budget, held_back
-        self._members, self._apply = members, apply
+        self._members, self._apply, self._guard = members, apply, guard
         self._dense = Cut((), tuple(range(measurements.decoder.block_count)), measurements)
         self._cuts: dict[tuple[str, int], Cut] = {}
         self._evidence = {measurements.decoder.fingerprint: measurements}
@@ -153,7 +158,8 @@ class Trials:
         loss = from_main_process(mean_loss_of_sources(decoder, self._held_back, options=measurements.options))
         gone = len(self._dense.kept) - decoder.block_count
         enough = width is not None or self._is_enough(cut)
-        return Made(steps, decoder.parameter_count, gone, loss, enough)
+        fails = self._guard.failing(decoder) if self._guard is not None and enough else None
+        return Made(steps, decoder.parameter_count, gone, loss, enough, fails)
 
     def _meet(self, cut: Cut, member: Member) -> Steps:
         """Let a method bring a model down to the budget.
