@@ -84,6 +84,16 @@ class Family:
     (`decoder_sparse_step` then gives the period of the others)."""
     block_numbers: tuple[str, ...] = ()
     """Configuration entries that list block indices."""
+    last_numbers: tuple[str, ...] = ()
+    """Configuration entries with the index of the last block of a kind."""
+    periods: tuple[tuple[str, str], ...] = ()
+    """Pairs of configuration entries (p, o): block i is of a kind where i mod p = o."""
+    cycles: tuple[str, ...] = ()
+    """Configuration entries with the kinds of the first blocks, which repeat for all others."""
+    depth_scales: tuple[str, ...] = ()
+    """Configuration entries that the stock code divides by the square root of the number of blocks."""
+    fixed_blocks: tuple[int, ...] = ()
+    """Blocks without which the model cannot be saved as one of its architecture."""
     tuple_output: bool = False
     """Whether a block returns a tuple that starts with the hidden states, not the hidden states themselves."""
     depth_scaled_query: str | None = None

@@ -7,6 +7,7 @@ the old module's tensors. What is measured in memory is therefore what will be l
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate import dispatch_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from secateur.errors import ModelError
 from secateur.models.anatomy import Family, text_config
 
 
@@ -23,6 +25,7 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
     whole = copy.deepcopy(config)
     config, edited = text_config(config), text_config(whole)
     before = config.num_hidden_layers
+    own = settings_of_blocks(config)
     for name in family.per_layer_lists:
         values = getattr(config, name, None)
         if isinstance(values, list | tuple) and len(values) == before:
@@ -43,8 +46,46 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
         dense = [new for new, old in enumerate(kept) if old in listed or (old + 1) % rhythm]
         setattr(edited, family.dense_blocks, dense)
         edited.decoder_sparse_step = 1
+    for name in family.last_numbers:
+        last = getattr(config, name, None)
+        if isinstance(last, int):
+            setattr(edited, name, sum(i <= last for i in kept) - 1)
+    for period, offset in family.periods:
+        _set_period(edited, period, offset, [i % getattr(config, period) == getattr(config, offset) for i in kept])
+    for name in family.cycles:
+        kinds = getattr(config, name)
+        setattr(edited, name, [kinds[i % len(kinds)] for i in kept])
+    for name in family.depth_scales:
+        setattr(edited, name, getattr(config, name) * math.sqrt(len(kept) / before))
+    if own:
+        edited.per_layer_config = None
     edited.num_hidden_layers = len(kept)
+    if own:
+        edited.per_layer_config = {new: own[old] for new, old in enumerate(kept) if old in own}
     return whole
+
+
+def settings_of_blocks(config: Any) -> dict[int, dict[str, Any]]:
+    """Return the settings that the configuration gives single blocks (`per_layer_config`), by block."""
+    return {int(index): dict(own) for index, own in (config.to_dict().get("per_layer_config") or {}).items()}
+
+
+def _set_period(config: Any, period: str, offset: str, wanted: Sequence[bool]) -> None:
+    """Set a period and an offset by which just these blocks are of the kind.
+
+    Raises:
+        ModelError: there are none.
+    """
+    for length in range(1, len(wanted) + 2):
+        for first in range(length):
+            if all((i % length == first) == one for i, one in enumerate(wanted)):
+                setattr(config, period, length)
+                setattr(config, offset, first)
+                return
+    raise ModelError(
+        f"'{config.model_type}': its configuration gives the kinds of blocks by a period ({period}, {offset}), and "
+        "the blocks that remain have none; remove whole periods, or blocks of other kinds."
+    )
 
 
 def block_kind(config: Any, family: Family, index: int) -> tuple[Any, ...]:
@@ -64,7 +105,12 @@ def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) ->
         new = type(module)._from_config(config, dtype=module.dtype)
     old_modules = dict(module.named_modules())
     for name, holder in new.named_modules():
-        source = old_modules[_name_before(name, family.blocks, kept)]
+        source = old_modules.get(_name_before(name, family.blocks, kept))
+        if source is None or not _same_shapes(source, holder):
+            raise ModelError(
+                f"'{module.config.model_type}': no configuration describes the model that keeps just these blocks "
+                f"({name} would be of another kind); remove others."
+            )
         holder._parameters.update({leaf: source._parameters[leaf] for leaf in holder._parameters})
         holder._buffers.update({leaf: source._buffers[leaf] for leaf in holder._buffers})
     new.tie_weights()
@@ -74,6 +120,14 @@ def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) ->
         new._weight_conversions = conversions
     _dispatch_like(module, new, family, kept)
     return new.eval()
+
+
+def _same_shapes(old: nn.Module, new: nn.Module) -> bool:
+    return type(old) is type(new) and all(
+        (one is None) == (old._parameters.get(leaf) is None)
+        and (one is None or one.shape == old._parameters[leaf].shape)
+        for leaf, one in new._parameters.items()
+    )
 
 
 def _name_before(name: str, blocks: str, kept: Sequence[int]) -> str:
