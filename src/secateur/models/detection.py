@@ -85,9 +85,9 @@ def _fixed(failed: Mapping[int, str], kept: Sequence[int], kinds: Sequence[Kind]
     """
     movable = {kinds[kept[index]] for index in range(len(kept)) if index not in failed}
     ends = {0, len(kinds) - 1}
-    for index, reason in failed.items():
+    for index in failed:
         if len(failed) == len(kept) or (kinds[kept[index]] in movable and kept[index] not in ends):
-            raise ModelError(reason)
+            raise ModelError(next(iter(failed.values())))
     gone = {kept[index] for index in failed}
     return tuple(index for index, kind in enumerate(kinds) if kind not in movable or index in gone)
 
