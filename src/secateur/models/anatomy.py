@@ -72,6 +72,10 @@ class Family:
     """Configuration entry, value and reason: variants whose hidden states cannot be rotated."""
     cache_spread: str | None = None
     """Configuration flag under which keys and values are cached once per query head instead of once per group."""
+    shared_in: tuple[str, ...] = ()
+    """Projections into an expert that every token passes, where its width is a multiple of that of the others."""
+    shared_out: tuple[str, ...] = ()
+    """Projections out of an expert that every token passes."""
     router: tuple[str, ...] = ()
     """Modules, or single tensors, of the router of a mixture, which hold a row for each expert."""
     expert_counts: tuple[str, ...] = ()
@@ -102,6 +106,10 @@ class Family:
     """Configuration entries that the stock code divides by the square root of the number of blocks."""
     fixed_blocks: tuple[int, ...] = ()
     """Blocks without which the model cannot be saved as one of its architecture."""
+    fixed_reason: str = ""
+    """Why, as a clause."""
+    resized: tuple[tuple[str, Any], ...] = ()
+    """Configuration entries, with values, that go with a width of the MLP given by number."""
     tuple_output: bool = False
     """Whether a block returns a tuple that starts with the hidden states, not the hidden states themselves."""
     depth_scaled_query: str | None = None
@@ -180,6 +188,20 @@ def present(block: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Any
 
 
 _PARTS = ("attention_in", "attention_out", "mlp_in", "mlp_out")
+
+
+EXPERT_TENSORS = ("gate_up_proj", "up_proj", "down_proj")
+"""Names of the tensors that hold a matrix for each expert."""
+
+
+def holds_transposed(experts: nn.Module) -> bool:
+    """Return whether a module of stacked experts holds their matrices as (experts, in, out), not (experts, out, in)."""
+    known = getattr(experts, "is_transposed", None)
+    if known is not None:
+        return bool(known)
+    readers: Any = getattr(experts, "gate_up_proj", None)
+    writers: Any = experts.down_proj
+    return readers is not None and readers.shape[1] == writers.shape[2]
 
 
 def resolve(module: nn.Module, family: Family) -> Anatomy:

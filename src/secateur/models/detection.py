@@ -23,6 +23,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.depth import config_with_blocks, with_blocks
 from secateur.models.forward import capture, logits, run_block
 from secateur.models.shrinking import divisors, shrunken
+from secateur.models.structure import with_mlp
 from secateur.ownership import scratch
 
 _FEWEST, _EACH, _MOST = 4, 2, 12
@@ -73,23 +74,35 @@ def _detected(config: Any, *, trust_remote_code: bool) -> Family:
     family = _guess(module, config)
     tiny, kept = _tiny_copy(config, family, module, trust_remote_code=trust_remote_code)
     family = replace(family, tuple_output=_returns_tuple(_proof_decoder(tiny, family)))
-    failed = _prove(_proof_decoder(tiny, family), trust_remote_code=trust_remote_code)
-    return replace(family, fixed_blocks=_fixed(failed, kept, [_kind(block) for block in find(module, family.blocks)]))
+    trial = _proof_decoder(tiny, family)
+    failed = _prove(trial, trust_remote_code=trust_remote_code)
+    family = with_mlp(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
+    kinds = [_kind(block) for block in find(module, family.blocks)]
+    return replace(family, **_fixed(failed, kept, kinds, only_depth=not family.mlp_out))
 
 
-def _fixed(failed: Mapping[int, str], kept: Sequence[int], kinds: Sequence[Kind]) -> tuple[int, ...]:
-    """Return the blocks that cannot go: all of a kind if none of it could in the trial, the first, or the last.
+def _fixed(
+    failed: Mapping[int, str], kept: Sequence[int], kinds: Sequence[Kind], *, only_depth: bool
+) -> dict[str, Any]:
+    """Return which blocks cannot go and why: all of a kind if none of it could in the trial, the first, or the last.
+
+    Where others could not, nothing is known of those that were not tried, and none can.
 
     Raises:
-        ModelError: other blocks could not go, so that nothing is known of those that were not tried.
+        ModelError: none can go, and nothing but blocks could be removed.
     """
+    if not failed:
+        return {}
+    reason = next(iter(failed.values()))
     movable = {kinds[kept[index]] for index in range(len(kept)) if index not in failed}
     ends = {0, len(kinds) - 1}
-    for index in failed:
-        if len(failed) == len(kept) or (kinds[kept[index]] in movable and kept[index] not in ends):
-            raise ModelError(next(iter(failed.values())))
+    if any(kinds[kept[index]] in movable and kept[index] not in ends for index in failed):
+        movable = set()
     gone = {kept[index] for index in failed}
-    return tuple(index for index, kind in enumerate(kinds) if kind not in movable or index in gone)
+    fixed = tuple(index for index, kind in enumerate(kinds) if kind not in movable or index in gone)
+    if only_depth and len(fixed) == len(kinds):
+        raise ModelError(reason)
+    return {"fixed_blocks": fixed, "fixed_reason": reason}
 
 
 Kind = tuple[tuple[str, str, tuple[int, ...]], ...]

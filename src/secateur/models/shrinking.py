@@ -26,7 +26,7 @@ _CHOSEN = re.compile(r"experts?_per_tok(?:en)?$|^moe_k$|^moe_topk$|^top_k_expert
 _ALIGNMENT = 8
 """Grouped matrix products need rows that start at multiples of 16 bytes."""
 _MOST_EXPERTS, _MOST_CHOSEN = 16, 4
-_VOCABULARY, _WINDOW = 128, 8
+_VOCABULARY, _WINDOW, _CHUNK = 128, 8, 16
 _NARROWEST = 64
 """Hidden sizes below twice this are left alone."""
 
@@ -78,6 +78,8 @@ def _smaller(name: str, value: Any, divisor: int) -> Any:
         return min(value, _VOCABULARY)
     if name.startswith("sliding_window") and not name.endswith("pattern"):
         return min(value, _WINDOW)
+    if name.endswith("chunk_size"):
+        return min(value, _CHUNK)
     if divisor == 1:
         return value
     if _EXPERTS.search(name):
