@@ -238,7 +238,6 @@ def test_the_odd_llama_opens_where_nothing_is_odd(odd, tmp_path):
     [
         ("looks ahead", "not causal"),
         ("works between blocks", "walking its blocks one by one"),
-        ("depends on depth", "without block 0 it loads as another model"),
         ("leaves a block out", "'odd-llama'|did not call all"),
         ("calls blocks twice", "odd-llama"),
         ("has one block too many", "no list of 8 blocks"),
@@ -248,6 +247,14 @@ def test_the_odd_llama_opens_where_nothing_is_odd(odd, tmp_path):
 def test_what_the_trial_disproves_is_refused(odd, oddity, said):
     with pytest.raises(ModelError, match=said):
         open_model(odd(oddity))
+
+
+def test_where_no_block_can_go_widths_can_still_be_pruned(odd):
+    decoder = open_model(odd("depends on depth"))
+    assert decoder.anatomy.family.fixed_blocks == tuple(range(8))
+    assert decoder.anatomy.family.mlp_out == ("mlp.down_proj",)
+    with pytest.raises(ModelError, match="block 2 must stay: without block 0 it loads as another model"):
+        keep_blocks(decoder, KEPT)
 
 
 def test_a_skeleton_is_refused_alike(odd, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,24 @@ def block_kind(config: Any, family: Family, index: int) -> tuple[Any, ...]:
         for values in lists
         if isinstance(values, list | tuple) and len(values) == config.num_hidden_layers
     )
+
+
+def reason_to_keep(config: Any, family: Family, gone: Collection[int]) -> str | None:
+    """Return the reason why these blocks cannot all be removed, if there is one, as a clause.
+
+    Some cannot go at all, and of each kind of sequence mixing (attention, state spaces, convolutions, …) one block
+    stays: a hybrid without attention keeps no count of the tokens it has read, and cannot generate.
+    """
+    held = sorted(set(gone) & set(family.fixed_blocks))
+    if held:
+        return f"block {held[0]} must stay: {family.fixed_reason}"
+    kinds = getattr(text_config(config), "layer_types", None)
+    if not isinstance(kinds, list | tuple) or len(kinds) != text_config(config).num_hidden_layers:
+        return None
+    mixing = ["attention" if "attention" in kind and kind != "linear_attention" else kind for kind in kinds]
+    left = {kind for index, kind in enumerate(mixing) if index not in gone}
+    lost = sorted(set(mixing) - left)
+    return f"the last block of the kind {lost[0]} must stay" if lost else None
 
 
 def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) -> PreTrainedModel:
