@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
 
@@ -160,6 +161,11 @@ def find(module: nn.Module, path: str) -> Any:
     return found
 
 
+def owner_of(module: nn.Module, path: str) -> nn.Module:
+    """Return the module that holds the object at a dotted path."""
+    return module.get_submodule(path.rpartition(".")[0])
+
+
 def set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> None:
     """Replace the parameter (or buffer) at a dotted path by a tensor, without gradient."""
     owner, _, leaf = path.rpartition(".")
@@ -202,6 +208,19 @@ def holds_transposed(experts: nn.Module) -> bool:
     readers: Any = getattr(experts, "gate_up_proj", None)
     writers: Any = experts.down_proj
     return readers is not None and readers.shape[1] == writers.shape[2]
+
+
+def mlp_writers(block: nn.Module, family: Family) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Yield name and tensor of the MLP's output projections and biases, and whether the last axis is the output."""
+    for name, found in present(block, (*family.mlp_out, *family.shared_out)):
+        if isinstance(found, nn.Parameter):
+            yield name, found, holds_transposed(owner_of(block, name))
+            bias = find(block, f"{name}_bias")
+            if bias is not None:
+                yield f"{name}_bias", bias, True
+            continue
+        for leaf, parameter in found.named_parameters():
+            yield f"{name}.{leaf}", parameter, parameter.dim() == 1 or isinstance(found, Conv1D)
 
 
 def resolve(module: nn.Module, family: Family) -> Anatomy:

@@ -18,7 +18,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from secateur.models.anatomy import EXPERT_TENSORS, Family, find, holds_transposed, present, set_parameter, text_config
+from secateur.models.anatomy import (
+    EXPERT_TENSORS,
+    Family,
+    find,
+    holds_transposed,
+    mlp_writers,
+    set_parameter,
+    text_config,
+)
 from secateur.models.decoder import Decoder
 from secateur.models.forward import capture, run_block
 
@@ -232,7 +240,7 @@ def _writes_stream(decoder: Decoder, family: Family, tokens: torch.Tensor) -> bo
     turn = torch.eye(width) + 0.3 * torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
     for index, call in enumerate(calls):
         block = decoder.block_list[index]
-        writers = dict(_writing(block, family))
+        writers = {name: (one, last) for name, one, last in mlp_writers(block, family)}
         after = run_block(block, call, hidden)
         if writers:
             rest = run_block(block, call, hidden, {name: torch.zeros_like(one) for name, (one, _) in writers.items()})
@@ -243,18 +251,3 @@ def _writes_stream(decoder: Decoder, family: Family, tokens: torch.Tensor) -> bo
                 return False
         hidden = after
     return True
-
-
-def _writing(block: nn.Module, family: Family) -> Iterator[tuple[str, tuple[torch.Tensor, bool]]]:
-    """Yield the tensors of a block's MLP output projections, and whether their last axis is the output."""
-    for name, found in present(block, (*family.mlp_out, *family.shared_out)):
-        if isinstance(found, nn.Parameter):
-            owner = block.get_submodule(name.rpartition(".")[0])
-            yield name, (found, holds_transposed(owner))
-            bias = getattr(owner, f"{name.rpartition('.')[2]}_bias", None)
-            if bias is not None:
-                yield f"{name}_bias", (bias, True)
-        else:
-            yield f"{name}.weight", (found.weight, isinstance(found, Conv1D))
-            if found.bias is not None:
-                yield f"{name}.bias", (found.bias, True)
