@@ -1,4 +1,4 @@
-"""Every causal decoder of the installed transformers × every kind of method: what works, what is refused, what is wrong.
+"""Every causal decoder of the installed transformers × kinds of methods: what works, what is refused, what is wrong.
 
 Each family gets a random model in the shape of its default configuration, made small. Every method cuts it; the result
 is saved and opened by plain transformers, and its logits are compared: after a removal of blocks with those of the
@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from secateur import make_plan, open_model, prune, save
 from secateur.data.windows import Windows
 from secateur.errors import SecateurError
-from secateur.models.anatomy import find
-from secateur.models.opening import open_shapes
+from secateur.models.anatomy import find, resolve
+from secateur.models.detection import detect
+from secateur.models.families import FAMILIES
 from secateur.models.shrinking import divisors, shrunken
 from secateur.ownership import scratch
 
@@ -50,10 +52,8 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 DROPS = ("shortgpt", "sleb", "streamline")
 """Methods that remove blocks and change nothing else."""
 
-ENCODERS = frozenset(
-    "bert bert-generation big_bird camembert data2vec-text electra ernie git megatron-bert rembert roberta reformer "
-    "roberta-prelayernorm roc_bert roformer trocr xlm xlm-roberta xlm-roberta-xl xlnet xmod".split()
-)
+ENCODERS = """bert bert-generation big_bird camembert data2vec-text electra ernie git megatron-bert rembert roberta
+reformer roberta-prelayernorm roc_bert roformer trocr xlm xlm-roberta xlm-roberta-xl xlnet xmod""".split()
 """Encoders with a head that predicts tokens, decoders of encoder-decoders, and Reformer, which needs whole chunks."""
 
 HYBRID = (["linear_attention"] * 3 + ["full_attention"]) * 2
@@ -142,7 +142,7 @@ def one_family(name: str, methods: list[str]) -> dict[str, Any]:
     with scratch("families") as place:
         result: dict[str, Any] = {}
         start = time.perf_counter()
-        result["default"] = tried(lambda: default_opens(name, place / "default"))
+        result["default"] = tried(lambda: default_opens(name))
         result["default_seconds"] = round(time.perf_counter() - start, 1)
         try:
             build(name, place / "dense")
@@ -152,8 +152,9 @@ def one_family(name: str, methods: list[str]) -> dict[str, Any]:
         result["open"] = tried(lambda: opens(place / "dense", kind))
         result |= kind
         if result["open"] == "ok":
-            result |= {method: tried(lambda: cut(method, place / "dense", place / method)) for method in methods}
-        return result
+            for method in methods:
+                result[method] = tried(partial(cut, method, place / "dense", place / method))
+        return {key: one.replace(f"{place}/", "") if isinstance(one, str) else one for key, one in result.items()}
 
 
 def tried(run: Any) -> str:
@@ -169,10 +170,17 @@ def tried(run: Any) -> str:
     return "ok"
 
 
-def default_opens(name: str, folder: Path) -> None:
-    """Open the shapes of the default configuration."""
-    AutoConfig.for_model(name, **GIVEN.get(name, {})).save_pretrained(folder)
-    open_shapes(folder, skeleton=True)
+def default_opens(name: str) -> None:
+    """Match the row of the family, or detect it, with the default configuration in full size."""
+    given = dict(GIVEN.get(name, {}))
+    if "layer_types" in given:
+        given["num_hidden_layers"] = len(given["layer_types"])
+    config = AutoConfig.for_model(name, **given)
+    if name not in FAMILIES:
+        detect(config, name)
+        return
+    with torch.device("meta"):
+        resolve(AutoModelForCausalLM.from_config(config), FAMILIES[name])
 
 
 def build(name: str, folder: Path) -> None:
@@ -224,7 +232,7 @@ def cut(method: str, dense: Path, out: Path) -> None:
     again, report = AutoModelForCausalLM.from_pretrained(
         out, dtype=torch.float32, output_loading_info=True, trust_remote_code=method == "slicegpt"
     )
-    assert not report["missing_keys"] and not report["unexpected_keys"], f"weights are missing or left over: {report}"
+    assert not {*report["missing_keys"], *report["unexpected_keys"]}, f"weights are missing or left over: {report}"
     found = again.eval()(input_ids=TOKENS, use_cache=False).logits
     if method in DROPS:
         original = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()

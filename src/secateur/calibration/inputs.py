@@ -219,6 +219,11 @@ def capturing_inputs(block: nn.Module, writer: str, batch: Batch, experts: int) 
         captured.append(Captured(0, inputs, real.nonzero().flatten()))
 
     def of_experts(module: Any, args: tuple[Any, ...]) -> None:
+        if len(args) == 1:  # Llama 4: each expert gets all tokens, those that are not for it as zeros
+            for number, states in enumerate(args[0].view(experts, -1, args[0].shape[-1])):
+                rows = (states.any(dim=-1).cpu() & real).nonzero().flatten()
+                captured.append(Captured(number, _inside(module, number, states[rows.to(states.device)]), rows))
+            return
         hidden, chosen = args[0], args[1]
         for number in range(experts):
             rows = ((chosen == number).any(dim=-1).cpu() & real).nonzero().flatten()

@@ -83,8 +83,8 @@ def _set_period(config: Any, period: str, offset: str, wanted: Sequence[bool]) -
                 setattr(config, offset, first)
                 return
     raise ModelError(
-        f"'{config.model_type}': its configuration gives the kinds of blocks by a period ({period}, {offset}), and "
-        "the blocks that remain have none; remove whole periods, or blocks of other kinds."
+        f"the configuration of '{config.model_type}' gives the kinds of blocks by a period ({period}, {offset}), which "
+        "the blocks that remain would not have; remove whole periods."
     )
 
 
@@ -107,6 +107,13 @@ def reason_to_keep(config: Any, family: Family, gone: Collection[int]) -> str | 
     held = sorted(set(gone) & set(family.fixed_blocks))
     if held:
         return f"block {held[0]} must stay: {family.fixed_reason}"
+    if family.periods:
+        try:
+            config_with_blocks(
+                config, family, [i for i in range(text_config(config).num_hidden_layers) if i not in gone]
+            )
+        except ModelError as error:
+            return str(error).removesuffix(".")
     kinds = getattr(text_config(config), "layer_types", None)
     if not isinstance(kinds, list | tuple) or len(kinds) != text_config(config).num_hidden_layers:
         return None
@@ -126,8 +133,8 @@ def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) ->
         source = old_modules.get(_name_before(name, family.blocks, kept))
         if source is None or not _same_shapes(source, holder):
             raise ModelError(
-                f"'{module.config.model_type}': no configuration describes the model that keeps just these blocks "
-                f"({name} would be of another kind); remove others."
+                f"no configuration of '{module.config.model_type}' describes the model that keeps just these blocks "
+                f"({name} would be of another kind)."
             )
         holder._parameters.update({leaf: source._parameters[leaf] for leaf in holder._parameters})
         holder._buffers.update({leaf: source._buffers[leaf] for leaf in holder._buffers})

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from secateur.errors import ModelError, first_line
 from secateur.models.anatomy import Family, count_parameters, find, resolve
 from secateur.models.decoder import Decoder
-from secateur.models.depth import config_with_blocks, with_blocks
+from secateur.models.depth import config_with_blocks, reason_to_keep, with_blocks
 from secateur.models.forward import capture, logits, run_block
 from secateur.models.shrinking import divisors, shrunken
 from secateur.models.structure import with_mlp
@@ -102,7 +102,7 @@ def _fixed(
     fixed = tuple(index for index, kind in enumerate(kinds) if kind not in movable or index in gone)
     if only_depth and len(fixed) == len(kinds):
         raise ModelError(reason)
-    return {"fixed_blocks": fixed, "fixed_reason": reason}
+    return {"fixed_blocks": fixed, "fixed_reason": reason.removesuffix(".")}
 
 
 Kind = tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -290,7 +290,8 @@ def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> dict[int, st
     failed = {}
     for left_out in range(decoder.block_count):
         try:
-            _prove_without(decoder, left_out, tokens, trust_remote_code=trust_remote_code)
+            if reason_to_keep(decoder.config, decoder.anatomy.family, [left_out]) is None:
+                _prove_without(decoder, left_out, tokens, trust_remote_code=trust_remote_code)
         except (*_FAILURES, ModelError) as error:
             failed[left_out] = str(error) if isinstance(error, ModelError) else first_line(error)
     return failed

@@ -27,17 +27,20 @@ _ALIGNMENT = 8
 """Grouped matrix products need rows that start at multiples of 16 bytes."""
 _MOST_EXPERTS, _MOST_CHOSEN = 16, 4
 _VOCABULARY, _WINDOW, _CHUNK = 128, 8, 16
-_NARROWEST = 64
-"""Hidden sizes below twice this are left alone."""
+_NARROWEST, _SMALLEST_HEAD = 64, 4
+"""Hidden sizes, and heads, below twice this are left alone."""
 
 
 def divisors(config: Any) -> Iterator[int]:
-    """Yield what widths may be divided by, the smallest copy first."""
+    """Yield what widths may be divided by, the smallest copy first; heads still divide the width if they did."""
+    width, heads = (getattr(config, name, None) or 1 for name in ("hidden_size", "num_attention_heads"))
+    size = getattr(config, "head_dim", None) or max(_SMALLEST_HEAD, width // heads)
     found = 1
-    while (getattr(config, "hidden_size", 0) or 0) >= 2 * found * _NARROWEST:
+    while width >= 2 * found * _NARROWEST and size >= 2 * found * _SMALLEST_HEAD:
         found *= 2
     while found >= 1:
-        yield found
+        if found == 1 or width % heads or width // found % heads == 0:
+            yield found
         found //= 2
 
 

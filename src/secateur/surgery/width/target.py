@@ -196,6 +196,9 @@ def _block_sizes(block: nn.Module, family: Family, widths: BlockWidths) -> Block
             fixed["mlp"] += parameter.numel() * name.startswith(of_mlp)
             continue
         slices = 1 if coupling.axis is None else parameter.shape[coupling.axis]
+        if coupling.part == "shared":
+            counted["channel"] += parameter.numel() // slices * (len(coupling.labels) // widths.channels)
+            continue
         for kind, unit in (("query", 0), ("group", widths.heads)) if coupling.part == "heads" else (("channel", 0),):
             counted[kind] += int((coupling.labels == unit).sum()) * (parameter.numel() // slices)
     return BlockSizes(
