@@ -225,7 +225,21 @@ _OTHERS = (
 VARIANTS: dict[str, TinyModel] = {row.name: row for row in (*_CANONICAL, *_VARIATIONS, *_LLAMA_SHAPED, *_OTHERS)}
 FAMILIES: tuple[str, ...] = tuple(row.name for row in (*_CANONICAL, *_LLAMA_SHAPED))  # one per supported family
 LLAMA_SHAPED: tuple[str, ...] = tuple(row.name for row in _LLAMA_SHAPED)
+AFTER_NORM = ("gemma2", "gemma3_text", "olmo2", "hyperclovax", "olmo3", "exaone4", "glm4")
+"""Families with a norm between their branches and the residual stream."""
 OTHER_FAMILIES: tuple[str, ...] = tuple(row.name for row in _OTHERS)  # real, but not among the supported ones
+
+UNSLICEABLE: tuple[str, ...] = (
+    *AFTER_NORM,
+    "opt-post-norm",
+    "secateur",
+    "ministral3",
+    "nemotron",
+    "hunyuan_v1_dense",
+    "cohere2",
+    *OTHER_FAMILIES,
+)
+"""Models whose hidden states cannot be rotated."""
 
 
 def build(name: str, *, blocks: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
