@@ -148,11 +148,10 @@ def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) ->
 
 
 def _same_shapes(old: nn.Module, new: nn.Module) -> bool:
-    return type(old) is type(new) and all(
-        (one is None) == (old._parameters.get(leaf) is None)
-        and (one is None or one.shape == old._parameters[leaf].shape)
-        for leaf, one in new._parameters.items()
-    )
+    def shapes(holder: nn.Module) -> dict[str, Any]:
+        return {leaf: getattr(one, "shape", None) for leaf, one in holder._parameters.items()}
+
+    return type(old) is type(new) and shapes(old) == shapes(new)
 
 
 def _name_before(name: str, blocks: str, kept: Sequence[int]) -> str:

@@ -63,7 +63,7 @@ def _reason_against(anatomy: Anatomy, config: Any, module: nn.Module) -> str | N
         return "it is already in secateur's own form; cut the dense model by more instead"
     if family.detected:
         return f"{family.model_type} is not among the families known exactly (secateur families)"
-    if any(next(present(block, family.shared_out), None) for block in module.get_submodule(family.blocks)):
+    if any(next(present(block, family.shared_out), None) for block in find(module, family.blocks)):
         return "each token passes an expert of its own beside the routed ones"
     if family.order != "pre":
         return "a norm stands between its branches and the residual stream, and does not commute with a rotation"

@@ -298,7 +298,9 @@ class _Block:
 
 def _stages(parts: Sequence[Part]) -> list[list[Part]]:
     """Return the parts in the order in which they are pruned: attention, then all that the MLP consists of."""
-    return [one for one in ([part for part in parts if part == "heads"], [p for p in parts if p != "heads"]) if one]
+    first: list[Part] = [part for part in parts if part == "heads"]
+    then: list[Part] = [part for part in parts if part != "heads"]
+    return [one for one in (first, then) if one]
 
 
 def _note(kept: Kept, part: Part, expert: int, chosen: torch.Tensor, dense: BlockWidths, keep: Widths) -> None:
