@@ -279,6 +279,12 @@ def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> dict[int, st
         ModelError: the model cannot be run block by block.
     """
     tokens = _tokens(decoder)
+    entering = capture(decoder, tokens)[0]
+    if entering.shape != (*tokens.shape, decoder.hidden_size):
+        raise ModelError(
+            f"its blocks pass on states of the shape {tuple(entering.shape)}, not one residual stream of "
+            f"{decoder.hidden_size} directions"
+        )
     whole = decoder.module(input_ids=tokens, use_cache=False).logits
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % int(decoder.config.vocab_size)
@@ -310,7 +316,10 @@ def _prove_without(decoder: Decoder, left_out: int, tokens: torch.Tensor, *, tru
     expected = _walk(decoder, tokens, left_out)
     again = _reloaded(shorter, trust_remote_code=trust_remote_code)(input_ids=tokens, use_cache=False)
     if not _close(again.logits, expected):
-        raise ModelError(f"without block {left_out} it loads as another model")
+        raise ModelError(
+            f"a model without block {left_out} computes something else than one that skips it, so its blocks depend on "
+            "their place"
+        )
 
 
 def _walk(decoder: Decoder, tokens: torch.Tensor, left_out: int | None) -> torch.Tensor:

@@ -33,8 +33,10 @@ _NARROWEST, _SMALLEST_HEAD = 64, 4
 
 def divisors(config: Any) -> Iterator[int]:
     """Yield what widths may be divided by, the smallest copy first; heads still divide the width if they did."""
-    width, heads = (getattr(config, name, None) or 1 for name in ("hidden_size", "num_attention_heads"))
-    size = getattr(config, "head_dim", None) or max(_SMALLEST_HEAD, width // heads)
+    entries = config.to_dict()
+    width = getattr(config, "hidden_size", None) or 1
+    heads = entries.get(config.attribute_map.get("num_attention_heads", "num_attention_heads")) or 1
+    size = entries.get("head_dim") or max(_SMALLEST_HEAD, width // heads)
     found = 1
     while width >= 2 * found * _NARROWEST and size >= 2 * found * _SMALLEST_HEAD:
         found *= 2
