@@ -39,6 +39,7 @@ from secateur.ownership import scratch
 
 FILE = RESULTS / "families.json"
 LIMIT = 240
+LARGEST = 100_000_000
 BLOCKS, VOCABULARY = 6, 128
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "shortgpt": ({"blocks": 1}, {}),
@@ -46,7 +47,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "swm": ({"blocks": 1}, {"across_types": True}),
     "streamline": ({"blocks": 1}, {"network": "none"}),
     "replaceme": ({"blocks": 1}, {}),
-    "obs-width": ({}, {"ratio": 0.25, "heads": "never"}),
+    "obs-width": ({}, {"ratio": 0.4, "heads": "never"}),
     "slicegpt": ({"slice": 0.25}, {}),
 }
 DROPS = ("shortgpt", "sleb", "streamline")
@@ -64,6 +65,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "greedy", "n_routed_experts": 64, "q_lora_rank": None},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
               "num_experts_per_tok": 6},
+    "glm4_moe": {"head_dim": 128},
+    "gpt_neo": {"num_layers": BLOCKS, "attention_types": [[["global", "local"], BLOCKS // 2]]},
     "falcon": {"num_attention_heads": 64, "hidden_size": 4096},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neox": {"hidden_size": 4096, "num_attention_heads": 32},
@@ -187,9 +190,13 @@ def build(name: str, folder: Path) -> None:
     """Save a small random model in the shape of the default configuration, each weight drawn so that it matters."""
     given = dict(GIVEN.get(name, {}))
     layers = len(given["layer_types"]) if "layer_types" in given else BLOCKS
-    config = AutoConfig.for_model(name, **given, num_hidden_layers=layers)
+    given |= {} if "num_layers" in given else {"num_hidden_layers": layers}
+    config = AutoConfig.for_model(name, **given)
     for divisor in divisors(config):
         try:
+            with torch.device("meta"):
+                size = AutoModelForCausalLM.from_config(shrunken(config, divisor)).num_parameters()
+            assert size < LARGEST, f"the smallest copy has {size:,} parameters"
             module = AutoModelForCausalLM.from_config(shrunken(config, divisor), dtype=torch.float32).eval()
             redraw(module)
             with torch.no_grad():

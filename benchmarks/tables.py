@@ -7,7 +7,8 @@
 * `comparison`: all methods beside each other; `healing`: all ways of healing by tokens;
 * `searched`: `auto` and the single methods it tried; `quantised`, `stability`;
 * `robustness`: what came of mutated files and of killed commands;
-* `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches.
+* `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches;
+* `families`: what works on which family.
 
 Where something was measured several times, the last line counts.
 """
@@ -19,6 +20,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import family_table
 
 from secateur.healing.recipes import HEALING_RECIPES
 from secateur.methods.method import METHODS
@@ -236,6 +239,12 @@ def _perplexity(found: Record | None) -> str:
     return "–" if found is None else f"{found['perplexity']:.2f} ({_share(found['removed'])})"
 
 
+def families() -> str:
+    """Return what works on which family, and which are not opened."""
+    head, *rows = family_table.rows()
+    return f"{family_table.summary()}\n\n{markdown(head, rows)}"
+
+
 _KINDS: dict[str, Callable[..., str]] = {
     "settings": settings,
     "measured": measured,
@@ -247,6 +256,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "robustness": robustness,
     "ablation": ablation,
     "allocation": allocation,
+    "families": families,
 }
 
 

@@ -166,7 +166,7 @@ def _with_size(family: Family, decoder: Decoder, size: Size) -> Family:
         block = decoder.block_list[index]
         roles = {path: _role(block, path, one.axis) for path, one in followers.items()}
         experts = [path for path in followers if _is_stacked(block, path)]
-        mixed = any(parameter.dim() == 3 for _, parameter in block.named_parameters())
+        mixed = any(name.endswith(EXPERT_TENSORS) and one.dim() == 3 for name, one in block.named_parameters())
         own = [path for path in followers if not experts or path in experts]
         beside = [path for path in followers if path not in own]
         if mixed and not experts:
