@@ -1,1 +1,0 @@
-"""Edits of mixtures: fewer experts."""
