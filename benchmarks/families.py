@@ -53,8 +53,29 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 DROPS = ("shortgpt", "sleb", "streamline")
 """Methods that remove blocks and change nothing else."""
 
-ENCODERS = """bert bert-generation big_bird camembert data2vec-text electra ernie git megatron-bert rembert roberta
-reformer roberta-prelayernorm roc_bert roformer trocr xlm xlm-roberta xlm-roberta-xl xlnet xmod""".split()
+ENCODERS = [
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "git",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "reformer",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "trocr",
+    "xlm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xlnet",
+    "xmod",
+]
 """Encoders with a head that predicts tokens, decoders of encoder-decoders, and Reformer, which needs whole chunks."""
 
 HYBRID = (["linear_attention"] * 3 + ["full_attention"]) * 2
