@@ -22,6 +22,7 @@ from secateur.modeling import MODELLING_FILE, DeciLMConfig, SecateurConfig, auto
 from secateur.models.anatomy import text_config
 from secateur.models.decoder import Decoder
 from secateur.models.dtypes import dtype_named
+from secateur.models.gguf import RECORD
 from secateur.models.opening import open_model
 from secateur.models.shards import holds_mtp
 from secateur.ownership import scratch
@@ -38,6 +39,7 @@ _STAYS = (
     "config.json",
     "README.md",
     MARKER,
+    RECORD,
     "*.index.json",
     "*.safetensors",
     "*.bin",
