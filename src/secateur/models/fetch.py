@@ -222,7 +222,7 @@ def refuse_config(config: Any, source: str, *, original: str | None = None) -> N
         name = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         raise ModelError(
             f"{source}: the weights are quantised ({getattr(name, 'value', name)}). Prune the unquantised checkpoint"
-            f"{f', {original}' if original else ' (or dequantise this one)'} and quantise the result."
+            f"{f', {original},' if original else ' (or dequantise this one)'} and quantise the result."
         )
     if getattr(text_config(config), "num_kv_shared_layers", 0):
         raise ModelError(f"{source}: blocks of '{kind}' share keys and values; removing one would break the others.")
