@@ -253,6 +253,14 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def entry(config: Any, name: str) -> Any:
+    """Return a configuration entry, None if there is none; where blocks differ in it, what most of them have."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to name one value where blocks have their own
+        return config.to_dict().get(name)
+
+
 def is_tied(module: nn.Module, family: Family) -> bool:
     """Return whether the head is the token table."""
     return find(module, f"{family.embeddings[0]}.weight") is find(module, f"{family.head}.weight")

@@ -32,7 +32,7 @@ _NARROWEST, _SMALLEST_HEAD = 64, 4
 
 
 def divisors(config: Any) -> Iterator[int]:
-    """Yield what widths may be divided by, the smallest copy first; heads still divide the width if they did."""
+    """Yield what widths may be divided by, the smallest copy first; heads of no size of their own divide the width."""
     entries = config.to_dict()
     width = getattr(config, "hidden_size", None) or 1
     heads = entries.get(config.attribute_map.get("num_attention_heads", "num_attention_heads")) or 1
@@ -41,7 +41,7 @@ def divisors(config: Any) -> Iterator[int]:
     while width >= 2 * found * _NARROWEST and size >= 2 * found * _SMALLEST_HEAD:
         found *= 2
     while found >= 1:
-        if found == 1 or width % heads or width // found % heads == 0:
+        if found == 1 or entries.get("head_dim") or width % heads or width // found % heads == 0:
             yield found
         found //= 2
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from secateur.models.anatomy import Family, find, holds_transposed, owner_of, present
+from secateur.models.anatomy import Family, entry, find, holds_transposed, owner_of, present
 from secateur.models.decoder import Decoder
 from secateur.plan.units import UnitKind
 
@@ -49,9 +49,9 @@ def block_widths(decoder: Decoder, index: int) -> BlockWidths:
     inner = {"channels": channels, "experts": _experts(block, family), "shared": shared}
     writer = next(present(block, family.attention_out), None)
     if writer is None:
-        heads = getattr(config, "num_attention_heads", None) or 1
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        size = getattr(config, "head_dim", None) or decoder.hidden_size // heads
+        heads = entry(config, "num_attention_heads") or 1
+        groups = entry(config, "num_key_value_heads") or heads
+        size = entry(config, "head_dim") or decoder.hidden_size // heads
         return BlockWidths(groups=0, queries=max(1, heads // groups), head_size=size, **inner)
     own = getattr(config, "heads", None)
     heads = int(own[index] if own else config.num_attention_heads)
@@ -154,9 +154,9 @@ def _shape(module: Any) -> tuple[int, int]:
 
 
 def _configured(config: Any) -> int:
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * int(heads) * int(size)
+    queries = entry(config, "num_attention_heads") or 1
+    heads, size = entry(config, "num_key_value_heads") or queries, entry(config, "head_dim")
+    return 2 * int(heads) * int(size or config.hidden_size // queries)
 
 
 def rows_per_token(decoder: Decoder) -> float:
