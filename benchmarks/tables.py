@@ -8,8 +8,8 @@
 * `searched`: `auto` and the single methods it tried; `quantised`, `stability`;
 * `probes`: what cuts of a real model can still do, beside their perplexity;
 * `robustness`: what came of mutated files and of killed commands;
-* `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches.
-* `experts`: what fewer experts cost a small trained mixture.
+* `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches;
+* `experts`: what fewer experts cost a small trained mixture; `families`: what works on which family.
 
 Where something was measured several times, the last line counts.
 """
@@ -21,6 +21,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import family_table
 
 from secateur.evaluation.probes import PROBES
 from secateur.healing.recipes import HEALING_RECIPES
@@ -280,6 +282,12 @@ def _perplexity(found: Record | None) -> str:
     return "–" if found is None else f"{found['perplexity']:.2f} ({_share(found['removed'])})"
 
 
+def families() -> str:
+    """Return what works on which family, and which are not opened."""
+    head, *rows = family_table.rows()
+    return f"{family_table.summary()}\n\n{markdown(head, rows)}"
+
+
 _KINDS: dict[str, Callable[..., str]] = {
     "settings": settings,
     "measured": measured,
@@ -293,6 +301,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "ablation": ablation,
     "allocation": allocation,
     "experts": experts,
+    "families": families,
 }
 
 

@@ -176,18 +176,70 @@ _VARIATIONS = (
     _row("qwen3_moe-step", "qwen3_moe", **_QWEN3_MOE, decoder_sparse_step=2),
 )
 
-_OTHERS = (
-    _row("starcoder2", **_GROUPED),
+_SLIDING = {"sliding_window": WINDOW, "layer_types": _full_every(4)}
+_LLAMA_SHAPED = (
+    _row("ministral", **_WIDE_HEADS, **_SLIDING),
+    _row("ministral3", **_WIDE_HEADS),
+    _row("seed_oss", **_WIDE_HEADS),
+    _row("cwm", **_WIDE_HEADS, **_SLIDING),
+    _row("internlm3", **_GROUPED),
+    _row("iquestcoder", **_GROUPED),
+    _row("arcee", **_GROUPED),
+    _row("jais2", **_GROUPED),
     _row("nemotron", **_GROUPED, head_dim=8),
-    _row("olmo3", **_GROUPED, sliding_window=WINDOW, layer_types=_full_every(4)),
-    _row("cohere2", **_GROUPED, sliding_window=WINDOW, layer_types=_full_every(4), logit_scale=0.25),
-    _row("exaone4", **_GROUPED, sliding_window=WINDOW, layer_types=_full_every(4)),
+    _row("starcoder2", **_GROUPED),
     _row("helium", **_GROUPED, head_dim=8),
+    _row("ernie4_5", **_WIDE_HEADS),
+    _row("glm", **_GROUPED, head_dim=8),
+    _row("hunyuan_v1_dense", **_WIDE_HEADS),
+    _row("hyperclovax", **_GROUPED, residual_multiplier=0.7),
+    _row("olmo3", **_GROUPED, **_SLIDING),
+    _row("exaone4", **_GROUPED, **_SLIDING),
+    _row("glm4", **_GROUPED, head_dim=8),
+    _row("cohere2", **_GROUPED, **_SLIDING, logit_scale=0.25),
+)
+"""Families that share all traits with others: a few cases of the contract stand for all."""
+
+_OTHERS = (
+    _row("apertus", **_GROUPED),
+    _row("persimmon", **_PLAIN),
+    _row(
+        "deepseek_v3",
+        **_PLAIN,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        n_shared_experts=2,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=2,
+    ),
 )
 
-VARIANTS: dict[str, TinyModel] = {row.name: row for row in (*_CANONICAL, *_VARIATIONS, *_OTHERS)}
-FAMILIES: tuple[str, ...] = tuple(row.name for row in _CANONICAL)  # one variant per supported family
+VARIANTS: dict[str, TinyModel] = {row.name: row for row in (*_CANONICAL, *_VARIATIONS, *_LLAMA_SHAPED, *_OTHERS)}
+FAMILIES: tuple[str, ...] = tuple(row.name for row in (*_CANONICAL, *_LLAMA_SHAPED))  # one per supported family
+LLAMA_SHAPED: tuple[str, ...] = tuple(row.name for row in _LLAMA_SHAPED)
+AFTER_NORM = ("gemma2", "gemma3_text", "olmo2", "hyperclovax", "olmo3", "exaone4", "glm4")
+"""Families with a norm between their branches and the residual stream."""
 OTHER_FAMILIES: tuple[str, ...] = tuple(row.name for row in _OTHERS)  # real, but not among the supported ones
+
+UNSLICEABLE: tuple[str, ...] = (
+    *AFTER_NORM,
+    "opt-post-norm",
+    "secateur",
+    "ministral3",
+    "nemotron",
+    "hunyuan_v1_dense",
+    "cohere2",
+    *OTHER_FAMILIES,
+)
+"""Models whose hidden states cannot be rotated."""
 
 
 def build(name: str, *, blocks: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from secateur import make_plan, open_model, prune, save
@@ -311,3 +311,33 @@ def test_a_mistake_in_reading_does_not_confirm_itself(source, tmp_path, monkeypa
     with pytest.raises(CheckError, match="not the original"):
         save(prune(model, make_plan(model, method=method, **amount)), tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
+
+
+def test_every_file_travels_but_weights_and_what_is_written_anew(tmp_path):
+    folder = save_tiny("llama", tmp_path / "dense", blocks=3, tokenizer=True)
+    for name in ("odd_vocabulary.spm", "tokenization_own.py", "video_preprocessor.json", "USE_POLICY.md"):
+        (folder / name).write_text("kept")
+    for name in ("pytorch_model.bin", "model.onnx", "quantize_config.json", ".hidden"):
+        (folder / name).write_text("left behind")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("kept")
+    decoder = open_model(folder)
+    save(prune(decoder, make_plan(decoder, method="last-n", blocks=1)), tmp_path / "cut", check=False)
+    found = {file.relative_to(tmp_path / "cut").as_posix() for file in (tmp_path / "cut").rglob("*") if file.is_file()}
+    assert {"odd_vocabulary.spm", "tokenization_own.py", "video_preprocessor.json", "USE_POLICY.md"} <= found
+    assert "additional_chat_templates/tools.jinja" in found
+    assert not found & {"pytorch_model.bin", "model.onnx", "quantize_config.json", ".hidden"}
+
+
+def test_blocks_for_multi_token_prediction_are_left_behind_with_a_word(tmp_path):
+    folder = save_tiny("deepseek_v3", tmp_path / "dense", blocks=4)
+    weights = load_file(folder / "model.safetensors")
+    more = {name.replace("layers.3.", "layers.4."): one.clone() for name, one in weights.items() if "layers.3." in name}
+    save_file(weights | more, folder / "model.safetensors", metadata={"format": "pt"})
+    decoder = open_model(folder)
+    assert decoder.config.num_mtp_layers == 1
+    with pytest.warns(SecateurWarning, match="1 blocks for multi-token prediction"):
+        save(prune(decoder, make_plan(decoder, method="last-n", blocks=1)), tmp_path / "cut", check=False)
+    found = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert found["num_hidden_layers"] == 3
+    assert not found.get("num_nextn_predict_layers", found.get("num_mtp_layers"))

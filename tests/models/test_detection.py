@@ -163,7 +163,7 @@ def test_the_trial_is_small_however_large_the_model(monkeypatch):
 
     def counting(decoder, **given):
         tried.append(decoder.parameter_count)
-        prove(decoder, **given)
+        return prove(decoder, **given)
 
     monkeypatch.setattr(detection, "_prove", counting)
     detection.detect(config, "a large gptj")
@@ -238,7 +238,6 @@ def test_the_odd_llama_opens_where_nothing_is_odd(odd, tmp_path):
     [
         ("looks ahead", "not causal"),
         ("works between blocks", "walking its blocks one by one"),
-        ("depends on depth", "without block 0 it loads as another model"),
         ("leaves a block out", "'odd-llama'|did not call all"),
         ("calls blocks twice", "odd-llama"),
         ("has one block too many", "no list of 8 blocks"),
@@ -248,6 +247,14 @@ def test_the_odd_llama_opens_where_nothing_is_odd(odd, tmp_path):
 def test_what_the_trial_disproves_is_refused(odd, oddity, said):
     with pytest.raises(ModelError, match=said):
         open_model(odd(oddity))
+
+
+def test_where_no_block_can_go_widths_can_still_be_pruned(odd):
+    decoder = open_model(odd("depends on depth"))
+    assert decoder.anatomy.family.fixed_blocks == tuple(range(8))
+    assert decoder.anatomy.family.mlp_out == ("mlp.down_proj",)
+    with pytest.raises(ModelError, match="block 2 must stay: a model without block 0 computes something else"):
+        keep_blocks(decoder, KEPT)
 
 
 def test_a_skeleton_is_refused_alike(odd, tmp_path):
@@ -269,15 +276,12 @@ def test_an_encoder_with_a_language_head_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "settings"),
     [
-        ("olmo_hybrid", {}),
-        ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 2}),
         ("reformer", {"is_decoder": False}),
         ("blt", {}),
     ],
 )
 def test_a_family_that_cannot_be_proved_is_refused(model_type, settings):
     """With one message of ours, whatever transformers says underneath."""
-    sizes = SIZES if model_type in ("olmo_hybrid", "ernie4_5_moe") else {}
-    config = AutoConfig.for_model(model_type, **{**sizes, **settings})
+    config = AutoConfig.for_model(model_type, **settings)
     with pytest.raises(ModelError, match=model_type):
         detection.detect(config, "somewhere")

@@ -491,6 +491,13 @@ def test_quantised_weights(folder, method, skeleton):
         open_model(folder, skeleton=skeleton)
 
 
+def test_quantised_weights_whose_card_names_the_original(folder):
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    (folder / "README.md").write_text("---\nbase_model:\n- owner/Original-7B\n---\n# Quantised\n")
+    with pytest.raises(ModelError, match="unquantised checkpoint, owner/Original-7B, and quantise the result"):
+        open_model(folder)
+
+
 def test_quantised_weights_of_no_named_method(folder):
     edit_config(folder, quantization_config={"bits": 4})
     with pytest.raises(ModelError, match="quantised"):

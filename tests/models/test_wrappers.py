@@ -83,3 +83,20 @@ def test_a_wrapper_cannot_be_sliced(folder, tmp_path):
         make_plan(
             decoder, method="slicegpt", remove="10%", texts=tmp_path / "windows.npy", seq_len=draw_tokens().shape[1]
         )
+
+
+@pytest.mark.parametrize("skeleton", [False, True])
+def test_channels_and_heads_of_a_wrapper_are_pruned(folder, tmp_path, skeleton):
+    decoder = open_model(folder, skeleton=skeleton)
+    np.save(tmp_path / "windows.npy", (draw_tokens() % 250).numpy())
+    texts = {"texts": tmp_path / "windows.npy", "seq_len": draw_tokens().shape[1]}
+    plan = make_plan(decoder, method="obs-width", settings={"ffn": 32, "groups": 1}, **texts)
+    record = save(prune(decoder, plan, texts=texts["texts"]), tmp_path / "cut")
+    assert record["check"]["passed"]
+    cut = AutoModelForImageTextToText.from_pretrained(tmp_path / "cut")
+    assert cut.config.text_config.intermediate_size == 32
+    assert cut.config.text_config.num_key_value_heads == 1
+    before, after = (load_file(one / "model.safetensors") for one in (folder, tmp_path / "cut"))
+    others = [name for name in before if "language_model" not in name]
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    assert "AutoModelForImageTextToText.from_pretrained" in (tmp_path / "cut" / "README.md").read_text()

@@ -17,7 +17,7 @@ from torch import nn
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.walk import Batch
 from secateur.errors import NumericsError
-from secateur.models.anatomy import find
+from secateur.models.anatomy import find, holds_transposed
 
 _CHUNK_BYTES = 64 << 20
 
@@ -219,11 +219,15 @@ def capturing_inputs(block: nn.Module, writer: str, batch: Batch, experts: int) 
         captured.append(Captured(0, inputs, real.nonzero().flatten()))
 
     def of_experts(module: Any, args: tuple[Any, ...]) -> None:
+        if len(args) == 1:  # Llama 4: each expert gets all tokens, those that are not for it as zeros
+            for number, states in enumerate(args[0].view(experts, -1, args[0].shape[-1])):
+                rows = (states.any(dim=-1).cpu() & real).nonzero().flatten()
+                captured.append(Captured(number, _inside(module, number, states[rows.to(states.device)]), rows))
+            return
         hidden, chosen = args[0], args[1]
         for number in range(experts):
             rows = ((chosen == number).any(dim=-1).cpu() & real).nonzero().flatten()
-            gate, up = nn.functional.linear(hidden[rows.to(hidden.device)], module.gate_up_proj[number]).chunk(2, -1)
-            captured.append(Captured(number, module.act_fn(gate) * up, rows))
+            captured.append(Captured(number, _inside(module, number, hidden[rows.to(hidden.device)]), rows))
 
     if isinstance(found, nn.Parameter):
         hook = find(block, writer.rpartition(".")[0]).register_forward_pre_hook(of_experts)
@@ -233,3 +237,20 @@ def capturing_inputs(block: nn.Module, writer: str, batch: Batch, experts: int) 
         yield captured
     finally:
         hook.remove()
+
+
+def _inside(experts: Any, number: int, states: torch.Tensor) -> torch.Tensor:
+    """Return what enters the output projection of one of the stacked experts, given the states that it is sent."""
+    name = "up_proj" if getattr(experts, "gate_up_proj", None) is None else "gate_up_proj"
+    weight = getattr(experts, name)[number]
+    bias = getattr(experts, f"{name}_bias", None)
+    found = nn.functional.linear(
+        states, weight.T if holds_transposed(experts) else weight, None if bias is None else bias[number]
+    )
+    if name == "up_proj":
+        return experts.act_fn(found)
+    gated = getattr(experts, "_apply_gate", None)
+    if gated is not None:
+        return gated(found)
+    gate, up = found.chunk(2, dim=-1)
+    return experts.act_fn(gate) * up

@@ -16,9 +16,10 @@ from secateur.errors import SecateurWarning, first_line
 from secateur.evaluation.results import Result
 from secateur.models.decoder import Decoder
 from secateur.models.fetch import HUB_NAME
+from secateur.models.wrappers import auto_class
 from secateur.plan.plan import plans_in
 
-_OPENING = 'model = AutoModelForCausalLM.from_pretrained("'
+_OPENING = '.from_pretrained("'
 
 RELATION = "finetune"
 """The Hub's relation to the base model; of its kinds (adapter, merge, quantized, finetune) the closest."""
@@ -39,7 +40,7 @@ def model_card(decoder: Decoder, record: dict[str, Any]) -> ModelCard:
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if decoder.is_wrapped else "text-generation",
         tags=["secateur", *["pruned"] * bool(record["history"]), *methods_in(record["history"])],
         **{key: original[key] for key in _INHERITED if key in original},
         **related,
@@ -78,6 +79,7 @@ def _body(decoder: Decoder, record: dict[str, Any]) -> str:
     name = Path(base).name
     shown = base if _is_on_hub(base) else name
     done = [row for entry in record["history"] for row in _rows(entry)]
+    opens = auto_class(decoder.module.config).__name__
     title = f"# {name}, {'pruned' if done else 'converted'}"
     lines = [title, "", f"Made from `{shown}` with secateur {record['secateur']}.", ""]
     lines += ["| step | method | what it did |", "|---|---|---|"] if done else []
@@ -89,8 +91,8 @@ def _body(decoder: Decoder, record: dict[str, Any]) -> str:
         f"Parameters: {size}. Blocks: {decoder.block_count}.",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
-        f'{_OPENING}path/to/this/folder"{_own_code(decoder)})',
+        f"from transformers import {opens}",
+        f'model = {opens}{_OPENING}path/to/this/folder"{_own_code(decoder)})',
         "```",
         "",
         "Plan, settings, versions and fingerprints: `secateur.json`.",

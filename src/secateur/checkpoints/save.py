@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,18 +17,44 @@ from secateur.checkpoints.card import model_card
 from secateur.checkpoints.check import record_expected, reopen, require_passed, with_original
 from secateur.checkpoints.folders import MARKER, replacing
 from secateur.checkpoints.writer import SHARD_BYTES, write_weights
+from secateur.errors import SecateurWarning
 from secateur.modeling import MODELLING_FILE, DeciLMConfig, SecateurConfig, auto_map
+from secateur.models.anatomy import text_config
 from secateur.models.decoder import Decoder
 from secateur.models.dtypes import dtype_named
+from secateur.models.gguf import RECORD
 from secateur.models.opening import open_model
+from secateur.models.shards import holds_mtp
 from secateur.ownership import scratch
 from secateur.plan.plan import plans_in
 from secateur.surgery.uneven import against_decilm, as_decilm
 from secateur.versions import versions
 
+_MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+"""Configuration entries with the number of blocks for multi-token prediction."""
+
 Layout = Literal["stock", "decilm", "secateur"]
 
-_CARRIED = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_STAYS = (
+    "config.json",
+    "README.md",
+    MARKER,
+    RECORD,
+    "*.index.json",
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.onnx",
+    "*.h5",
+    "*.msgpack",
+    "*quant*config.json",
+    ".*",
+)
+"""Files of a checkpoint folder that do not travel: weights in any form, and what is written anew."""
+_FOLDERS = ("additional_chat_templates",)
 _TOKENIZER = (
     "tokenizer*",
     "vocab*",
@@ -115,18 +143,38 @@ def _write_config(decoder: Decoder, folder: Path, stored: torch.dtype) -> None:
         return
     if not decoder.has_own_code and hasattr(config, "auto_map"):
         del config.auto_map  # it names code that was not used and is missing here
+    _without_mtp(config, decoder)
     config.save_pretrained(folder)
-    if decoder.has_own_code and decoder.folder:
-        for file in decoder.folder.glob("*.py"):
-            shutil.copy(file, folder)
+
+
+def _without_mtp(config: Any, decoder: Decoder) -> None:
+    """Let the configuration promise no blocks for multi-token prediction, which plain transformers does not load."""
+    text = text_config(config)
+    for name in _MTP_COUNTS:
+        count = getattr(text, name, None)
+        if not count:
+            continue
+        setattr(text, name, 0)
+        if decoder.folder is not None and holds_mtp(decoder.folder):
+            warnings.warn(
+                f"the {count} blocks for multi-token prediction in {decoder.source} are left behind: they were trained "
+                f"with the dense model, and plain transformers does not load them; {name} is 0 now.",
+                SecateurWarning,
+                stacklevel=5,
+            )
 
 
 def _carry_over(decoder: Decoder, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation configuration and licence unchanged."""
+    """Copy what else is in the checkpoint folder unchanged: tokenizer, templates, processors, code, licences."""
     if decoder.folder is not None:
-        for pattern in (*_CARRIED, *(_TOKENIZER if not decoder.other_tokenizer else ())):
-            for file in filter(Path.is_file, decoder.folder.glob(pattern)):
+        stays = (*_STAYS, *(_TOKENIZER if decoder.other_tokenizer else ()))
+        for file in decoder.folder.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in stays) or (folder / file.name).exists():
+                continue
+            if file.is_file():
                 shutil.copyfile(file, folder / file.name)
+            elif file.name in _FOLDERS:
+                shutil.copytree(file, folder / file.name)
     has_tokenizer = any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
     if decoder.tokenizer is not None and not has_tokenizer:
         decoder.tokenizer.save_pretrained(folder)

@@ -25,7 +25,7 @@ from secateur.models.decoder import Decoder
 from secateur.plan.steps import DropBlocks
 from secateur.scores.profile import Kind
 from secateur.scores.taylor import taylor
-from secateur.surgery.depth.blocks import keep_blocks, require_one_basis
+from secateur.surgery.depth.blocks import can_go, keep_blocks, require_one_basis, require_removable
 
 Candidates = Iterator[tuple[int, ...]]
 Candidate = TypeVar("Candidate", bound=Callable[[Measurements, Any, Budget], Candidates])
@@ -94,6 +94,8 @@ def _decide(
             )
         blocks: tuple[int, ...] = ()
         if not budget.is_zero:
+            if not any(can_go(decoder, (block,)) for block in free):
+                require_removable(decoder, free)
             found = (one for one in candidates(measurements, settings, budget) if len(one) <= most)
             blocks = choose_blocks(budget, found, decoder.block_parameter_counts(), decoder.parameter_count, most)
         return (DropBlocks(method=name, settings=settings.model_dump(exclude_none=True), blocks=blocks),)
@@ -129,7 +131,7 @@ def by_block_influence(measurements: Measurements, settings: Settings, _budget: 
     """Rank by BI(l) = 1 − E cos(X^l, X^{l+1}), smallest first."""
     influence = measurements.scores("cosine").block_influence
     assert influence is not None
-    return _lowest_first(influence, settings.free_blocks(len(influence)))
+    return _lowest_first(measurements.decoder, influence, settings.free_blocks(len(influence)))
 
 
 @drop_method(
@@ -144,7 +146,9 @@ def by_angle(measurements: Measurements, settings: WindowSettings, _budget: Budg
     free = settings.free_blocks(measurements.decoder.block_count)
     for length in range(1, len(free) + 1):
         angles = scores.window_angle(length)
-        yield _window(min(_starts(free, length), key=lambda start: angles[start]), length)
+        starts = [start for start in _starts(free, length) if can_go(measurements.decoder, _window(start, length))]
+        if starts:
+            yield _window(min(starts, key=lambda start: angles[start]), length)
 
 
 @drop_method(
@@ -157,9 +161,12 @@ def by_angle(measurements: Measurements, settings: WindowSettings, _budget: Budg
 )
 def deepest(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
     """Remove the last blocks that are not protected."""
-    free = settings.free_blocks(measurements.decoder.block_count)
-    for length in range(1, len(free) + 1):
-        yield tuple(free[len(free) - length :])
+    decoder = measurements.decoder
+    gone: tuple[int, ...] = ()
+    for block in reversed(settings.free_blocks(decoder.block_count)):
+        if can_go(decoder, (block, *gone)):
+            gone = (block, *gone)
+            yield gone
 
 
 def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings) -> float:
@@ -192,7 +199,7 @@ def by_shortened_criterion(measurements: Measurements, settings: ShortenedSettin
     else:
         values = measurements.scores("magnitude").magnitude
     assert values is not None
-    return _lowest_first(values, settings.free_blocks(len(values)))
+    return _lowest_first(measurements.decoder, values, settings.free_blocks(len(values)))
 
 
 @drop_method(
@@ -204,14 +211,18 @@ def by_shortened_criterion(measurements: Measurements, settings: ShortenedSettin
 )
 def by_absence(measurements: Measurements, settings: SlebSettings, _budget: Budget) -> Candidates:
     """Repeatedly skip the block whose absence costs least, on the model without those already skipped."""
-    free = settings.free_blocks(measurements.decoder.block_count)
-    return (tuple(sorted(gone)) for gone in greedily(measurements, free, screen=settings.screen))
+    decoder = measurements.decoder
+    free = settings.free_blocks(decoder.block_count)
+    series = greedily(measurements, free, screen=settings.screen, allowed=lambda gone: can_go(decoder, gone))
+    return (tuple(sorted(gone)) for gone in series)
 
 
-def _lowest_first(values: Sequence[float], free: range) -> Candidates:
-    order = sorted(free, key=lambda block: (values[block], block))
-    for count in range(1, len(order) + 1):
-        yield tuple(sorted(order[:count]))
+def _lowest_first(decoder: Decoder, values: Sequence[float], free: range) -> Candidates:
+    gone: tuple[int, ...] = ()
+    for block in sorted(free, key=lambda block: (values[block], block)):
+        if can_go(decoder, (*gone, block)):
+            gone = (*gone, block)
+            yield tuple(sorted(gone))
 
 
 def _starts(free: range, length: int) -> range:

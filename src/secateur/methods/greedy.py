@@ -48,6 +48,7 @@ def lazily(
         candidates: blocks or branches.
         size: what a candidate saves.
         name: what a candidate is called, for progress.
+        allowed: whether these candidates may all be removed.
 
     Raises:
         InputError: there are no windows.
@@ -79,6 +80,7 @@ def greedily(
     screen: float = 1.0,
     measures: Sequence[Measure] = (mean_loss_of, mean_loss_of),
     name: str = "block",
+    allowed: Callable[[tuple[Any, ...]], bool] = lambda _: True,
 ) -> Iterator[tuple[Any, ...]]:
     """Yield 1, 2, 3, … of the candidates: those removed so far, in the order of removal. Ties go to the first.
 
@@ -108,7 +110,7 @@ def greedily(
         coarse = probe_of("share", windows.split_off(screen)[1], measures[1]) if screened else None
         left = list(candidates)
         gone: tuple[Any, ...] = ()
-        while left:
+        while left := [one for one in left if allowed((*gone, one))]:
             hopeful = left
             said = f"leaving out {name} {len(gone) + 1}"
             if coarse is not None and len(left) > _KEPT:

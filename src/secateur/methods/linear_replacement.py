@@ -16,6 +16,7 @@ model, in one walk. The first block is never in a window, since there is no bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -27,9 +28,11 @@ from secateur.calibration.ridge import UNJUDGED
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks, weigh
 from secateur.methods.method import Applied, Measurements, Settings, applies, method
+from secateur.models.anatomy import mlp_writers
 from secateur.models.decoder import Decoder
 from secateur.plan.depth import LinearReplacement, Span, linear_replacement_forwards
 from secateur.scores.linearity import linear_sums, ridge_of
+from secateur.surgery.depth.blocks import can_go, require_removable
 from secateur.surgery.depth.linear_replacement import replace_linearly, require_plain_mlp_output
 
 Choice = Literal["error", "cosine", "angular"]
@@ -104,7 +107,11 @@ def decide(
         costs = _costs(measurements, settings, free, sizes)
         if settings.choose == "error":
             errors.update(costs)
-        return best_windows(free, sizes, costs)
+        found = best_windows(free, sizes, costs)
+        if not all(math.isfinite(costs[span]) for span in found):
+            require_removable(decoder, [block for low, high in found for block in range(low, high + 1)])
+            raise InputError(f"replaceme: no {count} blocks of this model stand after an MLP and can be removed.")
+        return found
 
     found = _windows_within(budget, windows_for, most, decoder)
     return (
@@ -182,9 +189,11 @@ def _costs(
     measurements: Measurements, settings: LinearReplacementSettings, free: range, sizes: tuple[int, ...]
 ) -> dict[Span, float]:
     """Return the cost of each window of these sizes, by the chosen criterion."""
-    spans = [
+    everywhere = [
         (low, low + size - 1) for size in sorted(set(sizes)) for low in range(free.start + 1, free.stop - size + 1)
     ]
+    spans = [span for span in everywhere if _can_be_replaced(measurements.decoder, span)]
+    impossible = dict.fromkeys(set(everywhere) - set(spans), math.inf)
     if settings.choose == "error":
         ridge = UNJUDGED if settings.ridge == "auto" else settings.ridge
         known = measurements.cache.setdefault(("least-squares error", ridge), {})
@@ -192,11 +201,18 @@ def _costs(
         if unknown:
             sums = linear_sums(measurements.decoder, measurements.need_windows(), unknown, options=measurements.options)
             known.update({span: one.held_out_error(ridge) for span, one in sums})
-        return {span: known[span] for span in spans}
+        return impossible | {span: known[span] for span in spans}
     scores = measurements.scores(settings.choose)
     if settings.choose == "cosine":
-        return {(low, high): 1 - scores.window_cosine(high - low + 1)[low] for low, high in spans}
-    return {(low, high): scores.window_angle(high - low + 1)[low] for low, high in spans}
+        return impossible | {(low, high): 1 - scores.window_cosine(high - low + 1)[low] for low, high in spans}
+    return impossible | {(low, high): scores.window_angle(high - low + 1)[low] for low, high in spans}
+
+
+def _can_be_replaced(decoder: Decoder, span: Span) -> bool:
+    """Return whether a window may go and the block before it has an MLP whose output the matrix can be folded into."""
+    low, high = span
+    writers = mlp_writers(decoder.block_list[low - 1], decoder.anatomy.family)
+    return next(writers, None) is not None and can_go(decoder, range(low, high + 1))
 
 
 @applies(LinearReplacement)

@@ -391,6 +391,8 @@ def _chooser(measurements: Measurements, choose: Choice) -> Choose:
         heads, channels = taylor[place.block]
         if place.part == "channels":
             scores = channels[place.expert][None]
+        elif place.part == "shared":
+            scores = channels[place.expert :]
         else:
             scores = _of_head_units(heads, block_widths(measurements.decoder, place.block), groups=len(units))
         return best_units(scores.to(sums.total.device), keep)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
 
@@ -72,6 +73,10 @@ class Family:
     """Configuration entry, value and reason: variants whose hidden states cannot be rotated."""
     cache_spread: str | None = None
     """Configuration flag under which keys and values are cached once per query head instead of once per group."""
+    shared_in: tuple[str, ...] = ()
+    """Projections into an expert that every token passes, where its width is a multiple of that of the others."""
+    shared_out: tuple[str, ...] = ()
+    """Projections out of an expert that every token passes."""
     router: tuple[str, ...] = ()
     """Modules, or single tensors, of the router of a mixture, which hold a row for each expert."""
     expert_counts: tuple[str, ...] = ()
@@ -92,6 +97,20 @@ class Family:
     (`decoder_sparse_step` then gives the period of the others)."""
     block_numbers: tuple[str, ...] = ()
     """Configuration entries that list block indices."""
+    last_numbers: tuple[str, ...] = ()
+    """Configuration entries with the index of the last block of a kind."""
+    periods: tuple[tuple[str, str], ...] = ()
+    """Pairs of configuration entries (p, o): block i is of a kind where i mod p = o."""
+    cycles: tuple[str, ...] = ()
+    """Configuration entries with the kinds of the first blocks, which repeat for all others."""
+    depth_scales: tuple[str, ...] = ()
+    """Configuration entries that the stock code divides by the square root of the number of blocks."""
+    fixed_blocks: tuple[int, ...] = ()
+    """Blocks without which the model cannot be saved as one of its architecture."""
+    fixed_reason: str = ""
+    """Why, as a clause."""
+    resized: tuple[tuple[str, Any], ...] = ()
+    """Configuration entries, with values, that go with a width of the MLP given by number."""
     tuple_output: bool = False
     """Whether a block returns a tuple that starts with the hidden states, not the hidden states themselves."""
     depth_scaled_query: str | None = None
@@ -142,6 +161,11 @@ def find(module: nn.Module, path: str) -> Any:
     return found
 
 
+def owner_of(module: nn.Module, path: str) -> nn.Module:
+    """Return the module that holds the object at a dotted path."""
+    return module.get_submodule(path.rpartition(".")[0])
+
+
 def set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> None:
     """Replace the parameter (or buffer) at a dotted path by a tensor, without gradient."""
     owner, _, leaf = path.rpartition(".")
@@ -172,6 +196,33 @@ def present(block: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Any
 _PARTS = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 
 
+EXPERT_TENSORS = ("gate_up_proj", "up_proj", "down_proj")
+"""Names of the tensors that hold a matrix for each expert."""
+
+
+def holds_transposed(experts: nn.Module) -> bool:
+    """Return whether a module of stacked experts holds their matrices as (experts, in, out), not (experts, out, in)."""
+    known = getattr(experts, "is_transposed", None)
+    if known is not None:
+        return bool(known)
+    readers: Any = getattr(experts, "gate_up_proj", None)
+    writers: Any = experts.down_proj
+    return readers is not None and readers.shape[1] == writers.shape[2]
+
+
+def mlp_writers(block: nn.Module, family: Family) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Yield name and tensor of the MLP's output projections and biases, and whether the last axis is the output."""
+    for name, found in present(block, (*family.mlp_out, *family.shared_out)):
+        if isinstance(found, nn.Parameter):
+            yield name, found, holds_transposed(owner_of(block, name))
+            bias = find(block, f"{name}_bias")
+            if bias is not None:
+                yield f"{name}_bias", bias, True
+            continue
+        for leaf, parameter in found.named_parameters():
+            yield f"{name}.{leaf}", parameter, parameter.dim() == 1 or isinstance(found, Conv1D)
+
+
 def resolve(module: nn.Module, family: Family) -> Anatomy:
     """Match a family row against a model.
 
@@ -200,6 +251,14 @@ def resolve(module: nn.Module, family: Family) -> Anatomy:
 def text_config(config: Any) -> Any:
     """Return the configuration of the text decoder: a part of that of a multimodal wrapper, else all of it."""
     return config.get_text_config(decoder=True)
+
+
+def entry(config: Any, name: str) -> Any:
+    """Return a configuration entry, None if there is none; where blocks differ in it, what most of them have."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to name one value where blocks have their own
+        return config.to_dict().get(name)
 
 
 def is_tied(module: nn.Module, family: Family) -> bool:

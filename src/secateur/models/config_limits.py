@@ -120,7 +120,8 @@ def _contradictions(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and blocks and len(kinds) != blocks:
         yield "layer_types", f"names {len(kinds)} blocks, and there are {blocks}"
-    if width and heads and config.get("head_dim") is None and width % heads:
+    own = any(config.get(key) is not None for key in ("head_dim", "v_head_dim", "qk_head_dim"))
+    if width and heads and not own and width % heads:
         yield "num_attention_heads", f"is {heads}, which does not divide the hidden size of {width}"
     if heads and groups and heads % groups:
         yield "num_key_value_heads", f"is {groups}, which does not divide num_attention_heads, {heads}"

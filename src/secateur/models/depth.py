@@ -7,7 +7,8 @@ the old module's tensors. What is measured in memory is therefore what will be l
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from accelerate import dispatch_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from secateur.errors import ModelError
 from secateur.models.anatomy import Family, text_config
 
 
@@ -23,6 +25,7 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
     whole = copy.deepcopy(config)
     config, edited = text_config(config), text_config(whole)
     before = config.num_hidden_layers
+    own = settings_of_blocks(config)
     for name in family.per_layer_lists:
         values = getattr(config, name, None)
         if isinstance(values, list | tuple) and len(values) == before:
@@ -43,8 +46,46 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
         dense = [new for new, old in enumerate(kept) if old in listed or (old + 1) % rhythm]
         setattr(edited, family.dense_blocks, dense)
         edited.decoder_sparse_step = 1
+    for name in family.last_numbers:
+        last = getattr(config, name, None)
+        if isinstance(last, int):
+            setattr(edited, name, sum(i <= last for i in kept) - 1)
+    for period, offset in family.periods:
+        _set_period(edited, period, offset, [i % getattr(config, period) == getattr(config, offset) for i in kept])
+    for name in family.cycles:
+        kinds = getattr(config, name)
+        setattr(edited, name, [kinds[i % len(kinds)] for i in kept])
+    for name in family.depth_scales:
+        setattr(edited, name, getattr(config, name) * math.sqrt(len(kept) / before))
+    if own:
+        edited.per_layer_config = None
     edited.num_hidden_layers = len(kept)
+    if own:
+        edited.per_layer_config = {new: own[old] for new, old in enumerate(kept) if old in own}
     return whole
+
+
+def settings_of_blocks(config: Any) -> dict[int, dict[str, Any]]:
+    """Return the settings that the configuration gives single blocks (`per_layer_config`), by block."""
+    return {int(index): dict(own) for index, own in (config.to_dict().get("per_layer_config") or {}).items()}
+
+
+def _set_period(config: Any, period: str, offset: str, wanted: Sequence[bool]) -> None:
+    """Set a period and an offset by which just these blocks are of the kind.
+
+    Raises:
+        ModelError: there are none.
+    """
+    for length in range(1, len(wanted) + 2):
+        for first in range(length):
+            if all((i % length == first) == one for i, one in enumerate(wanted)):
+                setattr(config, period, length)
+                setattr(config, offset, first)
+                return
+    raise ModelError(
+        f"the configuration of '{config.model_type}' gives the kinds of blocks by a period ({period}, {offset}), which "
+        "the blocks that remain would not have; remove whole periods."
+    )
 
 
 def block_kind(config: Any, family: Family, index: int) -> tuple[Any, ...]:
@@ -57,6 +98,31 @@ def block_kind(config: Any, family: Family, index: int) -> tuple[Any, ...]:
     )
 
 
+def reason_to_keep(config: Any, family: Family, gone: Collection[int]) -> str | None:
+    """Return the reason why these blocks cannot all be removed, if there is one, as a clause.
+
+    Some cannot go at all, and of each kind of sequence mixing (attention, state spaces, convolutions, …) one block
+    stays: a hybrid without attention keeps no count of the tokens it has read, and cannot generate.
+    """
+    held = sorted(set(gone) & set(family.fixed_blocks))
+    if held:
+        return f"block {held[0]} must stay: {family.fixed_reason}"
+    if family.periods:
+        try:
+            config_with_blocks(
+                config, family, [i for i in range(text_config(config).num_hidden_layers) if i not in gone]
+            )
+        except ModelError as error:
+            return str(error).removesuffix(".")
+    kinds = getattr(text_config(config), "layer_types", None)
+    if not isinstance(kinds, list | tuple) or len(kinds) != text_config(config).num_hidden_layers:
+        return None
+    mixing = ["attention" if "attention" in kind and kind != "linear_attention" else kind for kind in kinds]
+    left = {kind for index, kind in enumerate(mixing) if index not in gone}
+    lost = sorted(set(mixing) - left)
+    return f"the last block of the kind {lost[0]} must stay" if lost else None
+
+
 def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) -> PreTrainedModel:
     """Return a model that keeps only these blocks and shares the old model's tensors."""
     config = config_with_blocks(module.config, family, kept)
@@ -64,7 +130,12 @@ def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) ->
         new = type(module)._from_config(config, dtype=module.dtype)
     old_modules = dict(module.named_modules())
     for name, holder in new.named_modules():
-        source = old_modules[_name_before(name, family.blocks, kept)]
+        source = old_modules.get(_name_before(name, family.blocks, kept))
+        if source is None or not _same_shapes(source, holder):
+            raise ModelError(
+                f"no configuration of '{module.config.model_type}' describes the model that keeps just these blocks "
+                f"({name} would be of another kind)."
+            )
         holder._parameters.update({leaf: source._parameters[leaf] for leaf in holder._parameters})
         holder._buffers.update({leaf: source._buffers[leaf] for leaf in holder._buffers})
     new.tie_weights()
@@ -74,6 +145,13 @@ def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) ->
         new._weight_conversions = conversions
     _dispatch_like(module, new, family, kept)
     return new.eval()
+
+
+def _same_shapes(old: nn.Module, new: nn.Module) -> bool:
+    def shapes(holder: nn.Module) -> dict[str, Any]:
+        return {leaf: getattr(one, "shape", None) for leaf, one in holder._parameters.items()}
+
+    return type(old) is type(new) and shapes(old) == shapes(new)
 
 
 def _name_before(name: str, blocks: str, kept: Sequence[int]) -> str:

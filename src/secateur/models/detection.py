@@ -7,8 +7,8 @@ skips that block exactly.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,34 +18,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.errors import ModelError, first_line
-from secateur.models.anatomy import Family, count_parameters, resolve
+from secateur.models.anatomy import Family, count_parameters, find, resolve
 from secateur.models.decoder import Decoder
-from secateur.models.depth import with_blocks
+from secateur.models.depth import config_with_blocks, reason_to_keep, with_blocks
 from secateur.models.forward import capture, logits, run_block
+from secateur.models.shrinking import divisors, shrunken
+from secateur.models.structure import with_mlp
 from secateur.ownership import scratch
 
-_BLOCKS = 4
-_VOCABULARY = 128
-_LARGEST_TRIAL = 500_000_000
-"""Most parameters a trial copy may have, where its sizes cannot be reduced."""
-_SMALL: dict[str, int] = {
-    "n_embd": 64,
-    "n_head": 4,
-    "n_inner": 96,
-    "d_model": 64,
-    "ffn_dim": 96,
-    "rotary_dim": 8,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-}
+_FEWEST, _EACH, _MOST = 4, 2, 12
+"""Blocks of a trial copy: at least so many, two of each kind, and no more than that."""
+_LARGEST_TRIAL = 50_000_000
+"""Most parameters of a trial copy."""
 _FAILURES = (
+    ArithmeticError,
     AssertionError,
     AttributeError,
     IndexError,
@@ -58,7 +44,10 @@ _FAILURES = (
 )
 """Exceptions that the code of an unknown architecture may raise while it is tried out."""
 _INDEX_SETTINGS = ("mlp_only_layers",)
-_COUNT_SETTINGS = ("max_window_layers", "first_k_dense_replace")
+_COUNTS = re.compile(r"dense_replace|dense_layers|layer_start_index|max_window_layers|hash_layers")
+_LAST_NUMBERS = re.compile(r"layer_end_index")
+_DEPTH_SCALES = ("scale_depth",)
+_PERIOD = "_layer_period"
 
 
 def detect(config: Any, source: str, *, trust_remote_code: bool = False) -> Family:
@@ -70,21 +59,65 @@ def detect(config: Any, source: str, *, trust_remote_code: bool = False) -> Fami
     kind = config.model_type
     try:
         with torch.random.fork_rng(devices=[]):
-            family, tiny = _guess_on_a_tiny_copy(config, trust_remote_code=trust_remote_code)
-            family = replace(family, tuple_output=_returns_tuple(_proof_decoder(tiny, family)))
-            _prove(_proof_decoder(tiny, family), trust_remote_code=trust_remote_code)
+            family = _detected(config, trust_remote_code=trust_remote_code)
     except (*_FAILURES, ModelError) as error:
+        reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(
-            f"{source}: '{kind}' is not a known family, and the trial on a tiny copy failed: {first_line(error)}"
+            f"{source}: '{kind}' is not a known family, and the trial on a tiny copy failed: {reason}"
         ) from error
     return family
 
 
-def _guess_on_a_tiny_copy(config: Any, *, trust_remote_code: bool) -> tuple[Family, PreTrainedModel]:
+def _detected(config: Any, *, trust_remote_code: bool) -> Family:
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     family = _guess(module, config)
-    return family, _tiny_copy(config, family, trust_remote_code=trust_remote_code)
+    tiny, kept = _tiny_copy(config, family, module, trust_remote_code=trust_remote_code)
+    family = replace(family, tuple_output=_returns_tuple(_proof_decoder(tiny, family)))
+    trial = _proof_decoder(tiny, family)
+    failed = _prove(trial, trust_remote_code=trust_remote_code)
+    family = with_mlp(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
+    kinds = [_kind(block) for block in find(module, family.blocks)]
+    return replace(family, **_fixed(failed, kept, kinds, only_depth=not family.mlp_out))
+
+
+def _fixed(
+    failed: Mapping[int, str], kept: Sequence[int], kinds: Sequence[Kind], *, only_depth: bool
+) -> dict[str, Any]:
+    """Return which blocks cannot go and why: all of a kind if none of it could in the trial, the first, or the last.
+
+    Where others could not, nothing is known of those that were not tried, and none can.
+
+    Raises:
+        ModelError: none can go, and nothing but blocks could be removed.
+    """
+    if not failed:
+        return {}
+    reason = next(iter(failed.values()))
+    movable = {kinds[kept[index]] for index in range(len(kept)) if index not in failed}
+    ends = {0, len(kinds) - 1}
+    if any(kinds[kept[index]] in movable and kept[index] not in ends for index in failed):
+        movable = set()
+    gone = {kept[index] for index in failed}
+    fixed = tuple(index for index, kind in enumerate(kinds) if kind not in movable or index in gone)
+    if only_depth and len(fixed) == len(kinds):
+        raise ModelError(reason)
+    return {"fixed_blocks": fixed, "fixed_reason": reason.removesuffix(".")}
+
+
+Kind = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""What a block is built of: paths, classes and shapes of its parameters."""
+
+
+def _kind(block: nn.Module) -> Kind:
+    return tuple(
+        (
+            path,
+            type(part).__name__,
+            tuple(shape for one in part._parameters.values() if one is not None for shape in one.shape),
+        )
+        for path, part in block.named_modules()
+    )
 
 
 def _guess(module: PreTrainedModel, config: Any) -> Family:
@@ -97,6 +130,7 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
         raise ModelError(f"'{config.model_type}': no list of {config.num_hidden_layers} blocks found in the model.")
     shortest = min(lists, key=lambda name: name.count("."))
     names = {id(part): name for name, part in module.named_modules()}
+    settings = config.to_dict()
     if module.get_output_embeddings() is None:
         raise ModelError("it has no head that predicts tokens.")
     return Family(
@@ -111,11 +145,29 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
         mlp_in=(),
         mlp_out=(),
         per_layer_lists=tuple(_lists_per_layer(config)),
-        leading_counts=tuple(name for name in _COUNT_SETTINGS if hasattr(config, name)),
+        leading_counts=tuple(name for name in settings if _COUNTS.search(name)),
         dense_blocks=next((name for name in _INDEX_SETTINGS if hasattr(config, name)), None),
         block_numbers=tuple(_lists_of_block_numbers(config)),
+        last_numbers=tuple(name for name in settings if _LAST_NUMBERS.search(name)),
+        periods=tuple(_periods(settings)),
+        cycles=tuple(_cycles(config)),
+        depth_scales=tuple(name for name in _DEPTH_SCALES if name in settings),
         detected=True,
     )
+
+
+def _periods(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in settings:
+        offset = f"{name.removesuffix('_period')}_offset"
+        if name.endswith(_PERIOD) and offset in settings:
+            yield name, offset
+
+
+def _cycles(config: Any) -> Iterator[str]:
+    """Yield the names of shorter lists of kinds of blocks."""
+    for name, value in _lists(config):
+        if name in ("block_types",) and len(value) < config.num_hidden_layers:
+            yield name
 
 
 def _lists_per_layer(config: Any) -> Iterator[str]:
@@ -145,46 +197,48 @@ def _lists(config: Any) -> Iterator[tuple[str, list[Any]]]:
             yield name, value
 
 
-def _tiny_copy(config: Any, family: Family, *, trust_remote_code: bool) -> PreTrainedModel:
+def _tiny_copy(
+    config: Any, family: Family, module: PreTrainedModel, *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[int]]:
+    """Build a small copy with a few blocks of each kind; return it and the numbers of these blocks."""
     failures = []
-    for sizes in (_SMALL, {}):
-        tiny = _shrink(config, family, sizes)
+    for kept in _choices([_kind(block) for block in find(module, family.blocks)]):
         try:
-            _require_small(tiny, trust_remote_code=trust_remote_code)
-            torch.manual_seed(0)
-            module = AutoModelForCausalLM.from_config(tiny, trust_remote_code=trust_remote_code).float().eval()
-            with torch.no_grad():
-                module(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
-            return module
-        except _FAILURES as error:
-            failures.append(first_line(error))
-    raise ModelError(f"none could be built ({failures[-1]})")
+            short = config_with_blocks(config, family, kept)
+        except (*_FAILURES, ModelError) as error:
+            failures.append(error)
+            continue
+        for divisor in divisors(config):
+            try:
+                return _built(shrunken(short, divisor), trust_remote_code=trust_remote_code), kept
+            except (*_FAILURES, ModelError) as error:
+                failures.append(error)
+    raise ModelError(f"no small copy of it can be built ({type(failures[0]).__name__}: {first_line(failures[0])})")
 
 
-def _require_small(config: Any, *, trust_remote_code: bool) -> None:
+def _choices(kinds: Sequence[Kind]) -> Iterator[list[int]]:
+    """Yield blocks for the copy: some of every kind, spread over the model; the last; the first."""
+    each = {kind: [index for index, one in enumerate(kinds) if one == kind] for kind in kinds}
+    most = max(1, _MOST // len(each))
+    chosen = {index for found in each.values() for index in found[: min(most, max(_EACH, _FEWEST // len(each)))]}
+    for index in range(len(kinds)):
+        if len(chosen) < min(_FEWEST, len(kinds)):
+            chosen.add(index)
+    yield sorted(chosen)
+    yield list(range(len(kinds)))[-_FEWEST:]
+    yield list(range(len(kinds)))[:_FEWEST]
+
+
+def _built(config: Any, *, trust_remote_code: bool) -> PreTrainedModel:
     with torch.device("meta"):
         numbers = count_parameters(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     if numbers > _LARGEST_TRIAL:
-        raise ValueError(f"with {config.num_hidden_layers} blocks it has {numbers:,} parameters, too many for a trial")
-
-
-def _shrink(config: Any, family: Family, sizes: dict[str, int]) -> Any:
-    tiny = copy.deepcopy(config)
-    for name in family.per_layer_lists:
-        setattr(tiny, name, list(getattr(config, name))[-_BLOCKS:])
-    for name in family.block_numbers:
-        setattr(tiny, name, [number for number in getattr(config, name) if number < _BLOCKS])
-    tiny.num_hidden_layers = min(_BLOCKS, config.num_hidden_layers)
-    tiny.vocab_size = min(_VOCABULARY, config.vocab_size)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(tiny, name, None) is not None:
-            setattr(tiny, name, 0)
-    grouped = getattr(config, "num_key_value_heads", None) != getattr(config, "num_attention_heads", None)
-    for name, size in sizes.items():
-        if isinstance(getattr(config, name, None), int):
-            multi_head = name == "num_key_value_heads" and not grouped
-            setattr(tiny, name, sizes["num_attention_heads"] if multi_head else min(size, getattr(config, name)))
-    return tiny
+        raise ModelError(f"with {config.num_hidden_layers} blocks it has {numbers:,} parameters, too many for a trial")
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).float().eval()
+    with torch.no_grad():
+        module(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    return module
 
 
 def _proof_decoder(module: PreTrainedModel, family: Family) -> Decoder:
@@ -218,23 +272,54 @@ def _tokens(decoder: Decoder) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> None:
+def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> dict[int, str]:
+    """Return why single blocks cannot be left out, by block.
+
+    Raises:
+        ModelError: the model cannot be run block by block.
+    """
     tokens = _tokens(decoder)
+    entering = capture(decoder, tokens)[0]
+    if entering.shape != (*tokens.shape, decoder.hidden_size):
+        raise ModelError(
+            f"its blocks pass on states of the shape {tuple(entering.shape)}, not one residual stream of "
+            f"{decoder.hidden_size} directions"
+        )
     whole = decoder.module(input_ids=tokens, use_cache=False).logits
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % int(decoder.config.vocab_size)
     again = decoder.module(input_ids=changed, use_cache=False).logits
-    if not torch.allclose(whole[:, :-1], again[:, :-1], rtol=0, atol=1e-4 * float(whole.abs().max())):
-        raise ValueError("it is not causal: a later token changes what came before")
+    if not _close(again[:, :-1], whole[:, :-1], tolerance=1e-4):
+        raise ModelError("it is not causal: a later token changes what came before")
     if not torch.equal(_walk(decoder, tokens, left_out=None), whole):
-        raise ValueError("walking its blocks one by one does not give its own forward pass")
+        raise ModelError("walking its blocks one by one does not give its own forward pass")
+    failed = {}
     for left_out in range(decoder.block_count):
-        kept = [i for i in range(decoder.block_count) if i != left_out]
-        shorter = with_blocks(decoder.module, decoder.anatomy.family, kept)
-        expected = _walk(decoder, tokens, left_out)
-        again = _reloaded(shorter, trust_remote_code=trust_remote_code)(input_ids=tokens, use_cache=False)
-        if not torch.equal(again.logits, expected):
-            raise ValueError(f"without block {left_out} it loads as another model")
+        try:
+            if reason_to_keep(decoder.config, decoder.anatomy.family, [left_out]) is None:
+                _prove_without(decoder, left_out, tokens, trust_remote_code=trust_remote_code)
+        except (*_FAILURES, ModelError) as error:
+            failed[left_out] = str(error) if isinstance(error, ModelError) else first_line(error)
+    return failed
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    """Return whether logits agree but for rounding: experts are computed together, and memory decides in what order."""
+    return found.shape == expected.shape and torch.allclose(
+        found, expected, rtol=0, atol=tolerance * float(expected.abs().max())
+    )
+
+
+def _prove_without(decoder: Decoder, left_out: int, tokens: torch.Tensor, *, trust_remote_code: bool) -> None:
+    kept = [i for i in range(decoder.block_count) if i != left_out]
+    shorter = with_blocks(decoder.module, decoder.anatomy.family, kept)
+    expected = _walk(decoder, tokens, left_out)
+    again = _reloaded(shorter, trust_remote_code=trust_remote_code)(input_ids=tokens, use_cache=False)
+    if not _close(again.logits, expected):
+        raise ModelError(
+            f"a model without block {left_out} computes something else than one that skips it, so its blocks depend on "
+            "their place"
+        )
 
 
 def _walk(decoder: Decoder, tokens: torch.Tensor, left_out: int | None) -> torch.Tensor:
@@ -252,5 +337,5 @@ def _reloaded(module: PreTrainedModel, *, trust_remote_code: bool) -> PreTrained
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
         )
     if report["missing_keys"] or report["unexpected_keys"]:
-        raise ValueError("a shorter copy has missing or unexpected weights when it is loaded")
+        raise ModelError("a shorter copy has missing or unexpected weights when it is loaded")
     return again.eval()

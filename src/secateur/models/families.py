@@ -74,9 +74,95 @@ _BLOOM = replace(
     unsliceable=(("apply_residual_connection_post_layernorm", True, "its residual is taken after the norm"),),
 )
 
+_UNGATED = replace(_LLAMA, mlp_in=("mlp.up_proj",), mlp_layout="plain")
+
+_LLAMA_SHAPED = (
+    replace(_LLAMA, model_type="mistral"),
+    replace(_LLAMA, model_type="ministral", per_layer_lists=("layer_types",)),
+    replace(
+        _LLAMA,
+        model_type="ministral3",
+        unsliceable=(("model_type", "ministral3", "its queries are scaled by their positions"),),
+    ),
+    replace(_LLAMA, model_type="seed_oss"),
+    replace(_LLAMA, model_type="cwm", per_layer_lists=("layer_types",)),
+    replace(_LLAMA, model_type="internlm3"),
+    replace(_LLAMA, model_type="iquestcoder"),
+    replace(_UNGATED, model_type="arcee"),
+    replace(_UNGATED, model_type="jais2", norm="layernorm"),
+    replace(
+        _UNGATED,
+        model_type="nemotron",
+        norm="layernorm",
+        unsliceable=(("model_type", "nemotron", "its norms add 1 to their scales"),),
+    ),
+    replace(
+        _LLAMA,
+        model_type="starcoder2",
+        norm="layernorm",
+        mlp_in=("mlp.c_fc",),
+        mlp_out=("mlp.c_proj",),
+        mlp_layout="plain",
+    ),
+    replace(_LLAMA, model_type="helium", positions="rope-interleaved", free_heads=False),
+    replace(_LLAMA, model_type="ernie4_5", positions="rope-interleaved"),
+    replace(
+        _LLAMA,
+        model_type="glm",
+        positions="rope-interleaved",
+        mlp_in=("mlp.gate_up_proj",),
+        mlp_layout="stacked",
+    ),
+    replace(
+        _LLAMA,
+        model_type="hunyuan_v1_dense",
+        attention_norms=("self_attn.query_layernorm", "self_attn.key_layernorm"),
+        unsliceable=(("model_type", "hunyuan_v1_dense", "its queries and keys are normed after their rotation"),),
+    ),
+    replace(
+        _LLAMA,
+        model_type="hyperclovax",
+        order="sandwich",
+        norms=("input_layernorm", "post_attention_layernorm", "post_norm1", "post_norm2"),
+        embedding_multiplier="embedding_multiplier",
+        residual_multiplier="residual_multiplier",
+        logits_divisor="logits_scaling",
+    ),
+    replace(
+        _LLAMA,
+        model_type="olmo3",
+        order="post",
+        norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        attention_norms=_QK_NORMS,
+        per_layer_lists=("layer_types",),
+    ),
+    replace(
+        _LLAMA,
+        model_type="exaone4",
+        order="post",
+        norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        attention_norms=_QK_NORMS,
+        per_layer_lists=("layer_types",),
+    ),
+    replace(
+        _LLAMA,
+        model_type="glm4",
+        order="sandwich",
+        norms=(
+            "input_layernorm",
+            "post_attention_layernorm",
+            "post_self_attn_layernorm",
+            "post_mlp_layernorm",
+        ),
+        positions="rope-interleaved",
+        mlp_in=("mlp.gate_up_proj",),
+        mlp_layout="stacked",
+    ),
+)
+
 _ROWS = (
     _LLAMA,
-    replace(_LLAMA, model_type="mistral"),
+    *_LLAMA_SHAPED,
     replace(
         _LLAMA,
         model_type="qwen2",
@@ -204,6 +290,17 @@ _ROWS = (
         attention_norms=_QK_NORMS,
         positions="rope-interleaved",
         logits_multiplier="logit_scale",
+    ),
+    replace(
+        _LLAMA,
+        model_type="cohere2",
+        norms=("input_layernorm",),
+        norm="layernorm",
+        parallel=True,
+        positions="rope-interleaved",
+        logits_multiplier="logit_scale",
+        per_layer_lists=("layer_types",),
+        unsliceable=(("model_type", "cohere2", "only its sliding attention has rotary positions"),),
     ),
     _MIXTRAL,
     replace(

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub import ModelCard, list_repo_files, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 from transformers import AutoConfig
+from yaml import YAMLError
 
 from secateur.errors import InputError, ModelError, first_line
 from secateur.models import gguf
@@ -156,8 +157,22 @@ def read_config(folder: Path, source: str, *, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration class of any family may raise anything at numbers it does not expect
         raise ModelError(f"{source}: cannot read its configuration: {error}") from error
-    refuse_config(config, source)
+    refuse_config(config, source, original=_original_in_card(folder))
     return config
+
+
+def _original_in_card(folder: Path) -> str | None:
+    """Return the name of the model that a checkpoint's card says it was made from, if it says one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        card_data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, TypeError, AttributeError, YAMLError):
+        return None  # a card is for readers, and may hold anything
+    named = card_data.get("base_model")
+    first = named[0] if isinstance(named, list) and named else named
+    return first if isinstance(first, str) and HUB_NAME.fullmatch(first) else None
 
 
 _MOST_SETTINGS = 512 << 20
@@ -181,8 +196,13 @@ def _refuse_odd_files(folder: Path) -> None:
 _WRAPPED = ("text_config", "vision_config", "audio_config", "thinker_config")
 
 
-def refuse_config(config: Any, source: str) -> None:
+def refuse_config(config: Any, source: str, *, original: str | None = None) -> None:
     """Refuse configurations of anything but a plain causal decoder.
+
+    Args:
+        config: the configuration.
+        source: what the user named.
+        original: the model that the checkpoint was made from, if its card says one.
 
     Raises:
         ModelError: encoders, encoder-decoders, multimodal wrappers, quantised weights, blocks that share their
@@ -201,8 +221,8 @@ def refuse_config(config: Any, source: str) -> None:
     if quantisation:
         name = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         raise ModelError(
-            f"{source}: the weights are quantised ({getattr(name, 'value', name)}). Prune the unquantised checkpoint "
-            "(or dequantise this one) and quantise the result."
+            f"{source}: the weights are quantised ({getattr(name, 'value', name)}). Prune the unquantised checkpoint"
+            f"{f', {original},' if original else ' (or dequantise this one)'} and quantise the result."
         )
     if getattr(text_config(config), "num_kv_shared_layers", 0):
         raise ModelError(f"{source}: blocks of '{kind}' share keys and values; removing one would break the others.")

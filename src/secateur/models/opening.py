@@ -342,8 +342,8 @@ def empty_model(config: Any, dtype: torch.dtype, device: torch.device, *, trust_
         for name, buffer in holder._buffers.items():
             if buffer is not None:
                 holder._buffers[name] = torch.empty_like(buffer, device=device)
-        if any(buffer is not None for buffer in holder._buffers.values()):
-            module._init_weights(holder)
+    for holder in reversed(list(module.modules())):  # a module may fill the buffers of those inside it
+        module._init_weights(holder)
     module.tie_weights()
     return module
 

@@ -122,6 +122,21 @@ def holds_own_head(folder: Path, family: Family) -> bool:
     return not all(torch.equal(table[row : row + _ROWS], head[row : row + _ROWS]) for row in rows)
 
 
+def holds_mtp(folder: Path) -> bool:
+    """Return whether a checkpoint stores blocks for multi-token prediction, which transformers leaves alone.
+
+    They are numbered after the blocks that the configuration counts, or named so.
+    """
+    config = from_json((folder / "config.json").read_text(encoding="utf-8"))
+    count = config.get("text_config", config).get("num_hidden_layers")
+    for file in shard_files(folder) if any(folder.glob("*.safetensors")) else ():
+        for key in open_shard(file).keys():  # noqa: SIM118 - a safetensors handle is not a dict
+            number = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", key)
+            if re.search(r"(?:^|\.)mtp\b", key) or (number and count and int(number[1]) >= count):
+                return True
+    return False
+
+
 @dataclass(frozen=True)
 class Shards:
     """A checkpoint's safetensors files, with the block numbers that a pruned model reads from them.

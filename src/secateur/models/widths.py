@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from secateur.models.anatomy import Family, find, present
+from secateur.models.anatomy import Family, entry, find, holds_transposed, owner_of, present
 from secateur.models.decoder import Decoder
 from secateur.plan.units import UnitKind
 
@@ -24,6 +24,8 @@ class BlockWidths:
         head_size: dimensions of a head.
         channels: inner width of the MLP, or of each of its experts; 0 if there is no MLP.
         experts: number of experts, 0 for a dense MLP.
+        shared: how many times as wide as one of these the expert is that every token passes; 0 if it has a width of its
+            own, or there is none.
     """
 
     groups: int
@@ -31,6 +33,7 @@ class BlockWidths:
     head_size: int
     channels: int
     experts: int
+    shared: int = 0
 
     @property
     def heads(self) -> int:
@@ -41,12 +44,15 @@ class BlockWidths:
 def block_widths(decoder: Decoder, index: int) -> BlockWidths:
     """Return the widths of block `index`, from the shapes of its projections."""
     family, config, block = decoder.anatomy.family, decoder.config, decoder.block_list[index]
-    inner = {"channels": _channels(block, family.mlp_out), "experts": _experts(block, family.router)}
+    channels = _channels(block, family.mlp_out)
+    shared = _shared_channels(block, family) // channels if channels else 0
+    inner = {"channels": channels, "experts": _experts(block, family), "shared": shared}
     writer = next(present(block, family.attention_out), None)
     if writer is None:
-        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or decoder.hidden_size // config.num_attention_heads
-        return BlockWidths(groups=0, queries=config.num_attention_heads // groups, head_size=size, **inner)
+        heads = entry(config, "num_attention_heads") or 1
+        groups = entry(config, "num_key_value_heads") or heads
+        size = entry(config, "head_dim") or decoder.hidden_size // heads
+        return BlockWidths(groups=0, queries=max(1, heads // groups), head_size=size, **inner)
     own = getattr(config, "heads", None)
     heads = int(own[index] if own else config.num_attention_heads)
     groups = _groups(decoder, index) or heads
@@ -73,17 +79,28 @@ def _channels(block: nn.Module, writers: tuple[str, ...]) -> int:
     found = named[1]
     if isinstance(found, nn.ModuleList):
         found = found[0]
-    return int(found.shape[-1]) if isinstance(found, nn.Parameter) else _inputs(found)
+    if isinstance(found, nn.Parameter):
+        return int(found.shape[1 if holds_transposed(owner_of(block, named[0])) else 2])
+    return _inputs(found)
 
 
-def _experts(block: nn.Module, router: tuple[str, ...]) -> int:
-    found = next(present(block, router), None)
-    return int(found[1].weight.shape[0]) if found else 0
+def _shared_channels(block: nn.Module, family: Family) -> int:
+    """Return the width of the expert that every token passes, if it follows that of the others."""
+    if next(present(block, family.shared_in), None) is None:
+        return 0
+    return _channels(block, family.shared_out)
+
+
+def _experts(block: nn.Module, family: Family) -> int:
+    for _, found in present(block, family.mlp_out):
+        if isinstance(found, nn.Parameter | nn.ModuleList):
+            return len(found)
+    return 0
 
 
 def unit_counts(decoder: Decoder) -> dict[UnitKind, tuple[int, ...]]:
-    """Count the units of each block that structured pruning can remove; empty for a family that is only detected."""
-    if decoder.anatomy.family.detected:
+    """Count the units of each block that structured pruning can remove; empty if nothing is known of its inside."""
+    if decoder.anatomy.family.detected and not decoder.anatomy.family.mlp_out:
         return {}
     blocks = [_units(decoder, index) for index in range(decoder.block_count)]
     return {kind: tuple(one.get(kind, 0) for one in blocks) for kind in UnitKind if any(kind in one for one in blocks)}
@@ -137,9 +154,9 @@ def _shape(module: Any) -> tuple[int, int]:
 
 
 def _configured(config: Any) -> int:
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * int(heads) * int(size)
+    queries = entry(config, "num_attention_heads") or 1
+    heads, size = entry(config, "num_key_value_heads") or queries, entry(config, "head_dim")
+    return 2 * int(heads) * int(size or config.hidden_size // queries)
 
 
 def rows_per_token(decoder: Decoder) -> float:

@@ -23,11 +23,9 @@ from secateur.surgery.hidden.folding import (
 )
 from secateur.surgery.hidden.invariance import _difference, require_invariance, rotation_error
 from secateur.surgery.hidden.outer import folded_head, folded_tables
-from tiny_models import OTHER_FAMILIES, VARIANTS, build
+from tiny_models import AFTER_NORM, OTHER_FAMILIES, UNSLICEABLE, VARIANTS, build
 
-AFTER_NORM = ("gemma2", "gemma3_text", "olmo2")
 BLOCKS = 4
-UNSLICEABLE = (*AFTER_NORM, "opt-post-norm", "secateur", *OTHER_FAMILIES)
 SLICEABLE = [name for name in VARIANTS if name not in UNSLICEABLE]
 QUERY_NORMS = {"cohere": {"use_qk_norm": True}, "stablelm": {"qk_layernorm": True}}
 
@@ -138,6 +136,10 @@ def test_settings_that_change_the_model_are_folded(name, changes):
         *((name, "norm stands between its branches and the residual stream") for name in AFTER_NORM),
         ("opt-post-norm", "norms stand on the residual stream"),
         ("secateur", r"already in secateur.s own form"),
+        ("ministral3", "scaled by their positions"),
+        ("nemotron", "add 1 to their scales"),
+        ("hunyuan_v1_dense", "normed after their rotation"),
+        ("cohere2", "only its sliding attention has rotary positions"),
         *((name, "not among the families known exactly") for name in OTHER_FAMILIES),
     ],
 )

@@ -14,9 +14,8 @@ from secateur.errors import NumericsError
 from secateur.models.opening import open_model
 from secateur.run_options import RunOptions
 from secateur.surgery.hidden.own_bases import slice_by_principal_directions
-from tiny_models import OTHER_FAMILIES, VARIANTS, build
+from tiny_models import UNSLICEABLE, VARIANTS, build
 
-UNSLICEABLE = ("gemma2", "gemma3_text", "olmo2", "opt-post-norm", "secateur", *OTHER_FAMILIES)
 SLICEABLE = [name for name in VARIANTS if name not in UNSLICEABLE]
 BLOCKS = 4
 UNEVEN = [24, 16, 32, 8]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from secateur.errors import ModelError
 from secateur.models.anatomy import find, resolve, set_parameter
 from secateur.models.decoder import Decoder
-from secateur.models.depth import with_blocks
+from secateur.models.depth import reason_to_keep, with_blocks
 from secateur.models.fingerprint import of_edit
 
 
@@ -20,12 +20,17 @@ def keep_blocks(decoder: Decoder, kept: Sequence[int]) -> Decoder:
     """Return a decoder that keeps only these blocks; the given one is unchanged and shares its weights.
 
     Raises:
-        ModelError: the model is a skeleton of an architecture that scales weights by block number, or it is sliced.
+        ModelError: the model is a skeleton of an architecture that scales weights by block number, it is sliced, or
+            some of the other blocks must stay.
     """
     if list(kept) == list(range(decoder.block_count)):
         return decoder
     family = decoder.anatomy.family
     require_one_basis(decoder)
+    require_removable(decoder, set(range(decoder.block_count)) - set(kept))
+    if family.fixed_blocks:
+        moved = tuple(new for new, old in enumerate(kept) if old in family.fixed_blocks)
+        family = dataclasses.replace(family, fixed_blocks=moved)
     module = with_blocks(decoder.module, family, kept).requires_grad_(False)
     scaled = query_scaled_by_number(decoder)
     if scaled is not None:
@@ -42,6 +47,23 @@ def keep_blocks(decoder: Decoder, kept: Sequence[int]) -> Decoder:
         fingerprint=of_edit(decoder.fingerprint, {"keep": list(kept)}),
         shards=decoder.shards.select(kept) if decoder.shards else None,
     )
+
+
+def can_go(decoder: Decoder, gone: Collection[int]) -> bool:
+    """Return whether these blocks can all be removed."""
+    return reason_to_keep(decoder.config, decoder.anatomy.family, gone) is None
+
+
+def require_removable(decoder: Decoder, gone: Collection[int]) -> None:
+    """Refuse to remove blocks that must stay.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    reason = reason_to_keep(decoder.config, decoder.anatomy.family, gone)
+    if reason is not None:
+        others = " Width methods work." if decoder.anatomy.family.mlp_out else ""
+        raise ModelError(f"{decoder.source}: {reason}.{others}")
 
 
 def require_one_basis(decoder: Decoder) -> None:

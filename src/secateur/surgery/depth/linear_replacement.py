@@ -12,14 +12,12 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
-from secateur.models.anatomy import present
+from secateur.models.anatomy import mlp_writers
 from secateur.models.decoder import Decoder
 from secateur.models.forward import Call, run_block
 from secateur.plan.steps import Span
@@ -34,10 +32,11 @@ def require_plain_mlp_output(decoder: Decoder) -> None:
     """
     require_one_basis(decoder)
     family = decoder.anatomy.family
-    if family.detected:
+    if family.detected and not family.mlp_out:
         raise ModelError(
-            f"{decoder.source}: '{family.model_type}' is not in the table of families, so it is not known where its "
-            "MLP writes and no matrix can be folded in there. See docs/add-a-family.md."
+            f"{decoder.source}: '{family.model_type}' is not in the table of families, and it was not found where its "
+            "MLPs write, so no matrix can be folded in there. Methods that remove or merge blocks work; see "
+            "docs/add-a-family.md."
         )
     if family.order != "pre" or getattr(decoder.config, "do_layer_norm_before", True) is False:
         raise ModelError(
@@ -49,7 +48,7 @@ def require_plain_mlp_output(decoder: Decoder) -> None:
 def without_mlp(decoder: Decoder, index: int, call: Call, hidden: torch.Tensor) -> torch.Tensor:
     """Return R for states (batch, positions, d): block `index` (weights present) run with an MLP that writes 0."""
     block = decoder.block_list[index]
-    silent = {name: torch.zeros_like(tensor) for name, tensor, _ in _mlp_writers(decoder, block)}
+    silent = {name: torch.zeros_like(tensor) for name, tensor, _ in mlp_writers(block, decoder.anatomy.family)}
     return run_block(block, call, hidden, silent)
 
 
@@ -81,19 +80,9 @@ def _folded(decoder: Decoder, index: int, matrix: torch.Tensor) -> dict[str, tor
     """Return all parameters of a block, with the matrix folded into the output projections of its MLP."""
     with decoder.block(index) as block:
         tensors = {name: parameter.detach() for name, parameter in block.named_parameters()}
-        for name, tensor, last_is_output in _mlp_writers(decoder, block):
+        for name, tensor, last_is_output in mlp_writers(block, decoder.anatomy.family):
             turn = matrix.to(tensor.device, torch.promote_types(tensor.dtype, torch.float32))
-            wide = tensor.to(turn.dtype)
+            wide = tensor.detach().to(turn.dtype)
             product = wide @ turn if last_is_output else turn.T @ wide
             tensors[name] = product.to(decoder.saved_dtype).to(tensor.dtype)
     return tensors
-
-
-def _mlp_writers(decoder: Decoder, block: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Yield name and tensor of the MLP's output projections, and whether the last axis is the output."""
-    for name, found in present(block, decoder.anatomy.family.mlp_out):
-        if isinstance(found, nn.Parameter):
-            yield name, found.detach(), False
-            continue
-        for leaf, parameter in found.named_parameters():
-            yield f"{name}.{leaf}", parameter.detach(), parameter.dim() == 1 or isinstance(found, Conv1D)

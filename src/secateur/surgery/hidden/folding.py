@@ -63,6 +63,8 @@ def _reason_against(anatomy: Anatomy, config: Any, module: nn.Module) -> str | N
         return "it is already in secateur's own form; cut the dense model by more instead"
     if family.detected:
         return f"{family.model_type} is not among the families known exactly (secateur families)"
+    if any(next(present(block, family.shared_out), None) for block in find(module, family.blocks)):
+        return "each token passes an expert of its own beside the routed ones"
     if family.order != "pre":
         return "a norm stands between its branches and the residual stream, and does not commute with a rotation"
     for name, value, reason in family.unsliceable:
@@ -318,14 +320,15 @@ def _fold_attention_scale(decoder: Decoder, block: nn.Module, found: Tensors) ->
     """Rename norms of heads, fold attention scales other than 1/sqrt(h) into queries, and split interleaved pairs.
 
     Rotary pairs in adjacent rows are moved to the two halves of a head."""
-    family = decoder.anatomy.family
+    family, config = decoder.anatomy.family, decoder.config
     size = block_widths(decoder, 0).head_size
     names = [name for name in found if name.startswith(ATTENTION_READERS[:2])]
     for (_, norm), letter in zip(present(block, family.attention_norms), "qk", strict=False):
         found[f"self_attn.{letter}_norm.weight"] = _head_scales(norm)
         names.append(f"self_attn.{letter}_norm.weight")
     if family.positions == "rope-interleaved":
-        order = torch.arange(size).view(-1, 2).T.flatten()
+        rotated = int(size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+        order = torch.cat([torch.arange(rotated).view(-1, 2).T.flatten(), torch.arange(rotated, size)])
         for name in names:
             by_head = found[name].view(-1, size, *(found[name].shape[1:] if "proj" in name else ()))
             found[name] = by_head[:, order].reshape(found[name].shape)

@@ -4,7 +4,8 @@ A query head is its rows of the query projection and its columns of the output p
 value rows and all its query heads; a channel of an MLP its rows of gate and up and its column of down. Every slice of
 such a tensor carries the number of its unit, so pruning and scoring need no knowledge of a family's layout.
 
-Legend: H = query heads, G = key/value groups, h = size of a head, F = channels, E = experts (1 for a dense MLP).
+Legend: H = query heads, G = key/value groups, h = size of a head, F = channels, E = experts (1 for a dense MLP),
+S = widths of one of these that the shared expert has.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.calibration.statistics import device_with_float64
-from secateur.models.anatomy import Family, present
+from secateur.models.anatomy import Family, find, holds_transposed, owner_of, present
 from secateur.models.widths import BlockWidths
 
-Part = Literal["heads", "channels"]
-"""Attention, whose units are query heads (0 to H−1) and key/value groups (H to H+G−1); or MLP, with channels."""
+Part = Literal["heads", "channels", "shared"]
+"""Attention, whose units are query heads (0 to H−1) and key/value groups (H to H+G−1); the MLP or its experts, with
+channels; or the expert that every token passes, with S times as many."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ Couplings = dict[str, Coupling]
 
 @dataclass(frozen=True)
 class Kept:
-    """The units of a block that remain: query heads then groups, (H+G,) bool, and channels, (E, F) bool."""
+    """The units of a block that remain: query heads then groups, (H+G,) bool, and channels, (E+S, F) bool.
+
+    An expert that every token passes counts as S of the others' width.
+    """
 
     heads: torch.Tensor
     channels: torch.Tensor
@@ -58,7 +63,7 @@ class Kept:
         """Keep everything."""
         return cls(
             torch.ones(widths.heads + widths.groups, dtype=torch.bool),
-            torch.ones(max(1, widths.experts), widths.channels, dtype=torch.bool),
+            torch.ones(max(1, widths.experts) + widths.shared, widths.channels, dtype=torch.bool),
         )
 
 
@@ -83,26 +88,41 @@ def couplings_of(block: nn.Module, family: Family, widths: BlockWidths) -> Coupl
         readers = [torch.cat([own, shared, shared], dim=1).flatten()]
     queries_keys_values = list(present(block, family.attention_in))
     for (name, module), labels in zip(queries_keys_values, readers, strict=bool(queries_keys_values)):
-        found |= _reader(name, module, "heads", labels)
+        found |= _reader(block, name, module, "heads", labels)
     for name, module in present(block, family.attention_out):
-        found |= _writer(name, module, "heads", query)
+        found |= _writer(block, name, module, "heads", query)
     units = (torch.arange(heads), torch.arange(heads, heads + groups))
     for (name, norm), labels in zip(present(block, family.attention_norms), units, strict=False):
         found |= _head_norm(name, norm, labels)
-    channels = torch.arange(widths.channels)
-    inner = list(present(block, family.mlp_in))
-    for name, module in inner:
-        stacked = family.mlp_layout == "stacked" and len(inner) == 1
-        found |= _reader(name, module, "channels", torch.cat([channels, channels]) if stacked else channels)
-    for name, module in present(block, family.mlp_out):
-        found |= _writer(name, module, "channels", channels)
+    found |= _mlp_couplings(block, family, family.mlp_in, family.mlp_out, "channels", widths.channels)
+    if widths.shared:
+        wide = widths.shared * widths.channels
+        found |= _mlp_couplings(block, family, family.shared_in, family.shared_out, "shared", wide)
     return found
 
 
-def _reader(name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplings:
+def _mlp_couplings(
+    block: nn.Module, family: Family, readers: tuple[str, ...], writers: tuple[str, ...], part: Part, width: int
+) -> Couplings:
+    channels, inner = torch.arange(width), list(present(block, readers))
+    found: Couplings = {}
+    for name, module in inner:
+        labels = channels
+        if family.mlp_layout == "stacked" and len(inner) == 1:
+            together = getattr(owner_of(block, name), "is_concatenated", True)
+            labels = torch.cat([channels, channels]) if together else channels.repeat_interleave(2)
+        found |= _reader(block, name, module, part, labels)
+    for name, module in present(block, writers):
+        found |= _writer(block, name, module, part, channels)
+    return found
+
+
+def _reader(block: nn.Module, name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplings:
     """Return the couplings of a projection whose outputs are units: linear, a tensor of all experts, or a list."""
     if isinstance(module, nn.Parameter):
-        return {name: Coupling(part, 1, labels, None)}
+        own = {name: Coupling(part, 2 if holds_transposed(owner_of(block, name)) else 1, labels, None)}
+        bias = f"{name}_bias"
+        return own if find(block, bias) is None else own | {bias: Coupling(part, 1, labels, None)}
     found: Couplings = {}
     for path, linear, expert in _linears(name, module):
         found[f"{path}.weight"] = Coupling(part, 1 if isinstance(linear, Conv1D) else 0, labels, expert)
@@ -111,10 +131,10 @@ def _reader(name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplin
     return found
 
 
-def _writer(name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplings:
+def _writer(block: nn.Module, name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplings:
     """Return the couplings of a projection whose inputs are units."""
     if isinstance(module, nn.Parameter):
-        return {name: Coupling(part, 2, labels, None)}
+        return {name: Coupling(part, 1 if holds_transposed(owner_of(block, name)) else 2, labels, None)}
     return {
         f"{path}.weight": Coupling(part, 0 if isinstance(linear, Conv1D) else 1, labels, expert)
         for path, linear, expert in _linears(name, module)
@@ -155,12 +175,21 @@ def without_units(tensors: Mapping[str, torch.Tensor], couplings: Couplings, kep
             if kept.heads[unit]:
                 found[_renumbered(name, coupling, couplings, kept)] = tensor
         elif coupling.expert is None:
-            pairs = zip(tensor, kept.channels, strict=True)
+            pairs = zip(tensor, kept.channels[: len(tensor)], strict=True)
             found[name] = torch.stack([_taken(one, coupling.axis - 1, stay[coupling.labels]) for one, stay in pairs])
         else:
-            stay = kept.heads if coupling.part == "heads" else kept.channels[coupling.expert]
-            found[name] = _taken(tensor, coupling.axis, stay[coupling.labels])
+            found[name] = _taken(tensor, coupling.axis, _staying(coupling, kept)[coupling.labels])
     return found
+
+
+def _staying(coupling: Coupling, kept: Kept) -> torch.Tensor:
+    """Return which units of a part remain."""
+    if coupling.part == "heads":
+        return kept.heads
+    if coupling.part == "channels":
+        return kept.channels[coupling.expert]
+    width = kept.channels.shape[1]
+    return kept.channels[-((int(coupling.labels.max()) + 1) // width) :].flatten()
 
 
 def _taken(tensor: torch.Tensor, axis: int, stay: torch.Tensor) -> torch.Tensor:
@@ -181,18 +210,20 @@ def _renumbered(name: str, coupling: Coupling, couplings: Couplings, kept: Kept)
 def sums_by_unit(
     tensors: Mapping[str, torch.Tensor], couplings: Couplings, widths: BlockWidths
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum tensors by unit: query heads then groups, (H+G,), and channels, (E, F); float64, on the CPU."""
+    """Sum tensors by unit: query heads then groups, (H+G,), and channels, (E+S, F); float64, on the CPU."""
     heads = torch.zeros(widths.heads + widths.groups, dtype=torch.float64)
-    channels = torch.zeros(max(1, widths.experts), widths.channels, dtype=torch.float64)
+    channels = torch.zeros(max(1, widths.experts) + widths.shared, widths.channels, dtype=torch.float64)
+    shared = channels[len(channels) - widths.shared :].view(-1)
     for name, tensor in tensors.items():
         coupling = couplings.get(name)
         if coupling is None or coupling.axis is None:
             continue
         if coupling.expert is None:
-            for row, one in zip(channels, tensor, strict=True):
+            for row, one in zip(channels[: len(tensor)], tensor, strict=True):
                 row.index_add_(0, coupling.labels, _along(one, coupling.axis - 1))
         else:
             target = heads if coupling.part == "heads" else channels[coupling.expert]
+            target = shared if coupling.part == "shared" else target
             target.index_add_(0, coupling.labels, _along(tensor, coupling.axis))
     return heads, channels
 

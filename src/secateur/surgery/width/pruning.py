@@ -25,7 +25,7 @@ from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.store import StateStore
 from secateur.calibration.walk import Batch, open_store, step, stored_start, through_block
 from secateur.data.windows import Windows
-from secateur.models.anatomy import find, present
+from secateur.models.anatomy import find, holds_transposed, mlp_writers, owner_of, present
 from secateur.models.decoder import Decoder
 from secateur.models.widths import BlockWidths, block_widths
 from secateur.plan.steps import Target, Widths
@@ -35,12 +35,15 @@ from secateur.surgery.width.repair import choose_fit, described
 from secateur.surgery.width.target import WidthAssembly
 
 _TINY = 1e-30
-_PARTS: tuple[Part, Part] = ("heads", "channels")
+_PARTS: tuple[Part, ...] = ("heads", "channels", "shared")
 
 
 @dataclass(frozen=True)
 class Place:
-    """An output projection: that of attention, or of the MLP or one expert, of a block."""
+    """An output projection: that of attention, or of the MLP or one expert, of a block.
+
+    `expert` of the expert that every token passes is the number of the others.
+    """
 
     block: int
     part: Part
@@ -59,7 +62,7 @@ class Choose(Protocol):
 def writer_of(decoder: Decoder, index: int, part: Part) -> str:
     """Return the name of the output projection of attention or the MLP of a block."""
     family = decoder.anatomy.family
-    names = family.attention_out if part == "heads" else family.mlp_out
+    names = {"heads": family.attention_out, "channels": family.mlp_out, "shared": family.shared_out}[part]
     return next(present(decoder.block_list[index], names))[0]
 
 
@@ -68,6 +71,8 @@ def new_sums(decoder: Decoder, index: int, part: Part, *, gram: bool) -> list[In
     widths = block_widths(decoder, index)
     if part == "heads":
         return [InputSums(widths.heads * widths.head_size, decoder.device, unit=widths.head_size, gram=gram)]
+    if part == "shared":
+        return [InputSums(widths.shared * widths.channels, decoder.device, gram=gram)]
     return [InputSums(widths.channels, decoder.device, gram=gram) for _ in range(max(1, widths.experts))]
 
 
@@ -77,7 +82,8 @@ def writer_weights(decoder: Decoder, index: int, part: Part) -> list[torch.Tenso
     tensor = (found if isinstance(found, nn.Parameter) else found.weight).detach()
     weight = tensor.to(device_with_float64(tensor.device)).double()
     if isinstance(found, nn.Parameter):
-        return list(weight)
+        owner = owner_of(decoder.block_list[index], writer_of(decoder, index, part))
+        return list(weight.transpose(1, 2) if holds_transposed(owner) else weight)
     return [weight.T if isinstance(found, Conv1D) else weight]
 
 
@@ -85,22 +91,24 @@ def parts_to_measure(keep: Widths, dense: BlockWidths) -> list[Part]:
     """Return the parts of a block of which some units go and others stay."""
     left = {"heads": keep.groups * keep.queries, "channels": keep.channels}
     there = {"heads": dense.heads, "channels": dense.channels}
+    left["shared"], there["shared"] = (dense.shared * one["channels"] for one in (left, there))
     return [part for part in _PARTS if 0 < left[part] < there[part]]
 
 
 def _lost(keep: Widths, dense: BlockWidths) -> list[Part]:
     """Return the branches of a block that go."""
     gone: dict[Part, bool] = {"heads": dense.heads > keep.groups == 0, "channels": dense.channels > keep.channels == 0}
-    return [part for part in _PARTS if gone[part]]
+    return [part for part in gone if gone[part]]
 
 
 def silenced(decoder: Decoder, index: int, part: Part) -> dict[str, torch.Tensor]:
     """Return parameters of block `index`, whose weights are loaded, with which one of its branches writes nothing."""
-    block, name = decoder.block_list[index], writer_of(decoder, index, part)
-    found = find(block, name)
-    if isinstance(found, nn.Parameter):
-        return {name: torch.zeros_like(found)}
-    return {path: torch.zeros_like(parameter) for path, parameter in found.named_parameters(prefix=name)}
+    block, family = decoder.block_list[index], decoder.anatomy.family
+    if part != "heads":
+        return {name: torch.zeros_like(tensor) for name, tensor, _ in mlp_writers(block, family)}
+    name = writer_of(decoder, index, part)
+    named = find(block, name).named_parameters(prefix=name)
+    return {path: torch.zeros_like(parameter) for path, parameter in named}
 
 
 @dataclass(frozen=True)
@@ -216,7 +224,7 @@ class _Block:
         follows_dense = any(_of_dense(batch) in self.store for batch in self.batches)
         if mend and follows_dense and self.keep.channels == dense.channels > 0:
             smaller.append("channels")
-        stages = [smaller] if self.decoder.anatomy.parallel and smaller else [[part] for part in smaller]
+        stages = [smaller] if self.decoder.anatomy.parallel and smaller else _stages(smaller)
         edits: dict[str, torch.Tensor] = {}
         for part in _lost(self.keep, dense):
             edits |= silenced(self.decoder, self.index, part)
@@ -248,10 +256,11 @@ class _Block:
         weights = writer_weights(self.decoder, self.index, part)
         for expert, (weight, one) in enumerate(zip(weights, sums, strict=True)):
             weight, units = weight.to(one.total.device), units.to(one.total.device)
+            place = Place(self.index, part, max(1, dense.experts) if part == "shared" else expert)
             chosen = (
                 torch.ones(units.shape[:2], dtype=torch.bool, device=weight.device)
                 if keep == units.shape[1]
-                else choose(Place(self.index, part, expert), weight, one, units, keep)
+                else choose(place, weight, one, units, keep)
             )
             stay = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
             stay[units[chosen].flatten()] = True
@@ -271,7 +280,9 @@ class _Block:
         name = writer_of(self.decoder, self.index, part)
         found = find(self.block, name)
         if isinstance(found, nn.Parameter):
-            return {name: self._rounded(torch.stack(weights), found)}
+            stacked = torch.stack(weights)
+            turned = holds_transposed(owner_of(self.block, name))
+            return {name: self._rounded(stacked.transpose(1, 2) if turned else stacked, found)}
         edits = {
             f"{name}.weight": self._rounded(weights[0].T if isinstance(found, Conv1D) else weights[0], found.weight)
         }
@@ -285,9 +296,18 @@ class _Block:
         return tensor.to(self.decoder.saved_dtype).to(like).contiguous()
 
 
+def _stages(parts: Sequence[Part]) -> list[list[Part]]:
+    """Return the parts in the order in which they are pruned: attention, then all that the MLP consists of."""
+    first: list[Part] = [part for part in parts if part == "heads"]
+    then: list[Part] = [part for part in parts if part != "heads"]
+    return [one for one in (first, then) if one]
+
+
 def _note(kept: Kept, part: Part, expert: int, chosen: torch.Tensor, dense: BlockWidths, keep: Widths) -> None:
-    """Mark the removed units; `chosen` is (1, channels), (1, groups) or (groups, queries)."""
-    if part == "channels":
+    """Mark the removed units; `chosen` is (1, channels), (S, channels), (1, groups) or (groups, queries)."""
+    if part == "shared":
+        kept.channels[-dense.shared :] = chosen
+    elif part == "channels":
         kept.channels[expert] = chosen[0]
     elif keep.queries == dense.queries:
         kept.heads[:] = torch.cat([chosen[0].repeat_interleave(dense.queries), chosen[0]])
@@ -298,10 +318,13 @@ def _note(kept: Kept, part: Part, expert: int, chosen: torch.Tensor, dense: Bloc
 def units_of(part: Part, dense: BlockWidths, keep: Widths) -> tuple[torch.Tensor, int]:
     """Return the inputs of each unit that may be removed, (P, U, C), and how many units of each group remain.
 
-    Channels are one group, and so are key/value heads; of query heads as many go in each key/value head's group.
+    Channels are one group (those of a shared expert as many as it is times wider than the others), and so are key/value
+    heads; of query heads as many go in each key/value head's group.
     """
     if part == "channels":
         return torch.arange(dense.channels)[None, :, None], keep.channels
+    if part == "shared":
+        return torch.arange(dense.shared * dense.channels).view(dense.shared, -1, 1), keep.channels
     inputs = torch.arange(dense.heads * dense.head_size)
     if keep.queries == dense.queries:
         return inputs.view(1, dense.groups, -1), keep.groups

@@ -50,10 +50,10 @@ def require_width_prunable(decoder: Decoder) -> None:
         ModelError: with the reason.
     """
     family = decoder.anatomy.family
-    if family.detected:
+    if family.detected and not family.mlp_out:
         raise ModelError(
-            f"{decoder.source}: '{family.model_type}' is not in the table of families, so it is not known which rows "
-            "and columns of its blocks belong together. See docs/add-a-family.md."
+            f"{decoder.source}: '{family.model_type}' is not in the table of families, and no MLP was found in its "
+            "blocks whose width its configuration names. Methods that remove blocks work; see docs/add-a-family.md."
         )
     if names_every_block(decoder) and any(decoder.config.networks):
         raise ModelError(
@@ -70,6 +70,8 @@ def require_width_prunable(decoder: Decoder) -> None:
 def reason_against_heads(decoder: Decoder) -> str | None:
     """Return the reason why no head of this model can be removed, if there is one."""
     family, config = decoder.anatomy.family, decoder.config
+    if not family.attention_out:
+        return "it is not known which rows and columns of its attention belong to a head"
     if family.uses_alibi(config):
         return "the slopes of its positions follow from the number of heads"
     if joint_head_norm(decoder.block_list[0], family, block_widths(decoder, 0)):
@@ -85,19 +87,26 @@ def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
         return None
     if names_every_block(decoder):
         return _with_widths(config, widths)
-    if any(not new.groups or not new.channels for new in widths):
+    lost = (
+        (old.groups and not new.groups) or (old.channels and not new.channels)
+        for old, new in zip(dense, widths, strict=True)
+    )
+    if any(lost):
         return None
     for name, experts in ((family.inner_size, False), (family.expert_size, True)):
         pairs = {
-            (old.channels, new.channels) for old, new in zip(dense, widths, strict=True) if bool(old.experts) == experts
+            (old.channels, new.channels)
+            for old, new in zip(dense, widths, strict=True)
+            if bool(old.experts) == experts and old.channels
         }
         if all(old == new for old, new in pairs):
             continue
         if len(pairs) > 1 or name is None:
             return None
-        setattr(config, name, next(iter(pairs))[1])
-    heads = {(new.groups, new.queries) for new in widths}
-    if heads != {(old.groups, old.queries) for old in dense}:
+        for entry, value in ((name, next(iter(pairs))[1]), *family.resized):
+            setattr(config, entry, value)
+    heads = {(new.groups, new.queries) for new in widths if new.groups}
+    if heads != {(old.groups, old.queries) for old in dense if old.groups}:
         if len(heads) > 1 or not family.free_heads:
             return None
         groups, queries = next(iter(heads))
@@ -187,6 +196,9 @@ def _block_sizes(block: nn.Module, family: Family, widths: BlockWidths) -> Block
             fixed["mlp"] += parameter.numel() * name.startswith(of_mlp)
             continue
         slices = 1 if coupling.axis is None else parameter.shape[coupling.axis]
+        if coupling.part == "shared":
+            counted["channel"] += parameter.numel() // slices * (len(coupling.labels) // widths.channels)
+            continue
         for kind, unit in (("query", 0), ("group", widths.heads)) if coupling.part == "heads" else (("channel", 0),):
             counted[kind] += int((coupling.labels == unit).sum()) * (parameter.numel() // slices)
     return BlockSizes(

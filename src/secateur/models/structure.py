@@ -1,0 +1,253 @@
+"""The MLPs of an architecture without a row, found by what changes its shape with the sizes a configuration names.
+
+Each size is made a little smaller in a small copy. The tensors whose shapes follow it are what reads into the MLP and
+what writes out of it, whatever their names. Two trials on the copy prove the guess: without some channels it computes
+what the masked original computes, and a matrix folded into the output projections acts on what the MLP adds to the
+residual stream.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from secateur.models.anatomy import (
+    EXPERT_TENSORS,
+    Family,
+    find,
+    holds_transposed,
+    mlp_writers,
+    set_parameter,
+    text_config,
+)
+from secateur.models.decoder import Decoder
+from secateur.models.forward import capture, run_block
+
+_SIZES = re.compile(r"intermediate|inner|ffn|feed_forward|dff|dim_ff|mlp")
+_STEP, _NARROWEST = 8, 16
+_ALLOWED = 1e-5
+_FAILURES = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The axis of a tensor along which its shape follows a size.
+
+    Attributes:
+        axis: its number.
+        times: how many entries there are for each channel.
+    """
+
+    axis: int
+    times: int
+
+
+@dataclass
+class Size:
+    """A size in the configuration, and what follows it in each block."""
+
+    setting: str
+    value: int
+    followers: dict[int, dict[str, Axis]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def with_mlp(family: Family, decoder: Decoder, tokens: torch.Tensor, *, trust_remote_code: bool = False) -> Family:
+    """Return a family row with the MLPs of a small copy, as far as the trials prove them."""
+    found = family
+    for size in _sizes(decoder, trust_remote_code=trust_remote_code):
+        if _proves_width(decoder, size, tokens, trust_remote_code=trust_remote_code):
+            found = _with_size(found, decoder, size)
+    plain = bool(found.mlp_out) and _writes_stream(decoder, found, tokens)
+    return replace(found, order="pre" if plain else "post")
+
+
+def _sizes(decoder: Decoder, *, trust_remote_code: bool) -> Iterator[Size]:
+    """Yield the sizes that only projections follow, inside blocks."""
+    config = decoder.config
+    shapes = {name: tuple(one.shape) for name, one in decoder.module.named_parameters()}
+    for setting, value in config.to_dict().items():
+        if value is None and _SIZES.search(setting):
+            value = _implied(decoder, setting, shapes, trust_remote_code=trust_remote_code)
+            setattr(config, setting, value)
+        if not _SIZES.search(setting) or type(value) is not int or value < _NARROWEST:
+            continue
+        try:
+            smaller = _with_setting(decoder, setting, value - _STEP, trust_remote_code=trust_remote_code)
+        except _FAILURES:
+            continue
+        size = _followers(decoder, setting, value, shapes, smaller)
+        if size is not None:
+            yield size
+
+
+def _implied(
+    decoder: Decoder, setting: str, shapes: Mapping[str, tuple[int, ...]], *, trust_remote_code: bool
+) -> int | None:
+    """Return the value that a size has where the configuration leaves it open, read off what follows it."""
+    try:
+        other = _with_setting(decoder, setting, _NARROWEST, trust_remote_code=trust_remote_code)
+    except _FAILURES:
+        return None
+    now = {name: tuple(one.shape) for name, one in other.named_parameters()}
+    changed = (old for name in shapes for old, new in zip(shapes[name], now.get(name, ()), strict=False) if old != new)
+    return min(changed, default=None)
+
+
+def _with_setting(decoder: Decoder, setting: str, value: int, *, trust_remote_code: bool) -> PreTrainedModel:
+    config = copy.deepcopy(decoder.module.config)
+    setattr(text_config(config), setting, value)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _followers(
+    decoder: Decoder, setting: str, value: int, shapes: Mapping[str, tuple[int, ...]], smaller: PreTrainedModel
+) -> Size | None:
+    """Compare shapes; None if nothing follows the size, or something other than projections inside blocks."""
+    now = {name: tuple(one.shape) for name, one in smaller.named_parameters()}
+    if now.keys() != shapes.keys():
+        return None
+    size, blocks = Size(setting, value), f"{decoder.anatomy.family.blocks}."
+    for name, before in shapes.items():
+        if now[name] == before:
+            continue
+        changed = [axis for axis, (old, new) in enumerate(zip(before, now[name], strict=True)) if old != new]
+        if not name.startswith(blocks) or len(changed) != 1:
+            return None
+        (axis,) = changed
+        times, rest = divmod(before[axis] - now[name][axis], _STEP)
+        number, _, path = name.removeprefix(blocks).partition(".")
+        if rest or before[axis] != times * value:
+            return None
+        size.followers.setdefault(int(number), {})[path] = Axis(axis, times)
+    known = all(
+        _role(decoder.block_list[index], path, one.axis) is not None
+        for index, followers in size.followers.items()
+        for path, one in followers.items()
+    )
+    return size if size.followers and known else None
+
+
+def _role(block: nn.Module, path: str, axis: int) -> str | None:
+    """Return whether a tensor reads into or writes out of an MLP: `in`, `out`, `bias`; None if it does neither."""
+    owner_path, _, leaf = path.rpartition(".")
+    owner, tensor = block.get_submodule(owner_path), find(block, path)
+    if tensor.dim() == 3:
+        if leaf not in EXPERT_TENSORS:
+            return None
+        return "in" if (axis == 2) == holds_transposed(owner) else "out"
+    if tensor.dim() == 2 and isinstance(owner, nn.Linear | Conv1D):
+        return "in" if (axis == 1) == isinstance(owner, Conv1D) else "out"
+    if leaf == "bias" and isinstance(owner, nn.Linear | Conv1D):
+        return "bias"
+    return "bias" if leaf.endswith("_bias") and tensor.dim() == 2 else None
+
+
+def _is_stacked(block: nn.Module, path: str) -> bool:
+    return find(block, path).dim() == 3
+
+
+def _module(block: nn.Module, path: str) -> str:
+    """Return the name a row gives a tensor: that of its layer, or of a tensor of all experts its own."""
+    return path if _is_stacked(block, path) else path.rpartition(".")[0]
+
+
+def _with_size(family: Family, decoder: Decoder, size: Size) -> Family:
+    """Add what follows a size to a row; what stands beside experts and follows another size is shared, and stays."""
+    for index, followers in size.followers.items():
+        block = decoder.block_list[index]
+        roles = {path: _role(block, path, one.axis) for path, one in followers.items()}
+        experts = [path for path in followers if _is_stacked(block, path)]
+        mixed = any(name.endswith(EXPERT_TENSORS) and one.dim() == 3 for name, one in block.named_parameters())
+        own = [path for path in followers if not experts or path in experts]
+        beside = [path for path in followers if path not in own]
+        if mixed and not experts:
+            own, beside = [], list(followers)
+        readers = [path for path in own if roles[path] == "in"]
+        stacked = any(followers[path].times == 2 for path in readers)
+        if experts or (readers and not family.mlp_out):
+            family = replace(family, mlp_layout="stacked" if stacked else "gate-up" if len(readers) > 1 else "plain")
+        family = replace(
+            family,
+            mlp_in=_joined(family.mlp_in, block, readers, first=bool(experts)),
+            mlp_out=_joined(family.mlp_out, block, [p for p in own if roles[p] == "out"], first=bool(experts)),
+            shared_in=_joined(family.shared_in, block, [p for p in beside if experts and roles[p] == "in"]),
+            shared_out=_joined(family.shared_out, block, [p for p in beside if roles[p] == "out"]),
+            expert_size=size.setting if experts else family.expert_size,
+            inner_size=size.setting if own and not experts else family.inner_size,
+        )
+    return family
+
+
+def _joined(names: tuple[str, ...], block: nn.Module, paths: Sequence[str], *, first: bool = False) -> tuple[str, ...]:
+    found = tuple(_module(block, path) for path in paths)
+    return tuple(dict.fromkeys((*found, *names) if first else (*names, *found)))
+
+
+def _proves_width(decoder: Decoder, size: Size, tokens: torch.Tensor, *, trust_remote_code: bool) -> bool:
+    """Return whether the model without some channels computes what the original with these masked does."""
+    generator = torch.Generator().manual_seed(0)
+    stays = torch.randperm(size.value, generator=generator)[: size.value - _STEP].sort().values
+    blocks = f"{decoder.anatomy.family.blocks}."
+    small = _with_setting(decoder, size.setting, len(stays), trust_remote_code=trust_remote_code)
+    masked = copy.deepcopy(decoder.module)
+    for name, parameter in decoder.module.named_parameters():
+        number, _, path = name.removeprefix(blocks).partition(".")
+        follower = size.followers.get(int(number), {}).get(path) if name.startswith(blocks) else None
+        if follower is None:
+            set_parameter(small, name, parameter)
+            continue
+        block = decoder.block_list[int(number)]
+        kept = _entries(block, path, follower, size.value, stays)
+        set_parameter(small, name, parameter.index_select(follower.axis, kept))
+        if _role(block, path, follower.axis) == "out":
+            gone = torch.ones(parameter.shape[follower.axis], dtype=torch.bool)
+            gone[kept] = False
+            find(masked, name).index_fill_(follower.axis, gone.nonzero().flatten(), 0.0)
+    buffers = dict(decoder.module.named_buffers())
+    for path, holder in small.named_modules():
+        for leaf in holder._buffers:
+            holder._buffers[leaf] = buffers.get(f"{path}.{leaf}" if path else leaf)
+    small.tie_weights()
+    try:
+        found = small.eval()(input_ids=tokens, use_cache=False).logits
+    except _FAILURES:
+        return False
+    expected = masked(input_ids=tokens, use_cache=False).logits
+    return torch.allclose(found, expected, rtol=0, atol=_ALLOWED * float(expected.abs().max()))
+
+
+def _entries(block: nn.Module, path: str, follower: Axis, value: int, stays: torch.Tensor) -> torch.Tensor:
+    """Return the entries along the axis that belong to the channels that stay."""
+    owner = block.get_submodule(path.rpartition(".")[0])
+    if getattr(owner, "is_concatenated", True) or follower.times == 1:
+        return torch.cat([stays + part * value for part in range(follower.times)])
+    return (stays[:, None] * follower.times + torch.arange(follower.times)).flatten()
+
+
+def _writes_stream(decoder: Decoder, family: Family, tokens: torch.Tensor) -> bool:
+    """Return whether a matrix folded into the MLPs' output projections acts on what they add to the stream."""
+    hidden, calls = capture(decoder, tokens)
+    width = decoder.hidden_size
+    turn = torch.eye(width) + 0.3 * torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
+    for index, call in enumerate(calls):
+        block = decoder.block_list[index]
+        writers = {name: (one, last) for name, one, last in mlp_writers(block, family)}
+        after = run_block(block, call, hidden)
+        if writers:
+            rest = run_block(block, call, hidden, {name: torch.zeros_like(one) for name, (one, _) in writers.items()})
+            folded = {name: one @ turn if last else turn.T @ one for name, (one, last) in writers.items()}
+            expected = rest + (after - rest) @ turn
+            found = run_block(block, call, hidden, folded)
+            if not torch.allclose(found, expected, rtol=0, atol=10 * _ALLOWED * float(expected.abs().max())):
+                return False
+        hidden = after
+    return True
