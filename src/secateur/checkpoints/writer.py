@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import InputError, NumericsError
+from secateur.models.anatomy import saved_tensors
 from secateur.models.decoder import Decoder
 from secateur.models.shards import float32_names, to_checkpoint
 
@@ -57,22 +57,12 @@ def _parts(decoder: Decoder, dtype: torch.dtype) -> Iterator[dict[str, torch.Ten
         del module._weight_conversions  # a partial load leaves only the conversions *it* used; writing needs all
     blocks = f"{decoder.anatomy.family.blocks}."
     with decoder.outer():
-        state = {name: p for name, p in _named_tensors(module, "") if not name.startswith(blocks)}
+        state = {name: tensor for name, tensor in saved_tensors(module) if not name.startswith(blocks)}
         yield to_checkpoint(module, _converted(module, state, dtype))
     for index in range(decoder.block_count):
         with decoder.block(index) as block:
-            state = dict(_named_tensors(block, f"{decoder.anatomy.block_path(index)}."))
+            state = {f"{decoder.anatomy.block_path(index)}.{name}": tensor for name, tensor in saved_tensors(block)}
             yield to_checkpoint(module, _converted(module, state, dtype))
-
-
-def _named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters (tied ones once) and the buffers that belong in a checkpoint."""
-    for name, parameter in module.named_parameters():
-        yield prefix + name, parameter
-    for path, holder in module.named_modules():
-        for leaf, buffer in holder._buffers.items():
-            if buffer is not None and leaf not in holder._non_persistent_buffers_set:
-                yield f"{prefix}{path}.{leaf}" if path else prefix + leaf, buffer
 
 
 def _converted(module: PreTrainedModel, state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -73,6 +73,14 @@ class Family:
     cache_spread: str | None = None
     """Configuration flag under which keys and values are cached once per query head instead of once per group."""
     router: tuple[str, ...] = ()
+    """Modules, or single tensors, of the router of a mixture, which hold a row for each expert."""
+    expert_counts: tuple[str, ...] = ()
+    """Configuration entries with the number of experts of a block."""
+    experts_per_token: str = "num_experts_per_tok"
+    """Configuration entry with the number of experts that a token is sent to."""
+    expert_groups: tuple[str, str] | None = None
+    """Configuration entries with the number of groups of neighbouring experts and of those that a token may choose
+    from."""
     per_layer_lists: tuple[str, ...] = ()
     """Configuration entries with one value per block."""
     per_point_lists: tuple[str, ...] = ()
@@ -135,9 +143,22 @@ def find(module: nn.Module, path: str) -> Any:
 
 
 def set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> None:
-    """Replace the parameter at a dotted path by a tensor, without gradient."""
+    """Replace the parameter (or buffer) at a dotted path by a tensor, without gradient."""
     owner, _, leaf = path.rpartition(".")
-    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    holder = module.get_submodule(owner)
+    if leaf in holder._buffers:
+        holder._buffers[leaf] = value
+    else:
+        holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def saved_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a checkpoint holds of a module: parameters, tied ones once, and persistent buffers."""
+    yield from module.named_parameters()
+    for path, holder in module.named_modules():
+        for leaf, buffer in holder._buffers.items():
+            if buffer is not None and leaf not in holder._non_persistent_buffers_set:
+                yield f"{path}.{leaf}" if path else leaf, buffer
 
 
 def present(block: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,7 @@ _MIXTRAL = replace(
     mlp_layout="stacked",
     expert_size="intermediate_size",
     router=("mlp.gate",),
+    expert_counts=("num_local_experts",),
 )
 
 _SANDWICH = replace(
@@ -212,6 +213,7 @@ _ROWS = (
         mlp_in=("mlp.experts.gate_up_proj", "mlp.gate_proj", "mlp.up_proj"),
         mlp_out=("mlp.experts.down_proj", "mlp.down_proj"),
         expert_size="moe_intermediate_size",
+        expert_counts=("num_experts",),
         dense_blocks="mlp_only_layers",
     ),
     replace(

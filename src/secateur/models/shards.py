@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from secateur.errors import ModelError
 from secateur.files import require_room
-from secateur.models.anatomy import Family, set_parameter
+from secateur.models.anatomy import Family, saved_tensors, set_parameter
 from secateur.ownership import scratch_folder
 from secateur.reading import MIB, FileKind, from_json
 
@@ -191,7 +191,7 @@ class Shards:
         left_out = tuple(f"{path}." for path in without)
         slices = {n: piece for n, piece in self._slices(module, stored, index) if not n.startswith(left_out)}
         try:
-            if set(slices) <= {name for name, _ in _part(module, self.blocks, index)}:
+            if set(slices) <= _names(module, self.blocks, index):
                 found = _fill(module, slices, self.device)
             else:
                 found = _convert(module, slices, self.device)
@@ -210,20 +210,20 @@ class Shards:
         """Open the tensors of a part by their names in this model, without reading them yet."""
         if stored in self.edited:
             prefix = "" if index == OUTER else f"{self.blocks}.{index}."
+            found = {}
             for piece in self.edited[stored]:
                 handle = open_shard(piece.file)
-                yield from ((prefix + key, handle.get_slice(key)) for key in handle.keys())  # noqa: SIM118 - not a dict
-            if index != OUTER:
-                yield from self._buffers(module, stored, index).items()
+                found |= {prefix + key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
+            yield from ((self._buffers(module, stored, index) if index != OUTER else {}) | found).items()
             return
         if stored not in self.keys:
             raise ModelError(f"{self.folder}: no weights of block {stored} in the checkpoint.")
-        found = self.keys[stored]
-        handles = {file: open_shard(file) for file in sorted(set(found.values()))}
-        yield from ((self._renumber(key, stored, index), handles[file].get_slice(key)) for key, file in found.items())
+        files = self.keys[stored]
+        handles = {file: open_shard(file) for file in sorted(set(files.values()))}
+        yield from ((self._renumber(key, stored, index), handles[file].get_slice(key)) for key, file in files.items())
 
     def _buffers(self, module: PreTrainedModel, stored: int, index: int) -> dict[str, Any]:
-        """Open the buffers of an edited block that the checkpoint holds; edits only change parameters."""
+        """Open the buffers of an edited block that the checkpoint holds, for edits that change parameters only."""
         prefix = f"{self.blocks}.{index}."
         wanted = {f"{prefix}{name}" for name, _ in module.get_submodule(prefix[:-1]).named_buffers()}
         found = {self._renumber(key, stored, index): (key, file) for key, file in self.keys.get(stored, {}).items()}
@@ -249,8 +249,9 @@ Mismatch = tuple[str, Sequence[int], Sequence[int]]
 
 def _fill(module: PreTrainedModel, slices: dict[str, Any], device: torch.device) -> Mismatch | None:
     """Assign tensors to the parameters of the same names; return the first whose shape differs."""
+    tensors = dict(saved_tensors(module))
     for name, piece in slices.items():
-        empty = module.get_parameter(name)
+        empty = tensors[name]
         if list(empty.shape) != list(piece.get_shape()):
             return name, piece.get_shape(), empty.shape
         set_parameter(module, name, piece[...].to(device, empty.dtype))
@@ -288,6 +289,12 @@ def _part(module: PreTrainedModel, blocks: str, index: int) -> list[tuple[str, n
     if index == OUTER:
         return [(name, one) for name, one in module.named_parameters() if not name.startswith(f"{blocks}.")]
     return list(module.get_submodule(f"{blocks}.{index}").named_parameters(f"{blocks}.{index}"))
+
+
+def _names(module: PreTrainedModel, blocks: str, index: int) -> set[str]:
+    """Return the names of the parameters and buffers of a part."""
+    where = f"{blocks}." if index == OUTER else f"{blocks}.{index}."
+    return {name for name, _ in saved_tensors(module) if name.startswith(where) == (index != OUTER)}
 
 
 def return_freed_memory() -> None:

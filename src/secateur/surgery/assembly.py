@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from secateur.models.anatomy import Family, resolve, set_parameter
+from secateur.models.anatomy import Family, resolve, saved_tensors, set_parameter
 from secateur.models.decoder import Decoder
 from secateur.models.fingerprint import of_edit
 from secateur.models.opening import empty_model
-from secateur.models.shards import OUTER, EditedPart, Shards, return_freed_memory
+from secateur.models.shards import OUTER, EditedPart, Shards, float32_names, return_freed_memory
 
 Tensors = dict[str, torch.Tensor]
 
@@ -43,6 +43,9 @@ class Assembly:
         )
         self._blocks = f"{family.blocks}."
         self.stored = stored or dense.saved_dtype
+        self._stays_float32 = float32_names(module, self.stored)
+        self._buffers = {name for name, _ in module.named_buffers()}
+        self._placed: set[str] = set()
         self._parts: dict[int, tuple[EditedPart, ...]] = {}
 
     def block_path(self, index: int) -> str:
@@ -54,28 +57,50 @@ class Assembly:
         return self.decoder.block_list[index]
 
     def put(self, where: str, tensors: Tensors) -> None:
-        """Set the parameters below the path `where`, rounded to the dtype they will be saved in."""
+        """Set the parameters and buffers below the path `where`, rounded to the dtype they will be saved in."""
         dtype = self.decoder.module.dtype
         for name, tensor in tensors.items():
-            value = tensor.to(self.stored).to(self.dense.device, dtype).contiguous()
-            set_parameter(self.decoder.module, f"{where}{name}", value)
+            path = f"{where}{name}"
+            value = tensor.to(self.dense.device)
+            if path not in self._buffers:
+                exact = self._stays_float32(path)
+                value = (
+                    value.to(torch.promote_types(dtype, torch.float32)) if exact else value.to(self.stored).to(dtype)
+                )
+            set_parameter(self.decoder.module, path, value.contiguous())
+            self._placed.add(path)
 
     def finish(self, part: int) -> None:
         """Finish block `part`, or a piece of `OUTER`; for a skeleton it is written to disk and freed."""
         if part == OUTER:
             self.decoder.module.tie_weights()
+        else:
+            self._keep_buffers(part)
         if not self.dense.is_skeleton:
             return
         where = "" if part == OUTER else self.block_path(part)
-        named = {name.removeprefix(where): tensor for name, tensor in self._below(where).items()}
-        piece = EditedPart({name: tensor.to(self.stored) for name, tensor in named.items() if not tensor.is_meta})
+        found = {name: tensor for name, tensor in self._below(where).items() if not tensor.is_meta}
+        piece = EditedPart({name.removeprefix(where): self._rounded(name, tensor) for name, tensor in found.items()})
         self._parts[part] = (*self._parts.get(part, ()), piece)
         self.release(where)
 
+    def _keep_buffers(self, index: int) -> None:
+        """Copy the buffers of a block that were not set and that the dense block has in this shape."""
+        before = dict(saved_tensors(self.dense.block_list[index]))
+        where = self.block_path(index)
+        for name, buffer in saved_tensors(self.layer(index)):
+            path, own = f"{where}{name}", before.get(name)
+            if path in self._buffers - self._placed and own is not None and own.shape == buffer.shape:
+                set_parameter(self.decoder.module, path, own)
+
+    def _rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if name in self._buffers or self._stays_float32(name) else tensor.to(self.stored)
+
     def release(self, where: str) -> None:
         """Free the weights below the path `where`, keeping their shapes."""
-        for name, parameter in self._below(where).items():
-            set_parameter(self.decoder.module, name, parameter.to("meta"))
+        for name, tensor in self._below(where).items():
+            if name not in self._buffers:
+                set_parameter(self.decoder.module, name, tensor.to("meta"))
         if not where:
             self.decoder.module.tie_weights()
         return_freed_memory()
@@ -88,9 +113,9 @@ class Assembly:
                     set_parameter(self.decoder.module, name, parameter.to(self.dense.device))
             self.decoder.module.tie_weights()
 
-    def _below(self, where: str) -> dict[str, torch.nn.Parameter]:
-        """Return the parameters below a path; for the empty path, those outside the blocks."""
-        named = self.decoder.module.named_parameters()
+    def _below(self, where: str) -> Tensors:
+        """Return what is saved below a path; for the empty path, what is outside the blocks."""
+        named = saved_tensors(self.decoder.module)
         return {n: one for n, one in named if n.startswith(where) and (where or not n.startswith(self._blocks))}
 
     def result(self, edit: dict[str, Any]) -> Decoder:

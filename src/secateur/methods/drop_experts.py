@@ -1,0 +1,159 @@
+"""Methods that remove experts of a mixture; they differ in which.
+
+* REAP: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression" (arXiv:2510.13999).
+* Expert frequency and expert activation norm (EAN) are the baselines of that paper.
+
+Every block keeps the same number, so that the result is a stock model; experts are scored on the dense model in one
+walk. Departure from the paper: router weights are renormalised over the experts chosen for a token in every family, also
+where the model itself does not do that.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+from pydantic import Field
+
+from secateur.calibration.routing import RoutingSums, measure_routing
+from secateur.errors import InputError, SecateurWarning
+from secateur.methods.budget import Budget, choose_size
+from secateur.methods.method import Measurements, MethodSettings, applies, method
+from secateur.models.decoder import Decoder
+from secateur.models.experts import Mixture, mixture_of
+from secateur.plan.experts import DropExperts
+from secateur.scores.experts import SALIENCY, Criterion, best_experts
+from secateur.surgery.experts.removal import drop_experts, require_stock_count
+
+
+class ExpertSettings(MethodSettings):
+    """Settings of methods that leave fewer experts."""
+
+    experts: int | None = Field(None, ge=1, description="number of experts to keep in every block; sets the amount")
+    divisor: int = Field(
+        1, ge=1, description="the number of experts stays a multiple of this, such as the degree of expert parallelism"
+    )
+
+    def own_amount(self) -> Budget | None:
+        """Return the number of experts, if it is given."""
+        return None if self.experts is None else Budget("own", self.experts, knob="experts")
+
+
+def experts_to_keep(decoder: Decoder, mixture: Mixture, settings: ExpertSettings, budget: Budget) -> int:
+    """Return the number of experts in each block that meets the budget.
+
+    Raises:
+        InputError: it is out of reach, or not what the model's router and the divisor allow.
+    """
+    multiple, fewest = mixture.multiple(settings.divisor), mixture.fewest(settings.divisor)
+    if budget.aim == "own":
+        keep = int(budget.value)
+        if keep > mixture.count:
+            raise InputError(f"experts={keep}: the model has only {mixture.count} in a block.")
+        if keep % settings.divisor:
+            raise InputError(f"experts={keep}: not a multiple of divisor={settings.divisor}.")
+        require_stock_count(mixture, keep)
+        return keep
+    counts = [count for count in range(mixture.count - 1, fewest - 1, -1) if count % multiple == 0]
+    if not counts:
+        raise InputError(
+            f"{decoder.source}: none of its {mixture.count} experts in a block can go: each token is sent to "
+            f"{mixture.chosen}, and their number stays a multiple of {multiple}."
+        )
+    total = decoder.parameter_count
+    left = [
+        total - sum(max(0, one.count - count) * one.parameters for one in mixture.sizes if one is not None)
+        for count in counts
+    ]
+    return counts[choose_size(budget, left, total)]
+
+
+def warn_of_idle(sums: Sequence[RoutingSums | None]) -> None:
+    """Warn of experts that no token was sent to."""
+    idle = {index: int((one.load == 0).sum()) for index, one in enumerate(sums) if one is not None}
+    blocks = [index for index, count in idle.items() if count]
+    if blocks:
+        warnings.warn(
+            f"{sum(idle.values())} experts in {len(blocks)} blocks never fire on these texts (most in block "
+            f"{max(blocks, key=lambda index: idle[index])}); if they are meant for other texts, calibrate on those too.",
+            SecateurWarning,
+            stacklevel=4,
+        )
+
+
+def decide_by(criterion: Criterion) -> Callable[[Measurements, ExpertSettings, Budget], Sequence[DropExperts]]:
+    """Create the function that keeps the experts of highest score."""
+
+    def decide(measurements: Measurements, settings: ExpertSettings, budget: Budget) -> Sequence[DropExperts]:
+        decoder = measurements.decoder
+        mixture = mixture_of(decoder)
+        keep = experts_to_keep(decoder, mixture, settings, budget)
+        if keep == mixture.count:
+            return ()
+        sums = measure_routing(decoder, measurements.need_windows(), mixture, options=measurements.options)
+        warn_of_idle(sums)
+        scores = [None if one is None else SALIENCY[criterion](one) for one in sums]
+        kept = tuple(() if one is None else best_experts(one, keep, mixture.groups) for one in scores)
+        return (
+            DropExperts(
+                method=criterion,
+                settings=settings.model_dump(exclude_none=True),
+                sizes=mixture.sizes,
+                kept=kept,
+                scores=tuple(() if one is None else tuple(float(f"{value:.4g}") for value in one) for one in scores),
+            ),
+        )
+
+    return decide
+
+
+def _drop_method(name: Criterion, summary: str, paper: str) -> None:
+    method(
+        order=60,
+        name=name,
+        summary=summary,
+        paper=paper,
+        settings=ExpertSettings,
+        native=None,
+        forwards=lambda _blocks, _gone, _settings: 2.0,
+    )(decide_by(name))
+
+
+_drop_method(
+    "reap",
+    "remove the experts that write least, weighted by the router, where they are used",
+    "Lasby et al. 2025, REAP",
+)
+_drop_method(
+    "expert-frequency",
+    "remove the experts that are chosen for the fewest tokens",
+    "baseline of Lasby et al. 2025, REAP",
+)
+_drop_method(
+    "expert-activation",
+    "remove the experts whose outputs sum up to least (expert activation norm, EAN)",
+    "baseline of Lasby et al. 2025, REAP",
+)
+
+
+@applies(DropExperts)
+def apply(measurements: Measurements, step: DropExperts) -> Decoder:
+    """Remove the experts that the step does not keep.
+
+    Raises:
+        InputError: the step was made for a model with other experts.
+        ModelError: the model has no experts that can be removed.
+    """
+    require_same_experts(measurements.decoder, step.sizes)
+    return drop_experts(measurements.decoder, step.kept, options=measurements.options)
+
+
+def require_same_experts(decoder: Decoder, sizes: Sequence[object]) -> None:
+    """Refuse a step that was made for a model with other experts.
+
+    Raises:
+        InputError: saying so.
+        ModelError: the model has no experts that can be removed.
+    """
+    if mixture_of(decoder).sizes != sizes:
+        raise InputError("this step is for a mixture of other experts; make a new plan for this model.")
