@@ -1,8 +1,9 @@
 """Train a small mixture of experts on the standard library's code and the manual's prose, for `experts_table.py`.
 
-A stock Qwen3-MoE of 8.6 million parameters: 6 blocks of 16 experts, of which each token takes 2. Embeddings and attention
-start as those of every second block of the bundled model, routers and experts at random; a load-balancing loss keeps the
-experts in use. About 25 minutes on one core. The texts are the calibration splits, so held-out text stays unseen.
+A stock Qwen3-MoE of 8.5 million parameters: 6 blocks of 16 experts, of which each token takes 2. Embeddings and
+attention start as those of every second block of the bundled model, routers and experts at random; a load-balancing
+loss keeps the experts in use. About 25 minutes on one core. The texts are the calibration splits, so held-out text
+stays unseen.
 
     python benchmarks/train_mixture.py FOLDER
 """

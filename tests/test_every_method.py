@@ -21,6 +21,7 @@ from secateur.run_options import RunOptions
 from tiny_models import OTHER_FAMILIES, VARIANTS, VOCABULARY, save_tiny
 
 DROP, SLICE, NARROW, SHARE, LITTLE = {"blocks": 2}, {"slice": 0.25}, {"ratio": 0.2}, {"remove": 0.25}, {"remove": 0.15}
+FEWER = {"remove": 0.12}
 ENDS = {"protect_first": 2, "protect_last": 1}
 """By itself it protects six blocks, which is all there are here."""
 BRIEF = {"batch_size": 3, "evaluations": 1, "learning_rate": 1e-2, "pairs": "recompute"}
@@ -52,10 +53,15 @@ CASES = [
     ("finercut", SHARE, {}),
     ("2ssp", SHARE, {"rounding": 8}),
     ("branches", LITTLE, {}),
+    ("reap", FEWER, {}),
+    ("reap", FEWER, {"repair": True}),
+    ("ream", FEWER, {}),
     ("auto", SHARE, {"trials": 3, "depth": "replaceme,streamline", "width": "none,obs-width"}),
 ]
-ALIKE = {"wanda-sp", "llm-pruner", "minitron-width"}
-"""Methods that make the same steps as one above; `tests/methods/test_prune_width.py` runs them."""
+ALIKE = {"wanda-sp", "llm-pruner", "minitron-width", "expert-frequency", "expert-activation"}
+"""Methods that make the same steps as one above; `test_prune_width.py` and `test_experts.py` run them."""
+
+MIXTURES = {name for name in VARIANTS if "moe" in name} | {"mixtral"}
 
 IN_MEMORY_ONLY = {"gpt2-scaled"}
 """Attention scaled by block number: queries are rescaled when blocks go, which a skeleton refuses."""
@@ -96,6 +102,12 @@ REFUSED = {
     },
     **{(method, "secateur"): "experts of a model with its modelling file" for method in WIDTH_METHODS},
     **{(method, name): "which rows and columns" for method in WIDTH_METHODS for name in OTHER_FAMILIES},
+    **{
+        (method, name): "(has no experts|which of its tensors belong)"
+        for method in ("reap", "ream")
+        for name in set(VARIANTS) - MIXTURES - {"secateur"}
+    },
+    **{(method, "secateur"): "remove them from the dense model first" for method in ("reap", "ream")},
 }
 """Methods that cannot cut a family, and why."""
 

@@ -4,26 +4,28 @@
 * Expert frequency and expert activation norm (EAN) are the baselines of that paper.
 
 Every block keeps the same number, so that the result is a stock model; experts are scored on the dense model in one
-walk. Departure from the paper: router weights are renormalised over the experts chosen for a token in every family, also
-where the model itself does not do that.
+walk. Departure from the paper: router weights are renormalised over the experts chosen for a token in every family,
+also where the model itself does not do that.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from secateur.calibration.routing import RoutingSums, measure_routing
 from secateur.errors import InputError, SecateurWarning
 from secateur.methods.budget import Budget, choose_size
-from secateur.methods.method import Measurements, MethodSettings, applies, method
+from secateur.methods.method import Applied, Measurements, MethodSettings, applies, method
 from secateur.models.decoder import Decoder
 from secateur.models.experts import Mixture, mixture_of
-from secateur.plan.experts import DropExperts
-from secateur.scores.experts import SALIENCY, Criterion, best_experts
-from secateur.surgery.experts.removal import drop_experts, require_stock_count
+from secateur.plan.experts import DropExperts, RefitExperts, refit_forwards
+from secateur.scores.experts import SALIENCY, Criterion
+from secateur.surgery.experts.refit import refit_experts
+from secateur.surgery.experts.removal import best_experts, drop_experts, require_stock_count
 
 
 class ExpertSettings(MethodSettings):
@@ -37,6 +39,18 @@ class ExpertSettings(MethodSettings):
     def own_amount(self) -> Budget | None:
         """Return the number of experts, if it is given."""
         return None if self.experts is None else Budget("own", self.experts, knob="experts")
+
+
+class DropSettings(ExpertSettings):
+    """Settings of methods that drop experts."""
+
+    repair: bool = Field(
+        False,
+        description="refit what the remaining experts write by least squares, where that is better on held-out windows",
+    )
+    ridge: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="regularisation toward the original weights; by default chosen on held-out windows"
+    )
 
 
 def experts_to_keep(decoder: Decoder, mixture: Mixture, settings: ExpertSettings, budget: Budget) -> int:
@@ -75,16 +89,16 @@ def warn_of_idle(sums: Sequence[RoutingSums | None]) -> None:
     if blocks:
         warnings.warn(
             f"{sum(idle.values())} experts in {len(blocks)} blocks never fire on these texts (most in block "
-            f"{max(blocks, key=lambda index: idle[index])}); if they are meant for other texts, calibrate on those too.",
+            f"{max(blocks, key=lambda index: idle[index])}); if they are for other texts, calibrate on those too.",
             SecateurWarning,
             stacklevel=4,
         )
 
 
-def decide_by(criterion: Criterion) -> Callable[[Measurements, ExpertSettings, Budget], Sequence[DropExperts]]:
+def decide_by(criterion: Criterion) -> Callable[[Measurements, DropSettings, Budget], Sequence[DropExperts]]:
     """Create the function that keeps the experts of highest score."""
 
-    def decide(measurements: Measurements, settings: ExpertSettings, budget: Budget) -> Sequence[DropExperts]:
+    def decide(measurements: Measurements, settings: DropSettings, budget: Budget) -> Sequence[DropExperts]:
         decoder = measurements.decoder
         mixture = mixture_of(decoder)
         keep = experts_to_keep(decoder, mixture, settings, budget)
@@ -93,16 +107,14 @@ def decide_by(criterion: Criterion) -> Callable[[Measurements, ExpertSettings, B
         sums = measure_routing(decoder, measurements.need_windows(), mixture, options=measurements.options)
         warn_of_idle(sums)
         scores = [None if one is None else SALIENCY[criterion](one) for one in sums]
-        kept = tuple(() if one is None else best_experts(one, keep, mixture.groups) for one in scores)
-        return (
-            DropExperts(
-                method=criterion,
-                settings=settings.model_dump(exclude_none=True),
-                sizes=mixture.sizes,
-                kept=kept,
-                scores=tuple(() if one is None else tuple(float(f"{value:.4g}") for value in one) for one in scores),
-            ),
-        )
+        found: dict[str, Any] = {
+            "method": criterion,
+            "settings": settings.model_dump(exclude_none=True),
+            "sizes": mixture.sizes,
+            "kept": tuple(() if one is None else best_experts(one, keep, mixture.groups) for one in scores),
+            "scores": tuple(() if one is None else tuple(float(f"{value:.4g}") for value in one) for one in scores),
+        }
+        return (RefitExperts(**found, ridge=settings.ridge) if settings.repair else DropExperts(**found),)
 
     return decide
 
@@ -113,9 +125,10 @@ def _drop_method(name: Criterion, summary: str, paper: str) -> None:
         name=name,
         summary=summary,
         paper=paper,
-        settings=ExpertSettings,
+        settings=DropSettings,
         native=None,
         forwards=lambda _blocks, _gone, _settings: 2.0,
+        apply_forwards=lambda settings, _tokens: refit_forwards() if settings.repair else 0.0,
     )(decide_by(name))
 
 
@@ -146,6 +159,26 @@ def apply(measurements: Measurements, step: DropExperts) -> Decoder:
     """
     require_same_experts(measurements.decoder, step.sizes)
     return drop_experts(measurements.decoder, step.kept, options=measurements.options)
+
+
+@applies(RefitExperts)
+def apply_and_refit(measurements: Measurements, step: RefitExperts) -> Applied:
+    """Remove the experts that the step does not keep, and refit the others.
+
+    Raises:
+        InputError: the step was made for a model with other experts.
+        ModelError: the model has no experts that can be removed, or a norm behind them.
+        NumericsError: NaN or infinity on the way.
+    """
+    require_same_experts(measurements.decoder, step.sizes)
+    found = refit_experts(
+        measurements.decoder,
+        measurements.need_windows(),
+        step.kept,
+        ridge=step.ridge,
+        options=measurements.options,
+    )
+    return Applied(found.decoder, {"repair": found.fits})
 
 
 def require_same_experts(decoder: Decoder, sizes: Sequence[object]) -> None:

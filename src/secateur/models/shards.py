@@ -210,7 +210,7 @@ class Shards:
         """Open the tensors of a part by their names in this model, without reading them yet."""
         if stored in self.edited:
             prefix = "" if index == OUTER else f"{self.blocks}.{index}."
-            found = {}
+            found: dict[str, Any] = {}
             for piece in self.edited[stored]:
                 handle = open_shard(piece.file)
                 found |= {prefix + key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a dict

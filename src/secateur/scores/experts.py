@@ -41,13 +41,3 @@ SALIENCY: dict[Criterion, Callable[[RoutingSums], torch.Tensor]] = {
     "expert-frequency": frequency,
     "expert-activation": activation,
 }
-
-
-def best_experts(scores: torch.Tensor, keep: int, groups: int = 1) -> tuple[int, ...]:
-    """Return the `keep` experts of highest score, as many of each group of neighbours, in order.
-
-    Of equal scores the lower number stays.
-    """
-    size = len(scores) // groups
-    order = torch.argsort(scores.view(groups, size), dim=1, descending=True, stable=True)[:, : keep // groups]
-    return tuple(sorted((order + size * torch.arange(groups)[:, None]).flatten().tolist()))

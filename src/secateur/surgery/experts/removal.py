@@ -27,9 +27,19 @@ def require_stock_count(mixture: Mixture, keep: int) -> None:
         raise InputError(f"{keep} experts: their {mixture.groups} groups must keep as many each.")
     if keep < mixture.fewest():
         raise InputError(
-            f"{keep} experts: the router takes {mixture.chosen} from {mixture.chosen_groups} of {mixture.groups} groups, "
-            f"so at least {mixture.fewest()} must stay."
+            f"{keep} experts: the router takes {mixture.chosen} from {mixture.chosen_groups} of {mixture.groups} "
+            f"groups, so at least {mixture.fewest()} must stay."
         )
+
+
+def best_experts(scores: torch.Tensor, keep: int, groups: int = 1) -> tuple[int, ...]:
+    """Return the `keep` experts of highest score, as many of each group of neighbours, in order.
+
+    Of equal scores the lower number stays.
+    """
+    size = len(scores) // groups
+    order = torch.argsort(scores.view(groups, size), dim=1, descending=True, stable=True)[:, : keep // groups]
+    return tuple(sorted((order + size * torch.arange(groups)[:, None]).flatten().tolist()))
 
 
 class ExpertAssembly:

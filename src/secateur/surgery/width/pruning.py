@@ -343,7 +343,7 @@ def measure_inputs(
         own = None if folds is None else folds.slice(first, len(batch.tokens))
         lacking = None
         if own is not None and _of_dense(batch) in store:
-            lacking = (store.get(_of_dense(batch)) - hidden) / _residual_multiplier(decoder)
+            lacking = (store.get(_of_dense(batch)) - hidden) / residual_multiplier(decoder)
         for part, found in captured.items():
             for inputs in found:
                 wanted = lacking if part == "channels" and len(sums[part]) == 1 else None
@@ -365,7 +365,8 @@ def writes_stream(decoder: Decoder) -> bool:
     return decoder.anatomy.family.order == "pre" and getattr(decoder.config, "do_layer_norm_before", True) is not False
 
 
-def _residual_multiplier(decoder: Decoder) -> float:
+def residual_multiplier(decoder: Decoder) -> float:
+    """Return the factor of what a branch writes to the residual stream."""
     return float(getattr(decoder.config, decoder.anatomy.family.residual_multiplier or "", 1.0))
 
 

@@ -1,0 +1,88 @@
+"""REAM: merge experts of a mixture instead of removing them.
+
+"REAM: Merging Improves Pruning of Experts in LLMs" (arXiv:2604.04356); departures are listed in
+`surgery/experts/merging.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from secateur.methods.budget import Budget
+from secateur.methods.drop_experts import ExpertSettings, experts_to_keep, require_same_experts
+from secateur.methods.method import Applied, Measurements, applies, method
+from secateur.models.experts import mixture_of
+from secateur.plan.experts import Grouping, MergeExperts, merge_forwards
+from secateur.scores.experts import reap
+from secateur.surgery.experts.merging import MergeRule, merge_experts
+
+
+class ReamSettings(ExpertSettings):
+    """Settings of `ream`."""
+
+    grouping: Grouping = Field(
+        "nearest",
+        description="each expert that goes joins the most similar one that stays (nearest), or the most salient ones "
+        "take the most similar ones (salient, the paper's)",
+    )
+    group: int = Field(16, ge=2, description="largest number of experts merged into one")
+    align: bool = Field(True, description="match the channels of merged experts before averaging")
+
+
+@method(
+    order=60,
+    name="ream",
+    summary="merge experts into similar ones that stay, channels matched, block after block",
+    paper="REAM: Merging Improves Pruning of Experts in LLMs (2026)",
+    settings=ReamSettings,
+    native=None,
+    forwards=lambda _blocks, _gone, _settings: 0.0,
+    apply_forwards=lambda _settings, _tokens: merge_forwards(),
+)
+def decide_ream(measurements: Measurements, settings: ReamSettings, budget: Budget) -> Sequence[MergeExperts]:
+    """Decide how many experts stay; which, and what is merged into them, is measured when the step is applied.
+
+    Raises:
+        InputError: the budget is out of reach.
+        ModelError: the model has no experts that can be merged.
+    """
+    mixture = mixture_of(measurements.decoder)
+    keep = experts_to_keep(measurements.decoder, mixture, settings, budget)
+    if keep == mixture.count:
+        return ()
+    return (
+        MergeExperts(
+            method="ream",
+            settings=settings.model_dump(exclude_none=True),
+            sizes=mixture.sizes,
+            keep=keep,
+            grouping=settings.grouping,
+            group=settings.group,
+            align=settings.align,
+        ),
+    )
+
+
+@applies(MergeExperts)
+def apply(measurements: Measurements, step: MergeExperts) -> Applied:
+    """Merge as the step says.
+
+    Raises:
+        InputError: the step was made for a model with other experts, or groups have no room for all.
+        ModelError: the model has no experts that can be merged.
+        NumericsError: NaN or infinity on the way.
+    """
+    require_same_experts(measurements.decoder, step.sizes)
+    rule = MergeRule(reap, step.grouping, step.group, step.align)
+    found = merge_experts(
+        measurements.decoder, measurements.need_windows(), step.keep, rule, options=measurements.options
+    )
+    merged = [
+        {"block": block, "into": own, "experts": list(members)}
+        for block, groups in found.groups.items()
+        for own, members in groups.items()
+        if members
+    ]
+    return Applied(found.decoder, {"merged_experts": merged})

@@ -1,0 +1,154 @@
+"""Drop experts, and refit what the others write so that the block writes what that of the dense model does.
+
+Once experts are gone, a block lacks m(x), the difference of the dense model's state after the block and its own. With
+h_j the channels of expert j and g_j its weight, the output projections D_j change by Δ_j. If the weights of a token sum
+to s, then with g_j = s ĝ_j
+
+    ‖m − Σ_j g_j Δ_j h_j‖²  ≤  Σ_j ĝ_j ‖m − s Δ_j h_j‖²,
+
+because the square is convex. The bound falls apart into one ridge regression for each expert, on the tokens that it is
+chosen for, so none needs to know what the others add. Ridge and whether to refit at all are chosen on held-out windows
+for each expert (`surgery/width/repair.py`).
+
+The bound and its use are secateur's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from secateur.calibration.folds import Folds, folds_of
+from secateur.calibration.inputs import InputSums, capturing_inputs
+from secateur.calibration.ridge import Ridge
+from secateur.calibration.routing import Routed, capturing_routing
+from secateur.calibration.store import StateStore
+from secateur.calibration.walk import Batch, open_store, step, stored_start
+from secateur.data.windows import Windows
+from secateur.errors import ModelError
+from secateur.models.decoder import Decoder
+from secateur.models.widths import block_widths
+from secateur.run_options import DEFAULTS, RunOptions
+from secateur.surgery.experts.removal import ExpertAssembly
+from secateur.surgery.width.pruning import residual_multiplier, writer_of, writer_weights, writes_stream
+from secateur.surgery.width.repair import choose_fit, described
+
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """A model with fewer experts.
+
+    Attributes:
+        decoder: the model.
+        fits: for each block with experts, the ridge of every expert and its errors on held-out windows.
+    """
+
+    decoder: Decoder
+    fits: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def refit_experts(
+    decoder: Decoder,
+    windows: Windows,
+    kept: Sequence[Sequence[int]],
+    *,
+    ridge: Ridge = "auto",
+    options: RunOptions = DEFAULTS,
+) -> Refitted:
+    """Drop all experts but these, and refit the output projections of the others; the given model stays as it is.
+
+    Args:
+        decoder: the model.
+        windows: calibration windows.
+        kept: the experts that each block keeps, in order; empty for a block whose MLP is dense.
+        ridge: λ in mean diagonals of the Gram matrix of each expert's channels, or "auto".
+        options: batch size and progress.
+
+    Raises:
+        InputError: a model with that many experts in each block is impossible.
+        ModelError: the model has no experts that can be removed, or a norm behind them.
+        NumericsError: NaN or infinity on the way.
+    """
+    if not writes_stream(decoder):
+        raise ModelError(f"{decoder.source}: its experts write into a norm, not the residual stream; leave out repair.")
+    new, folds, fits = ExpertAssembly(decoder, max(map(len, kept))), folds_of(windows), list[dict[str, Any]]()
+    with open_store(decoder) as store:
+        batches = stored_start(decoder, windows, store, options.batch_size)
+        for batch in batches:
+            store.put((batch.index, "dense"), store.get(batch.index))
+        blocks = range(decoder.block_count)
+        for index in options.progress(blocks, "dropping and refitting experts block by block", len(blocks)):
+            with decoder.block(index):
+                new.keep(index, kept[index])
+                for batch in batches:
+                    key = batch.index, "dense"
+                    store.put(key, step(decoder, index, batch, store.get(key)))
+                if new.mixture.sizes[index] is not None:
+                    fits.append(_refit(new, index, (folds, ridge), batches, store))
+                for batch in batches:
+                    store.put(batch.index, step(new.decoder, index, batch, store.get(batch.index)))
+                new.finish(index)
+    return Refitted(new.result(), fits)
+
+
+def _refit(
+    new: ExpertAssembly, index: int, how: tuple[Folds, Ridge], batches: Sequence[Batch], store: StateStore
+) -> dict[str, Any]:
+    """Refit block `index` of the new model, whose states before it and of the dense model after it are in the store."""
+    folds, ridge = how
+    decoder = new.decoder
+    sums = _lacking(decoder, index, folds, batches, store)
+    written, fits = [], []
+    for weight, one in zip(writer_weights(decoder, index, "channels"), sums, strict=True):
+        weight = weight.to(one.total.device)
+        stay = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        fits.append(choose_fit(weight, one, stay, repair=True, bias=False, ridge=ridge))
+        written.append(fits[-1].applied(weight, one, stay)[0])
+    new.put(index, {writer_of(decoder, index, "channels"): torch.stack(written)})
+    return {"block": index, "part": "experts", **described(fits)}
+
+
+def _lacking(
+    decoder: Decoder, index: int, folds: Folds, batches: Sequence[Batch], store: StateStore
+) -> list[InputSums]:
+    """Sum up the channels of each expert of block `index`, its weights present, and what the block's output lacks."""
+    block, family = decoder.block_list[index], decoder.anatomy.family
+    widths, device = block_widths(decoder, index), store.get(batches[0].index).device
+    sums = [InputSums(widths.channels, device) for _ in range(widths.experts)]
+    first = 0
+    for batch in batches:
+        writer = writer_of(decoder, index, "channels")
+        with (
+            capturing_routing(block, family, batch) as routed,
+            capturing_inputs(block, writer, batch, len(sums)) as captured,
+        ):
+            hidden = step(decoder, index, batch, store.get(batch.index))
+        missed = ((store.get((batch.index, "dense")) - hidden) / residual_multiplier(decoder)).flatten(0, 1)
+        length = hidden.flatten(0, 1).double().square().mean(dim=1).clamp_min(_TINY)
+        own, total = folds.slice(first, len(batch.tokens)), _weights(routed[0], len(sums), batch)
+        scale = total.sum(dim=1)
+        for inputs in captured:
+            window = inputs.rows // hidden.shape[1]
+            share = (total[inputs.rows, inputs.expert] * scale[inputs.rows]).to(length)
+            rows = inputs.rows.to(hidden.device)
+            weight = own.weight[window].to(length) * share / length[rows]
+            lacking = missed[rows] / scale[inputs.rows].to(missed)[:, None]
+            sums[inputs.expert].update(inputs.inputs, window, weight, own.held_out[window], lacking)
+        first += len(batch.tokens)
+    for one in sums:
+        one.require_finite(f"what experts of block {index} compute")
+    return sums
+
+
+def _weights(routed: Routed, experts: int, batch: Batch) -> torch.Tensor:
+    """Return the weight of each expert for each token of a batch, (tokens, E) float64 on the CPU; 0 if not chosen."""
+    found = torch.zeros(batch.tokens.numel(), experts, dtype=torch.float64)
+    rows = torch.zeros(len(routed.rows), experts, dtype=torch.float64)
+    found[routed.rows] = rows.scatter_add_(1, routed.chosen.cpu(), routed.weights.cpu().double())
+    return found
