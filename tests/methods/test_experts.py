@@ -10,6 +10,7 @@ import oracles_experts as oracle
 from secateur import Plan, make_plan, open_model, prune, save
 from secateur.calibration.routing import RoutingSums, measure_routing, routed_step
 from secateur.calibration.walk import start
+from secateur.checkpoints.check import record_expected, reopen
 from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, SecateurWarning
 from secateur.methods.budget import Budget
@@ -133,10 +134,7 @@ def test_refitting_brings_the_output_closer_to_the_dense_models(exact):
     found = refit_experts(exact, windows, kept, ridge=0.1)
     mlp, new = exact.block_list[0].mlp, found.decoder.block_list[0].mlp
     with torch.no_grad():
-        hidden = exact.block_list[0]
         states = oracle.entering_mixtures(exact.module, windows.tokens)[0].flatten(0, 1)
-        _, first = next(iter(start(exact, windows)))
-        del hidden, first
         written = new(states[None])[0]
         plain = torch.stack(
             [sum(s * oracle.expert(mlp, kept[0][j], x) for j, s in _two(mlp, kept[0], x)) for x in states]
@@ -202,8 +200,8 @@ def test_amounts(tiny):
     assert after(experts=3) == after(target_params=three) == after(remove=1 - three / total) == three
     assert after(target_params=three - 1) == after(experts=2) == after(remove=0.14, divisor=2) == two
     assert after(experts=4) == total
-    weights_and_cache = make_plan(model, method="reap", texts=WINDOWS, target_memory="200KB", context=8).counts_on
-    assert weights_and_cache["bytes"] <= 200_000
+    weights_and_cache = make_plan(model, method="reap", texts=WINDOWS, target_memory="205KB", context=8).counts_on
+    assert weights_and_cache["bytes"] <= 205_000
     for wrong, words in (
         ({"experts": 5}, "only 4 in a block"),
         ({"experts": 1}, "each token is sent to 2"),
@@ -265,19 +263,23 @@ def test_nothing_is_told_where_all_fire():
     warn_of_idle((busy, None))
 
 
-@pytest.mark.parametrize("method", ["reap:0.5,obs-width:0.5", "ream:0.5,obs-width:0.5", "shortgpt:0.6,reap:0.4"])
-def test_experts_channels_and_blocks_in_one_plan(tiny, tmp_path, method):
-    outcomes = []
-    for skeleton in (False, True):
-        model = tiny("qwen3_moe", blocks=4, skeleton=skeleton)
-        plan = make_plan(model, method=method, texts=WINDOWS, remove=0.3)
-        assert len(plan.steps) == 2
-        pruned = prune(model, plan, texts=WINDOWS)
-        assert pruned.parameter_count == plan.parameters_after
-        assert abs(plan.removed_fraction - 0.3) < 0.06
-        save(pruned, tmp_path / str(skeleton))
-        outcomes.append(pruned.fingerprint)
-    assert outcomes[0] == outcomes[1]
+def test_experts_channels_and_blocks_in_one_plan(tiny, tmp_path):
+    jobs = []
+    for number, method in enumerate(("reap:0.5,obs-width:0.5", "ream:0.5,obs-width:0.5", "shortgpt:0.65,reap:0.35")):
+        outcomes = []
+        for skeleton in (False, True):
+            model = tiny("qwen3_moe", blocks=4, skeleton=skeleton)
+            plan = make_plan(model, method=method, texts=WINDOWS, remove=0.35)
+            assert len(plan.steps) == 2
+            pruned = prune(model, plan, texts=WINDOWS)
+            assert pruned.parameter_count == plan.parameters_after
+            assert abs(plan.removed_fraction - 0.35) < 0.06
+            outcomes.append(pruned.fingerprint)
+        assert outcomes[0] == outcomes[1]
+        folder = tmp_path / str(number)
+        save(pruned, folder, check=False)
+        jobs.append(record_expected(pruned, tmp_path / f"{number}.npz").job(folder))
+    assert all(result["passed"] for result in reopen(jobs))
 
 
 def test_ream_decides_how_many_stay_and_nothing_else(tiny):

@@ -122,7 +122,7 @@ class RoutingSums:
             some = part.to(routed.states.device)
             numbers = routed.chosen[some].flatten()
             written = expert_outputs(experts, routed.states[some].repeat_interleave(picked, dim=0), numbers)
-            lengths = torch.linalg.vector_norm(written, dim=-1, dtype=torch.float32).to(home).double()
+            lengths = written.float().norm(dim=-1).to(home).double()
             numbers = numbers.to(home)
             for into, values in (
                 (self.load, torch.ones_like(lengths)),
