@@ -18,6 +18,8 @@ from secateur.scores.measure import score_model, weight_magnitudes
 from secateur.scores.profile import KINDS, ONE_PASS, Scores
 from tiny_models import build
 
+OF_ALL = tuple(kind for kind in KINDS if kind != "experts")
+"""Scores of every model; `test_routing.py` is about those of mixtures."""
 FIELDS = {
     "cosine": {"cosine"},
     "angular": {"angular"},
@@ -46,7 +48,7 @@ def test_everything_from_npy_windows(skeleton, tiny, tmp_path):
     windows = draw_windows()
     np.save(tmp_path / "windows.npy", windows.tokens.numpy())
     decoder = tiny("llama")
-    scores = secateur.score(tiny("llama", skeleton=skeleton), texts=str(tmp_path / "windows.npy"), kinds=KINDS)
+    scores = secateur.score(tiny("llama", skeleton=skeleton), texts=str(tmp_path / "windows.npy"), kinds=OF_ALL)
     states = [state.double() for state in plain_states(decoder, windows.tokens)]
     unit = [state / state.norm(dim=-1, keepdim=True) for state in states]
     cosine = torch.tensor([[float((a * b).sum(-1).mean()) for b in unit] for a in unit])
@@ -65,18 +67,18 @@ def test_everything_from_npy_windows(skeleton, tiny, tmp_path):
     assert len(scores.cka_linear) == len(scores.cka_rbf) == len(scores.taylor) == len(scores.magnitude) == 8
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OF_ALL)
 def test_only_what_was_asked_for(kind, tiny):
     scores = score_model(tiny("llama"), draw_windows(), [kind])
     assert {name for name in MEASURED if getattr(scores, name) is not None} == FIELDS[kind]
-    for other in KINDS:
+    for other in OF_ALL:
         assert scores.has([other]) == (other == kind)
 
 
 def test_in_memory_and_skeleton_agree(tiny):
     windows = draw_windows(side="right")
-    one = score_model(tiny("qwen3_moe-mixed"), windows, KINDS)
-    other = score_model(tiny("qwen3_moe-mixed", skeleton=True), windows, KINDS)
+    one = score_model(tiny("qwen3_moe-mixed"), windows, OF_ALL)
+    other = score_model(tiny("qwen3_moe-mixed", skeleton=True), windows, OF_ALL)
     for name in MEASURED:
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-6)
     assert one.fingerprint == other.fingerprint
@@ -140,7 +142,7 @@ def test_windows_the_model_cannot_read(tiny):
 @MODES
 def test_a_model_of_one_block(skeleton, tiny):
     windows = draw_windows()
-    scores = score_model(tiny("llama", blocks=1, skeleton=skeleton), windows, KINDS)
+    scores = score_model(tiny("llama", blocks=1, skeleton=skeleton), windows, OF_ALL)
     assert np.shape(scores.cosine) == np.shape(scores.angular) == (2, 2)
     assert scores.cka_linear == scores.cka_rbf == ((1.0,),)
     assert scores.block_influence == (1 - scores.cosine[0][1],)
@@ -155,7 +157,7 @@ def test_a_model_of_one_block(skeleton, tiny):
 # Damage: never a number
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OF_ALL)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_damage_in_a_block_is_named(kind, value):
     module = build("llama")
@@ -241,7 +243,7 @@ def test_what_was_not_measured_cannot_be_read():
 
 
 def test_round_trip(tiny, tmp_path):
-    scores = score_model(tiny("llama"), draw_windows(side="right"), KINDS)
+    scores = score_model(tiny("llama"), draw_windows(side="right"), OF_ALL)
     path = tmp_path / "scores.json"
     scores.write(path)
     again = Scores.read(path)

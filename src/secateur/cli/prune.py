@@ -59,7 +59,8 @@ def score(
     opening: Opening,
     output: Output,
     also: Annotated[
-        list[str] | None, typer.Option(help="Slower scores to add: perplexity, taylor (repeatable).")
+        list[str] | None,
+        typer.Option(help="Scores to add: perplexity, taylor (slow); experts, of mixtures (repeatable)."),
     ] = None,
     pack: Annotated[
         bool, typer.Option("--pack/--no-pack", help="Pack documents into full windows, or pad each to a window.")

@@ -23,6 +23,7 @@ from secateur.plan.step import Step
 from secateur.plan.units import summary
 from secateur.progress import Progress
 from secateur.scores.profile import Scores
+from secateur.scores.routing import Routing
 
 Item = TypeVar("Item")
 
@@ -49,8 +50,8 @@ def showing_progress(console: Console) -> Iterator[Progress]:
         yield track
 
 
-def scores_table(scores: Scores) -> Table:
-    """Return a table with a row per block; the least needed quarter by each score is highlighted."""
+def scores_table(scores: Scores) -> RenderableType:
+    """Return a table with a row per block, the least needed quarter by each score highlighted, and one of routers."""
     columns: list[tuple[str, Sequence[float] | None, str, bool]] = [
         ("block influence", scores.block_influence, ".4f", False),
         ("layer redundancy", scores.layer_redundancy, ".3f", True),
@@ -71,6 +72,27 @@ def scores_table(scores: Scores) -> Table:
             text = format((values or ())[block], form)
             cells.append(f"[bold yellow]{text}[/]" if block in least else text)
         table.add_row(str(block), *cells)
+    return table if scores.routing is None else Group(table, "", routing_table(scores.routing))
+
+
+def routing_table(routing: Routing) -> Table:
+    """Return a table with a row per block with experts: how evenly its router uses them, and the closest pair."""
+    table = Table(title="What the routers do", title_justify="left")
+    for name in ("block", "experts", "never fire", "busiest", "balance", "decision", "most often together"):
+        table.add_column(name, justify="right")
+    for block, one in enumerate(routing.blocks):
+        if one is None:
+            continue
+        pair = one.together[0] if one.together else None
+        table.add_row(
+            str(block),
+            str(len(one.load)),
+            str(len(one.idle)) if one.idle else "–",
+            f"{max(one.load):.1%}",
+            f"{one.balance:.3f}",
+            f"{one.decision:.3f}",
+            "–" if pair is None else f"{pair.experts[0]} and {pair.experts[1]} ({pair.share:.0%})",
+        )
     return table
 
 

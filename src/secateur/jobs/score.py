@@ -52,7 +52,7 @@ class ScoreJob(Job[Scores]):
             seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
             pack: join documents into full windows; False puts one document in each window, padded.
             kinds: what to measure, of `cosine`, `angular`, `magnitude`, `cka` (these four in one pass), `perplexity`
-                (with each block left out) and `taylor` (backward passes).
+                (with each block left out), `taylor` (backward passes) and `experts` (what the routers of a mixture do).
             options: seed of the documents and of the tokens that CKA looks at, batch size, progress.
 
         Raises:
@@ -68,7 +68,9 @@ class ScoreJob(Job[Scores]):
     def cost(self) -> JobCost:
         """Return the cost of measuring."""
         removal = (self.model.block_count / 2 + 1) * ("perplexity" in self.kinds)
-        return cost_of(self.model, self.windows, {"": 1.1 + removal + 4 * ("taylor" in self.kinds)})
+        return cost_of(
+            self.model, self.windows, {"": 1.1 + removal + 4 * ("taylor" in self.kinds) + 2 * ("experts" in self.kinds)}
+        )
 
     def run(self) -> Scores:
         """Measure the scores."""

@@ -17,6 +17,7 @@ from secateur.reporting import figures
 from secateur.reporting.blocks import LEGEND, Block, picture
 from secateur.reporting.cells import Cell, Contents, Sample
 from secateur.reporting.commands import commands_of
+from secateur.reporting.expert_figures import removal_maps, routing_maps
 from secateur.reporting.figures import Figure
 from secateur.reporting.folders import read_folder
 from secateur.reporting.tables import cells_table, healing_lines, tasks_table
@@ -89,11 +90,12 @@ def render(contents: Contents) -> str:
 
 def _figures(contents: Contents, rows: Sequence[Row], summary: Verdict) -> dict[str, list[Figure]]:
     winner = summary.best.cell.label if summary.best is not None else None
-    scores = contents.scores
+    scores, plan = contents.scores, contents.plan()
     return {
         "quality": quality_figures(contents, rows, winner),
         "redundancy": figures.redundancy(scores) if scores else [],
-        "maps": figures.heat_maps(scores) if scores else [],
+        "maps": (figures.heat_maps(scores) + routing_maps(scores) if scores else [])
+        + removal_maps([plan] if plan is not None else []),
         "tasks": figures.task_figure(contents, rows, winner) if contents.is_study else [],
         "healing": figures.healing_curves(contents),
     }

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from secateur.errors import InputError
+from secateur.reporting.expert_figures import routing_maps
 from secateur.reporting.figures import Figure, heat_maps, redundancy
 from secateur.scores.profile import Scores
 
@@ -24,13 +27,15 @@ Span = tuple[int, int]
 def draw_scores(scores: Scores, folder: Path) -> list[Path]:
     """Draw everything these scores hold, as PNG files in a folder; return their paths.
 
-    `redundancy` has a bar for each block, the least needed quarter in orange; `cosine` and `cka` are heat maps.
+    `redundancy` has a bar for each block, the least needed quarter in orange; `cosine`, `cka` and `experts` are heat
+    maps.
     """
     maps = {one.name: one for one in heat_maps(scores)}
     pictures = {
         "redundancy": [one for one in redundancy(scores) if one.name != "taylor"],
         "cosine": [maps[name] for name in ("cosine",) if name in maps],
         "cka": [maps[name] for name in ("cka-linear", "cka-rbf") if name in maps],
+        "experts": routing_maps(scores),
     }
     drawn = {name: figures for name, figures in pictures.items() if figures}
     return [_draw(figures, folder / f"{name}.png") for name, figures in drawn.items()]
@@ -88,5 +93,7 @@ def _draw_bars(axes: Axes, figure: Figure) -> None:
 
 def _draw_map(canvas: Canvas, axes: Axes, figure: Figure) -> None:
     cells: dict[str, Any] = figure.data[0]
-    image = axes.imshow(cells["z"], vmin=cells["zmin"], vmax=cells["zmax"], cmap="viridis", origin="lower")
+    image = axes.imshow(
+        np.array(cells["z"], dtype=float), vmin=cells["zmin"], vmax=cells["zmax"], cmap="viridis", origin="lower"
+    )
     canvas.colorbar(image, ax=axes, shrink=0.85, extend="min")

@@ -17,6 +17,7 @@ from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.profile import KINDS, ONE_PASS, Kind, Matrix, Scores
 from secateur.scores.removal import RemovalProbe
+from secateur.scores.routing import routing_of
 from secateur.scores.taylor import scored_weights, taylor
 
 
@@ -44,7 +45,7 @@ def score_model(
         found["magnitude"] = weight_magnitudes(decoder)
     if windows is not None:
         check_windows(decoder, windows)
-        if decoder.changes_basis and set(kinds) - {"taylor"}:
+        if decoder.changes_basis and set(kinds) - {"taylor", "experts"}:
             raise ModelError(
                 f"{decoder.source}: the states of this sliced model are in different bases and cannot be compared; "
                 "score the dense model."
@@ -55,6 +56,8 @@ def score_model(
             found |= _removal_perplexity(decoder, windows, options)
         if "taylor" in kinds:
             found["taylor"] = tuple(taylor(decoder, windows, options=options))
+        if "experts" in kinds:
+            found["routing"] = routing_of(decoder, windows, options)
     elif set(kinds) - {"magnitude"}:
         raise InputError(f"{', '.join(kinds)}: these scores need texts.")
     texts = None if windows is None else windows.describe()

@@ -15,13 +15,14 @@ from secateur.errors import InputError, NumericsError
 from secateur.files import replace_file
 from secateur.plan.records import TextsRecord
 from secateur.reading import MIB, FileKind, from_json
+from secateur.scores.routing import Routing
 
 SCORES_FILE = FileKind("scores file", 256 * MIB)
 
 Matrix = tuple[tuple[float, ...], ...]
-Kind = Literal["cosine", "angular", "magnitude", "cka", "perplexity", "taylor"]
+Kind = Literal["cosine", "angular", "magnitude", "cka", "perplexity", "taylor", "experts"]
 
-KINDS: tuple[Kind, ...] = ("cosine", "angular", "magnitude", "cka", "perplexity", "taylor")
+KINDS: tuple[Kind, ...] = ("cosine", "angular", "magnitude", "cka", "perplexity", "taylor", "experts")
 ONE_PASS: tuple[Kind, ...] = ("cosine", "angular", "magnitude", "cka")
 
 
@@ -36,6 +37,7 @@ class Scores(BaseModel):
         cka_linear, cka_rbf: L×L, centred kernel alignment between block outputs.
         removal_perplexity: L values, perplexity with each block skipped; `perplexity` is that of the whole model.
         taylor: L values, Σ|w·∂L/∂w|.
+        routing: what the routers of a mixture of experts do.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +55,7 @@ class Scores(BaseModel):
     perplexity: float | None = None
     removal_perplexity: tuple[float, ...] | None = None
     taylor: tuple[float, ...] | None = None
+    routing: Routing | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -78,6 +81,8 @@ class Scores(BaseModel):
                 counts.add(len(value) - (name in ("cosine", "angular")))
                 if any(isinstance(row, tuple) and len(row) != len(value) for row in value):
                     raise ValueError(f"'{name}' is not square")
+            elif isinstance(value, Routing):
+                counts.add(len(value.blocks))
         if counts and min(counts) < 1:
             raise ValueError("there are scores of no blocks")
         if len(counts) > 1:
@@ -116,7 +121,7 @@ class Scores(BaseModel):
 
     def has(self, kinds: Iterable[Kind]) -> bool:
         """Return whether all of these kinds were measured."""
-        fields = {"cka": "cka_linear", "perplexity": "removal_perplexity"}
+        fields = {"cka": "cka_linear", "perplexity": "removal_perplexity", "experts": "routing"}
         return all(getattr(self, fields.get(kind, kind)) is not None for kind in kinds)
 
     def are_of(self, windows: Windows) -> bool:
