@@ -18,7 +18,7 @@ from oracles import draw_windows, forward, plain_loss, plain_states
 from secateur import heal, make_plan, open_model, prune, save
 from secateur.cli.main import app
 from secateur.data.windows import Windows
-from secateur.errors import InputError, NumericsError, TrainingWarning
+from secateur.errors import InputError, ModelError, NumericsError, TrainingWarning
 from secateur.healing.blockwise import Lesson, lessons
 from secateur.healing.data import TrainingTexts
 from secateur.healing.distill import Distillation, TeacherScores, teacher_bytes
@@ -53,8 +53,12 @@ def healed(decoder, by, **more):
 def test_it_learns_and_leaves_a_stock_model(by, name, tiny):
     dense = tiny(name)
     pruned = cut(dense)
+    if by == "router" and name != "mixtral":
+        with pytest.raises(ModelError, match="no router to train"):
+            healed(pruned, by)
+        return
     before = copy.deepcopy(pruned.module.state_dict())
-    rate = 1e-4 if name == "mixtral" else 1e-3
+    rate = 1e-4 if name == "mixtral" and by != "router" else 1e-3
     result = healed(pruned, by, teacher=dense, settings={"learning_rate": rate})
     assert type(result.module) is type(dense.module)
     assert result.module.state_dict().keys() == before.keys()
@@ -63,13 +67,15 @@ def test_it_learns_and_leaves_a_stock_model(by, name, tiny):
     facts = result.history[-1]["healing"]
     runs = facts["blocks"].values() if by == "blocks" else [facts]
     assert all(run["best_loss"] < run["start_loss"] for run in runs)
-    if by in ("lora", "last-layers", "full"):
+    if by in ("lora", "last-layers", "full", "router"):
         assert plain_loss(result.module, Windows.of(WINDOWS.tokens[5:])) == pytest.approx(facts["best_loss"], rel=1e-3)
     changed = {key for key, tensor in result.module.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed
     blocks = f"{dense.anatomy.family.blocks}."
     if by == "last-layers":
         assert not any(key.startswith(tuple(f"{blocks}{index}." for index in range(3))) for key in changed)
+    if by == "router":
+        assert all(key.endswith("mlp.gate.weight") for key in changed)
     if by == "lora":
         assert all(key.startswith(blocks) and "norm" not in key and "ln_" not in key for key in changed)
     if by == "blocks":

@@ -60,7 +60,7 @@ class LoraSettings(HealingSettings):
 class DistillSettings(LoraSettings):
     """Settings of `distill`."""
 
-    trains: Trained = Field("full", description="which weights are trained: full, last-layers, lora")
+    trains: Trained = Field("full", description="which weights are trained: full, last-layers, lora, router")
     temperature: float = Field(1.0, gt=0, description="temperature that divides the logits of both models")
     hidden_weight: float = Field(
         0.0, ge=0, description="weight of the error of each block's input, added to the divergence of the logits"
@@ -255,6 +255,13 @@ HEALING_RECIPES: Mapping[str, HealingRecipe] = {
             settings=HealingSettings,
             heal=_by_language("last-layers"),
             passes=2.0,
+        ),
+        HealingRecipe(
+            name="router",
+            summary="what sends tokens to the experts of a mixture, and nothing else",
+            settings=HealingSettings,
+            heal=_by_language("router"),
+            passes=2.5,
         ),
         HealingRecipe(name="full", summary="all weights on text", settings=HealingSettings, heal=_by_language("full")),
         HealingRecipe(

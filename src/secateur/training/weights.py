@@ -17,9 +17,10 @@ from secateur.errors import InputError, ModelError
 from secateur.models.anatomy import find, present, resolve
 from secateur.models.decoder import Decoder
 from secateur.models.depth import with_blocks
+from secateur.models.experts import has_experts
 from secateur.models.fingerprint import of_edit
 
-Trained = Literal["lora", "last-layers", "full"]
+Trained = Literal["lora", "last-layers", "full", "router"]
 
 LAST_BLOCKS = 3
 """Number of blocks that `last-layers` trains besides the head."""
@@ -57,15 +58,16 @@ def prepare(
 
     Args:
         decoder: the model, in memory.
-        which: `full`: all weights; `last-layers`: the head, the final norm and the last three blocks; `lora`: low-rank
-            updates of the linear layers of all blocks (Hu et al. 2021), merged back by `finish`.
+        which: `full`: all weights; `last-layers`: the head, the final norm and the last three blocks; `router`: what
+            sends tokens to experts; `lora`: low-rank updates of the linear layers of all blocks (Hu et al. 2021), merged
+            back by `finish`.
         mixed: keep weights that are not trained in their dtype; otherwise they too are copied to float32.
         rank, alpha, dropout: of `lora`.
         seed: random seed of the initial updates.
 
     Raises:
         InputError: the decoder is a skeleton.
-        ModelError: `lora` finds no linear layers.
+        ModelError: `lora` finds no linear layers, or `router` no router.
     """
     if decoder.is_skeleton:
         raise InputError(
@@ -75,7 +77,9 @@ def prepare(
     if which == "lora":
         return _with_lora(decoder, rank, alpha, dropout, seed)
     module = _copy(decoder)
-    chosen = [name for name, _ in module.named_parameters() if which == "full" or _is_last(decoder, name)]
+    chosen = [name for name, _ in module.named_parameters() if _is_chosen(decoder, which, name)]
+    if not chosen:
+        raise ModelError(f"{decoder.source}: it has no experts, and so no router to train; heal with another recipe.")
     replace_parameters(module, chosen, lambda _, tensor: nn.Parameter(tensor.detach().clone().float()))
     if not mixed:
         in_float32(module)
@@ -112,6 +116,20 @@ def in_float32(module: PreTrainedModel) -> None:
     """Replace weights of lower precision in a module by float32 copies."""
     less = [name for name, one in module.named_parameters() if one.dtype in (torch.bfloat16, torch.float16)]
     replace_parameters(module, less, lambda _, one: nn.Parameter(one.detach().float(), requires_grad=one.requires_grad))
+
+
+def _is_chosen(decoder: Decoder, which: Trained, name: str) -> bool:
+    if which == "router":
+        return _is_of_router(decoder, name)
+    return which == "full" or _is_last(decoder, name)
+
+
+def _is_of_router(decoder: Decoder, name: str) -> bool:
+    family = decoder.anatomy.family
+    block = re.match(rf"{re.escape(family.blocks)}\.(\d+)\.(.*)", name)
+    if block is None or not has_experts(decoder.block_list[int(block.group(1))], family):
+        return False
+    return any(f"{block.group(2)}.".startswith(f"{path}.") for path in family.router)
 
 
 def _is_last(decoder: Decoder, name: str) -> bool:
