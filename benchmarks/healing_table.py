@@ -28,7 +28,9 @@ PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "healing.png"
 def main(words: list[str]) -> None:
     """Heal and measure; what a model has no use for is left out: the dense one needs no teacher."""
     cuts = [name for name in CUTS if name in words] or list(CUTS)
-    rungs = [name for name in HEALING_RECIPES if name in words] or [name for name in HEALING_RECIPES if name != "router"]
+    rungs = [name for name in HEALING_RECIPES if name in words] or [
+        name for name in HEALING_RECIPES if name != "router"
+    ]
     amounts = [int(word) for word in words if word.isdecimal()] or list(TOKENS)
     model = secateur.open_model("bundled")
     held_out = windows_for(model, "python-stdlib", windows=64, split="held-out")
