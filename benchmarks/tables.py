@@ -8,6 +8,7 @@
 * `searched`: `auto` and the single methods it tried; `quantised`, `stability`;
 * `robustness`: what came of mutated files and of killed commands;
 * `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches.
+* `experts`: what fewer experts cost a small trained mixture.
 
 Where something was measured several times, the last line counts.
 """
@@ -213,6 +214,32 @@ def allocation() -> str:
     return markdown(("", *(f"{amount:.0%}" for amount in amounts)), rows)
 
 
+def experts() -> str:
+    """Put the ways to have fewer experts beside each other: perplexity on both texts, and the mean of their ratios."""
+    found: dict[str, dict[int, Record]] = {}
+    for one in _records("experts_table"):
+        found.setdefault(one["setting"]["method"], {})[one["setting"]["experts"]] = one["found"]
+    counts = sorted({count for cells in found.values() for count in cells}, reverse=True)
+    rows = [
+        [_expert_label(label), *(_on_both(cells.get(count)) for count in counts)] for label, cells in found.items()
+    ]
+    return markdown(("", *(f"{count} of 16" for count in counts)), rows)
+
+
+def _expert_label(label: str) -> str:
+    method, _, more = label.partition(" ")
+    name = f"`{method}`" if method in METHODS else method
+    if more == "router":
+        return f"{name}, healed with `router`"
+    return f"{name}, `{more}=true`" if more == "repair" else f"{name}, `{more}`" if more else name
+
+
+def _on_both(found: Record | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found['python-stdlib']:.1f}, {found['python-docs']:.1f} (× {found['ratio']:.3f})"
+
+
 def searched() -> str:
     """Put `auto` beside the single methods it tried: perplexity, plans measured, processor seconds."""
     found: dict[str, dict[float, Record]] = {}
@@ -247,6 +274,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "robustness": robustness,
     "ablation": ablation,
     "allocation": allocation,
+    "experts": experts,
 }
 
 

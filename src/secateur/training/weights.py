@@ -59,8 +59,8 @@ def prepare(
     Args:
         decoder: the model, in memory.
         which: `full`: all weights; `last-layers`: the head, the final norm and the last three blocks; `router`: what
-            sends tokens to experts; `lora`: low-rank updates of the linear layers of all blocks (Hu et al. 2021), merged
-            back by `finish`.
+            sends tokens to experts; `lora`: low-rank updates of the linear layers of all blocks (Hu et al. 2021),
+            merged back by `finish`.
         mixed: keep weights that are not trained in their dtype; otherwise they too are copied to float32.
         rank, alpha, dropout: of `lora`.
         seed: random seed of the initial updates.
