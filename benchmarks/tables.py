@@ -220,9 +220,7 @@ def experts() -> str:
     for one in _records("experts_table"):
         found.setdefault(one["setting"]["method"], {})[one["setting"]["experts"]] = one["found"]
     counts = sorted({count for cells in found.values() for count in cells}, reverse=True)
-    rows = [
-        [_expert_label(label), *(_on_both(cells.get(count)) for count in counts)] for label, cells in found.items()
-    ]
+    rows = [[_expert_label(label), *(_on_both(cells.get(count)) for count in counts)] for label, cells in found.items()]
     return markdown(("", *(f"{count} of 16" for count in counts)), rows)
 
 

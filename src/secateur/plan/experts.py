@@ -176,6 +176,10 @@ Grouping = Literal["nearest", "salient"]
 """Which experts are merged: each with the most similar one that stays, or the most salient take the most similar."""
 
 
+Average = Literal["saliency", "frequency"]
+"""What the weights of merged experts are averaged by."""
+
+
 class MergeExperts(FewerExperts):
     """Merge experts into those that stay, block after block, each measured on the model as merged so far.
 
@@ -185,6 +189,7 @@ class MergeExperts(FewerExperts):
         keep: the number of experts each block with experts keeps.
         grouping: which are merged.
         group: largest number of experts merged into one, with itself.
+        average: what weights are averaged by.
         align: match the channels of merged experts before averaging.
     """
 
@@ -194,6 +199,7 @@ class MergeExperts(FewerExperts):
     keep: int = Field(ge=1)
     grouping: Grouping
     group: int = Field(ge=2)
+    average: Average = "saliency"
     align: bool = True
 
     def counts(self) -> tuple[int, ...]:
