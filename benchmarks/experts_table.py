@@ -40,6 +40,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "reap repair": ("reap", {"repair": True}),
     "ream align=false": ("ream", {"align": False}),
     "ream grouping=salient": ("ream", {"grouping": "salient"}),
+    "ream average=frequency": ("ream", {"average": "frequency"}),
     "reap router": ("reap", {}),
     "ream router": ("ream", {}),
 }

@@ -119,12 +119,12 @@ def test_groups_of_merged_experts():
     similarity[[0, 1], [2, 2]] = torch.tensor([0.1, 0.9])
     similarity[[0, 1], [3, 3]] = torch.tensor([0.2, 0.8])
     similarity[[0, 1], [4, 4]] = torch.tensor([0.3, 0.7])
-    nearest = grouped(saliency, similarity, (0, 1), MergeRule(reap, "nearest", 3))
+    nearest = grouped(saliency, similarity, (0, 1), MergeRule(reap, reap, "nearest", 3))
     assert nearest == {0: (4,), 1: (2, 3)}, "the group of 1 is full when it is 4's turn"
-    assert grouped(saliency, similarity, (0, 1), MergeRule(reap, "nearest", 4)) == {0: (), 1: (2, 3, 4)}
-    assert grouped(saliency, similarity, (0, 1), MergeRule(reap, "salient", 3)) == {0: (4, 3), 1: (2,)}
+    assert grouped(saliency, similarity, (0, 1), MergeRule(reap, reap, "nearest", 4)) == {0: (), 1: (2, 3, 4)}
+    assert grouped(saliency, similarity, (0, 1), MergeRule(reap, reap, "salient", 3)) == {0: (4, 3), 1: (2,)}
     with pytest.raises(InputError, match="no room for 5 experts"):
-        grouped(saliency, similarity, (0, 1), MergeRule(reap, "salient", 2))
+        grouped(saliency, similarity, (0, 1), MergeRule(reap, reap, "salient", 2))
 
 
 def test_refitting_brings_the_output_closer_to_the_dense_models(exact):

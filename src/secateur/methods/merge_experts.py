@@ -1,6 +1,6 @@
 """REAM: merge experts of a mixture instead of removing them.
 
-"REAM: Merging Improves Pruning of Experts in LLMs" (arXiv:2604.04356); departures are listed in
+Jha et al. 2026, "REAM: Merging Improves Pruning of Experts in LLMs" (arXiv:2604.04356); departures are listed in
 `surgery/experts/merging.py`.
 """
 
@@ -14,8 +14,8 @@ from secateur.methods.budget import Budget
 from secateur.methods.drop_experts import ExpertSettings, experts_to_keep, require_same_experts
 from secateur.methods.method import Applied, Measurements, applies, method
 from secateur.models.experts import mixture_of
-from secateur.plan.experts import Grouping, MergeExperts, merge_forwards
-from secateur.scores.experts import reap
+from secateur.plan.experts import Average, Grouping, MergeExperts, merge_forwards
+from secateur.scores.experts import frequency, reap
 from secateur.surgery.experts.merging import MergeRule, merge_experts
 
 
@@ -28,6 +28,9 @@ class ReamSettings(ExpertSettings):
         "take the most similar ones (salient, the paper's)",
     )
     group: int = Field(16, ge=2, description="largest number of experts merged into one")
+    average: Average = Field(
+        "saliency", description="weights are averaged by S_j (saliency), or by the number of tokens (frequency)"
+    )
     align: bool = Field(True, description="match the channels of merged experts before averaging")
 
 
@@ -35,7 +38,7 @@ class ReamSettings(ExpertSettings):
     order=60,
     name="ream",
     summary="merge experts into similar ones that stay, channels matched, block after block",
-    paper="REAM: Merging Improves Pruning of Experts in LLMs (2026)",
+    paper="Jha et al. 2026, REAM",
     settings=ReamSettings,
     native=None,
     forwards=lambda _blocks, _gone, _settings: 0.0,
@@ -60,6 +63,7 @@ def decide_ream(measurements: Measurements, settings: ReamSettings, budget: Budg
             keep=keep,
             grouping=settings.grouping,
             group=settings.group,
+            average=settings.average,
             align=settings.align,
         ),
     )
@@ -75,7 +79,8 @@ def apply(measurements: Measurements, step: MergeExperts) -> Applied:
         NumericsError: NaN or infinity on the way.
     """
     require_same_experts(measurements.decoder, step.sizes)
-    rule = MergeRule(reap, step.grouping, step.group, step.align)
+    average = reap if step.average == "saliency" else frequency
+    rule = MergeRule(reap, average, step.grouping, step.group, step.align)
     found = merge_experts(
         measurements.decoder, measurements.need_windows(), step.keep, rule, options=measurements.options
     )

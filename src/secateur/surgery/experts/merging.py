@@ -1,9 +1,9 @@
 """Merge experts into the ones that stay, block after block, each measured on the model as merged so far.
 
-REAM: "REAM: Merging Improves Pruning of Experts in LLMs" (arXiv:2604.04356). In each block the experts of highest
-saliency stay (REAP's S_j); every other expert is merged into one of them that is similar in what it writes and in what
+REAM: Jha et al. 2026, "REAM: Merging Improves Pruning of Experts in LLMs" (arXiv:2604.04356). In each block the experts
+of highest saliency stay (REAP's S_j); every other expert is merged into one of them that is similar in what it writes and in what
 the router gives it. Channels of merged experts are matched first, because an expert computes the same in any order of
-its channels. Weights are averaged by saliency, and rows of the router go with the experts that go.
+its channels. Weights are averaged by saliency or frequency, and rows of the router go with the experts that go.
 
 Departures from the paper: similarities take all tokens of a sample at once, weighted by router probabilities, not token
 by token; router logits are centred for each token; channels are matched by their weights, not also by activations.
@@ -50,13 +50,15 @@ class MergeRule:
     """How experts are merged.
 
     Attributes:
-        saliency: the score of each expert of a block, (E,), by which they stay and are averaged.
+        saliency: the score of each expert of a block, (E,), by which they stay.
+        average: what the weights of merged experts are averaged by, (E,).
         grouping: which are merged; see `grouped`.
         group: largest number of experts merged into one, with itself.
         align: match the channels of merged experts before averaging.
     """
 
     saliency: Callable[[RoutingSums], torch.Tensor]
+    average: Callable[[RoutingSums], torch.Tensor]
     grouping: Grouping
     group: int
     align: bool = True
@@ -133,28 +135,28 @@ def grouped(saliency: torch.Tensor, similarity: torch.Tensor, stay: Sequence[int
 
 
 def merged(
-    tensors: Tensors, couplings: Couplings, groups: Groups, saliency: torch.Tensor, *, align: bool = True
+    tensors: Tensors, couplings: Couplings, groups: Groups, weight: torch.Tensor, *, align: bool = True
 ) -> Tensors:
-    """Return the tensors of the experts that stay, (K, …), each averaged by saliency with those merged into it.
+    """Return the tensors of the experts that stay, (K, …), each averaged with those merged into it.
 
     Args:
         tensors: those of the module with the experts, (E, …).
         couplings: which slices of them belong to which channel.
         groups: what is merged into which.
-        saliency: of each expert, (E,); if that of a group is 0, its members count the same.
+        weight: of each expert in the average, (E,); if those of a group are 0, its members count the same.
         align: match channels first: of all orders of an expert's channels, take the one that brings its weights closest
             to those it is merged into, in squared distance.
     """
     found: dict[str, list[torch.Tensor]] = {name: [] for name in tensors}
     for own, members in groups.items():
-        weights = saliency[[own, *members]].double()
+        weights = weight[[own, *members]].double()
         weights = weights / weights.sum() if float(weights.sum()) > 0 else torch.full_like(weights, 1 / len(weights))
         sums = {name: float(weights[0]) * tensor[own].float() for name, tensor in tensors.items()}
         features = channel_features(tensors, couplings, own) if members and align else None
-        for member, weight in zip(members, weights[1:].tolist(), strict=True):
+        for member, share in zip(members, weights[1:].tolist(), strict=True):
             order = None if features is None else _matching(features, channel_features(tensors, couplings, member))
             for name, tensor in tensors.items():
-                sums[name] += weight * _in_order(tensor[member].float(), name, couplings, order)
+                sums[name] += share * _in_order(tensor[member].float(), name, couplings, order)
         for name, total in sums.items():
             found[name].append(total)
     return {name: torch.stack(parts).to(tensors[name].dtype) for name, parts in found.items()}
@@ -269,5 +271,5 @@ def _merge_block(
     couplings = couplings_of(block, family, block_widths(decoder, index))
     inside = {name: tensor for name, tensor in tensors.items() if name.startswith(path)}
     rest = without_experts({n: t for n, t in tensors.items() if n not in inside}, new.axes(index), stay)
-    new.put(index, rest | merged(inside, couplings, groups, saliency, align=rule.align))
+    new.put(index, rest | merged(inside, couplings, groups, rule.average(sums), align=rule.align))
     return groups
