@@ -71,11 +71,14 @@ def mixture_of(decoder: Decoder) -> Mixture:
             f"{decoder.source}: experts of a model with its modelling file cannot be removed; remove them from the "
             "dense model first, then slice."
         )
-    if not family.expert_counts:
+    if not any(has_experts(block, family) for block in decoder.block_list):
         raise ModelError(f"{decoder.source}: a {family.model_type} has no experts.")
+    if not family.expert_counts:
+        raise ModelError(
+            f"{decoder.source}: experts of '{family.model_type}' cannot be removed: the table of families does not say "
+            "where its configuration counts them. See docs/add-a-family.md."
+        )
     sizes = tuple(_sizes(decoder, index) for index in range(decoder.block_count))
-    if not any(sizes):
-        raise ModelError(f"{decoder.source}: none of its blocks has experts.")
     groups, chosen_groups = (getattr(config, name, None) or 1 for name in family.expert_groups or ("", ""))
     return Mixture(sizes, int(getattr(config, family.experts_per_token)), int(groups), int(chosen_groups))
 

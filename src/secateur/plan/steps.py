@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from secateur.plan.depth import DropBlocks, LinearReplacement, MergeBlocks, Rule, Span
+from secateur.plan.experts import DropExperts, ExpertSizes, MergeExperts, RefitExperts
 from secateur.plan.hidden import Signals, SliceHidden, StreamSizes
 from secateur.plan.replace import Loss, Network, Pairs, ReplaceBlocks
 from secateur.plan.step import AnyStep, Sizes, Step
@@ -15,12 +16,16 @@ __all__ = [
     "BlockSizes",
     "Choice",
     "DropBlocks",
+    "DropExperts",
+    "ExpertSizes",
     "LinearReplacement",
     "Loss",
     "MergeBlocks",
+    "MergeExperts",
     "Network",
     "Pairs",
     "PruneWidth",
+    "RefitExperts",
     "Removal",
     "ReplaceBlocks",
     "Rule",

@@ -1,9 +1,10 @@
 """Merge experts into the ones that stay, block after block, each measured on the model as merged so far.
 
 REAM: Jha et al. 2026, "REAM: Merging Improves Pruning of Experts in LLMs" (arXiv:2604.04356). In each block the experts
-of highest saliency stay (REAP's S_j); every other expert is merged into one of them that is similar in what it writes and in what
-the router gives it. Channels of merged experts are matched first, because an expert computes the same in any order of
-its channels. Weights are averaged by saliency or frequency, and rows of the router go with the experts that go.
+of highest saliency stay (REAP's S_j); every other expert is merged into one of them that is similar in what it writes
+and in what the router gives it. Channels of merged experts are matched first, because an expert computes the same in
+any order of its channels. Weights are averaged by saliency or frequency, and rows of the router go with the experts
+that go.
 
 Departures from the paper: similarities take all tokens of a sample at once, weighted by router probabilities, not token
 by token; router logits are centred for each token; channels are matched by their weights, not also by activations.
