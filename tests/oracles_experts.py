@@ -24,6 +24,20 @@ def entering_mixtures(module: nn.Module, tokens: torch.Tensor) -> dict[int, torc
     return found
 
 
+@torch.no_grad()
+def outputs(module: nn.Module, tokens: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Return what leaves each block, (windows, positions, d)."""
+    found: dict[int, torch.Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output, number=number: found.__setitem__(number, output))
+        for number, layer in enumerate(module.model.layers)
+    ]
+    module(input_ids=tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def expert(mlp: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
     """Return what one expert writes for one token."""
     both = mlp.experts.gate_up_proj[number] @ x

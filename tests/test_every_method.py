@@ -56,6 +56,7 @@ CASES = [
     ("reap", FEWER, {}),
     ("reap", FEWER, {"repair": True}),
     ("ream", FEWER, {}),
+    ("ream", FEWER, {"repair": True}),
     ("auto", SHARE, {"trials": 3, "depth": "replaceme,streamline", "width": "none,obs-width"}),
 ]
 ALIKE = {"wanda-sp", "llm-pruner", "minitron-width", "expert-frequency", "expert-activation"}

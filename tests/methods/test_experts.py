@@ -20,8 +20,15 @@ from secateur.models.experts import Mixture, expert_axes, mixture_of
 from secateur.models.families import FAMILIES
 from secateur.models.widths import block_widths
 from secateur.plan.experts import ExpertSizes
-from secateur.scores.experts import SALIENCY, reap
-from secateur.surgery.experts.merging import MergeRule, SimilaritySums, channel_features, grouped, merged
+from secateur.scores.experts import SALIENCY, frequency, reap
+from secateur.surgery.experts.merging import (
+    MergeRule,
+    SimilaritySums,
+    channel_features,
+    grouped,
+    merge_experts,
+    merged,
+)
 from secateur.surgery.experts.refit import refit_experts
 from secateur.surgery.experts.removal import best_experts, require_stock_count
 from secateur.surgery.width.coupling import couplings_of
@@ -143,6 +150,19 @@ def test_refitting_brings_the_output_closer_to_the_dense_models(exact):
     assert float((written - dense).square().sum()) < 0.9 * float((plain - dense).square().sum())
     assert torch.equal(new.experts.gate_up_proj, mlp.experts.gate_up_proj[list(kept[0])])
     assert [fit["ridge"] for fit in found.fits] == [[0.1, 0.1]] * len(found.fits)
+
+
+def test_merged_experts_can_be_refitted_too(exact):
+    windows = Windows.of(torch.randint(0, VOCABULARY, (24, 16), generator=torch.Generator().manual_seed(2)))
+    merging = MergeRule(reap, frequency, "nearest", 4)
+    plain, refitted = (merge_experts(exact, windows, 2, merging, ridge=ridge) for ridge in (None, 0.1))
+    assert plain.groups[0] == refitted.groups[0]
+    assert plain.fits == []
+    assert [fit["ridge"] for fit in refitted.fits] == [[0.1, 0.1]] * len(refitted.groups)
+    dense, merged, closer = (
+        oracle.outputs(one.module, windows.tokens)[0] for one in (exact, plain.decoder, refitted.decoder)
+    )
+    assert float((closer - dense).square().sum()) < 0.9 * float((merged - dense).square().sum())
 
 
 def _two(mlp, kept, x):

@@ -141,7 +141,7 @@ class Asking:
 class Learning:
     """Healing recipe, training texts and settings."""
 
-    with_: Annotated[str, typer.Option("--with", help="lora, last-layers, full, distill, blocks.")] = "lora"
+    with_: Annotated[str, typer.Option("--with", help="lora, last-layers, router, full, distill, blocks.")] = "lora"
     texts: Annotated[str | None, typer.Option(help="Text source: see `secateur texts`. (default: diverse)")] = None
     tokens: Annotated[str, typer.Option(help="Maximum number of training tokens: 500k, 10M.")] = "1M"
     instructions: Annotated[

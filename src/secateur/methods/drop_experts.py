@@ -35,15 +35,6 @@ class ExpertSettings(MethodSettings):
     divisor: int = Field(
         1, ge=1, description="the number of experts stays a multiple of this, such as the degree of expert parallelism"
     )
-
-    def own_amount(self) -> Budget | None:
-        """Return the number of experts, if it is given."""
-        return None if self.experts is None else Budget("own", self.experts, knob="experts")
-
-
-class DropSettings(ExpertSettings):
-    """Settings of methods that drop experts."""
-
     repair: bool = Field(
         False,
         description="refit what the remaining experts write by least squares, where that is better on held-out windows",
@@ -51,6 +42,10 @@ class DropSettings(ExpertSettings):
     ridge: PositiveFloat | Literal["auto"] = Field(
         "auto", description="regularisation toward the original weights; by default chosen on held-out windows"
     )
+
+    def own_amount(self) -> Budget | None:
+        """Return the number of experts, if it is given."""
+        return None if self.experts is None else Budget("own", self.experts, knob="experts")
 
 
 def experts_to_keep(decoder: Decoder, mixture: Mixture, settings: ExpertSettings, budget: Budget) -> int:
@@ -95,10 +90,10 @@ def warn_of_idle(sums: Sequence[RoutingSums | None]) -> None:
         )
 
 
-def decide_by(criterion: Criterion) -> Callable[[Measurements, DropSettings, Budget], Sequence[DropExperts]]:
+def decide_by(criterion: Criterion) -> Callable[[Measurements, ExpertSettings, Budget], Sequence[DropExperts]]:
     """Create the function that keeps the experts of highest score."""
 
-    def decide(measurements: Measurements, settings: DropSettings, budget: Budget) -> Sequence[DropExperts]:
+    def decide(measurements: Measurements, settings: ExpertSettings, budget: Budget) -> Sequence[DropExperts]:
         decoder = measurements.decoder
         mixture = mixture_of(decoder)
         keep = experts_to_keep(decoder, mixture, settings, budget)
@@ -125,7 +120,7 @@ def _drop_method(name: Criterion, summary: str, paper: str) -> None:
         name=name,
         summary=summary,
         paper=paper,
-        settings=DropSettings,
+        settings=ExpertSettings,
         native=None,
         forwards=lambda _blocks, _gone, _settings: 2.0,
         apply_forwards=lambda settings, _tokens: refit_forwards() if settings.repair else 0.0,

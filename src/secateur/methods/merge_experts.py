@@ -42,7 +42,7 @@ class ReamSettings(ExpertSettings):
     settings=ReamSettings,
     native=None,
     forwards=lambda _blocks, _gone, _settings: 0.0,
-    apply_forwards=lambda _settings, _tokens: merge_forwards(),
+    apply_forwards=lambda settings, _tokens: merge_forwards(repair=settings.repair),
 )
 def decide_ream(measurements: Measurements, settings: ReamSettings, budget: Budget) -> Sequence[MergeExperts]:
     """Decide how many experts stay; which, and what is merged into them, is measured when the step is applied.
@@ -65,6 +65,8 @@ def decide_ream(measurements: Measurements, settings: ReamSettings, budget: Budg
             group=settings.group,
             average=settings.average,
             align=settings.align,
+            repair=settings.repair,
+            ridge=settings.ridge,
         ),
     )
 
@@ -82,7 +84,12 @@ def apply(measurements: Measurements, step: MergeExperts) -> Applied:
     average = reap if step.average == "saliency" else frequency
     rule = MergeRule(reap, average, step.grouping, step.group, step.align)
     found = merge_experts(
-        measurements.decoder, measurements.need_windows(), step.keep, rule, options=measurements.options
+        measurements.decoder,
+        measurements.need_windows(),
+        step.keep,
+        rule,
+        ridge=step.ridge if step.repair else None,
+        options=measurements.options,
     )
     merged = [
         {"block": block, "into": own, "experts": list(members)}
@@ -90,4 +97,4 @@ def apply(measurements: Measurements, step: MergeExperts) -> Applied:
         for own, members in groups.items()
         if members
     ]
-    return Applied(found.decoder, {"merged_experts": merged})
+    return Applied(found.decoder, {"merged_experts": merged} | ({"repair": found.fits} if found.fits else {}))

@@ -191,6 +191,8 @@ class MergeExperts(FewerExperts):
         group: largest number of experts merged into one, with itself.
         average: what weights are averaged by.
         align: match the channels of merged experts before averaging.
+        repair: refit what the experts write, so that blocks write what those of the dense model do.
+        ridge: ridge of that fit; "auto" is chosen on held-out windows.
     """
 
     measures: ClassVar[bool] = True
@@ -201,6 +203,8 @@ class MergeExperts(FewerExperts):
     group: int = Field(ge=2)
     average: Average = "saliency"
     align: bool = True
+    repair: bool = False
+    ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
 
     def counts(self) -> tuple[int, ...]:
         """Return how many experts each block keeps."""
@@ -208,11 +212,11 @@ class MergeExperts(FewerExperts):
 
     def forwards(self, tokens: int) -> float:
         """Return the cost of measuring each block and running it once merged."""
-        return merge_forwards()
+        return merge_forwards(repair=self.repair)
 
     def describe(self) -> tuple[str, str]:
         """Describe what remains."""
-        return "merges", f"into {self._extent()}"
+        return "merges", f"into {self._extent()}" + ("; output projections refitted" if self.repair else "")
 
 
 def refit_forwards() -> float:
@@ -220,6 +224,6 @@ def refit_forwards() -> float:
     return 3.5
 
 
-def merge_forwards() -> float:
+def merge_forwards(*, repair: bool) -> float:
     """Return the cost of merging experts, in plain forward passes; similarities take a sample of the tokens."""
-    return 3.0
+    return 3.0 + 2.5 * repair

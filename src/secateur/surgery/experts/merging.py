@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from secateur.calibration.ridge import Ridge
 from secateur.calibration.routing import Routed, RoutingSums, add_routed, expert_outputs, routed_step
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.store import StateStore
-from secateur.calibration.walk import Batch, open_store, step, stored_start
+from secateur.calibration.walk import Batch
 from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.models.anatomy import saved_tensors
@@ -34,6 +35,7 @@ from secateur.models.widths import block_widths
 from secateur.plan.experts import Grouping
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.assembly import Tensors
+from secateur.surgery.experts.refit import rebuild_experts
 from secateur.surgery.experts.removal import ExpertAssembly, best_experts
 from secateur.surgery.width.coupling import Couplings, couplings_of
 
@@ -205,15 +207,23 @@ class Merged:
     Attributes:
         decoder: the model.
         groups: for each block with experts, what was merged into which.
+        fits: how output projections were refitted, as in `Rebuilt`.
     """
 
     decoder: Decoder
     groups: dict[int, Groups]
+    fits: list[dict[str, Any]]
 
 
 @torch.no_grad()
 def merge_experts(
-    decoder: Decoder, windows: Windows, keep: int, rule: MergeRule, *, options: RunOptions = DEFAULTS
+    decoder: Decoder,
+    windows: Windows,
+    keep: int,
+    rule: MergeRule,
+    *,
+    ridge: Ridge | None = None,
+    options: RunOptions = DEFAULTS,
 ) -> Merged:
     """Merge the experts of every block until `keep` are left in each; the given model stays as it is.
 
@@ -222,27 +232,21 @@ def merge_experts(
         windows: calibration windows.
         keep: number of experts each block keeps.
         rule: how they are merged.
+        ridge: of the refit of what they write, as in `rebuild_experts`; None refits nothing.
         options: batch size and progress.
 
     Raises:
         InputError: a model with that many experts is impossible, or the groups have no room for all.
-        ModelError: the model has no experts that can be removed.
+        ModelError: the model has no experts that can be removed, or none that can be refitted.
         NumericsError: NaN or infinity on the way.
     """
-    new, groups = ExpertAssembly(decoder, keep), dict[int, Groups]()
-    with open_store(decoder) as store:
-        batches = stored_start(decoder, windows, store, options.batch_size)
-        blocks = range(decoder.block_count)
-        for index in options.progress(blocks, "merging experts block by block", len(blocks)):
-            with decoder.block(index):
-                if new.mixture.sizes[index] is None:
-                    new.keep(index, ())
-                else:
-                    groups[index] = _merge_block(decoder, new, index, (keep, rule), batches, store)
-                for batch in batches:
-                    store.put(batch.index, step(new.decoder, index, batch, store.get(batch.index)))
-                new.finish(index)
-    return Merged(new.result(), groups)
+    groups = dict[int, Groups]()
+
+    def merge(new: ExpertAssembly, index: int, batches: Sequence[Batch], store: StateStore) -> None:
+        groups[index] = _merge_block(decoder, new, index, (keep, rule), batches, store)
+
+    found = rebuild_experts(decoder, windows, keep, merge, ridge=ridge, options=options)
+    return Merged(found.decoder, groups, found.fits)
 
 
 def _merge_block(

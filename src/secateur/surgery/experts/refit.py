@@ -1,4 +1,4 @@
-"""Drop experts, and refit what the others write so that the block writes what that of the dense model does.
+"""Build a model with fewer experts, and refit what they write so that blocks write what those of the dense model do.
 
 Once experts are gone, a block lacks m(x), the difference of the dense model's state after the block and its own. With
 h_j the channels of expert j and g_j its weight, the output projections D_j change by Δ_j. If the weights of a token sum
@@ -15,7 +15,7 @@ The bound and its use are secateur's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +39,18 @@ from secateur.surgery.width.repair import choose_fit, described
 _TINY = 1e-30
 
 
+SetBlock = Callable[[ExpertAssembly, int, Sequence[Batch], StateStore], None]
+"""Sets a block of the new model that has experts, given the states before it, in the store under the batch's index."""
+
+
 @dataclass(frozen=True)
-class Refitted:
+class Rebuilt:
     """A model with fewer experts.
 
     Attributes:
         decoder: the model.
-        fits: for each block with experts, the ridge of every expert and its errors on held-out windows.
+        fits: for each block with experts, the ridge of every expert and its errors on held-out windows; empty if
+            nothing was refitted.
     """
 
     decoder: Decoder
@@ -53,6 +58,56 @@ class Refitted:
 
 
 @torch.no_grad()
+def rebuild_experts(
+    decoder: Decoder,
+    windows: Windows,
+    keep: int,
+    set_block: SetBlock,
+    *,
+    ridge: Ridge | None,
+    options: RunOptions = DEFAULTS,
+) -> Rebuilt:
+    """Build a model with fewer experts block by block, each block on the states that the new blocks before it give.
+
+    Args:
+        decoder: the model; it stays as it is.
+        windows: calibration windows.
+        keep: number of experts each block with experts keeps.
+        set_block: sets such a block of the new model; the weights of the dense one are present.
+        ridge: refit output projections with this λ, in mean diagonals of the Gram matrix of each expert's channels, or
+            "auto"; None leaves them as they were set.
+        options: batch size and progress.
+
+    Raises:
+        InputError: a model with that many experts in each block is impossible.
+        ModelError: the model has no experts that can be removed, or a norm behind them that a refit does not know.
+        NumericsError: NaN or infinity on the way.
+    """
+    if ridge is not None and not writes_stream(decoder):
+        raise ModelError(f"{decoder.source}: its experts write into a norm, not the residual stream; leave out repair.")
+    new, folds, fits = ExpertAssembly(decoder, keep), folds_of(windows), list[dict[str, Any]]()
+    with open_store(decoder) as store:
+        batches = stored_start(decoder, windows, store, options.batch_size)
+        for batch in batches if ridge is not None else ():
+            store.put(_of_dense(batch), store.get(batch.index))
+        blocks = range(decoder.block_count)
+        for index in options.progress(blocks, "fewer experts, block by block", len(blocks)):
+            with decoder.block(index):
+                if new.mixture.sizes[index] is None:
+                    new.keep(index, ())
+                else:
+                    set_block(new, index, batches, store)
+                if ridge is not None:
+                    for batch in batches:
+                        store.put(_of_dense(batch), step(decoder, index, batch, store.get(_of_dense(batch))))
+                    if new.mixture.sizes[index] is not None:
+                        fits.append(_refit(new, index, (folds, ridge), batches, store))
+                for batch in batches:
+                    store.put(batch.index, step(new.decoder, index, batch, store.get(batch.index)))
+                new.finish(index)
+    return Rebuilt(new.result(), fits)
+
+
 def refit_experts(
     decoder: Decoder,
     windows: Windows,
@@ -60,41 +115,20 @@ def refit_experts(
     *,
     ridge: Ridge = "auto",
     options: RunOptions = DEFAULTS,
-) -> Refitted:
-    """Drop all experts but these, and refit the output projections of the others; the given model stays as it is.
+) -> Rebuilt:
+    """Drop all experts but these, in order for each block, and refit the output projections of the others.
 
-    Args:
-        decoder: the model.
-        windows: calibration windows.
-        kept: the experts that each block keeps, in order; empty for a block whose MLP is dense.
-        ridge: λ in mean diagonals of the Gram matrix of each expert's channels, or "auto".
-        options: batch size and progress.
-
-    Raises:
-        InputError: a model with that many experts in each block is impossible.
-        ModelError: the model has no experts that can be removed, or a norm behind them.
-        NumericsError: NaN or infinity on the way.
+    The arguments and errors are those of `rebuild_experts`.
     """
-    if not writes_stream(decoder):
-        raise ModelError(f"{decoder.source}: its experts write into a norm, not the residual stream; leave out repair.")
-    new, folds, fits = ExpertAssembly(decoder, max(map(len, kept))), folds_of(windows), list[dict[str, Any]]()
-    with open_store(decoder) as store:
-        batches = stored_start(decoder, windows, store, options.batch_size)
-        for batch in batches:
-            store.put((batch.index, "dense"), store.get(batch.index))
-        blocks = range(decoder.block_count)
-        for index in options.progress(blocks, "dropping and refitting experts block by block", len(blocks)):
-            with decoder.block(index):
-                new.keep(index, kept[index])
-                for batch in batches:
-                    key = batch.index, "dense"
-                    store.put(key, step(decoder, index, batch, store.get(key)))
-                if new.mixture.sizes[index] is not None:
-                    fits.append(_refit(new, index, (folds, ridge), batches, store))
-                for batch in batches:
-                    store.put(batch.index, step(new.decoder, index, batch, store.get(batch.index)))
-                new.finish(index)
-    return Refitted(new.result(), fits)
+
+    def keep(new: ExpertAssembly, index: int, _batches: Sequence[Batch], _store: StateStore) -> None:
+        new.keep(index, kept[index])
+
+    return rebuild_experts(decoder, windows, max(map(len, kept)), keep, ridge=ridge, options=options)
+
+
+def _of_dense(batch: Batch) -> tuple[int, str]:
+    return batch.index, "dense"
 
 
 def _refit(
@@ -129,7 +163,7 @@ def _lacking(
             capturing_inputs(block, writer, batch, len(sums)) as captured,
         ):
             hidden = step(decoder, index, batch, store.get(batch.index))
-        missed = ((store.get((batch.index, "dense")) - hidden) / residual_multiplier(decoder)).flatten(0, 1)
+        missed = ((store.get(_of_dense(batch)) - hidden) / residual_multiplier(decoder)).flatten(0, 1)
         length = hidden.flatten(0, 1).double().square().mean(dim=1).clamp_min(_TINY)
         own, total = folds.slice(first, len(batch.tokens)), _weights(routed[0], len(sums), batch)
         scale = total.sum(dim=1)
