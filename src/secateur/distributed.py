@@ -57,6 +57,18 @@ def add_up(*sums: torch.Tensor) -> None:
         one.copy_(moved)
 
 
+def take_largest(values: torch.Tensor) -> None:
+    """Take the largest of each value over all processes, in place."""
+    if process_count() == 1:
+        return
+    import torch
+    from torch import distributed
+
+    moved = values.to(torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu"))
+    distributed.all_reduce(moved, op=distributed.ReduceOp.MAX)
+    values.copy_(moved)
+
+
 def from_main_process(value: Value) -> Value:
     """Return the main process's value on every process, so that rounding differences cannot make them disagree."""
     if process_count() == 1:

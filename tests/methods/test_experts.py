@@ -20,7 +20,7 @@ from secateur.models.experts import Mixture, expert_axes, mixture_of
 from secateur.models.families import FAMILIES
 from secateur.models.widths import block_widths
 from secateur.plan.experts import ExpertSizes
-from secateur.scores.experts import SALIENCY, frequency, reap
+from secateur.scores.experts import SALIENCY, frequency, reap, super_experts
 from secateur.surgery.experts.merging import (
     MergeRule,
     SimilaritySums,
@@ -266,6 +266,34 @@ def test_every_row_of_a_router_goes_with_its_expert():
         "mlp.experts.down_proj": 0,
         "mlp.experts.gate_up_proj_bias": 0,
     }
+
+
+def test_super_experts_stay_on_request():
+    """Of 400 experts those above the 99.5th percentile that are not far below the largest."""
+    sums = [RoutingSums(200), None, RoutingSums(200)]
+    for one in (sums[0], sums[2]):
+        one.peaks += torch.linspace(0.1, 1, 200)
+    sums[2].peaks[[7, 8, 9]] = torch.tensor([50.0, 30.0, 4.9], dtype=torch.float64)
+    found = super_experts(sums)
+    assert found[1] is None
+    assert not bool(found[0].any())
+    assert found[2].nonzero().flatten().tolist() == [7, 8]
+
+
+def test_protected_experts_are_kept_whatever_their_score(tiny, monkeypatch):
+    model = tiny("qwen3_moe", blocks=3)
+
+    def kept(**settings):
+        given = {"experts": 2} | settings
+        return make_plan(model, method="expert-frequency", texts=WINDOWS, settings=given).steps[0].kept[1]
+
+    (first, *_) = (expert for expert in range(4) if expert not in kept())
+    marked = torch.arange(4) == first
+    monkeypatch.setattr(
+        "secateur.methods.drop_experts.super_experts", lambda sums: (~marked & marked, marked, ~marked & marked)
+    )
+    assert first in kept(protect_super=True)
+    assert first not in kept()
 
 
 def test_experts_that_never_fire_are_told():

@@ -20,7 +20,7 @@ from secateur.calibration.shares import share_of
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.walk import Batch, open_store, step, stored_start
 from secateur.data.windows import Windows
-from secateur.distributed import add_up
+from secateur.distributed import add_up, take_largest
 from secateur.errors import NumericsError
 from secateur.models.anatomy import Family, find
 from secateur.models.decoder import Decoder
@@ -97,6 +97,7 @@ class RoutingSums:
         gated: Σ g ‖f‖ over the tokens that each expert was chosen for, g being its share of the token's weights and f
             what it writes, (E,).
         norms: Σ ‖f‖ over the same tokens, (E,).
+        peaks: the largest |f| of any token and direction among the same tokens, (E,).
         together: for how many tokens two experts were both chosen, (E, E).
         entropy: Σ over tokens of the entropy of their shares in nats, ().
     """
@@ -104,7 +105,7 @@ class RoutingSums:
     def __init__(self, experts: int) -> None:
         """Start at zero."""
         self.tokens, self.entropy = torch.zeros(2, dtype=torch.float64)
-        self.load, self.gated, self.norms = torch.zeros(3, experts, dtype=torch.float64)
+        self.load, self.gated, self.norms, self.peaks = torch.zeros(4, experts, dtype=torch.float64)
         self.together = torch.zeros(experts, experts, dtype=torch.float64)
 
     def update(self, routed: Routed, experts: Any) -> None:
@@ -124,6 +125,9 @@ class RoutingSums:
             written = expert_outputs(experts, routed.states[some].repeat_interleave(picked, dim=0), numbers)
             lengths = written.float().norm(dim=-1).to(home).double()
             numbers = numbers.to(home)
+            peaks = written.float().abs().amax(dim=-1).to(home).double()
+            highest = torch.zeros(count, dtype=torch.float64, device=home)
+            self.peaks = torch.maximum(self.peaks, highest.scatter_reduce_(0, numbers, peaks, "amax").cpu())
             for into, values in (
                 (self.load, torch.ones_like(lengths)),
                 (self.gated, lengths * shares[part.to(home)].flatten()),
@@ -134,6 +138,7 @@ class RoutingSums:
     def combine(self) -> None:
         """Add the sums of the other processes."""
         add_up(self.tokens, self.entropy, self.load, self.gated, self.norms, self.together)
+        take_largest(self.peaks)
 
     def require_finite(self, block: int) -> None:
         """Refuse NaN and infinity.

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, PositiveFloat
 
 from secateur.calibration.routing import RoutingSums, measure_routing
@@ -23,7 +24,7 @@ from secateur.methods.method import Applied, Measurements, MethodSettings, appli
 from secateur.models.decoder import Decoder
 from secateur.models.experts import Mixture, mixture_of
 from secateur.plan.experts import DropExperts, RefitExperts, refit_forwards
-from secateur.scores.experts import SALIENCY, Criterion
+from secateur.scores.experts import SALIENCY, Criterion, super_experts
 from secateur.surgery.experts.refit import refit_experts
 from secateur.surgery.experts.removal import best_experts, drop_experts, require_stock_count
 
@@ -46,6 +47,14 @@ class ExpertSettings(MethodSettings):
     def own_amount(self) -> Budget | None:
         """Return the number of experts, if it is given."""
         return None if self.experts is None else Budget("own", self.experts, knob="experts")
+
+
+class DropSettings(ExpertSettings):
+    """Settings of methods that drop experts."""
+
+    protect_super: bool = Field(
+        False, description="keep the few experts that write massive activations (super experts), whatever their score"
+    )
 
 
 def experts_to_keep(decoder: Decoder, mixture: Mixture, settings: ExpertSettings, budget: Budget) -> int:
@@ -90,10 +99,10 @@ def warn_of_idle(sums: Sequence[RoutingSums | None]) -> None:
         )
 
 
-def decide_by(criterion: Criterion) -> Callable[[Measurements, ExpertSettings, Budget], Sequence[DropExperts]]:
+def decide_by(criterion: Criterion) -> Callable[[Measurements, DropSettings, Budget], Sequence[DropExperts]]:
     """Create the function that keeps the experts of highest score."""
 
-    def decide(measurements: Measurements, settings: ExpertSettings, budget: Budget) -> Sequence[DropExperts]:
+    def decide(measurements: Measurements, settings: DropSettings, budget: Budget) -> Sequence[DropExperts]:
         decoder = measurements.decoder
         mixture = mixture_of(decoder)
         keep = experts_to_keep(decoder, mixture, settings, budget)
@@ -102,11 +111,17 @@ def decide_by(criterion: Criterion) -> Callable[[Measurements, ExpertSettings, B
         sums = measure_routing(decoder, measurements.need_windows(), mixture, options=measurements.options)
         warn_of_idle(sums)
         scores = [None if one is None else SALIENCY[criterion](one) for one in sums]
+        ranks = scores
+        if settings.protect_super:
+            ranks = [
+                None if score is None or own is None else score.masked_fill(own, torch.inf)
+                for score, own in zip(scores, super_experts(sums), strict=True)
+            ]
         found: dict[str, Any] = {
             "method": criterion,
             "settings": settings.model_dump(exclude_none=True),
             "sizes": mixture.sizes,
-            "kept": tuple(() if one is None else best_experts(one, keep, mixture.groups) for one in scores),
+            "kept": tuple(() if one is None else best_experts(one, keep, mixture.groups) for one in ranks),
             "scores": tuple(() if one is None else tuple(float(f"{value:.4g}") for value in one) for one in scores),
         }
         return (RefitExperts(**found, ridge=settings.ridge) if settings.repair else DropExperts(**found),)
@@ -120,7 +135,7 @@ def _drop_method(name: Criterion, summary: str, paper: str) -> None:
         name=name,
         summary=summary,
         paper=paper,
-        settings=ExpertSettings,
+        settings=DropSettings,
         native=None,
         forwards=lambda _blocks, _gone, _settings: 2.0,
         apply_forwards=lambda settings, _tokens: refit_forwards() if settings.repair else 0.0,

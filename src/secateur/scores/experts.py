@@ -1,6 +1,8 @@
 """Importance of the experts of a mixture, from sums over the tokens that they were chosen for.
 
 * REAP: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression" (arXiv:2510.13999).
+* Super experts: Su et al. 2025, "Unveiling Super Experts in Mixture-of-Experts Large Language Models"
+  (arXiv:2507.23279).
 * Expert activation norm (EAN) and frequency: the baselines of the same paper.
 
 Legend: E = experts of a block.
@@ -8,7 +10,7 @@ Legend: E = experts of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -41,3 +43,17 @@ SALIENCY: dict[Criterion, Callable[[RoutingSums], torch.Tensor]] = {
     "expert-frequency": frequency,
     "expert-activation": activation,
 }
+
+
+_PERCENTILE, _OF_LARGEST = 0.995, 0.1
+
+
+def super_experts(sums: Sequence[RoutingSums | None]) -> tuple[torch.Tensor | None, ...]:
+    """Return for each block which experts write the massive activations that the model relies on, (E,) bool.
+
+    Those whose largest output is above the 99.5th percentile of all experts of the model, and above a tenth of the
+    largest.
+    """
+    peaks = torch.cat([one.peaks for one in sums if one is not None])
+    threshold = max(float(peaks.quantile(_PERCENTILE)), _OF_LARGEST * float(peaks.max()))
+    return tuple(None if one is None else one.peaks >= threshold for one in sums)
