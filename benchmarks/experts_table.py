@@ -88,7 +88,15 @@ def main(folder: str, only: list[str]) -> None:
                 found.append(perplexities(pruned, held_out))
             mean = [statistics.fmean(one) for one in zip(*found, strict=True)]
             ratios = [one / whole for one, whole in zip(mean, dense, strict=True)]
-            setting = {"method": label, "experts": experts, "of": 16, "windows": 64, "seq_len": LENGTH}
+            chosen = model.config.num_experts_per_tok
+            setting = {
+                "method": label,
+                "experts": experts,
+                "of": 16,
+                "chosen": chosen,
+                "windows": 64,
+                "seq_len": LENGTH,
+            }
             keep(
                 "experts_table",
                 setting,
