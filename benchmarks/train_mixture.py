@@ -1,13 +1,12 @@
 """Train a small mixture of experts on the standard library's code and the manual's prose, for `experts_table.py`.
 
-A stock Qwen3-MoE of 4 million parameters, 4 blocks of 16 experts of 64 channels, of which each token takes 4; or with
-`2` after the folder one of 6 million, experts of 128 channels, of which each token takes 2. Embeddings and attention
-start as those of every third block of the bundled model, routers and experts at random. A load-balancing loss
+A stock Qwen3-MoE of 6 million parameters: 4 blocks of 16 experts, of which each token takes 2. Embeddings and
+attention start as those of every third block of the bundled model, routers and experts at random. A load-balancing loss
 for each block (Fedus et al. 2022, Switch Transformers) keeps the experts in use; that of transformers averages over
 blocks first, and most experts then die. About 12 minutes on one core. The texts are the calibration splits, so held-out
 text stays unseen.
 
-    python benchmarks/train_mixture.py FOLDER [2]
+    python benchmarks/train_mixture.py FOLDER
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ BALANCE = 0.02
 """Weight of the load-balancing loss of each block, which is 1 for an even load."""
 
 
-def from_bundled(dense: Decoder, chosen: int) -> Qwen3MoeForCausalLM:
-    """Build the untrained mixture, with `chosen` experts for each token."""
+def from_bundled(dense: Decoder) -> Qwen3MoeForCausalLM:
+    """Build the untrained mixture."""
     torch.manual_seed(0)
     old = dense.config
     config = Qwen3MoeConfig(
@@ -51,8 +50,8 @@ def from_bundled(dense: Decoder, chosen: int) -> Qwen3MoeForCausalLM:
         rope_parameters=dict(old.rope_parameters),
         tie_word_embeddings=True,
         num_experts=16,
-        num_experts_per_tok=chosen,
-        moe_intermediate_size=256 // chosen,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
         norm_topk_prob=True,
         output_router_logits=True,
         router_aux_loss_coef=0.0,
@@ -89,12 +88,12 @@ def batches(dense: Decoder) -> Iterator[torch.Tensor]:
         yield torch.stack(rows)
 
 
-def main(folder: Path, chosen: int) -> None:
+def main(folder: Path) -> None:
     """Train, and save in bfloat16 with the bundled model's tokenizer."""
     torch.set_num_threads(1)
     dense = open_model("bundled")
     assert dense.tokenizer is not None
-    model = from_bundled(dense, chosen).train()
+    model = from_bundled(dense).train()
     print(f"{sum(one.numel() for one in model.parameters()):,} parameters", flush=True)
     decay = [one for one in model.parameters() if one.dim() > 1]
     other = [one for one in model.parameters() if one.dim() <= 1]
@@ -140,4 +139,4 @@ def save(model: Qwen3MoeForCausalLM, dense: Decoder, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 4)
+    main(Path(sys.argv[1]))
