@@ -38,6 +38,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "expert-activation": ("expert-activation", {}),
     "random": ("random", {}),
     "reap repair": ("reap", {"repair": True}),
+    "expert-frequency repair": ("expert-frequency", {"repair": True}),
     "ream repair": ("ream", {"repair": True}),
     "ream align=false": ("ream", {"align": False}),
     "ream grouping=salient": ("ream", {"grouping": "salient"}),
