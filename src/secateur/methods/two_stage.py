@@ -63,16 +63,17 @@ def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budge
         before.model_copy(update={"channels": own.channels}) for own, before in zip(wanted, target.dense, strict=True)
     )
     first = target.step("2ssp", settings, narrow, choose="activation-norm", rounding=multiple)
+    steps = () if narrow == target.dense else (first,)
     if not count:
-        return (first,)
-    after = measurements.on(apply_step(measurements, first).decoder)
-    second = BranchTarget(after.decoder, Budget("own", count))
-    choices = [one for one in present_branches(second.dense, free) if one[1] == "heads"]
-    gone = next(
-        found for found in greedily(after, choices, screen=settings.screen, name="branch") if len(found) == count
-    )
-    drop = second.step("2ssp", settings, without(second.dense, gone))
-    return (drop,) if narrow == target.dense else (first, drop)
+        return steps
+    after, rest = measurements, target
+    if steps:
+        after = measurements.on(apply_step(measurements, first).decoder)
+        rest = BranchTarget(after.decoder, Budget("own", count))
+    choices = [one for one in present_branches(rest.dense, free) if one[1] == "heads"]
+    series = greedily(after, choices, screen=settings.screen, name="branch")
+    gone = next(found for found in series if len(found) == count)
+    return (*steps, rest.step("2ssp", settings, without(rest.dense, gone)))
 
 
 def _at(share: float, target: BranchTarget, free: range, alpha: float, multiple: int) -> AllWidths:
