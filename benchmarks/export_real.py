@@ -10,7 +10,6 @@ processes of their own, in turn. Time and peak memory count the work alone, with
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,15 +33,20 @@ ROUNDS = 3
 
 def child(job: str, source: str, target: str) -> None:
     """Do one job and print its seconds and by how many bytes the peak memory of this process rose."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, started = peak(), time.perf_counter()
     if job == "load":
         secateur.open_model(source, dtype="float32")
     else:
         model = secateur.open_model(source, dtype="float32", skeleton=True)
         export_gguf(model, target, GgufOptions(kind="f32", check=False))
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": seconds, "bytes": peak * 1024}))
+    print(json.dumps({"seconds": seconds, "bytes": peak() - before}))
+
+
+def peak() -> int:
+    """Return the peak resident bytes of this process; `getrusage` starts with those of the one that forked it."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def measured(job: str, source: Path, target: Path) -> dict[str, float]:
