@@ -153,18 +153,6 @@ class BranchTarget:
         return PruneWidth(method=name, settings=recorded, widths=widths, stock=self.stock, sizes=self.sizes, **given)
 
 
-def free_blocks(decoder: Decoder, settings: Settings) -> range:
-    """Return the blocks that are not protected.
-
-    Raises:
-        InputError: there is none.
-    """
-    free = settings.free_blocks(decoder.block_count)
-    if not free:
-        raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
-    return free
-
-
 def _greedy_forwards(blocks: int, gone: int, settings: GreedySettings) -> float:
     """Return the cost of removing two branches for each block's worth: all candidates, half of the blocks each."""
     return 1 + (settings.count or 2 * gone) * blocks * screened_share(settings.screen)
@@ -188,7 +176,7 @@ def decide_blockpruner(measurements: Measurements, settings: GreedySettings, bud
         NumericsError: NaN or infinity while measuring.
     """
     target = BranchTarget(measurements.decoder, budget)
-    choices = present_branches(target.dense, free_blocks(measurements.decoder, settings))
+    choices = present_branches(target.dense, settings.some_free_blocks(measurements.decoder.block_count))
     series = greedily(measurements, choices, screen=settings.screen, name="branch")
     return (target.step("blockpruner", settings, target.choose(series)),)
 
@@ -211,7 +199,7 @@ def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budg
         NumericsError: NaN or infinity while measuring.
     """
     target = BranchTarget(measurements.decoder, budget)
-    choices = present_branches(target.dense, free_blocks(measurements.decoder, settings))
+    choices = present_branches(target.dense, settings.some_free_blocks(measurements.decoder.block_count))
     with open_store(measurements.decoder) as one, open_store(measurements.decoder) as other:
         measures = OutputChange(one, settings.distance), OutputChange(other, settings.distance)
         series = greedily(measurements, choices, screen=settings.screen, measures=measures, name="branch")
@@ -242,7 +230,7 @@ def decide_branches(measurements: Measurements, settings: StandInSettings, budge
         NumericsError: NaN or infinity while measuring.
     """
     decoder = measurements.decoder
-    target, free = BranchTarget(decoder, budget), free_blocks(decoder, settings)
+    target, free = BranchTarget(decoder, budget), settings.some_free_blocks(decoder.block_count)
     judged = measurements.on_windows(judging_windows(measurements.need_windows(), _JUDGED))
     series = lazily(judged, present_branches(target.dense, free), lambda one: target.saves(*one))
     widths = target.choose(gone for gone, _ in series)

@@ -48,7 +48,6 @@ def lazily(
         candidates: blocks or branches.
         size: what a candidate saves.
         name: what a candidate is called, for progress.
-        allowed: whether these candidates may all be removed.
 
     Raises:
         InputError: there are no windows.
@@ -90,6 +89,7 @@ def greedily(
         screen: share of the windows on which all candidates are compared; 1 compares all on all windows.
         measures: what counts as the loss, on all windows and on the share.
         name: what a candidate is called, for progress.
+        allowed: whether these candidates may all be removed.
 
     Raises:
         InputError: there are no windows.

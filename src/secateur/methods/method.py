@@ -48,6 +48,17 @@ class Settings(MethodSettings):
         """Return the removable blocks, of `count`."""
         return range(self.protect_first, max(self.protect_first, count - self.protect_last))
 
+    def some_free_blocks(self, count: int) -> range:
+        """Return the removable blocks, of `count`.
+
+        Raises:
+            InputError: there is none.
+        """
+        free = self.free_blocks(count)
+        if not free:
+            raise InputError(f"all {count} blocks are protected; lower protect_first or protect_last.")
+        return free
+
 
 @dataclass
 class Measurements:

@@ -151,9 +151,7 @@ def decide_flap(measurements: Measurements, settings: FlapSettings, budget: Budg
         return ()
     decoder = measurements.decoder
     require_width_prunable(decoder)
-    free = settings.free_blocks(decoder.block_count)
-    if not free:
-        raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
+    free = settings.some_free_blocks(decoder.block_count)
     dense, stock, bias = dense_widths(decoder), names_every_block(decoder), settings.bias == "auto"
     sizes = width_sizes(decoder, stock=stock, bias=bias)
     multiple = rounding_for(decoder, free, settings.rounding)
@@ -291,9 +289,7 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
         return _decide_evenly_by_surgeon(measurements, settings, budget)
     decoder = measurements.decoder
     require_width_prunable(decoder)
-    free = settings.free_blocks(decoder.block_count)
-    if not free:
-        raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
+    free = settings.some_free_blocks(decoder.block_count)
     stock = names_every_block(decoder)
     sizes = width_sizes(decoder, stock=stock)
     multiple = rounding_for(decoder, free, settings.rounding)

@@ -13,7 +13,7 @@ from pydantic import Field, PositiveFloat
 
 from secateur.methods.allocation.widths import cached_share
 from secateur.methods.budget import Budget, choose_size
-from secateur.methods.drop_branches import AllWidths, BranchTarget, free_blocks, present_branches, without
+from secateur.methods.drop_branches import AllWidths, BranchTarget, present_branches, without
 from secateur.methods.greedy import SCREEN, Screen, greedily, screened_share
 from secateur.methods.method import Measurements, Settings, apply_step, method
 from secateur.methods.uniform_widths import rounded, rounding_for
@@ -51,7 +51,7 @@ def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budge
         NumericsError: NaN or infinity while measuring.
     """
     decoder = measurements.decoder
-    target, free = BranchTarget(decoder, budget), free_blocks(decoder, settings)
+    target, free = BranchTarget(decoder, budget), settings.some_free_blocks(decoder.block_count)
     multiple = rounding_for(decoder, free, settings.rounding)
     path = list(dict.fromkeys(_at(share / _SHARES, target, free, settings.alpha, multiple) for share in range(_SHARES)))
     path = [one for one in path if one != target.dense]

@@ -33,7 +33,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.experts.removal import ExpertAssembly
-from secateur.surgery.width.pruning import residual_multiplier, writer_of, writer_weights, writes_stream
+from secateur.surgery.width.pruning import of_dense, residual_multiplier, writer_of, writer_weights, writes_stream
 from secateur.surgery.width.repair import choose_fit, described
 
 _TINY = 1e-30
@@ -89,7 +89,7 @@ def rebuild_experts(
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, options.batch_size)
         for batch in batches if ridge is not None else ():
-            store.put(_of_dense(batch), store.get(batch.index))
+            store.put(of_dense(batch), store.get(batch.index))
         blocks = range(decoder.block_count)
         for index in options.progress(blocks, "fewer experts, block by block", len(blocks)):
             with decoder.block(index):
@@ -99,7 +99,7 @@ def rebuild_experts(
                     set_block(new, index, batches, store)
                 if ridge is not None:
                     for batch in batches:
-                        store.put(_of_dense(batch), step(decoder, index, batch, store.get(_of_dense(batch))))
+                        store.put(of_dense(batch), step(decoder, index, batch, store.get(of_dense(batch))))
                     if new.mixture.sizes[index] is not None:
                         fits.append(_refit(new, index, (folds, ridge), batches, store))
                 for batch in batches:
@@ -125,10 +125,6 @@ def refit_experts(
         new.keep(index, kept[index])
 
     return rebuild_experts(decoder, windows, max(map(len, kept)), keep, ridge=ridge, options=options)
-
-
-def _of_dense(batch: Batch) -> tuple[int, str]:
-    return batch.index, "dense"
 
 
 def _refit(
@@ -163,7 +159,7 @@ def _lacking(
             capturing_inputs(block, writer, batch, len(sums)) as captured,
         ):
             hidden = step(decoder, index, batch, store.get(batch.index))
-        missed = ((store.get(_of_dense(batch)) - hidden) / residual_multiplier(decoder)).flatten(0, 1)
+        missed = ((store.get(of_dense(batch)) - hidden) / residual_multiplier(decoder)).flatten(0, 1)
         length = hidden.flatten(0, 1).double().square().mean(dim=1).clamp_min(_TINY)
         own, total = folds.slice(first, len(batch.tokens)), _weights(routed[0], len(sums), batch)
         scale = total.sum(dim=1)

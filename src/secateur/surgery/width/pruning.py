@@ -186,7 +186,7 @@ def prune_width(
         batches = stored_start(decoder, windows, store, options.batch_size) if reads else []
         if refit.repair and refit.target == "dense" and not refit.bias and writes_stream(decoder):
             for batch in batches:
-                store.put(_of_dense(batch), store.get(batch.index))
+                store.put(of_dense(batch), store.get(batch.index))
         for index in options.progress(range(decoder.block_count), "pruning widths block by block", decoder.block_count):
             with decoder.block(index):
                 walk = _Block(decoder, index, widths[index], batches, store, target, refit, folds)
@@ -221,7 +221,7 @@ class _Block:
         dense = block_widths(self.decoder, self.index)
         kept = Kept.all_of(dense)
         smaller = parts_to_measure(self.keep, dense)
-        follows_dense = any(_of_dense(batch) in self.store for batch in self.batches)
+        follows_dense = any(of_dense(batch) in self.store for batch in self.batches)
         if mend and follows_dense and self.keep.channels == dense.channels > 0:
             smaller.append("channels")
         stages = [smaller] if self.decoder.anatomy.parallel and smaller else _stages(smaller)
@@ -230,9 +230,9 @@ class _Block:
             edits |= silenced(self.decoder, self.index, part)
             (kept.heads if part == "heads" else kept.channels)[:] = False
         for batch in self.batches:
-            if _of_dense(batch) in self.store:
-                dense_state = step(self.decoder, self.index, batch, self.store.get(_of_dense(batch)))
-                self.store.put(_of_dense(batch), dense_state)
+            if of_dense(batch) in self.store:
+                dense_state = step(self.decoder, self.index, batch, self.store.get(of_dense(batch)))
+                self.store.put(of_dense(batch), dense_state)
         for parts in stages:
             with holding(self.block, edits):
                 measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, self.folds)
@@ -365,8 +365,8 @@ def measure_inputs(
             store.put(batch.index, hidden)
         own = None if folds is None else folds.slice(first, len(batch.tokens))
         lacking = None
-        if own is not None and _of_dense(batch) in store:
-            lacking = (store.get(_of_dense(batch)) - hidden) / residual_multiplier(decoder)
+        if own is not None and of_dense(batch) in store:
+            lacking = (store.get(of_dense(batch)) - hidden) / residual_multiplier(decoder)
         for part, found in captured.items():
             for inputs in found:
                 wanted = lacking if part == "channels" and len(sums[part]) == 1 else None
@@ -378,7 +378,7 @@ def measure_inputs(
     return sums
 
 
-def _of_dense(batch: Batch) -> tuple[int, str]:
+def of_dense(batch: Batch) -> tuple[int, str]:
     """Return the key of the states of the dense model."""
     return batch.index, "dense"
 
