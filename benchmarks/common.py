@@ -76,6 +76,12 @@ def compare(times: Times, of: str, to: str) -> dict[str, float]:
     return found
 
 
+def peak() -> int:
+    """Return the peak resident bytes of this process; `getrusage` starts with those of the one that forked it."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
 def keep(name: str, setting: dict[str, Any], found: dict[str, Any]) -> None:
     """Print one result and add it as a JSON line to `results/<name>.jsonl`."""
     record = {

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import keep
+from common import keep, peak
 
 import secateur
 from secateur.export.gguf import GgufOptions, export_gguf
@@ -41,12 +41,6 @@ def child(job: str, source: str, target: str) -> None:
         export_gguf(model, target, GgufOptions(kind="f32", check=False))
     seconds = time.perf_counter() - started
     print(json.dumps({"seconds": seconds, "bytes": peak() - before}))
-
-
-def peak() -> int:
-    """Return the peak resident bytes of this process; `getrusage` starts with those of the one that forked it."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def measured(job: str, source: Path, target: Path) -> dict[str, float]:

@@ -148,7 +148,7 @@ def _run(asked: Recipe | Study, folder: Path, queueing: Queueing, output: Output
             return
         err.print(f"Finished stages are kept in {escape(str(folder))}; started again with -o there, it resumes.")
         outcomes = job.run()
-    answer([one.as_dict() for one in outcomes], _table(outcomes), as_json=output.as_json)
+    answer([one.as_dict() for one in outcomes], outcomes_table(outcomes), as_json=output.as_json)
     failed = [one for one in outcomes if one.failed]
     if failed:
         err.print(f"[yellow]{len(failed)} of {len(outcomes)} failed[/]: start again to retry them.")
@@ -192,8 +192,8 @@ def _line(cell: CellOutcome) -> str:
     return f"{cell.name}: {measured}{cell.seconds:.0f} s"
 
 
-def _table(outcomes: Sequence[CellOutcome]) -> Table:
-    """Return a table with a row per cell, best perplexity first and failed cells last."""
+def outcomes_table(outcomes: Sequence[CellOutcome]) -> Table:
+    """Return a table with a row per cell: best perplexity first, then what does not pass the gate, then what failed."""
     table = Table(title="outcomes", title_justify="left")
     tasks = sorted({(task, measure) for one in outcomes for task in one.tasks for measure in one.tasks[task]})
     shown = [pair for pair in tasks if pair[1] in ("acc", "stability")]
@@ -202,12 +202,12 @@ def _table(outcomes: Sequence[CellOutcome]) -> Table:
     asked = [f"{task} {measure}" if several else measure for task, measure in shown]
     for name in ("cell", "removed", "perplexity", *asked, *speeds, "seconds"):
         table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=name == "cell")
-    for one in sorted(outcomes, key=lambda one: (one.failed is not None, one.perplexity or float("inf"))):
+    for one in sorted(outcomes, key=lambda one: (bool(one.failed), bool(one.fails), one.perplexity or float("inf"))):
         if one.failed:
             table.add_row(one.name, f"[red]failed: {escape(one.failed['error'][:60])}[/]")
             continue
         table.add_row(
-            one.name,
+            f"[yellow]{one.name} fails the gate[/]" if one.fails else one.name,
             "—" if one.removed is None else f"{one.removed:.1%}",
             "—" if one.perplexity is None else f"{one.perplexity:.3f}",
             *(f"{one.tasks[task][measure]:.3f}" if task in one.tasks else "—" for task, measure in shown),

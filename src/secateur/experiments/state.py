@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +11,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.errors import InputError
+from secateur.evaluation.gate import Gate, accuracies_in
 from secateur.evaluation.metrics.perplexity import mean_over_sources
 from secateur.evaluation.reference import RESULTS
-from secateur.evaluation.results import read_results
+from secateur.evaluation.results import Result, read_results
 from secateur.files import replace_file
 from secateur.reading import MIB, FileKind, from_json
 
@@ -148,6 +149,7 @@ class CellOutcome:
         speedup: tokens per second relative to the dense model, of `prefill` and `decode`, for the first request.
         seconds: total time of its stages.
         failed: the stage that failed, and why.
+        fails: why it does not pass the gate; None if it does, or nothing was held against one.
     """
 
     name: str
@@ -158,14 +160,20 @@ class CellOutcome:
     speedup: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     failed: dict[str, str] | None = None
+    fails: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the outcome as plain data."""
         return asdict(self) | {"folder": str(self.folder)}
 
 
-def outcome_of(folder: Path) -> CellOutcome:
+def outcome_of(folder: Path, gate: Gate | None = None, dense: Path | None = None) -> CellOutcome:
     """Read the outcome of the cell in a folder.
+
+    Args:
+        folder: of the cell.
+        gate: what its accuracies are held against, once it and the dense model were asked the probes.
+        dense: folder with the results of the dense model; None if they stand beside its own.
 
     Raises:
         InputError: a file there is of another version.
@@ -192,4 +200,13 @@ def outcome_of(folder: Path) -> CellOutcome:
         speedup=speedup,
         seconds=sum(stage["seconds"] for stage in state.stages.values()),
         failed=state.failed,
+        fails=_failing(gate, own, read_results(dense / RESULTS) if dense and gate and own else results),
     )
+
+
+def _failing(gate: Gate | None, own: Sequence[Result], others: Sequence[Result]) -> str | None:
+    """Return why a cell does not pass; None if it does, or it or the dense model was not asked."""
+    before, after = accuracies_in(one for one in others if one.role == "against"), accuracies_in(own)
+    if gate is None or not set(gate.probes) <= set(before) or not set(gate.able(before)) <= set(after):
+        return None
+    return gate.failing(before, after)

@@ -107,6 +107,7 @@ def run_study(
     kinds = _kinds(study)
     begin(folder, "compare", study.to_yaml(), {"model": study.model, "cells": sum(map(len, rows))})
     fingerprint = fingerprint_of(study)
+    gate = study.eval.asked_gate() if study.eval is not None else None
     _share(study, folder, fingerprint, kinds, progress)
     for cell in (cell for row in rows for cell in row):
         begin(folder / CELLS / cell.name, "run", cell.recipe.to_yaml(), {"model": study.model})
@@ -127,7 +128,7 @@ def run_study(
             )
         for group in progress(_run_groups(queue, groups, at_a_time, study.device), what, len(groups)):
             for name in group.cells:
-                outcome = outcome_of(folder / CELLS / name)
+                outcome = outcome_of(folder / CELLS / name, gate, folder / DENSE)
                 if number == 0 or outcome.failed:
                     finished(outcome)
             if not queue.keep and len(phases) == 1:
@@ -135,7 +136,7 @@ def run_study(
     if not queue.keep:
         for row in rows:
             _discard(row, folder, fingerprint)
-    return [outcome_of(folder / CELLS / cell.name) for row in rows for cell in row]
+    return [outcome_of(folder / CELLS / cell.name, gate, folder / DENSE) for row in rows for cell in row]
 
 
 def begin(folder: Path, command: str, recipe: str, details: dict[str, Any]) -> None:
