@@ -1,4 +1,4 @@
-"""Fill the tables in docs/ from what was measured and from the code, so that no number is typed.
+"""Fill the tables in the README and in docs/ from what was measured and from the code, so that no number is typed.
 
 `python benchmarks/tables.py` writes what stands between `<!-- table: … -->` and `<!-- end of table -->` anew:
 
@@ -8,6 +8,7 @@
 * `searched`: `auto` and the single methods it tried; `quantised`, `stability`;
 * `probes`: what cuts of a real model can still do, beside their perplexity;
 * `robustness`: what came of mutated files and of killed commands;
+* `study SHARE`: every method on a real model at one share of the parameters; `healed`: ways of healing its cuts;
 * `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches;
 * `experts`: what fewer experts cost a small trained mixture; `families`: what works on which family.
 
@@ -18,34 +19,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import family_table
+import real_tables
+from table_parts import Record, markdown, number, per_cent, recorded, word
 
-from secateur.evaluation.probes import PROBES
 from secateur.healing.recipes import HEALING_RECIPES
 from secateur.methods.method import METHODS
 
-RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 SHARES = (0.15, 0.22, 0.30)
 """Shares of the parameters in the comparison; a result within five points of one stands in its column."""
 
-Record = dict[str, Any]
 Variant = tuple[tuple[str, Any], ...]
 """Settings of a method that a benchmark gave, as pairs."""
 
 
 def main() -> None:
-    """Fill every table in docs/."""
-    for page in sorted(DOCS.rglob("*.md")):
+    """Fill every table of the README and in docs/."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = page.read_text(encoding="utf-8")
         if filled(text) != text:
             page.write_text(filled(text), encoding="utf-8")
-            print(page.relative_to(DOCS.parent))
+            print(page.relative_to(ROOT))
 
 
 def filled(text: str) -> str:
@@ -74,13 +74,13 @@ def measured(name: str) -> str:
         return "Not measured yet."
     amounts = sorted({amount for cells in variants.values() for amount in cells})
     by_blocks = all(isinstance(amount, int) for amount in amounts)
-    head = [f"{amount} block{'s' * (amount > 1)}" if by_blocks else _share(amount) for amount in amounts]
+    head = [f"{amount} block{'s' * (amount > 1)}" if by_blocks else per_cent(amount) for amount in amounts]
     rows = []
     for variant, cells in variants.items():
         rows.append([_label(variant), *(_cell(cells.get(amount), by_blocks) for amount in amounts)])
         if any("healed" in cell["found"] for cell in cells.values()):
             healed = [cells[amount]["found"].get("healed") if amount in cells else None for amount in amounts]
-            rows.append(["… healed", *(_number(value) for value in healed)])
+            rows.append(["… healed", *(number(value) for value in healed)])
     return "\n\n".join([markdown(("settings", *head), rows), _caption(variants.values(), by_blocks)])
 
 
@@ -93,14 +93,14 @@ def comparison() -> str:
         for variant, cells in (default or variants).items():
             label = f"[`{name}`](methods/{name}.md)" + (f", {_label(variant)}" if not default else "")
             rows.append([label, *(_nearest(cells.values(), share) for share in SHARES)])
-    table = markdown(("method", *(f"about {_share(share, 0)}" for share in SHARES)), rows)
-    return "\n\n".join([table, _healing_note(_records("methods_table"))]).rstrip()
+    table = markdown(("method", *(f"about {per_cent(share, 0)}" for share in SHARES)), rows)
+    return "\n\n".join([table, _healing_note(recorded("methods_table"))]).rstrip()
 
 
 def healing() -> str:
     """Return what each healing recipe recovers: perplexity, the share of the gap that is closed, seconds."""
     found: dict[str, dict[int, dict[str, Record]]] = {}
-    for one in _records("healing_table"):
+    for one in recorded("healing_table"):
         setting = one["setting"]
         found.setdefault(setting["cut"], {}).setdefault(setting["tokens"], {})[setting["recipe"]] = one
     recipes = [
@@ -112,10 +112,10 @@ def healing() -> str:
     for cut, amounts in found.items():
         first = next(iter(next(iter(amounts.values())).values()))
         given = {k: v for k, v in first["setting"].items() if k not in ("cut", "removed", "recipe", "tokens")}
-        how = ", ".join([f"`{cut}`", *(f"`{key}={_word(value)}`" for key, value in given.items())])
+        how = ", ".join([f"`{cut}`", *(f"`{key}={word(value)}`" for key, value in given.items())])
         removed = first["setting"]["removed"]
-        label = f"{_share(removed)} gone by {how}" if removed else "the dense model, given the same training"
-        rows.append([f"{label}: {_number(first['found']['before'])}", *[""] * (1 + len(recipes))])
+        label = f"{per_cent(removed)} gone by {how}" if removed else "the dense model, given the same training"
+        rows.append([f"{label}: {number(first['found']['before'])}", *[""] * (1 + len(recipes))])
         for tokens in sorted(amounts):
             rows.append(["", f"{tokens:,}", *(_healed(amounts[tokens].get(name)) for name in recipes)])
     return markdown(("", "tokens", *(f"`{name}`" for name in recipes)), rows)
@@ -124,14 +124,14 @@ def healing() -> str:
 def quantised() -> str:
     """Return what int8 weights cost: perplexity and bytes."""
     rows = []
-    for one in _records("quantise_table"):
+    for one in recorded("quantise_table"):
         found, name = one["found"], one["setting"]["method"]
         rows.append(
             [
                 f"`{name}`" if name in METHODS else name,
-                _share(found["removed"]),
-                _number(found["perplexity"]),
-                _number(found["int8"]),
+                per_cent(found["removed"]),
+                number(found["perplexity"]),
+                number(found["int8"]),
                 f"{found['bytes']:,}",
                 f"{found['int8_bytes']:,}",
             ]
@@ -142,10 +142,10 @@ def quantised() -> str:
 def stability() -> str:
     """Return accuracy, stability and flips on `stdlib-cloze`."""
     rows = []
-    for one in _records("stability_table"):
+    for one in recorded("stability_table"):
         found, given = one["found"], dict(one["setting"])
         name, blocks = given.pop("method"), given.pop("blocks", None)
-        more = "".join(f", `{key}={_word(value)}`" for key, value in given.items())
+        more = "".join(f", `{key}={word(value)}`" for key, value in given.items())
         label = f"`{name}`{more}, {blocks} of 12 blocks" if blocks else name
         kept = (found.get("stability", 1.0), found.get("flips", 0.0))
         accuracy = f"{found['acc']:.3f} ± {found['stderr']:.3f}"
@@ -153,27 +153,10 @@ def stability() -> str:
     return markdown(("model", "`acc`", "stability", "flips"), rows)
 
 
-def probes() -> str:
-    """Put perplexity ratios beside the accuracy of each probe, and what a gate says."""
-    floors = [f"{probe.chance:.2f}" for probe in PROBES.values()]
-    rows = [["guessing (the floor)", "", "", "", *floors, ""]]
-    for one in _records("probes"):
-        asked, found = one["setting"], one["found"]
-        ratios, right = found.get("ratios", {}), found["accuracy"]
-        method, _, more = asked["model"].partition(", ")
-        label = f"`{method}`{', ' if more else ''}{more}" if ratios else "dense"
-        read = [f"{ratios[source]:.2f}" if ratios else "1" for source in ("python-stdlib", "python-docs")]
-        kept = [f"{right[name]:.2f}" if name in right else "–" for name in PROBES]
-        gate = ("fails" if found["fails"] else "passes") if "gate" in found else ""
-        rows.append([label, _share(found["removed"]) if ratios else "", *read, *kept, gate])
-    names = [name.removeprefix("probe-") for name in PROBES]
-    return markdown(("model", "removed", "× code", "× prose", *names, "`--gate probes:0.9`"), rows)
-
-
 def robustness() -> str:
     """Return what came of mutated files and of commands killed at random moments."""
     rows = []
-    for one in _records("robustness"):
+    for one in recorded("robustness"):
         setting, found = one["setting"], one["found"]
         if setting["run"] == "mutations":
             label = f"{found['mutations']:,} mutations of {setting['kinds']} kinds of file, seed {setting['seed']}"
@@ -199,46 +182,10 @@ def robustness() -> str:
     return markdown(("", "found"), rows)
 
 
-def ablation() -> str:
-    """List the variants of a width repair, with perplexity ÷ that of the dense model on each source."""
-    rows = []
-    for one in _records("repair_ablation"):
-        asked, found = one["setting"], one["found"]
-        at_once = " (sums of the dense model, all blocks at once)" if "measured_on" in asked else ""
-        ratios = [found["ratios"][source] for source in ("wikitext", "prose", "code")]
-        rows.append(
-            (
-                f"`{asked['variant']}`{at_once}",
-                str(asked["windows"]),
-                *(f"{ratio:.2f}" for ratio in ratios),
-                f"{found['geometric_mean']:.3f}",
-            )
-        )
-    rows.sort(key=lambda row: ("at once" in row[0], -float(row[-1])))
-    return markdown(("variant", "windows", "WikiText-2", "prose", "code", "geometric mean"), rows)
-
-
-def allocation() -> str:
-    """List uniform and allocated widths, branches and blocks by the share removed: mean ratio, then each source."""
-    cells: dict[str, dict[float, Record]] = {}
-    for one in _records("allocation"):
-        cells.setdefault(one["setting"]["case"], {})[one["setting"]["remove"]] = one["found"]
-    amounts = sorted({amount for row in cells.values() for amount in row})
-
-    def cell(found: Record | None) -> str:
-        if found is None:
-            return "–"
-        each = ", ".join(f"{found['ratios'][source]:.2f}" for source in ("wikitext", "prose", "code"))
-        return f"{found['geometric_mean']:.2f} ({each})"
-
-    rows = [[f"`{case}`", *(cell(row.get(amount)) for amount in amounts)] for case, row in cells.items()]
-    return markdown(("", *(f"{amount:.0%}" for amount in amounts)), rows)
-
-
 def experts() -> str:
     """Put the ways to have fewer experts beside each other: perplexity on both texts, and the mean of their ratios."""
     found: dict[str, dict[int, Record]] = {}
-    for one in _records("experts_table"):
+    for one in recorded("experts_table"):
         found.setdefault(one["setting"]["method"], {})[one["setting"]["experts"]] = one["found"]
     counts = sorted({count for cells in found.values() for count in cells}, reverse=True)
     rows = [[_expert_label(label), *(_on_both(cells.get(count)) for count in counts)] for label, cells in found.items()]
@@ -262,7 +209,7 @@ def _on_both(found: Record | None) -> str:
 def searched() -> str:
     """Put `auto` beside the single methods it tried: perplexity, plans measured, processor seconds."""
     found: dict[str, dict[float, Record]] = {}
-    for one in _records("auto_table"):
+    for one in recorded("auto_table"):
         if "depth" not in one["setting"]:
             found.setdefault(one["setting"]["method"], {})[one["setting"]["remove"]] = one["found"]
     auto = found.pop("auto")
@@ -275,11 +222,11 @@ def searched() -> str:
     counts = [(auto[amount]["trials"], sum("refused" in one for one in auto[amount]["tried"])) for amount in amounts]
     rows.append(["plans measured, and passed over unmeasured", *(f"{tried}, {left}" for tried, left in counts)])
     rows.append(["processor seconds, one thread", *(f"{auto[amount]['processor_s']:.0f}" for amount in amounts)])
-    return markdown(("method", *(_share(amount, 0) for amount in amounts)), rows)
+    return markdown(("method", *(per_cent(amount, 0) for amount in amounts)), rows)
 
 
 def _perplexity(found: Record | None) -> str:
-    return "–" if found is None else f"{found['perplexity']:.2f} ({_share(found['removed'])})"
+    return "–" if found is None else f"{found['perplexity']:.2f} ({per_cent(found['removed'])})"
 
 
 def families() -> str:
@@ -296,40 +243,22 @@ _KINDS: dict[str, Callable[..., str]] = {
     "searched": searched,
     "quantised": quantised,
     "stability": stability,
-    "probes": probes,
+    "probes": real_tables.probes,
     "robustness": robustness,
-    "ablation": ablation,
-    "allocation": allocation,
+    "study": real_tables.study,
+    "healed": real_tables.healed,
+    "ablation": real_tables.ablation,
+    "allocation": real_tables.allocation,
     "experts": experts,
     "families": families,
 }
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = (cell.replace("|", "\\|") for cell in row)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _records(name: str) -> list[Record]:
-    """Read what was measured; of the same setting the last."""
-    file = RESULTS / f"{name}.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    last = {}
-    for line in lines:
-        one = json.loads(line)
-        last[json.dumps(one["setting"], sort_keys=True)] = one
-    return list(last.values())
 
 
 def _variants(method: str) -> dict[Variant, dict[Any, Record]]:
     """Return a method's measurements by settings and amount (blocks, or share of the parameters)."""
     found: dict[Variant, dict[Any, Record]] = {}
     for name in ("methods_table", "slicing_table", "width_table"):
-        for one in _records(name):
+        for one in recorded(name):
             given = dict(one["setting"])
             if given.pop("method") != method or "perplexity" not in one["found"]:
                 continue
@@ -351,14 +280,14 @@ def _nearest(cells: Iterable[Record], share: float) -> str:
     if abs(near["removed"] - share) > 0.05:
         return "–"
     healed = f" → {near['healed']:.2f}" if "healed" in near else ""
-    return f"{near['perplexity']:.2f}{healed} ({_share(near['removed'])})"
+    return f"{near['perplexity']:.2f}{healed} ({per_cent(near['removed'])})"
 
 
 def _cell(one: Record | None, by_blocks: bool) -> str:
     if one is None:
         return "–"
     found = one["found"]
-    more = ", ".join(map(str, found["gone"])) if by_blocks else _share(found["removed"])
+    more = ", ".join(map(str, found["gone"])) if by_blocks else per_cent(found["removed"])
     return f"{found['perplexity']:.2f} ({more})"
 
 
@@ -366,9 +295,7 @@ def _caption(variants: Iterable[dict[Any, Record]], by_blocks: bool) -> str:
     records = [one for cells in variants for one in cells.values()]
     dense = {one["found"]["dense"] for one in records}
     brackets = "the blocks that are gone" if by_blocks else "the share of all parameters that is really gone"
-    first = (
-        f"Held-out perplexity of the bundled model; dense: {', '.join(map(_number, dense))}. In brackets {brackets}."
-    )
+    first = f"Held-out perplexity of the bundled model; dense: {', '.join(map(number, dense))}. In brackets {brackets}."
     return " ".join([first, _healing_note(records)]).rstrip()
 
 
@@ -383,29 +310,16 @@ def _healed(one: Record | None) -> str:
         return "–"
     found = one["found"]
     gap = found["before"] - found["dense"]
-    closed = f"{_share((found['before'] - found['perplexity']) / gap, 0)}, " if gap > 0 else ""
+    closed = f"{per_cent((found['before'] - found['perplexity']) / gap, 0)}, " if gap > 0 else ""
     return f"{found['perplexity']:.2f} ({closed}{found['seconds']} s)"
 
 
 def _label(variant: Variant) -> str:
-    return ", ".join(f"`{key}={_word(value)}`" for key, value in variant) or "as it is"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+    return ", ".join(f"`{key}={word(value)}`" for key, value in variant) or "as it is"
 
 
 def _default(value: Any) -> str:
-    return "not set" if value is None else f"`{_word(value)}`"
-
-
-def _word(value: Any) -> str:
-    """Write a value as `--set` takes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _share(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %"
+    return "not set" if value is None else f"`{word(value)}`"
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_every_method_has_a_page_with_its_settings(name, tables):
     lines = (ROOT / "docs" / "methods" / f"{name}.md").read_text().splitlines()
     assert f"`{name}`" in lines[0]
     for key, field in METHODS[name].settings.model_fields.items():
-        default = "not set" if field.default is None else tables._word(field.default)
+        default = "not set" if field.default is None else tables.word(field.default)
         assert any(line.startswith(f"| `{key}` |") and default in line for line in lines), f"{key}: {default}"
 
 
@@ -62,7 +62,7 @@ def test_the_last_measurement_counts_and_healing_is_shown(tables, tmp_path, monk
         return json.dumps({"setting": setting, "found": found | more}) + "\n"
 
     (tmp_path / "methods_table.jsonl").write_text(line(1, 18.0) + line(2, 20.0) + line(2, 19.5, healed=18.25))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys.modules["table_parts"], "RESULTS", tmp_path)
     table = tables.measured("sleb")
     assert "| as it is | 18.00 (4) | 19.50 (4, 4) |" in table
     assert "| … healed | – | 18.25 |" in table

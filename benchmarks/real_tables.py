@@ -1,0 +1,127 @@
+"""Tables of real models: what methods, repairs and healing do to SmolLM2-135M-Instruct on three kinds of text."""
+
+from __future__ import annotations
+
+import math
+
+from table_parts import Record, markdown, number, per_cent, recorded
+
+from secateur.evaluation.probes import PROBES
+
+SOURCES = {"wikitext": "WikiText-2", "prose": "prose", "code": "code"}
+"""What real models are judged on, as results name it and as tables do."""
+STUDIED = 32
+"""Windows of calibration of the study in the tables."""
+
+
+def probes() -> str:
+    """Put perplexity ratios beside the accuracy of each probe, and what a gate says."""
+    floors = [f"{probe.chance:.2f}" for probe in PROBES.values()]
+    rows = [["guessing (the floor)", "", "", "", *floors, ""]]
+    for one in recorded("probes"):
+        asked, found = one["setting"], one["found"]
+        ratios, right = found.get("ratios", {}), found["accuracy"]
+        method, _, more = asked["model"].partition(", ")
+        label = f"`{method}`{', ' if more else ''}{more}" if ratios else "dense"
+        read = [f"{ratios[source]:.2f}" if ratios else "1" for source in ("python-stdlib", "python-docs")]
+        kept = [f"{right[name]:.2f}" if name in right else "–" for name in PROBES]
+        gate = ("fails" if found["fails"] else "passes") if "gate" in found else ""
+        rows.append([label, per_cent(found["removed"]) if ratios else "", *read, *kept, gate])
+    names = [name.removeprefix("probe-") for name in PROBES]
+    return markdown(("model", "removed", "× code", "× prose", *names, "`--gate probes:0.9`"), rows)
+
+
+def ablation() -> str:
+    """List the variants of a width repair, with perplexity ÷ that of the dense model on each source."""
+    rows = []
+    for one in recorded("repair_ablation"):
+        asked, found = one["setting"], one["found"]
+        at_once = " (sums of the dense model, all blocks at once)" if "measured_on" in asked else ""
+        ratios = [found["ratios"][source] for source in SOURCES]
+        rows.append(
+            (
+                f"`{asked['variant']}`{at_once}",
+                str(asked["windows"]),
+                *(f"{ratio:.2f}" for ratio in ratios),
+                f"{found['geometric_mean']:.3f}",
+            )
+        )
+    rows.sort(key=lambda row: ("at once" in row[0], -float(row[-1])))
+    return markdown(("variant", "windows", *SOURCES.values(), "geometric mean"), rows)
+
+
+def study(removed: str) -> str:
+    """Put the methods beside each other at one share: ratios by source, after healing too, seconds and memory."""
+    records = [one for one in recorded("real_study") if one["setting"].get("remove") == float(removed)]
+    healed = {one["setting"]["case"]: one["found"] for one in records if _is_plain(one["setting"].get("healing"))}
+    rows = []
+    for one in records:
+        found, case = one["found"], one["setting"]["case"]
+        if "healing" in one["setting"] or one["setting"]["windows"] != STUDIED:
+            continue
+        if "refused" in found:
+            rows.append((math.inf, [_case(case), "refused", *[""] * 7]))
+            continue
+        healed_mean = number(healed[case]["geometric_mean"] if case in healed else None)
+        cost = [f"{found['seconds']:.0f} s", f"{found['peak_bytes'] / 2**30:.1f} GiB"]
+        rows.append(
+            (
+                found["geometric_mean"],
+                [_case(case), per_cent(found["removed"]), *_by_source(found), healed_mean, *cost],
+            )
+        )
+    head = ("method", "removed", *SOURCES.values(), "mean", "mean, healed", "time", "peak memory")
+    return markdown(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
+
+
+def healed() -> str:
+    """List what healing brings to cuts of a real model: recipe, tokens, texts, and the ratios on each source."""
+    records = recorded("real_study")
+    before = {
+        (one["setting"]["case"], one["setting"].get("remove")): one["found"]
+        for one in records
+        if "healing" not in one["setting"] and "ratios" in one["found"]
+    }
+    rows = []
+    for one in records:
+        asked = one["setting"].get("healing")
+        if asked is None:
+            continue
+        name = one["setting"]["case"]
+        cut = before.get((name, one["setting"]["remove"]))
+        label = f"{_case(name)}, {per_cent(cut['removed'])} gone" if cut else "dense"
+        was = f"{cut['geometric_mean']:.2f}" if cut else "1"
+        how = [f"`{asked['with']}`", f"{asked['tokens']:,}", f"`{asked['texts']}`"]
+        rows.append([label, *how, was, *_by_source(one["found"]), f"{one['found']['seconds']:.0f} s"])
+    return markdown(("cut", "recipe", "tokens", "texts", "mean before", *SOURCES.values(), "mean", "time"), rows)
+
+
+def _is_plain(healing: Record | None) -> bool:
+    return healing is not None and (healing["with"], healing["texts"]) == ("lora", "diverse")
+
+
+def _case(case: str) -> str:
+    method, _, more = case.partition(", ")
+    return f"[`{method}`](methods/{method}.md)" + (f", `{more}`" if more else "")
+
+
+def _by_source(found: Record) -> list[str]:
+    """Return the ratios of each source, and their geometric mean."""
+    return [*(number(found["ratios"][source]) for source in SOURCES), number(found["geometric_mean"])]
+
+
+def allocation() -> str:
+    """List uniform and allocated widths, branches and blocks by the share removed: mean ratio, then each source."""
+    cells: dict[str, dict[float, Record]] = {}
+    for one in recorded("allocation"):
+        cells.setdefault(one["setting"]["case"], {})[one["setting"]["remove"]] = one["found"]
+    amounts = sorted({amount for row in cells.values() for amount in row})
+
+    def cell(found: Record | None) -> str:
+        if found is None:
+            return "–"
+        each = ", ".join(f"{found['ratios'][source]:.2f}" for source in SOURCES)
+        return f"{found['geometric_mean']:.2f} ({each})"
+
+    rows = [[f"`{case}`", *(cell(row.get(amount)) for amount in amounts)] for case, row in cells.items()]
+    return markdown(("", *(f"{amount:.0%}" for amount in amounts)), rows)
