@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.calibration.products import add_product, add_upper, at_work, mirror_upper
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.walk import Batch
 from secateur.errors import NumericsError
@@ -28,7 +29,6 @@ class Moments:
     Attributes:
         weight: Σ w.
         total: Σ w x, (n,).
-        gram: Σ w x xᵀ, (n, n).
         cross: Σ w x mᵀ, (n, out), m being what the output lacks; None if it lacks nothing.
         lacking: Σ w ‖m‖².
     """
@@ -42,7 +42,16 @@ class Moments:
         lacking: torch.Tensor | float = 0.0,
     ) -> None:
         """Wrap existing sums."""
-        self.weight, self.total, self.gram, self.cross, self.lacking = weight, total, gram, cross, lacking
+        self.weight, self.total, self.cross, self.lacking = weight, total, cross, lacking
+        self._gram, self._mirrored = gram, True
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """Return Σ w x xᵀ, (n, n)."""
+        if not self._mirrored:
+            mirror_upper(self._gram)
+            self._mirrored = True
+        return self._gram
 
     @classmethod
     def zero(cls, width: int, home: torch.device) -> Moments:
@@ -51,16 +60,17 @@ class Moments:
         return cls(*zeros)
 
     def add(self, inputs: torch.Tensor, weight: torch.Tensor, lacking: torch.Tensor | None = None) -> None:
-        """Add tokens: x (M, n), w (M,) and perhaps m (M, out), float64."""
+        """Add tokens: x (M, n), w (M,) and perhaps m (M, out), as `at_work` gives them."""
         weighted = inputs * weight[:, None]
-        self.weight += weight.sum()
-        self.total += weighted.sum(dim=0)
-        self.gram.addmm_(weighted.T, inputs)
+        self.weight += weight.sum(dtype=torch.float64)
+        self.total += weighted.sum(dim=0, dtype=torch.float64)
+        add_upper(self._gram, weighted, inputs)
+        self._mirrored = False
         if lacking is not None:
             if self.cross is None:
-                self.cross = self.gram.new_zeros(len(self.gram), lacking.shape[1])
-            self.cross.addmm_(weighted.T, lacking)
-            self.lacking += (weight[:, None] * lacking.square()).sum()
+                self.cross = self._gram.new_zeros(len(self._gram), lacking.shape[1])
+            add_product(self.cross, weighted, lacking)
+            self.lacking += (weight[:, None] * lacking.square()).sum(dtype=torch.float64)
 
     def __add__(self, other: Moments) -> Moments:
         """Return the sums over the tokens of both."""
@@ -137,42 +147,42 @@ class InputSums:
         home, width = self.total.device, self.total.shape[0]
         windows = int(window.max()) + 1 if len(window) else 0
         lengths = torch.zeros(windows, width // self._unit, dtype=torch.float64, device=home)
-        rows = max(1, _CHUNK_BYTES // (8 * width))
+        rows = max(1, _CHUNK_BYTES // (4 * width))
         for first in range(0, len(inputs), rows):
-            exact = inputs[first : first + rows].to(home).double()
-            self.total += exact.sum(dim=0)
-            self.squares += exact.square().sum(dim=0)
+            some = at_work(inputs[first : first + rows], home)
+            self.total += some.sum(dim=0, dtype=torch.float64)
+            self.squares += some.square().sum(dim=0, dtype=torch.float64)
             self._add_moments(
-                exact, *(None if one is None else one[first : first + rows] for one in (weight, held_out, lacking))
+                some, *(None if one is None else one[first : first + rows] for one in (weight, held_out, lacking))
             )
             owners = window[first : first + rows].to(home)
-            lengths.index_add_(0, owners, exact.unflatten(1, (-1, self._unit)).norm(dim=-1))
+            lengths.index_add_(0, owners, some.unflatten(1, (-1, self._unit)).norm(dim=-1).double())
         counts = torch.bincount(window.to(home), minlength=windows).clamp_min(1)
         self.magnitudes += (lengths / counts[:, None]).square().sum(dim=0)
         self.tokens += len(inputs)
 
     def _add_moments(
         self,
-        exact: torch.Tensor,
+        inputs: torch.Tensor,
         weight: torch.Tensor | None,
         held_out: torch.Tensor | None,
         lacking: torch.Tensor | None,
     ) -> None:
         if self.fitted is None:
             return
-        heavy = exact.new_ones(len(exact)) if weight is None else weight.to(exact)
-        missed = None if lacking is None else lacking.to(exact)
+        heavy = inputs.new_ones(len(inputs)) if weight is None else weight.to(inputs)
+        missed = None if lacking is None else lacking.to(inputs)
         if held_out is None or not bool(held_out.any()):
-            self.fitted.add(exact, heavy, missed)
+            self.fitted.add(inputs, heavy, missed)
             return
         if self.held_out is None:
-            self.held_out = Moments.zero(exact.shape[1], exact.device)
+            self.held_out = Moments.zero(inputs.shape[1], inputs.device)
         held_out = held_out.cpu()
-        bounds = [0, *((held_out[1:] != held_out[:-1]).nonzero().flatten() + 1).tolist(), len(exact)]
+        bounds = [0, *((held_out[1:] != held_out[:-1]).nonzero().flatten() + 1).tolist(), len(inputs)]
         for first, last in itertools.pairwise(bounds):  # runs of neighbours are views: nothing is copied
             run = slice(first, last)
             into = self.held_out if held_out[first] else self.fitted
-            into.add(exact[run], heavy[run], None if missed is None else missed[run])
+            into.add(inputs[run], heavy[run], None if missed is None else missed[run])
 
     def require_finite(self, where: str) -> None:
         """Refuse NaN and infinity.

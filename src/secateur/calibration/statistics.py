@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from secateur.calibration.products import add_product, at_work
 from secateur.calibration.ridge import GRID, UNJUDGED, held_out_gains, safest, strength
 from secateur.distributed import add_up
 from secateur.errors import InputError, NumericsError
@@ -139,20 +140,19 @@ class LinearSums:
         home = self._gram.device
         heavy = torch.ones(len(part), device=home) if weight is None else weight.to(home)
         folds = torch.zeros(len(part), dtype=torch.bool) if held_out is None else held_out.cpu()
-        rows = max(1, _CHUNK_BYTES // (8 * part.shape[1]))
+        rows = max(1, _CHUNK_BYTES // (4 * part.shape[1]))
         for fold in folds.unique().tolist():
             chosen = (folds == fold).nonzero().flatten()
             for some in chosen.split(rows):
                 part_Md, before_Md, after_Md = (
-                    one[some.to(one.device)].to(home).double() for one in (part, before, after)
+                    at_work(one[some.to(one.device)], home) for one in (part, before, after)
                 )
-                weight_M1 = heavy[some.to(home)].double()[:, None]
+                weight_M1 = heavy[some.to(home)].to(part_Md)[:, None]
                 weighted_Md, change_Md = part_Md * weight_M1, after_Md - before_Md
-                self._gram[int(fold)].addmm_(weighted_Md.T, part_Md)
-                self._cross[int(fold)].addmm_(weighted_Md.T, change_Md)
-                self._squares[int(fold)] += torch.stack(
-                    ((weight_M1 * change_Md.square()).sum(), (weight_M1 * after_Md.square()).sum())
-                )
+                add_product(self._gram[int(fold)], weighted_Md, part_Md)
+                add_product(self._cross[int(fold)], weighted_Md, change_Md)
+                squares = (weight_M1 * change_Md.square(), weight_M1 * after_Md.square())
+                self._squares[int(fold)] += torch.stack([one.sum(dtype=torch.float64) for one in squares])
 
     def combine(self) -> None:
         """Add the sums of the other processes; the end of adding."""

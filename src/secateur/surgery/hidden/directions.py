@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from secateur.calibration.products import add_product, add_upper, at_work, mirror_upper
 from secateur.calibration.ridge import GRID, held_out_gains, safest, strength
 from secateur.calibration.statistics import device_with_float64
 from secateur.distributed import add_up
@@ -45,13 +46,13 @@ class Covariance:
 
     def update(self, states: torch.Tensor) -> None:
         """Add states (tokens, D)."""
-        exact = _exact(states)
-        if self._normed:
-            exact = unit_scale(exact)
         if self._sum is None:
-            self._sum = torch.zeros(self._width, self._width, dtype=torch.float64, device=exact.device)
-        exact = exact.to(self._sum.device)  # of a model spread over devices, states come from several
-        self._sum.addmm_(exact.T, exact)
+            home = device_with_float64(states.device)
+            self._sum = torch.zeros(self._width, self._width, dtype=torch.float64, device=home)
+        states = at_work(states, self._sum.device)  # of a model spread over devices, states come from several
+        if self._normed:
+            states = unit_scale(states)
+        add_upper(self._sum, states, states)
 
     def combine(self) -> None:
         """Add what the other processes have summed."""
@@ -65,6 +66,7 @@ class Covariance:
             NumericsError: the states held NaN or infinity.
         """
         assert self._sum is not None, "windows are never empty"
+        mirror_upper(self._sum)
         if not bool(torch.isfinite(self._sum).all()):
             raise NumericsError("NaN or infinity in the hidden states (or their gradients); try --dtype float32.")
         return self._sum
@@ -113,18 +115,18 @@ class Reconstruction:
         self, states: torch.Tensor, weight: torch.Tensor | None = None, held_out: torch.Tensor | None = None
     ) -> None:
         """Add states H (tokens, D), with the weight of each token and whether it evaluates the fit, both (tokens,)."""
-        exact = _exact(states).to(self._directions.device)
-        self._tokens += len(exact)
-        kept = exact @ self._directions
-        kept = kept / (kept.pow(2).sum(-1, keepdim=True) / exact.shape[1] + self._eps).sqrt()
-        whole = unit_scale(exact, self._eps)
-        folds = torch.zeros(len(exact), dtype=torch.bool) if held_out is None else held_out.cpu()
-        heavy = exact.new_ones(len(exact)) if weight is None else weight.to(exact)
+        states = at_work(states, self._directions.device)
+        self._tokens += len(states)
+        kept = states @ self._directions.to(states)
+        kept = kept / (kept.pow(2).sum(-1, keepdim=True) / states.shape[1] + self._eps).sqrt()
+        whole = unit_scale(states, self._eps)
+        folds = torch.zeros(len(states), dtype=torch.bool) if held_out is None else held_out.cpu()
+        heavy = states.new_ones(len(states)) if weight is None else weight.to(states)
         for fold in folds.unique().tolist():
-            rows = (folds == fold).nonzero().flatten().to(exact.device)
+            rows = (folds == fold).nonzero().flatten().to(states.device)
             weighted = kept[rows] * heavy[rows, None]
-            self._gram[int(fold)].addmm_(weighted.T, kept[rows])
-            self._cross[int(fold)].addmm_(weighted.T, whole[rows])
+            add_product(self._gram[int(fold)], weighted, kept[rows])
+            add_product(self._cross[int(fold)], weighted, whole[rows])
 
     def reading(self) -> Directions:
         """Return M, (D, d)."""
@@ -167,7 +169,3 @@ def by_rows(tensor: torch.Tensor, change: RowsChange, dtype: torch.dtype = torch
     for number, part in enumerate(itertools.chain([first], parts)):
         found[number * step : number * step + step] = part
     return found
-
-
-def _exact(states: torch.Tensor) -> torch.Tensor:
-    return states.to(device_with_float64(states.device)).double()
