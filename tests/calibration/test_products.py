@@ -9,7 +9,7 @@ from secateur.calibration.products import ROWS, add_product, add_upper, at_work,
 
 @pytest.fixture
 def tokens():
-    """Inputs of very different size, as a transformer has them: one input is a thousand times as large as the others."""
+    """Inputs of very different size, as in a transformer: one is a thousand times as large as the others."""
     torch.manual_seed(0)
     inputs = torch.randn(3 * ROWS + 7, 300) * torch.logspace(-2, 1, 300)
     inputs[:, 17] += 1000

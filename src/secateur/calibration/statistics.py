@@ -357,13 +357,16 @@ def device_with_float64(device: torch.device) -> torch.device:
 
 
 def _solve_symmetric(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Solve a positive definite system; if the matrix is singular, return the minimum-norm solution."""
+    """Solve a positive definite system; if the matrix is singular, return the minimum-norm solution.
+
+    It counts as singular where an eigenvalue is no larger than the rounding of float32 products.
+    """
+    rounding = 1e-6 * left.diagonal().mean()
     factor, failed = torch.linalg.cholesky_ex(left)
-    smallest, largest = factor.diagonal().abs().min(), factor.diagonal().abs().max()
-    if not failed and smallest > 1e-7 * largest:
+    if not failed and factor.diagonal().square().min() > rounding:
         return torch.cholesky_solve(right, factor)
     values, vectors = torch.linalg.eigh(left)
-    kept = values > 1e-13 * len(values) * values[-1]
+    kept = values > rounding
     inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
     return vectors @ (inverse[:, None] * (vectors.T @ right))
 

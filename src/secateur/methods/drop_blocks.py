@@ -129,8 +129,7 @@ _UIDL = "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Laye
 )
 def by_block_influence(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
     """Rank by BI(l) = 1 − E cos(X^l, X^{l+1}), smallest first."""
-    influence = measurements.scores("cosine").block_influence
-    assert influence is not None
+    influence = measurements.block_influence()
     return _lowest_first(measurements.decoder, influence, settings.free_blocks(len(influence)))
 
 

@@ -9,9 +9,10 @@ T = argmin ‖R + P T − X^{l+n}‖² + λ‖T − I‖², λ = ridge · mean d
 regularises toward the identity, so that a strong one simply drops the blocks; and the window can be chosen by the error
 that remains after T, relative to the size of the target state, not only by the distance before.
 
-Where the paper removes one window, the blocks are removed in several, by default as short as the amount allows: on the
-bundled model that is far better from three blocks on (docs/methods.md). Their matrices are all measured on the uncut
-model, in one walk. The first block is never in a window, since there is no block before it.
+Where the paper removes one window, by default the blocks of lowest influence are removed, those of ShortGPT, and
+neighbours among them are one window: on a real model, errors of windows say little about what several cost together
+(docs/methods/replaceme.md). The matrices are all measured on the uncut model, in one walk. The first block is never in
+a window, since there is no block before it.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from secateur.scores.linearity import linear_sums, ridge_of
 from secateur.surgery.depth.blocks import can_go, require_removable
 from secateur.surgery.depth.linear_replacement import replace_linearly, require_plain_mlp_output
 
-Choice = Literal["error", "cosine", "angular"]
+Choice = Literal["influence", "error", "cosine", "angular"]
 
 
 class LinearReplacementSettings(Settings):
     """Settings of `replaceme`; the block before a window counts as changed."""
 
     choose: Choice = Field(
-        "error", description="criterion for windows: the least-squares error, or the cosine or angle before it"
+        "influence", description="the blocks of lowest influence, or windows by least-squares error, cosine or angle"
     )
     ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto", description="regularisation of the matrix toward the identity; by default chosen on held-out windows"
@@ -51,9 +52,14 @@ class LinearReplacementSettings(Settings):
         "least-squares", description="what the matrix minimises: the squared error of the state, or 1 − its cosine"
     )
     max_window: int | None = Field(
-        None, ge=1, description="longest window (more blocks take several); by default as short as the amount allows"
+        None, ge=1, description="longest window; by default any with influence, else as short as the amount allows"
     )
     window: int | None = Field(None, ge=0, description="number of blocks to remove, all in one window (the paper's n)")
+
+    @property
+    def single_blocks(self) -> bool:
+        """Whether blocks are chosen one by one, whatever windows they make."""
+        return self.choose == "influence" and self.max_window is None and self.window is None
 
     def longest(self, count: int, free: int) -> int:
         """Return the longest window allowed when `count` of `free` neighbouring blocks are removed."""
@@ -103,6 +109,8 @@ def decide(
     errors: dict[Span, float] = {}
 
     def windows_for(count: int) -> tuple[Span, ...]:
+        if settings.single_blocks:
+            return least_influence(decoder, measurements.block_influence(), free, count)
         sizes = window_sizes(count, settings.longest(count, len(free)))
         costs = _costs(measurements, settings, free, sizes)
         if settings.choose == "error":
@@ -110,7 +118,7 @@ def decide(
         found = best_windows(free, sizes, costs)
         if not all(math.isfinite(costs[span]) for span in found):
             require_removable(decoder, [block for low, high in found for block in range(low, high + 1)])
-            raise InputError(f"replaceme: no {count} blocks of this model stand after an MLP and can be removed.")
+            raise _too_many(count)
         return found
 
     found = _windows_within(budget, windows_for, most, decoder)
@@ -185,6 +193,47 @@ def best_windows(free: range, sizes: tuple[int, ...], costs: Mapping[Span, float
     return placed[1]
 
 
+def least_influence(decoder: Decoder, influence: Sequence[float], free: range, count: int) -> tuple[Span, ...]:
+    """Return the windows that the blocks of lowest influence make, of those that can be replaced.
+
+    Args:
+        decoder: the model.
+        influence: of every block.
+        free: blocks that may change; the first of them stays, since a matrix is folded into the one before a window.
+        count: number of blocks to remove.
+
+    Raises:
+        InputError: fewer can be.
+    """
+    windows: tuple[Span, ...] = ()
+    for block in sorted(free[1:], key=lambda block: influence[block]):
+        if sum(high - low + 1 for low, high in windows) == count:
+            break
+        found = _with_block(windows, block)
+        if all(_can_be_replaced(decoder, span) for span in found):
+            windows = found
+    if sum(high - low + 1 for low, high in windows) < count:
+        require_removable(decoder, free[1:])
+        raise _too_many(count)
+    return windows
+
+
+def _with_block(windows: tuple[Span, ...], block: int) -> tuple[Span, ...]:
+    """Add a block to windows, which join where they meet."""
+    low, high = block, block
+    apart = []
+    for first, last in windows:
+        if first <= block + 1 and last >= block - 1:
+            low, high = min(low, first), max(high, last)
+        else:
+            apart.append((first, last))
+    return tuple(sorted([*apart, (low, high)]))
+
+
+def _too_many(count: int) -> InputError:
+    return InputError(f"replaceme: no {count} blocks of this model stand after an MLP and can be removed.")
+
+
 def _costs(
     measurements: Measurements, settings: LinearReplacementSettings, free: range, sizes: tuple[int, ...]
 ) -> dict[Span, float]:
@@ -202,6 +251,9 @@ def _costs(
             sums = linear_sums(measurements.decoder, measurements.need_windows(), unknown, options=measurements.options)
             known.update({span: one.held_out_error(ridge) for span, one in sums})
         return impossible | {span: known[span] for span in spans}
+    if settings.choose == "influence":
+        influence = measurements.block_influence()
+        return impossible | {(low, high): sum(influence[low : high + 1]) for low, high in spans}
     scores = measurements.scores(settings.choose)
     if settings.choose == "cosine":
         return impossible | {(low, high): 1 - scores.window_cosine(high - low + 1)[low] for low, high in spans}

@@ -247,11 +247,7 @@ def _between(one: Slide) -> float:
 
 
 def _influence(measurements: Measurements, settings: MergeSettings) -> tuple[float, ...]:
-    if settings.rule != "weighted":
-        return ()
-    found = measurements.scores("cosine").block_influence
-    assert found is not None
-    return found
+    return measurements.block_influence() if settings.rule == "weighted" else ()
 
 
 def _open_store(decoder: Decoder) -> StateStore:

@@ -92,6 +92,12 @@ class Measurements:
             self.known = score_model(self.decoder, self.windows, kinds, options=self.options)
         return self.known
 
+    def block_influence(self) -> tuple[float, ...]:
+        """Return BI(l) = 1 − E cos(X^l, X^{l+1}) of every block."""
+        found = self.scores("cosine").block_influence
+        assert found is not None, "scores of the kind cosine hold it"
+        return found
+
     def need_windows(self) -> Windows:
         """Return the windows.
 
