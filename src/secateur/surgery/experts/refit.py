@@ -30,9 +30,10 @@ from secateur.calibration.walk import Batch, open_store, step, stored_start
 from secateur.data.windows import Windows
 from secateur.errors import ModelError
 from secateur.models.decoder import Decoder
+from secateur.models.experts import mixture_of
 from secateur.models.widths import block_widths
 from secateur.run_options import DEFAULTS, RunOptions
-from secateur.surgery.experts.removal import ExpertAssembly
+from secateur.surgery.experts.removal import ExpertAssembly, require_even_groups
 from secateur.surgery.width.pruning import of_dense, residual_multiplier, writer_of, writer_weights, writes_stream
 from secateur.surgery.width.repair import choose_fit, described
 
@@ -55,6 +56,16 @@ class Rebuilt:
 
     decoder: Decoder
     fits: list[dict[str, Any]]
+
+
+def require_repairable(decoder: Decoder) -> None:
+    """Refuse a model whose experts cannot be refitted.
+
+    Raises:
+        ModelError: saying why.
+    """
+    if not writes_stream(decoder):
+        raise ModelError(f"{decoder.source}: its experts write into a norm, not the residual stream; leave out repair.")
 
 
 @torch.no_grad()
@@ -83,8 +94,8 @@ def rebuild_experts(
         ModelError: the model has no experts that can be removed, or a norm behind them that a refit does not know.
         NumericsError: NaN or infinity on the way.
     """
-    if ridge is not None and not writes_stream(decoder):
-        raise ModelError(f"{decoder.source}: its experts write into a norm, not the residual stream; leave out repair.")
+    if ridge is not None:
+        require_repairable(decoder)
     new, folds, fits = ExpertAssembly(decoder, keep), folds_of(windows), list[dict[str, Any]]()
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, options.batch_size)
@@ -120,6 +131,7 @@ def refit_experts(
 
     The arguments and errors are those of `rebuild_experts`.
     """
+    require_even_groups(mixture_of(decoder), kept)
 
     def keep(new: ExpertAssembly, index: int, _batches: Sequence[Batch], _store: StateStore) -> None:
         new.keep(index, kept[index])
