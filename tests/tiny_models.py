@@ -248,12 +248,12 @@ def build(name: str, *, blocks: int = 8, seed: int = 0, dtype: torch.dtype = tor
         model = AutoModelForCausalLM.from_config(VARIANTS[name].config(blocks), dtype=dtype)
     if dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
-    _draw_parameters(model, seed)
+    draw_parameters(model, seed)
     return model.eval()
 
 
 @torch.no_grad()
-def _draw_parameters(model: nn.Module, seed: int) -> None:
+def draw_parameters(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     drawn: set[nn.Parameter] = set()
     for module in model.modules():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import oracles_experts as oracle
-from secateur import Plan, make_plan, open_model, prune, save
+from secateur import Plan, heal, make_plan, open_model, prune, save, score
 from secateur.calibration.routing import RoutingSums, measure_routing, routed_step
 from secateur.calibration.walk import start
 from secateur.checkpoints.check import record_expected, reopen
@@ -172,7 +172,8 @@ def _two(mlp, kept, x):
 
 def test_an_edited_plan_keeps_exactly_the_named_experts(tiny, tmp_path):
     model = tiny("qwen3_moe-mixed", blocks=3)
-    plan = make_plan(model, method="expert-frequency", texts=WINDOWS, settings={"experts": 3})
+    settings = {"experts": 3, "repair": False}
+    plan = make_plan(model, method="expert-frequency", texts=WINDOWS, settings=settings)
     data = json.loads(plan.to_json())
     data["steps"][0]["kept"] = [[0, 1, 3], [], [1, 2, 3]]
     pruned = prune(model, Plan.model_validate(data))
@@ -196,15 +197,50 @@ def test_an_edited_plan_keeps_exactly_the_named_experts(tiny, tmp_path):
             Plan.model_validate(data)
 
 
+def test_experts_are_refitted_unless_a_norm_is_behind_them(tiny):
+    model = tiny("qwen3_moe", blocks=3)
+    behind_norm = dataclasses.replace(
+        model,
+        anatomy=dataclasses.replace(model.anatomy, family=dataclasses.replace(model.anatomy.family, order="sandwich")),
+    )
+    for method, kinds in (("reap", ("refit-experts", "drop-experts")), ("ream", ("merge-experts",) * 2)):
+        plans = [make_plan(one, method=method, texts=WINDOWS, settings={"experts": 3}) for one in (model, behind_norm)]
+        assert tuple(plan.steps[0].kind for plan in plans) == kinds
+        assert [plan.steps[0].settings["repair"] for plan in plans] == [True, False]
+        assert [getattr(plan.steps[0], "repair", None) for plan in plans] in ([True, False], [None, None])
+        with pytest.raises(ModelError, match="write into a norm"):
+            make_plan(behind_norm, method=method, texts=WINDOWS, settings={"experts": 3, "repair": True})
+
+
+def test_what_needs_experts_is_refused_before_texts_are_read(tiny):
+    dense, mixture, texts = tiny("llama", blocks=3), tiny("qwen3_moe", blocks=3), "no/such/file.txt"
+    for method in ("reap", "ream", "expert-frequency", "expert-activation", "shortgpt:0.5,reap:0.5"):
+        with pytest.raises(ModelError, match="a llama has no experts"):
+            make_plan(dense, method=method, texts=texts, remove=0.1)
+    with pytest.raises(ModelError, match="a llama has no experts"):
+        score(dense, texts=texts, kinds=("experts",))
+    for given in ({"by": "router"}, {"by": "distill", "settings": {"trains": "router"}}):
+        with pytest.raises(ModelError, match="no router to train"):
+            heal(dense, texts=texts, **given)
+    with pytest.raises(InputError, match="only 4 in a block"):
+        make_plan(mixture, method="ream", texts=texts, settings={"experts": 5})
+    with pytest.raises(InputError, match="no/such/file"):
+        make_plan(mixture, method="ream", texts=texts, settings={"experts": 3})
+
+
 def test_a_plan_for_other_experts_is_refused(tiny):
     model = tiny("qwen3_moe", blocks=3)
     plan = make_plan(model, method="reap", texts=WINDOWS, settings={"experts": 3})
     other = plan.model_copy(update={"steps": (plan.steps[0].model_copy(update={"kept": ((0,),) * 3}),)})
     with pytest.raises(InputError, match="each token is sent to 2"):
-        prune(model, other)
+        prune(model, other, texts=WINDOWS)
     sizes = tuple(ExpertSizes(count=5, parameters=one.parameters) for one in plan.steps[0].sizes)
     with pytest.raises(InputError, match="mixture of other experts"):
-        prune(model, plan.model_copy(update={"steps": (plan.steps[0].model_copy(update={"sizes": sizes}),)}))
+        prune(
+            model,
+            plan.model_copy(update={"steps": (plan.steps[0].model_copy(update={"sizes": sizes}),)}),
+            texts=WINDOWS,
+        )
 
 
 def test_amounts(tiny):

@@ -232,12 +232,12 @@ def capturing_inputs(block: nn.Module, writer: str, batch: Batch, experts: int) 
         if len(args) == 1:  # Llama 4: each expert gets all tokens, those that are not for it as zeros
             for number, states in enumerate(args[0].view(experts, -1, args[0].shape[-1])):
                 rows = (states.any(dim=-1).cpu() & real).nonzero().flatten()
-                captured.append(Captured(number, _inside(module, number, states[rows.to(states.device)]), rows))
+                captured.append(Captured(number, inside_expert(module, number, states[rows.to(states.device)]), rows))
             return
         hidden, chosen = args[0], args[1]
         for number in range(experts):
             rows = ((chosen == number).any(dim=-1).cpu() & real).nonzero().flatten()
-            captured.append(Captured(number, _inside(module, number, hidden[rows.to(hidden.device)]), rows))
+            captured.append(Captured(number, inside_expert(module, number, hidden[rows.to(hidden.device)]), rows))
 
     if isinstance(found, nn.Parameter):
         hook = find(block, writer.rpartition(".")[0]).register_forward_pre_hook(of_experts)
@@ -249,7 +249,7 @@ def capturing_inputs(block: nn.Module, writer: str, batch: Batch, experts: int) 
         hook.remove()
 
 
-def _inside(experts: Any, number: int, states: torch.Tensor) -> torch.Tensor:
+def inside_expert(experts: Any, number: int, states: torch.Tensor) -> torch.Tensor:
     """Return what enters the output projection of one of the stacked experts, given the states that it is sent."""
     name = "up_proj" if getattr(experts, "gate_up_proj", None) is None else "gate_up_proj"
     weight = getattr(experts, name)[number]

@@ -1,13 +1,16 @@
 """What the router of a block decides, and sums over tokens of what each expert then does.
 
-Every mixture of transformers has a router that returns (logits, weights, experts) for each token, and a module of
-experts called with (states, experts, weights). Both are read where they are called, whatever a family computes in them.
+Every mixture of transformers has a router that returns logits, alone or with (weights, experts), for each token, and a
+module of experts called with (states, experts, weights). Both are read where they are called, whatever a family
+computes in them. In Llama 4 the router returns (weights, logits) for all experts, and the weights multiply what enters
+the experts, which are called with a copy of all tokens for each.
 
 Legend: M = tokens, E = experts of a block, k = experts that a token is sent to, d = width of the residual stream.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.calibration.inputs import inside_expert
 from secateur.calibration.shares import share_of
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.walk import Batch, open_store, step, stored_start
@@ -39,8 +43,9 @@ class Routed:
         states: what enters it, (M, d).
         logits: of the router, (M, E).
         chosen: the experts of each token, (M, k) int64.
-        weights: their weights, (M, k), as the block applies them.
+        weights: their weights, (M, k), as the block applies them to what they write.
         rows: indices of the tokens among all of the batch, window after window, (M,) int64 on the CPU.
+        factors: what their inputs are multiplied by, (M, k); None: nothing.
     """
 
     states: torch.Tensor
@@ -48,6 +53,7 @@ class Routed:
     chosen: torch.Tensor
     weights: torch.Tensor
     rows: torch.Tensor
+    factors: torch.Tensor | None = None
 
     @property
     def shares(self) -> torch.Tensor:
@@ -55,21 +61,42 @@ class Routed:
         weights = self.weights.float()
         return weights / weights.sum(dim=-1, keepdim=True).clamp_min(_TINY)
 
+    def sent(self, places: torch.Tensor) -> torch.Tensor:
+        """Return what the experts of these tokens are given, one after the other, (len(places) · k, d)."""
+        states = self.states[places].repeat_interleave(self.chosen.shape[1], dim=0)
+        return states if self.factors is None else states * self.factors[places].flatten()[:, None].to(states)
+
 
 @contextmanager
 def capturing_routing(block: nn.Module, family: Family, batch: Batch) -> Iterator[list[Routed]]:
     """Fill a list with what the mixture of a block does while the block runs on a batch."""
-    found, logits = list[Routed](), list[torch.Tensor]()
+    found, called = list[Routed](), list[tuple[torch.Tensor, Any]]()
     real = torch.ones(batch.tokens.numel(), dtype=torch.bool) if batch.mask is None else batch.mask.flatten().cpu()
     rows = real.nonzero().flatten()
 
-    def of_router(_module: nn.Module, _args: Any, output: Any) -> None:
-        logits.append(output[0].reshape(-1, output[0].shape[-1]))
+    def of_router(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        called.append((args[0], output))
 
     def of_experts(_: nn.Module, args: tuple[Any, ...]) -> None:
-        states, chosen, weights = args[:3]
+        (entering, output), factors = called.pop(), None
+        if len(args) == 1:
+            scores, logits = output
+            factors, chosen = scores.topk(int((scores != 0).sum(dim=-1).max()), dim=-1)
+            states, weights = entering, torch.ones_like(factors)
+        else:
+            logits = output[0] if isinstance(output, tuple) else output
+            states, chosen, weights = args[:3]
         places = rows.to(states.device)
-        found.append(Routed(states[places], logits.pop()[places], chosen[places].long(), weights[places], rows))
+        found.append(
+            Routed(
+                states[places],
+                logits.reshape(-1, logits.shape[-1])[places],
+                chosen[places].long(),
+                weights[places],
+                rows,
+                None if factors is None else factors[places],
+            )
+        )
 
     hooks = [
         find(block, router_path(block, family)).register_forward_hook(of_router),
@@ -84,7 +111,13 @@ def capturing_routing(block: nn.Module, family: Family, batch: Batch) -> Iterato
 
 def expert_outputs(experts: Any, states: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Return the output of one expert for each state, (M, d), before any weight; `numbers` says which, (M,)."""
-    result: torch.Tensor = experts.forward(states, numbers[:, None], states.new_ones(len(states), 1))
+    if len(inspect.signature(experts.forward).parameters) > 1:
+        result: torch.Tensor = experts.forward(states, numbers[:, None], states.new_ones(len(states), 1))
+        return result
+    result = torch.empty_like(states)
+    for number in numbers.unique().tolist():
+        own = numbers == number
+        result[own] = inside_expert(experts, number, states[own]) @ experts.down_proj[number]
     return result
 
 
@@ -122,7 +155,7 @@ class RoutingSums:
         for part in torch.arange(len(shares)).split(max(1, _CHUNK_BYTES // (4 * width * picked))):
             some = part.to(routed.states.device)
             numbers = routed.chosen[some].flatten()
-            written = expert_outputs(experts, routed.states[some].repeat_interleave(picked, dim=0), numbers)
+            written = expert_outputs(experts, routed.sent(some), numbers)
             lengths = written.float().norm(dim=-1).to(home).double()
             numbers = numbers.to(home)
             peaks = written.float().abs().amax(dim=-1).to(home).double()

@@ -18,6 +18,7 @@ from secateur.run_options import DEFAULTS, RunOptions
 from secateur.settings import read_settings
 from secateur.training.settings import warn_of
 from secateur.training.trainer import UNTRACKED, Tracking, check_trackers
+from secateur.training.weights import require_router
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,14 @@ class HealJob(Job[Decoder]):
         Raises:
             InputError: an unknown recipe or setting, unusable data, a teacher with another vocabulary, or a work folder
                 with the state of another healing.
+            ModelError: its routers are to be trained, and it has none.
             NumericsError: the loss became NaN before anything was gained.
         """
         recipe = find_healing_recipe(by)
         read = read_settings(f"heal --with {by}", recipe.settings, dict(settings or {}))
         require_in_memory(recipe, model)
+        if "router" in (by, getattr(read, "trains", None)):
+            require_router(model)
         check_trackers(tracking.trackers)
         data = training_data(model, texts, tokens, seed=options.seed)
         return cls(model, recipe, data, teacher if recipe.teacher else None, read, tracking, options)

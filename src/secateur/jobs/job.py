@@ -16,6 +16,7 @@ from typing import Generic, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from secateur.models.anatomy import experts_per_token
 from secateur.models.decoder import Decoder
 
 _EFFICIENCY = 0.6
@@ -158,7 +159,7 @@ def seconds_of(model: Decoder, tokens: int, forwards: float) -> float:
 
 def _active_parameters(model: Decoder) -> float:
     """Return the parameters used per token; of stacked experts, only as many as the router picks."""
-    picked = getattr(model.config, "num_experts_per_tok", None)
+    picked = experts_per_token(model.config, model.anatomy.family)
     total = 0.0
     for parameter in model.module.parameters():
         share = picked / parameter.shape[0] if picked and parameter.dim() == 3 else 1.0

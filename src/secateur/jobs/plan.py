@@ -14,7 +14,7 @@ from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of
 from secateur.methods.budget import Budget
 from secateur.methods.method import Measurements
 from secateur.methods.planning import decide, model_ref
-from secateur.methods.sequence import Part, read_sequence, whole_budget
+from secateur.methods.sequence import Part, parts_for, read_sequence, whole_budget
 from secateur.models.decoder import Decoder
 from secateur.plan.amount import Amount, AmountFields
 from secateur.plan.plan import Plan
@@ -81,12 +81,14 @@ class PlanJob(Job[Plan]):
         Raises:
             InputError: an unknown method or setting, an amount that cannot be reached, unusable texts, or scores
                 of another model.
+            ModelError: the method cannot cut this model.
             NumericsError: NaN or infinity while measuring.
         """
         parts = read_sequence(method, dict(settings or {}))
         budget = whole_budget(parts, Amount.of(amount))
         if scores is not None and model.fingerprint and scores.fingerprint != model.fingerprint:
             raise InputError(f"the scores are of another model ({scores.model}); measure this one.")
+        parts = parts_for(parts, model)
         used: Windows | None = None
         if any(part.method.needs_texts(part.settings) for part in parts) and not budget.is_zero:
             used = windows_for(model, texts, windows=windows, seq_len=seq_len, options=options)

@@ -10,6 +10,7 @@ from secateur.data.windows import Windows
 from secateur.errors import unknown
 from secateur.jobs.job import Job, JobCost, cost_of, function_of
 from secateur.models.decoder import Decoder
+from secateur.models.experts import mixture_of
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.measure import score_model
 from secateur.scores.profile import KINDS, ONE_PASS, Kind, Scores
@@ -57,11 +58,14 @@ class ScoreJob(Job[Scores]):
 
         Raises:
             InputError: an unknown kind, or unusable texts.
+            ModelError: `experts` of a model that has none.
             NumericsError: NaN or infinity; it never becomes a score.
         """
         for kind in kinds:
             if kind not in KINDS:
                 raise unknown("score", kind, list(KINDS))
+        if "experts" in kinds:
+            mixture_of(model)
         used = windows_for(model, texts, windows=windows, seq_len=seq_len, pack=pack, options=options)
         return cls(model, used, tuple(kinds), options)
 

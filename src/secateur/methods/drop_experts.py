@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -25,8 +25,9 @@ from secateur.models.decoder import Decoder
 from secateur.models.experts import Mixture, mixture_of
 from secateur.plan.experts import DropExperts, RefitExperts, refit_forwards
 from secateur.scores.experts import SALIENCY, Criterion, super_experts
-from secateur.surgery.experts.refit import refit_experts
+from secateur.surgery.experts.refit import refit_experts, require_repairable
 from secateur.surgery.experts.removal import best_experts, drop_experts, require_stock_count
+from secateur.surgery.width.pruning import writes_stream
 
 
 class ExpertSettings(MethodSettings):
@@ -36,9 +37,10 @@ class ExpertSettings(MethodSettings):
     divisor: int = Field(
         1, ge=1, description="the number of experts stays a multiple of this, such as the degree of expert parallelism"
     )
-    repair: bool = Field(
-        False,
-        description="refit what the remaining experts write by least squares, where that is better on held-out windows",
+    repair: bool | Literal["auto"] = Field(
+        "auto",
+        description="refit what the remaining experts write by least squares, where that is better on held-out "
+        "windows; by default unless a norm is between them and the residual stream",
     )
     ridge: PositiveFloat | Literal["auto"] = Field(
         "auto", description="regularisation toward the original weights; by default chosen on held-out windows"
@@ -55,6 +57,26 @@ class DropSettings(ExpertSettings):
     protect_super: bool = Field(
         False, description="keep the few experts that write massive activations (super experts), whatever their score"
     )
+
+
+Given = TypeVar("Given", bound=ExpertSettings)
+
+
+def settings_for(decoder: Decoder, settings: Given) -> Given:
+    """Return the settings as they are for a model: whether it is repaired.
+
+    Raises:
+        InputError: the number of experts is not what the model's router and the divisor allow.
+        ModelError: the model has no experts that can be removed, or none that can be repaired where that is asked for.
+    """
+    mixture, amount = mixture_of(decoder), settings.own_amount()
+    if amount is not None:
+        experts_to_keep(decoder, mixture, settings, amount)
+    if settings.repair is True:
+        require_repairable(decoder)
+    if settings.repair == "auto":
+        return settings.model_copy(update={"repair": writes_stream(decoder)})
+    return settings
 
 
 def experts_to_keep(decoder: Decoder, mixture: Mixture, settings: ExpertSettings, budget: Budget) -> int:
@@ -104,7 +126,7 @@ def decide_by(criterion: Criterion) -> Callable[[Measurements, DropSettings, Bud
 
     def decide(measurements: Measurements, settings: DropSettings, budget: Budget) -> Sequence[DropExperts]:
         decoder = measurements.decoder
-        mixture = mixture_of(decoder)
+        mixture, settings = mixture_of(decoder), settings_for(decoder, settings)
         keep = experts_to_keep(decoder, mixture, settings, budget)
         if keep == mixture.count:
             return ()
@@ -139,6 +161,7 @@ def _drop_method(name: Criterion, summary: str, paper: str) -> None:
         native=None,
         forwards=lambda _blocks, _gone, _settings: 2.0,
         apply_forwards=lambda settings, _tokens: refit_forwards() if settings.repair else 0.0,
+        settings_for=settings_for,
     )(decide_by(name))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from secateur.methods.budget import Budget
-from secateur.methods.drop_experts import ExpertSettings, experts_to_keep, require_same_experts
+from secateur.methods.drop_experts import ExpertSettings, experts_to_keep, require_same_experts, settings_for
 from secateur.methods.method import Applied, Measurements, applies, method
 from secateur.models.experts import mixture_of
 from secateur.plan.experts import Average, Grouping, MergeExperts, merge_forwards
@@ -42,7 +42,8 @@ class ReamSettings(ExpertSettings):
     settings=ReamSettings,
     native=None,
     forwards=lambda _blocks, _gone, _settings: 0.0,
-    apply_forwards=lambda settings, _tokens: merge_forwards(repair=settings.repair),
+    apply_forwards=lambda settings, _tokens: merge_forwards(repair=bool(settings.repair)),
+    settings_for=settings_for,
 )
 def decide_ream(measurements: Measurements, settings: ReamSettings, budget: Budget) -> Sequence[MergeExperts]:
     """Decide how many experts stay; which, and what is merged into them, is measured when the step is applied.
@@ -51,7 +52,7 @@ def decide_ream(measurements: Measurements, settings: ReamSettings, budget: Budg
         InputError: the budget is out of reach.
         ModelError: the model has no experts that can be merged.
     """
-    mixture = mixture_of(measurements.decoder)
+    mixture, settings = mixture_of(measurements.decoder), settings_for(measurements.decoder, settings)
     keep = experts_to_keep(measurements.decoder, mixture, settings, budget)
     if keep == mixture.count:
         return ()
@@ -65,7 +66,7 @@ def decide_ream(measurements: Measurements, settings: ReamSettings, budget: Budg
             group=settings.group,
             average=settings.average,
             align=settings.align,
-            repair=settings.repair,
+            repair=bool(settings.repair),
             ridge=settings.ridge,
         ),
     )

@@ -156,6 +156,8 @@ class Method:
             once for all amounts.
         speed_model: given its settings, how fast its models run that keep all blocks; None if the time in blocks
             follows their size.
+        settings_for: its settings as they are for a model, from what can be known without reading texts or weights; it
+            raises `ModelError` for a model that it cannot cut.
     """
 
     name: str
@@ -169,6 +171,7 @@ class Method:
     apply_forwards: Callable[[Any, int], float] = lambda _settings, _tokens: 0.0
     scores: Callable[[Any], tuple[Kind, ...]] = lambda _: ()
     speed_model: Callable[[Any], SpeedModel] | None = None
+    settings_for: Callable[[Decoder, Any], Any] = lambda _decoder, settings: settings
 
     def decision(self, measurements: Measurements, settings: Any, budget: Budget) -> Decision:
         """Decide; with several processes, all continue with the decision of the main one."""

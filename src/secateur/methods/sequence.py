@@ -6,12 +6,13 @@ misses the next makes up for. Put methods that remove blocks before those that s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.errors import InputError, unknown
 from secateur.methods.budget import Budget, already
 from secateur.methods.method import Method, MethodSettings, find_method
+from secateur.models.decoder import Decoder
 from secateur.plan.amount import Amount
 
 
@@ -56,6 +57,16 @@ def read_sequence(spec: str, settings: dict[str, Any]) -> tuple[Part, ...]:
         Part(method, method.read_settings(by_method[method.name]), share / sum(shares))
         for method, share in zip(methods, shares, strict=True)
     )
+
+
+def parts_for(parts: tuple[Part, ...], decoder: Decoder) -> tuple[Part, ...]:
+    """Return the parts with their settings as they are for this model.
+
+    Raises:
+        InputError: a setting asks for what this model cannot have.
+        ModelError: a method cannot cut it.
+    """
+    return tuple(replace(part, settings=part.method.settings_for(decoder, part.settings)) for part in parts)
 
 
 def names_in(spec: str) -> list[str]:

@@ -265,6 +265,12 @@ def entry(config: Any, name: str) -> Any:
         return config.to_dict().get(name)
 
 
+def experts_per_token(config: Any, family: Family) -> int | None:
+    """Return the number of experts that a token is sent to, the largest of all blocks; None for a dense model."""
+    value = entry(config, family.experts_per_token)
+    return max(value) if isinstance(value, list) else value
+
+
 def is_tied(module: nn.Module, family: Family) -> bool:
     """Return whether the head is the token table."""
     return find(module, f"{family.embeddings[0]}.weight") is find(module, f"{family.head}.weight")

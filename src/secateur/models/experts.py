@@ -12,7 +12,7 @@ from torch import nn
 
 from secateur.errors import ModelError
 from secateur.modeling import SecateurConfig
-from secateur.models.anatomy import Family, find, present, text_config
+from secateur.models.anatomy import Family, experts_per_token, find, present, text_config
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.plan.experts import ExpertSizes
@@ -61,11 +61,6 @@ def mixture_of(decoder: Decoder) -> Mixture:
         ModelError: it has no experts, or none that can be removed one by one.
     """
     family, config = decoder.anatomy.family, decoder.config
-    if family.detected:
-        raise ModelError(
-            f"{decoder.source}: '{family.model_type}' is not in the table of families, so it is not known which of its "
-            "tensors belong to one expert. See docs/add-a-family.md."
-        )
     if isinstance(config, SecateurConfig) and any(config.experts or ()):
         raise ModelError(
             f"{decoder.source}: experts of a model with its modelling file cannot be removed; remove them from the "
@@ -75,12 +70,12 @@ def mixture_of(decoder: Decoder) -> Mixture:
         raise ModelError(f"{decoder.source}: a {family.model_type} has no experts.")
     if not family.expert_counts:
         raise ModelError(
-            f"{decoder.source}: experts of '{family.model_type}' cannot be removed: the table of families does not say "
-            "where its configuration counts them. See docs/add-a-family.md."
+            f"{decoder.source}: experts of '{family.model_type}' cannot be removed: it is not known where its "
+            "configuration counts them, and what its routers hold for each. See docs/add-a-family.md."
         )
     sizes = tuple(_sizes(decoder, index) for index in range(decoder.block_count))
     groups, chosen_groups = (getattr(config, name, None) or 1 for name in family.expert_groups or ("", ""))
-    return Mixture(sizes, int(getattr(config, family.experts_per_token)), int(groups), int(chosen_groups))
+    return Mixture(sizes, experts_per_token(config, family) or 1, int(groups), int(chosen_groups))
 
 
 def _sizes(decoder: Decoder, index: int) -> ExpertSizes | None:

@@ -24,7 +24,8 @@ _NO_WIDTH = re.compile(
 )
 _INNER = re.compile(r"intermediate|ffn|inner|dff|feed_forward|shared_expert")
 _EXPERTS = re.compile(r"^(?:moe_)?n(?:um)?_(?:local_|routed_)?experts$")
-_CHOSEN = re.compile(r"experts?_per_tok(?:en)?$|^moe_k$|^moe_topk$|^top_k_experts$")
+CHOSEN = re.compile(r"experts?_per_tok(?:en)?$|^moe_k$|^moe_topk$|^top_k_experts$")
+"""Names of configuration entries with the number of experts that a token is sent to."""
 _ALIGNMENT = 8
 """Grouped matrix products need rows that start at multiples of 16 bytes."""
 _MOST_EXPERTS, _MOST_CHOSEN = 16, 4
@@ -94,7 +95,7 @@ def _smaller(name: str, value: Any, divisor: int) -> Any:
         return value
     if _EXPERTS.search(name):
         return min(value, _MOST_EXPERTS)
-    if _CHOSEN.search(name):
+    if CHOSEN.search(name):
         return min(value, _MOST_CHOSEN)
     return _divided(name, value, divisor) if _is_width(name) else value
 

@@ -35,8 +35,9 @@ _SIZES = re.compile(r"intermediate|inner|ffn|feed_forward|dff|dim_ff|mlp")
 _STEP, _NARROWEST = 8, 16
 _ADJUSTMENTS = (("block_auto_adjust_ff_dim", False),)
 """Configuration entries, with the value that lets a size be the width itself and not what a width is computed from."""
-_ALLOWED = 1e-5
-_FAILURES = (
+ALLOWED = 1e-5
+"""Difference of logits that is rounding, relative to the largest."""
+FAILURES = (
     ArithmeticError,
     AttributeError,
     IndexError,
@@ -46,6 +47,7 @@ _FAILURES = (
     TypeError,
     ValueError,
 )
+"""Exceptions of code that is tried with sizes it may not allow."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ def _sizes(decoder: Decoder, *, anew: bool, trust_remote_code: bool) -> Iterator
         if not _SIZES.search(setting) or type(value) is not int or value < _NARROWEST:
             continue
         try:
-            smaller = _with_setting(decoder, setting, value - _STEP, trust_remote_code=trust_remote_code)
-        except _FAILURES:
+            smaller = with_setting(decoder, setting, value - _STEP, trust_remote_code=trust_remote_code)
+        except FAILURES:
             continue
         size = _followers(decoder, setting, shapes, smaller)
         if size is not None:
@@ -118,18 +120,21 @@ def _implied(
 ) -> int | None:
     """Return the value that a size has where the configuration leaves it open, read off what follows it."""
     try:
-        other = _with_setting(decoder, setting, _NARROWEST, trust_remote_code=trust_remote_code)
-    except _FAILURES:
+        other = with_setting(decoder, setting, _NARROWEST, trust_remote_code=trust_remote_code)
+    except FAILURES:
         return None
     now = {name: tuple(one.shape) for name, one in other.named_parameters()}
     changed = (old for name in shapes for old, new in zip(shapes[name], now.get(name, ()), strict=False) if old != new)
     return min(changed, default=None)
 
 
-def _with_setting(decoder: Decoder, setting: str, value: int, *, trust_remote_code: bool) -> PreTrainedModel:
+def with_setting(
+    decoder: Decoder, setting: str, value: int, *, trust_remote_code: bool, device: str = "meta"
+) -> PreTrainedModel:
+    """Return a model that differs in one size, by default without weights."""
     config = copy.deepcopy(decoder.module.config)
     setattr(text_config(config), setting, value)
-    with torch.device("meta"):
+    with torch.device(device):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -229,7 +234,7 @@ def _proves_width(decoder: Decoder, size: Size, tokens: torch.Tensor, *, trust_r
     generator = torch.Generator().manual_seed(0)
     stays = torch.randperm(size.width, generator=generator)[: size.width - _STEP].sort().values
     blocks = f"{decoder.anatomy.family.blocks}."
-    small = _with_setting(decoder, size.setting, len(stays) * size.scale, trust_remote_code=trust_remote_code)
+    small = with_setting(decoder, size.setting, len(stays) * size.scale, trust_remote_code=trust_remote_code)
     masked = copy.deepcopy(decoder.module)
     for name, parameter in decoder.module.named_parameters():
         number, _, path = name.removeprefix(blocks).partition(".")
@@ -251,10 +256,10 @@ def _proves_width(decoder: Decoder, size: Size, tokens: torch.Tensor, *, trust_r
     small.tie_weights()
     try:
         found = small.eval()(input_ids=tokens, use_cache=False).logits
-    except _FAILURES:
+    except FAILURES:
         return False
     expected = masked(input_ids=tokens, use_cache=False).logits
-    return torch.allclose(found, expected, rtol=0, atol=_ALLOWED * float(expected.abs().max()))
+    return torch.allclose(found, expected, rtol=0, atol=ALLOWED * float(expected.abs().max()))
 
 
 def _entries(block: nn.Module, path: str, follower: Axis, value: int, stays: torch.Tensor) -> torch.Tensor:
@@ -279,7 +284,7 @@ def _writes_stream(decoder: Decoder, family: Family, tokens: torch.Tensor) -> bo
             folded = {name: one @ turn if last else turn.T @ one for name, (one, last) in writers.items()}
             expected = rest + (after - rest) @ turn
             found = run_block(block, call, hidden, folded)
-            if not torch.allclose(found, expected, rtol=0, atol=10 * _ALLOWED * float(expected.abs().max())):
+            if not torch.allclose(found, expected, rtol=0, atol=10 * ALLOWED * float(expected.abs().max())):
                 return False
         hidden = after
     return True

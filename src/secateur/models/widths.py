@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from secateur.models.anatomy import Family, entry, find, holds_transposed, owner_of, present
+from secateur.models.anatomy import Family, entry, experts_per_token, find, holds_transposed, owner_of, present
 from secateur.models.decoder import Decoder
 from secateur.plan.units import UnitKind
 
@@ -164,7 +164,7 @@ def rows_per_token(decoder: Decoder) -> float:
 
     That is its number of inputs, and of experts so many times more as a token passes by them.
     """
-    chosen = getattr(decoder.config, "num_experts_per_tok", None)
+    chosen = experts_per_token(decoder.config, decoder.anatomy.family)
     most = 0.0
     for block in decoder.block_list:
         for module in block.modules():

@@ -78,8 +78,8 @@ def prepare(
         return _with_lora(decoder, rank, alpha, dropout, seed)
     module = _copy(decoder)
     chosen = [name for name, _ in module.named_parameters() if _is_chosen(decoder, which, name)]
-    if not chosen:
-        raise ModelError(f"{decoder.source}: it has no experts, and so no router to train; heal with another recipe.")
+    if which == "router":
+        require_router(decoder)
     replace_parameters(module, chosen, lambda _, tensor: nn.Parameter(tensor.detach().clone().float()))
     if not mixed:
         in_float32(module)
@@ -88,6 +88,16 @@ def prepare(
         return _finished(decoder, _copy(decoder), trained)
 
     return Prepared(module, find(module, decoder.anatomy.family.blocks), _trained_count(module), finish)
+
+
+def require_router(decoder: Decoder) -> None:
+    """Refuse a model without routers to train.
+
+    Raises:
+        ModelError: saying so.
+    """
+    if not any(has_experts(block, decoder.anatomy.family) for block in decoder.block_list):
+        raise ModelError(f"{decoder.source}: it has no experts, and so no router to train; heal with another recipe.")
 
 
 def _copy(decoder: Decoder) -> PreTrainedModel:

@@ -84,9 +84,12 @@ class SimilaritySums:
             logits_ME = routed.logits[places].float()
             centred_ME = (logits_ME - logits_ME.mean(dim=1, keepdim=True)).to(home).double()
             self.logits += (centred_ME.T @ centred_ME).cpu()
-            states = routed.states[places].repeat_interleave(count, dim=0)
+            states, weights_ME = routed.states[places].repeat_interleave(count, dim=0), logits_ME.softmax(dim=1)
+            if routed.factors is not None:  # the router's weight is in what enters
+                states = states * logits_ME.sigmoid().flatten()[:, None].to(states)
+                weights_ME = torch.ones_like(weights_ME)
             written = expert_outputs(experts, states, numbers.repeat(len(part))).float()
-            gated_MEd = written.view(len(part), count, -1) * logits_ME.softmax(dim=1)[..., None]
+            gated_MEd = written.view(len(part), count, -1) * weights_ME[..., None]
             flat_EX = gated_MEd.transpose(0, 1).flatten(1)
             self.written += (flat_EX @ flat_EX.T).cpu().double()
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from secateur.calibration.folds import Folds, folds_of
 from secateur.calibration.inputs import InputSums, capturing_inputs
@@ -30,10 +31,17 @@ from secateur.calibration.walk import Batch, open_store, step, stored_start
 from secateur.data.windows import Windows
 from secateur.errors import ModelError
 from secateur.models.decoder import Decoder
+from secateur.models.experts import experts_module, mixture_of
 from secateur.models.widths import block_widths
 from secateur.run_options import DEFAULTS, RunOptions
-from secateur.surgery.experts.removal import ExpertAssembly
-from secateur.surgery.width.pruning import of_dense, residual_multiplier, writer_of, writer_weights, writes_stream
+from secateur.surgery.experts.removal import ExpertAssembly, require_even_groups
+from secateur.surgery.width.pruning import (
+    of_dense,
+    stacked_weights,
+    writer_of,
+    writer_weights,
+    writes_stream,
+)
 from secateur.surgery.width.repair import choose_fit, described
 
 _TINY = 1e-30
@@ -55,6 +63,16 @@ class Rebuilt:
 
     decoder: Decoder
     fits: list[dict[str, Any]]
+
+
+def require_repairable(decoder: Decoder) -> None:
+    """Refuse a model whose experts cannot be refitted.
+
+    Raises:
+        ModelError: saying why.
+    """
+    if not writes_stream(decoder):
+        raise ModelError(f"{decoder.source}: its experts write into a norm, not the residual stream; leave out repair.")
 
 
 @torch.no_grad()
@@ -83,8 +101,8 @@ def rebuild_experts(
         ModelError: the model has no experts that can be removed, or a norm behind them that a refit does not know.
         NumericsError: NaN or infinity on the way.
     """
-    if ridge is not None and not writes_stream(decoder):
-        raise ModelError(f"{decoder.source}: its experts write into a norm, not the residual stream; leave out repair.")
+    if ridge is not None:
+        require_repairable(decoder)
     new, folds, fits = ExpertAssembly(decoder, keep), folds_of(windows), list[dict[str, Any]]()
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, options.batch_size)
@@ -120,6 +138,7 @@ def refit_experts(
 
     The arguments and errors are those of `rebuild_experts`.
     """
+    require_even_groups(mixture_of(decoder), kept)
 
     def keep(new: ExpertAssembly, index: int, _batches: Sequence[Batch], _store: StateStore) -> None:
         new.keep(index, kept[index])
@@ -140,7 +159,8 @@ def _refit(
         stay = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         fits.append(choose_fit(weight, one, stay, repair=True, bias=False, ridge=ridge))
         written.append(fits[-1].applied(weight, one, stay)[0])
-    new.put(index, {writer_of(decoder, index, "channels"): torch.stack(written)})
+    name = writer_of(decoder, index, "channels")
+    new.put(index, {name: stacked_weights(decoder.block_list[index], name, written)})
     return {"block": index, "part": "experts", **described(fits)}
 
 
@@ -151,7 +171,7 @@ def _lacking(
     block, family = decoder.block_list[index], decoder.anatomy.family
     widths, device = block_widths(decoder, index), store.get(batches[0].index).device
     sums = [InputSums(widths.channels, device) for _ in range(widths.experts)]
-    first = 0
+    first, factor = 0, _factor(decoder, index, batches[0], store.get(batches[0].index))
     for batch in batches:
         writer = writer_of(decoder, index, "channels")
         with (
@@ -159,7 +179,7 @@ def _lacking(
             capturing_inputs(block, writer, batch, len(sums)) as captured,
         ):
             hidden = step(decoder, index, batch, store.get(batch.index))
-        missed = ((store.get(of_dense(batch)) - hidden) / residual_multiplier(decoder)).flatten(0, 1)
+        missed = ((store.get(of_dense(batch)) - hidden) / factor).flatten(0, 1)
         length = hidden.flatten(0, 1).double().square().mean(dim=1).clamp_min(_TINY)
         own, total = folds.slice(first, len(batch.tokens)), _weights(routed[0], len(sums), batch)
         scale = total.sum(dim=1)
@@ -174,6 +194,26 @@ def _lacking(
     for one in sums:
         one.require_finite(f"what experts of block {index} compute")
     return sums
+
+
+def _factor(decoder: Decoder, index: int, batch: Batch, hidden: torch.Tensor) -> float:
+    """Return what the block multiplies the output of its experts by when it adds it to the residual stream."""
+    experts, written = experts_module(decoder.block_list[index], decoder.anatomy.family), list[torch.Tensor]()
+
+    def silence(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        written.append(output.reshape(-1, hidden[..., 0].numel(), hidden.shape[-1]).sum(dim=0))
+        return torch.zeros_like(output)
+
+    whole = step(decoder, index, batch, hidden)
+    hook = experts.register_forward_hook(silence)
+    try:
+        added = (whole - step(decoder, index, batch, hidden)).flatten(0, 1)
+    finally:
+        hook.remove()
+    if batch.mask is not None:
+        added, written[0] = added[batch.mask.flatten()], written[0][batch.mask.flatten()]
+    length = float(written[0].float().square().sum())
+    return float((written[0].float() * added.float()).sum()) / length if length else 1.0
 
 
 def _weights(routed: Routed, experts: int, batch: Batch) -> torch.Tensor:

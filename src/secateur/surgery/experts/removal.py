@@ -111,7 +111,7 @@ def drop_experts(decoder: Decoder, kept: Sequence[Sequence[int]], *, options: Ru
         ModelError: the model has no experts that can be removed.
     """
     new = ExpertAssembly(decoder, max(map(len, kept)))
-    _require_even_groups(new.mixture, kept)
+    require_even_groups(new.mixture, kept)
     for index in options.progress(range(decoder.block_count), "dropping experts block by block", decoder.block_count):
         with decoder.block(index):
             new.keep(index, kept[index])
@@ -119,7 +119,12 @@ def drop_experts(decoder: Decoder, kept: Sequence[Sequence[int]], *, options: Ru
     return new.result()
 
 
-def _require_even_groups(mixture: Mixture, kept: Sequence[Sequence[int]]) -> None:
+def require_even_groups(mixture: Mixture, kept: Sequence[Sequence[int]]) -> None:
+    """Refuse experts of which more are in one group of the router than in another.
+
+    Raises:
+        InputError: naming the block.
+    """
     for block, (own, sizes) in enumerate(zip(kept, mixture.sizes, strict=True)):
         if sizes is None:
             continue

@@ -87,6 +87,12 @@ def writer_weights(decoder: Decoder, index: int, part: Part) -> list[torch.Tenso
     return [weight.T if isinstance(found, Conv1D) else weight]
 
 
+def stacked_weights(block: nn.Module, name: str, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return weights (out, n) of all experts as a block holds them under this name."""
+    stacked = torch.stack(tuple(weights))
+    return stacked.transpose(1, 2) if holds_transposed(owner_of(block, name)) else stacked
+
+
 def parts_to_measure(keep: Widths, dense: BlockWidths) -> list[Part]:
     """Return the parts of a block of which some units go and others stay."""
     left = {"heads": keep.groups * keep.queries, "channels": keep.channels}
@@ -280,9 +286,7 @@ class _Block:
         name = writer_of(self.decoder, self.index, part)
         found = find(self.block, name)
         if isinstance(found, nn.Parameter):
-            stacked = torch.stack(weights)
-            turned = holds_transposed(owner_of(self.block, name))
-            return {name: self._rounded(stacked.transpose(1, 2) if turned else stacked, found)}
+            return {name: self._rounded(stacked_weights(self.block, name, weights), found)}
         edits = {
             f"{name}.weight": self._rounded(weights[0].T if isinstance(found, Conv1D) else weights[0], found.weight)
         }
