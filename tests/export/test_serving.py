@@ -102,6 +102,9 @@ def test_settings_that_an_engine_needs(bundled):
     assert settings_for(None, bundled, "flap", {"bias": "off"}) == {"bias": "off"}
     assert settings_for("vllm", bundled, "flap", {}) == {"heads": "never"}
     assert settings_for("vllm", bundled, "last-n:0.5,llm-pruner:0.5", {}) == {"llm-pruner.heads": "never"}
+    whole = {"allocation": "global"}
+    assert settings_for("vllm", bundled, "obs-width", whole) == whole, "attention goes as a whole, as DeciLM's may"
+    assert settings_for("vllm", bundled, "obs-width", whole, tensor_parallel=3)["heads"] == "never"
     assert settings_for("llama.cpp", bundled, "flap", {}) == {}
     assert settings_for("vllm", bundled, "wanda-sp", {}, tensor_parallel=3) == {"heads": "never", "rounding": 192}
     with pytest.raises(InputError, match="--for vllm: needs heads=never, not even"):

@@ -33,7 +33,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.experts.removal import ExpertAssembly
-from secateur.surgery.width.pruning import of_dense, residual_multiplier, writer_of, writer_weights, writes_stream
+from secateur.surgery.width.inputs import of_dense, residual_multiplier, writer_of, writer_weights, writes_stream
 from secateur.surgery.width.repair import choose_fit, described
 
 _TINY = 1e-30
