@@ -22,12 +22,12 @@ from secateur.methods.allocation.savings import AllWidths, Savings
 from secateur.methods.allocation.sensitivity import judging_windows
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget, already
-from secateur.methods.greedy import SCREEN, Screen, greedily, lazily, screened_share
+from secateur.methods.greedy import LOSSES, SCREEN, Screen, greedily, lazily, screened_share
 from secateur.methods.method import Measurements, Settings, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import PruneWidth, Widths
 from secateur.scores.divergence import Distance, OutputChange
-from secateur.scores.removal import Branch
+from secateur.scores.removal import Branch, Measure
 from secateur.surgery.width.coupling import Part
 from secateur.surgery.width.target import dense_widths, names_every_block, require_width_prunable, width_sizes
 
@@ -145,6 +145,20 @@ def _greedy_forwards(blocks: int, gone: int, settings: GreedySettings) -> float:
     return 1 + (settings.count or 2 * gone) * blocks * screened_share(settings.screen)
 
 
+def _greedy_step(
+    name: str,
+    measurements: Measurements,
+    settings: GreedySettings,
+    budget: Budget,
+    measures: Sequence[Measure] = LOSSES,
+) -> Sequence[PruneWidth]:
+    """Remove branches greedily by the loss without them, or by another measure."""
+    target = BranchTarget(measurements.decoder, budget)
+    choices = present_branches(target.dense, settings.some_free_blocks(measurements.decoder.block_count))
+    series = greedily(measurements, choices, screen=settings.screen, measures=measures, name="branch")
+    return (target.step(name, settings, target.choose(series)),)
+
+
 @method(
     order=20,
     name="blockpruner",
@@ -163,10 +177,7 @@ def decide_blockpruner(measurements: Measurements, settings: GreedySettings, bud
         ModelError: the modelling file cannot hold the model.
         NumericsError: NaN or infinity while measuring.
     """
-    target = BranchTarget(measurements.decoder, budget)
-    choices = present_branches(target.dense, settings.some_free_blocks(measurements.decoder.block_count))
-    series = greedily(measurements, choices, screen=settings.screen, name="branch")
-    return (target.step("blockpruner", settings, target.choose(series)),)
+    return _greedy_step("blockpruner", measurements, settings, budget)
 
 
 @method(
@@ -187,12 +198,9 @@ def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budg
         ModelError: the modelling file cannot hold the model.
         NumericsError: NaN or infinity while measuring.
     """
-    target = BranchTarget(measurements.decoder, budget)
-    choices = present_branches(target.dense, settings.some_free_blocks(measurements.decoder.block_count))
     with open_store(measurements.decoder) as one, open_store(measurements.decoder) as other:
         measures = OutputChange(one, settings.distance), OutputChange(other, settings.distance)
-        series = greedily(measurements, choices, screen=settings.screen, measures=measures, name="branch")
-        return (target.step("finercut", settings, target.choose(series)),)
+        return _greedy_step("finercut", measurements, settings, budget, measures)
 
 
 def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings) -> float:

@@ -91,8 +91,7 @@ def measure_levels(
         return
     folds = folds_of(windows)
     judged = folds.held_out if bool(folds.held_out.any()) else torch.ones_like(folds.held_out)
-    tokens = torch.full((len(windows),), windows.seq_len) if windows.mask is None else windows.mask.sum(dim=1)
-    scale = float((folds.weight * tokens)[judged].sum()) * decoder.hidden_size
+    scale = float((folds.weight * windows.token_counts())[judged].sum()) * decoder.hidden_size
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, options.batch_size)
         for index in options.progress(range(last), "measuring widths block by block", last):
