@@ -77,6 +77,16 @@ def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(ti
         assert plain_loss(mixed, judged) == pytest.approx(loss, abs=1e-5), (block, own)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
+def test_the_loss_is_that_of_the_model_a_plan_makes(tiny, family):
+    """Branches in parallel, and experts."""
+    decoder = tiny(family)
+    half = [max(8, one.channels // 16 * 8) for one in dense_widths(decoder)]
+    widths = at(decoder, *half, without=[2])
+    base, _ = losses_around(decoder, WINDOWS, widths, {}, BrainSurgeon(), refit=REFIT)
+    assert base == pytest.approx(plain_loss(applied(decoder, widths), judging_windows(WINDOWS, JUDGED)), abs=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_best_of_all_exchanges(tiny, seed):
     decoder = tiny("llama", blocks=4)

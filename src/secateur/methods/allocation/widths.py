@@ -63,8 +63,15 @@ def allocations(database: Database, savings: Savings) -> list[AllWidths]:
 
 
 def without_empty(savings: Savings, path: Iterable[AllWidths]) -> list[AllWidths]:
-    """Leave out the dense model, and models of which nothing is left."""
-    return [one for one in dict.fromkeys(path) if one != savings.dense and not all(own.is_empty for own in one)]
+    """Leave out the dense model, and models without any attention or MLP."""
+
+    def has_both(widths: AllWidths) -> bool:
+        return all(
+            any(getattr(own, name) for own in widths) or not any(getattr(own, name) for own in savings.dense)
+            for name in ("groups", "channels")
+        )
+
+    return [one for one in dict.fromkeys(path) if one != savings.dense and has_both(one)]
 
 
 def _widths(database: Database, dense: AllWidths, levels: Sequence[int]) -> AllWidths:
