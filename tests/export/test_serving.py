@@ -16,7 +16,7 @@ from secateur.export.plans import plan_as
 from secateur.export.serving import against, require_runs, serving_lines, settings_for
 from secateur.modeling import DeciLMConfig
 from secateur.models.opening import open_model
-from secateur.surgery.uneven import as_decilm
+from secateur.surgery.uneven import as_decilm, becomes_decilm
 
 FOLDER = Path("cut")
 
@@ -102,6 +102,9 @@ def test_settings_that_an_engine_needs(bundled):
     assert settings_for(None, bundled, "flap", {"bias": "off"}) == {"bias": "off"}
     assert settings_for("vllm", bundled, "flap", {}) == {"heads": "never"}
     assert settings_for("vllm", bundled, "last-n:0.5,llm-pruner:0.5", {}) == {"llm-pruner.heads": "never"}
+    whole = {"allocation": "global"}
+    assert settings_for("vllm", bundled, "obs-width", whole) == whole, "attention goes as a whole, as DeciLM's may"
+    assert settings_for("vllm", bundled, "obs-width", whole, tensor_parallel=3)["heads"] == "never"
     assert settings_for("llama.cpp", bundled, "flap", {}) == {}
     assert settings_for("vllm", bundled, "wanda-sp", {}, tensor_parallel=3) == {"heads": "never", "rounding": 192}
     with pytest.raises(InputError, match="--for vllm: needs heads=never, not even"):
@@ -110,6 +113,13 @@ def test_settings_that_an_engine_needs(bundled):
         settings_for("llama.cpp", bundled, "slicegpt", {})
     with pytest.raises(InputError, match="block 0 has 6 query heads, which 4 processes do not divide"):
         settings_for("vllm", bundled, "wanda-sp", {}, tensor_parallel=4)
+
+
+@pytest.mark.parametrize(("family", "fits"), [("llama", True), ("gpt2", False), ("gemma2", False)])
+def test_models_that_may_lose_attention_for_vllm(tiny, family, fits):
+    assert becomes_decilm(tiny(family)) is fits
+    expected = {"allocation": "global"} | ({} if fits else {"heads": "never"})
+    assert settings_for("vllm", tiny(family), "obs-width", {"allocation": "global"}) == expected
 
 
 def test_what_an_engine_does_not_run(bundled, uneven):

@@ -16,8 +16,9 @@ from secateur.methods.allocation import database
 from secateur.methods.allocation.database import open_database
 from secateur.methods.allocation.frontier import Option, best_choices
 from secateur.methods.allocation.levels import Levels, levels_of, measure_levels
+from secateur.methods.allocation.savings import Savings
 from secateur.methods.allocation.sensitivity import Reaction, judging_windows
-from secateur.methods.allocation.widths import Allocation, expected_losses
+from secateur.methods.allocation.widths import allocations, expected_losses
 from secateur.methods.budget import Budget
 from secateur.methods.method import Measurements
 from secateur.models.anatomy import find
@@ -43,23 +44,40 @@ def test_the_dynamic_program_finds_the_best_of_all_choices(seed):
         losses = torch.rand(3, generator=generator).cumsum(0).tolist()
         pairs = zip(saved, losses, strict=True)
         branches.append([Option(0, 0.0), *(Option(float(amount), loss) for amount, loss in pairs)])
-    most = sum(options[-1].saved for options in branches)
-    found = best_choices(branches, buckets=int(most))  # each bucket is one unit
+    found = best_choices(branches)
     totals = {}
     for choice in itertools.product(range(4), repeat=5):
         saved = sum(branches[place][level].saved for place, level in enumerate(choice))
         loss = sum(branches[place][level].loss for place, level in enumerate(choice))
         totals[saved] = min(totals.get(saved, torch.inf), loss)
-    for choice in found:
-        saved = sum(branches[place][level].saved for place, level in enumerate(choice))
-        loss = sum(branches[place][level].loss for place, level in enumerate(choice))
-        assert loss == pytest.approx(totals[saved])
-    assert len(found) == len(set(found)) > 5
-    assert found[0] == (0,) * 5
+    assert [one.saved for one in found] == sorted(totals)
+    assert [one.loss for one in found] == pytest.approx([totals[saved] for saved in sorted(totals)])
+    for one in found:
+        assert sum(branches[place][level].saved for place, level in enumerate(one.levels)) == one.saved
+    assert found[0].levels == (0,) * 5
+
+
+def test_seconds_are_counted_in_small_parts():
+    generator = torch.Generator().manual_seed(0)
+    branches = [
+        [Option(0, 0.0), *(Option(float(pair[0]), float(pair[1])) for pair in torch.rand(3, 2, generator=generator))]
+        for _ in range(4)
+    ]
+    found = best_choices(branches)
+    every = [
+        (
+            sum(branches[place][level].saved for place, level in enumerate(choice)),
+            sum(branches[place][level].loss for place, level in enumerate(choice)),
+        )
+        for choice in itertools.product(range(4), repeat=4)
+    ]
+    for wanted in (0.3, 1.0, 1.7):
+        exact = min(loss for saved, loss in every if saved >= wanted)
+        assert min(one.loss for one in found if one.saved >= wanted) == pytest.approx(exact, abs=1e-6)
 
 
 def test_nothing_to_save():
-    assert best_choices([[Option(0.0, 0.0)], [Option(0.0, 0.0)]]) == [(0, 0)]
+    assert [one.levels for one in best_choices([[Option(0.0, 0.0)], [Option(0.0, 0.0)]])] == [(0, 0)]
 
 
 def test_the_order_of_removal_begins_with_what_greedy_removal_takes():
@@ -89,8 +107,8 @@ def levels(decoder):
     return list(measure_levels(decoder, WINDOWS, range(4), 8))
 
 
-def opened(decoder, free=range(4), windows=WINDOWS, **more):
-    return open_database(Measurements(decoder, windows), free, 8, **more)
+def opened(decoder, free=range(4), windows=WINDOWS, attention=(0, 1, 2, 3)):
+    return open_database(Measurements(decoder, windows), free, 8, attention)
 
 
 def test_errors_are_those_of_a_ridge_regression_on_held_out_windows(tiny):
@@ -190,7 +208,7 @@ def test_measured_once(tiny, monkeypatch):
     monkeypatch.setattr(database, "measure_levels", None)
     monkeypatch.setattr(database, "reactions", None)
     assert opened(decoder) == first
-    for other in ({"windows": draw_windows(windows=8, seed=1)}, {"free": range(3)}, {"attention": False}):
+    for other in ({"windows": draw_windows(windows=8, seed=1)}, {"free": range(3)}, {"attention": ()}):
         with pytest.raises(TypeError):
             opened(decoder, **other)
 
@@ -243,6 +261,7 @@ def test_amounts_are_met(tiny, heads, amount):
     (step,) = plan.steps
     groups = {one.groups for one in step.widths}
     assert groups <= {"last": {0, 2}, "never": {2}}[heads]
+    assert step.widths[0].groups, "the first attention stays: the layout of Nemotron-NAS needs it"
     pruned = prune(decoder, plan, texts=WINDOWS)
     assert pruned.parameter_count == plan.parameters_after
 
@@ -251,9 +270,10 @@ def test_cheaper_mlps_give_more(tiny):
     decoder = tiny("llama", blocks=4)
     measured = opened(decoder)
     worth = [Reaction(0.001, 0.002) if one.block == 2 else Reaction(1.0, 2.0) for one in measured.mlps]
-    budget, sizes = Budget("remove", 0.07), width_sizes(decoder, stock=False)
+    sizes = width_sizes(decoder, stock=False)
+    savings = Savings(decoder, sizes, Budget("remove", 0.07))
     dear = dataclasses.replace(measured, reactions=tuple(worth), lost=tuple(5.0 for _ in measured.lost))
-    found = Allocation(decoder, dear, sizes, budget).meet(budget)
+    found = savings.meet(allocations(dear, savings))
     assert found[2].channels < 24
     assert all(one == sizes.blocks[0].dense for block, one in enumerate(found) if block != 2)
 
@@ -279,3 +299,12 @@ def test_single_groups_are_of_uniform_widths(tiny):
 def test_families_that_the_modelling_file_cannot_hold(tiny):
     with pytest.raises(ModelError, match="modelling file"):
         make_plan(tiny("gemma2"), method="obs-width", texts=WINDOWS, remove=0.2, settings={"allocation": "global"})
+
+
+def test_a_little_more_at_less_loss_is_taken_instead():
+    branches = [[Option(0, 0.0), Option(1000, 0.5), Option(1001, 0.4)], [Option(0, 0.0), Option(1000, 1.0)]]
+    assert [(one.levels, one.saved) for one in best_choices(branches)] == [
+        ((0, 0), 0),
+        ((2, 0), 1001),
+        ((2, 1), 2001),
+    ]

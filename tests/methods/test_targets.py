@@ -12,9 +12,10 @@ from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.evaluation.timing import BlockTimes
 from secateur.methods import cost as scales
-from secateur.methods import sliced_speed as sliced_speed
+from secateur.methods import sample_models
+from secateur.methods.branch_speed import branch_times
 from secateur.methods.budget import Budget
-from secateur.methods.cost import memory_cost
+from secateur.methods.cost import REQUEST, memory_cost
 from secateur.models.widths import cache_size
 from secateur.plan.amount import Amount, gigabytes, read_bytes, read_factor
 from tiny_models import VOCABULARY, build
@@ -72,7 +73,7 @@ def clock(monkeypatch):
         return BlockTimes((0.001 * share,) * decoder.block_count, 0.002, request)
 
     monkeypatch.setattr(scales, "time_blocks", timed)
-    monkeypatch.setattr(sliced_speed, "time_blocks", timed)
+    monkeypatch.setattr(sample_models, "time_blocks", timed)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -158,3 +159,54 @@ def test_reading():
         budget(remove=0.2, context=128)
     with pytest.raises(InputError, match="several amounts"):
         budget(target_memory="1GB", target_speedup=1.2)
+
+
+@pytest.fixture
+def branch_clock(monkeypatch, tmp_path):
+    """Attention takes 0.6 milliseconds and an MLP 0.1, and 0.3 more in proportion to its width; the rest 2."""
+
+    def timed(decoder, request, *, kinds=None, repeats=5):
+        config, count = decoder.config, decoder.block_count
+        heads = getattr(config, "heads", None) or [1] * count
+        inner = getattr(config, "intermediate_sizes", None) or [config.intermediate_size] * count
+        blocks = [
+            0.0006 * bool(own) + bool(wide) * (0.0001 + 0.0003 * wide / 48)
+            for own, wide in zip(heads, inner, strict=True)
+        ]
+        return BlockTimes(tuple(blocks), 0.002, request)
+
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    monkeypatch.setattr(scales, "time_blocks", timed)
+    monkeypatch.setattr(sample_models, "time_blocks", timed)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("blockpruner", {}), ("branches", {}), ("obs-width", {"allocation": "global"}), ("obs-width", {"heads": "never"})],
+)
+def test_speed_by_what_each_branch_takes(method, settings, tiny, branch_clock):
+    decoder = tiny("llama")
+    given = {"method": method, "settings": settings, "texts": WINDOWS}
+    plan = make_plan(decoder, target_speedup=1.15, **given)
+    (step,) = plan.steps
+    seconds = 0.002 + sum(
+        0.0006 * bool(one.groups) + bool(one.channels) * (0.0001 + 0.0003 * one.channels / 48) for one in step.widths
+    )
+    # between a quarter of the width and none the table draws a line
+    assert plan.counts_on["seconds"] == pytest.approx(seconds, rel=0.02)
+    assert plan.counts_on["speedup"] >= 1.15
+    assert plan.counts_on["dense_seconds"] == pytest.approx(0.010)
+
+
+def test_the_table_of_branches_is_measured_once(tiny, branch_clock, monkeypatch, tmp_path):
+    decoder = tiny("llama")
+    first = branch_times(decoder, REQUEST)
+    assert first.mlp == pytest.approx((0.6, 0.775, 0.85, 0.925, 1.0))
+    assert first.no_attention == pytest.approx(0.4)
+    assert first.share(0.5, 0.75) == pytest.approx(0.925 - 0.3)
+    monkeypatch.setattr(sample_models, "time_blocks", None)
+    assert branch_times(decoder, REQUEST) == first
+    (path,) = (tmp_path / "times").iterdir()
+    path.write_text('{"mlp": [1], "no_attention": 1}')
+    with pytest.raises(TypeError):
+        branch_times(decoder, REQUEST)

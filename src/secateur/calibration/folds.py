@@ -42,9 +42,8 @@ class Folds:
 def folds_of(windows: Windows) -> Folds:
     """Hold out every fourth window of each source: none of a source with fewer than four."""
     source_of = torch.zeros(len(windows), dtype=torch.int64) if windows.part_of is None else windows.part_of
-    tokens = torch.full((len(windows),), windows.seq_len) if windows.mask is None else windows.mask.sum(dim=1)
     per_source = torch.zeros(int(source_of.max()) + 1, dtype=torch.float64)
-    per_source.index_add_(0, source_of, tokens.double())
+    per_source.index_add_(0, source_of, windows.token_counts().double())
     held_out = torch.zeros(len(windows), dtype=torch.bool)
     for source in source_of.unique():
         held_out[(source_of == source).nonzero().flatten()[EVERY - 1 :: EVERY]] = True

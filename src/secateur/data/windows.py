@@ -75,6 +75,10 @@ class Windows:
         """Tokens in all windows, padding not counted."""
         return self.tokens.numel() if self.mask is None else int(self.mask.sum())
 
+    def token_counts(self) -> torch.Tensor:
+        """Return the tokens of each window, padding not counted, (W,) int64."""
+        return torch.full((len(self),), self.seq_len) if self.mask is None else self.mask.sum(dim=1)
+
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield (tokens, mask) of `size` windows at a time, the last batch possibly smaller; views, not copies."""
         if size < 1:

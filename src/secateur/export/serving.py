@@ -16,7 +16,7 @@ from secateur.methods.sequence import names_in
 from secateur.methods.uniform_widths import rounding_for
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
-from secateur.surgery.uneven import query_heads
+from secateur.surgery.uneven import becomes_decilm, query_heads
 
 Engine = Literal["vllm", "llama.cpp"]
 
@@ -43,7 +43,8 @@ def settings_for(
 ) -> dict[str, Any]:
     """Return a method's settings, restricted so that an engine runs the result.
 
-    vLLM wants as many query heads in every block, so where blocks may differ the heads stay. Split over processes, it
+    vLLM wants as many query heads in every block that has attention, so where blocks may differ the heads stay, or go
+    all together (`allocation=global`) if the result is a Llama in the layout of Nemotron-NAS. Split over processes, it
     wants numbers that they divide: the heads stay, and channels are rounded.
 
     Args:
@@ -64,21 +65,30 @@ def settings_for(
             raise InputError(
                 f"--for {engine}: it runs no residual stream that changes, as {name} makes it; use stock-slicing."
             )
-        uneven = name == "flap" or "protect_first" in fields
+        whole = _named(found, own, "allocation") == "global" and becomes_decilm(decoder)
+        uneven = (name == "flap" or "protect_first" in fields) and not whole
         if "heads" in fields and ((engine == "vllm" and uneven) or tensor_parallel > 1):
             _settle(found, own, "heads", "never", engine)
         if "rounding" in fields and "heads" in fields and tensor_parallel > 1:
-            key = "rounding" if own is None else f"{own}.rounding"
-            given = found.get(key)
+            given = _named(found, own, "rounding")
             multiple = rounding_for(decoder, range(decoder.block_count), None if given is None else int(given))
-            found[key] = math.lcm(multiple, tensor_parallel)
+            found[_key(own, "rounding")] = math.lcm(multiple, tensor_parallel)
     if engine == "vllm" and (reason := _against_splitting(decoder, tensor_parallel, heads_only=True)) is not None:
         raise InputError(f"{decoder.source}: {reason}.")
     return found
 
 
+def _key(own: str | None, name: str) -> str:
+    """Return the key of a setting, of one of several methods with its name."""
+    return name if own is None else f"{own}.{name}"
+
+
+def _named(settings: dict[str, Any], own: str | None, name: str) -> Any:
+    return settings.get(_key(own, name))
+
+
 def _settle(settings: dict[str, Any], own: str | None, name: str, value: str, engine: Engine | None) -> None:
-    key = name if own is None else f"{own}.{name}"
+    key = _key(own, name)
     if settings.get(key, value) != value:
         raise InputError(f"--for {engine}: needs {key}={value}, not {settings[key]}; leave it out.")
     settings[key] = value

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from secateur.errors import InputError
-from secateur.methods.cost import WHOLE, Cached, Cost, SpeedModel, memory_cost, time_cost
+from secateur.methods.cost import AS_DENSE, Cost, SpeedModel, memory_cost, time_cost
 from secateur.models.decoder import Decoder
 from secateur.models.widths import unit_counts
 from secateur.plan.amount import Amount, gigabytes
+from secateur.plan.step import Units
 from secateur.plan.steps import AnyStep, Sizes
-from secateur.plan.units import UnitKind
 
 Native = Literal["blocks", "slice", "ratio"]
 """The native unit of a method."""
@@ -155,7 +155,7 @@ def choose_size(
     left: Sequence[int],
     total: int,
     kept: Sequence[Sequence[int]] | None = None,
-    cached: Sequence[Cached] | None = None,
+    units: Sequence[Units] | None = None,
 ) -> int:
     """Return the index of the candidate that meets a budget.
 
@@ -164,7 +164,7 @@ def choose_size(
         left: parameters that remain with each candidate.
         total: parameters of the dense model.
         kept: blocks that each candidate keeps; None if all keep all.
-        cached: shares of the cache that blocks keep with each candidate; None if all keep all of it.
+        units: numbers of units in each kept block with each candidate; None if they are as they were.
 
     Raises:
         InputError: no candidate is smaller than the dense model, or the budget is outside their range; `TooSmall` if it
@@ -174,8 +174,8 @@ def choose_size(
     whole: float = total
     if budget.cost is not None:
         blocks = kept if kept is not None else [range(len(budget.cost.blocks))] * len(left)
-        shares = cached if cached is not None else [WHOLE] * len(left)
-        weights = [budget.cost.weigh(*one) for one in zip(blocks, left, shares, strict=True)]
+        inside = units if units is not None else [AS_DENSE] * len(left)
+        weights = [budget.cost.weigh(*one) for one in zip(blocks, left, inside, strict=True)]
         whole = budget.cost.total
     smaller = [place for place, weight in enumerate(weights) if weight < whole]
     wanted = budget.limit(whole)
@@ -269,25 +269,17 @@ def sizes_of(decoder: Decoder) -> Sizes:
     return Sizes(inside, decoder.parameter_count - sum(inside), unit_counts(decoder))
 
 
-def cached_after(dense: Sizes, kept: Sequence[int], left: Sizes) -> Cached:
-    """Return the share of its cache that each kept block keeps, which follows its key/value groups."""
-    before, after = (one.units.get(UnitKind.KEY_VALUE_GROUP) for one in (dense, left))
-    if before is None or after is None:
-        return WHOLE
-    return {block: now / max(1, before[block]) for block, now in zip(kept, after, strict=True)}
-
-
 def expected(budget: Budget, decoder: Decoder, steps: Sequence[AnyStep]) -> dict[str, Any]:
     """Return what a target is based on, and what these last steps on this model are expected to reach."""
     cost = budget.cost
     if cost is None:
         return {}
     kept = tuple(range(decoder.block_count))
-    dense = sizes = sizes_of(decoder)
+    sizes = sizes_of(decoder)
     for step in steps:
         kept = tuple(kept[place] for place in step.kept_blocks(len(kept)))
         sizes = step.sizes_after(sizes)
-    left = cost.weigh(kept, sizes.total, cached_after(dense, kept, sizes)) if steps else cost.total
+    left = cost.weigh(kept, sizes.total, sizes.units) if steps else cost.total
     if cost.unit == "bytes":
         return {"bytes": int(left), "dense_bytes": int(cost.dense)} | cost.facts
     return {"speedup": round(cost.dense / left, 4), "seconds": left, "dense_seconds": cost.dense} | cost.facts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -12,25 +12,29 @@ from secateur.errors import InputError
 from secateur.evaluation.timing import BlockTimes, Request, time_blocks
 from secateur.models.decoder import Decoder
 from secateur.models.depth import block_kind
-from secateur.models.widths import cache_size
+from secateur.models.widths import cache_size, unit_counts
+from secateur.plan.step import Units
+from secateur.plan.units import UnitKind
 
 REQUEST = Request(batch=1, prompt=128, new_tokens=32)
 """The request on which a speed-up is measured, as far as the model's positions allow."""
 
-SpeedModel = Callable[[Decoder, BlockTimes], Callable[[int], float]]
-"""How a method's models run: from the dense model and its times to seconds by the number of remaining parameters."""
-
-
-Cached = Mapping[int, float]
-"""Share of its cache that a block keeps, by block; all of it if it is not named."""
-WHOLE: Cached = MappingProxyType({})
+AS_DENSE: Units = MappingProxyType({})
+"""Blocks have as many units of every kind as in the dense model."""
 
 
 class Weigh(Protocol):
     """The cost of a model."""
 
-    def __call__(self, kept: Sequence[int], parameters: int, cached: Cached = WHOLE, /) -> float:
-        """Return it for a model with these blocks, this many parameters and these shares of the cache."""
+    def __call__(self, kept: Sequence[int], parameters: int, units: Units = AS_DENSE, /) -> float:
+        """Return it for a model with these blocks, this many parameters, and these numbers of units in each block.
+
+        Kinds that are not named count as in the dense model.
+        """
+
+
+SpeedModel = Callable[[Decoder, BlockTimes], Weigh]
+"""How a method's models run: from the dense model and its times to the seconds of a model."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,7 @@ class Cost:
         blocks: cost that is saved with each block.
         total: cost of the model.
         dense: cost of the original model.
-        weigh: cost of a model with these blocks, this many parameters, and these shares of the cache of blocks that
-            lose key/value groups.
+        weigh: cost of a model with these blocks, this many parameters, and these units in each.
         facts: what the cost is based on, for the plan.
     """
 
@@ -60,9 +63,7 @@ class Cost:
             self,
             blocks=tuple(self.blocks[block] for block in kept),
             total=self.weigh(kept, parameters),
-            weigh=lambda stay, count, cached=WHOLE: self.weigh(
-                [kept[place] for place in stay], count, {kept[place]: share for place, share in cached.items()}
-            ),
+            weigh=lambda stay, count, units=AS_DENSE: self.weigh([kept[place] for place in stay], count, units),
         )
 
 
@@ -71,14 +72,22 @@ def memory_cost(decoder: Decoder, context: int) -> Cost:
     each = decoder.saved_dtype.itemsize
     cache = [numbers * each for numbers in cache_size(decoder, context)]
     total = decoder.parameter_count * each + sum(cache)
+    groups = unit_counts(decoder).get(UnitKind.KEY_VALUE_GROUP)
+
+    def in_bytes(kept: Sequence[int], parameters: int, units: Units = AS_DENSE) -> float:
+        held = [cache[block] for block in kept]
+        left = units.get(UnitKind.KEY_VALUE_GROUP)
+        if groups is not None and left is not None:
+            shares = (now / max(1, groups[block]) for block, now in zip(kept, left, strict=True))
+            return parameters * each + sum(one * share for one, share in zip(held, shares, strict=True))
+        return parameters * each + sum(held)
+
     return Cost(
         unit="bytes",
         blocks=tuple(count * each + held for count, held in zip(decoder.block_parameter_counts(), cache, strict=True)),
         total=total,
         dense=total,
-        weigh=lambda kept, parameters, cached=WHOLE: (
-            parameters * each + sum(cache[block] * cached.get(block, 1.0) for block in kept)
-        ),
+        weigh=in_bytes,
         facts={"context": context, "dtype": str(decoder.saved_dtype).removeprefix("torch.")},
     )
 
@@ -88,7 +97,7 @@ def time_cost(decoder: Decoder, speed_model: SpeedModel | None = None) -> Cost:
 
     Args:
         decoder: the model; a skeleton is read into memory for this.
-        speed_model: how those of the method's models run that keep all blocks; None: time in blocks follows their size.
+        speed_model: how the method's models run; None: time in blocks follows their size.
 
     Raises:
         InputError: this is one of several processes: each would measure another time, and decide by it.
@@ -103,14 +112,12 @@ def time_cost(decoder: Decoder, speed_model: SpeedModel | None = None) -> Cost:
     kinds = [(block_kind(config, family, index), size) for index, size in enumerate(sizes)]
     request = _fitting(decoder)
     times = time_blocks(decoder, request, kinds=kinds)
-    by_size = _by_size(decoder, times)
-    curve = speed_model(decoder, times) if speed_model is not None else None
     return Cost(
         unit="seconds",
         blocks=times.blocks,
         total=times.whole,
         dense=times.whole,
-        weigh=by_size if curve is None else lambda _, parameters, _cached=WHOLE: curve(parameters),
+        weigh=(speed_model or by_size)(decoder, times),
         facts={
             "batch": request.batch,
             "prompt": request.prompt,
@@ -130,12 +137,12 @@ def _fitting(decoder: Decoder) -> Request:
     return Request(1, max(1, room * 3 // 4), max(1, room // 4))
 
 
-def _by_size(decoder: Decoder, times: BlockTimes) -> Weigh:
+def by_size(decoder: Decoder, times: BlockTimes) -> Weigh:
     """Scale the time of the kept blocks by their size; a head that becomes untied adds nothing."""
     sizes = decoder.block_parameter_counts()
     outside = decoder.parameter_count - sum(sizes)
 
-    def seconds(kept: Sequence[int], parameters: int, _cached: Cached = WHOLE) -> float:
+    def seconds(kept: Sequence[int], parameters: int, _units: Units = AS_DENSE) -> float:
         share = max(0, parameters - outside) / sum(sizes[block] for block in kept)
         return times.other + min(1.0, share) * sum(times.blocks[block] for block in kept)
 

@@ -18,19 +18,19 @@ from pydantic import Field, PositiveFloat
 
 from secateur.calibration.walk import open_store
 from secateur.errors import InputError
+from secateur.methods.allocation.savings import AllWidths, Savings
 from secateur.methods.allocation.sensitivity import judging_windows
-from secateur.methods.allocation.widths import cached_share
-from secateur.methods.budget import Budget, already, choose_size
-from secateur.methods.greedy import SCREEN, Screen, greedily, lazily, screened_share
+from secateur.methods.branch_speed import speed_by_branch
+from secateur.methods.budget import Budget, already
+from secateur.methods.greedy import LOSSES, SCREEN, Screen, greedily, lazily, screened_share
 from secateur.methods.method import Measurements, Settings, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import PruneWidth, Widths
 from secateur.scores.divergence import Distance, OutputChange
-from secateur.scores.removal import Branch
+from secateur.scores.removal import Branch, Measure
 from secateur.surgery.width.coupling import Part
 from secateur.surgery.width.target import dense_widths, names_every_block, require_width_prunable, width_sizes
 
-AllWidths = tuple[Widths, ...]
 _JUDGED = 2048
 """Tokens on which the branches of `branches` are compared, about."""
 _AGAIN = 8
@@ -70,17 +70,20 @@ class StandInSettings(BranchSettings):
     )
 
 
+NAMES: dict[Part, str] = {"heads": "groups", "channels": "channels"}
+"""What is 0 among the widths of a block without a branch."""
+
+
 def present_branches(dense: Sequence[Widths], free: range) -> list[Branch]:
     """Return the branches that the free blocks have, in order."""
-    parts: tuple[tuple[Part, str], ...] = (("heads", "groups"), ("channels", "channels"))
-    return [(block, part) for block in free for part, name in parts if getattr(dense[block], name)]
+    return [(block, part) for block in free for part, name in NAMES.items() if getattr(dense[block], name)]
 
 
 def without(dense: Sequence[Widths], gone: Sequence[Branch]) -> AllWidths:
     """Return the widths of a model without these branches."""
     found = list(dense)
     for block, part in gone:
-        found[block] = found[block].model_copy(update={"groups" if part == "heads" else "channels": 0})
+        found[block] = found[block].model_copy(update={NAMES[part]: 0})
     return tuple(found)
 
 
@@ -98,22 +101,16 @@ class BranchTarget:
         self.stock = names_every_block(decoder)
         self.sizes = width_sizes(decoder, stock=self.stock)
         self.dense = dense_widths(decoder)
-        self._budget, self._total = budget, decoder.parameter_count
-        whole = self._total if budget.cost is None else budget.cost.total
+        self.savings = Savings(decoder, self.sizes, budget)
+        self._budget = budget
+        whole = decoder.parameter_count if budget.cost is None else budget.cost.total
         if budget.aim != "own" and budget.limit(whole) >= whole:
             raise InputError(already(budget, whole))
         self._wanted = budget.limit(whole) if budget.aim != "own" else 0.0
 
-    def saves(self, block: int, part: Part) -> float:
-        """Return what goes with a branch, in the unit of the budget: parameters, bytes with the cache, or seconds."""
-        sizes, dense = self.sizes.blocks[block], self.dense[block]
-        less = dense.model_copy(update={"groups" if part == "heads" else "channels": 0})
-        saved = sizes.parameters_at(dense) - sizes.parameters_at(less)
-        if self._budget.cost is None:
-            return saved
-        every, cached = range(len(self.dense)), {block: 0.0} if part == "heads" else {}
-        weigh = self._budget.cost.weigh
-        return weigh(every, self._total) - weigh(every, self._total - saved, cached)
+    def saves(self, branch: Branch) -> float:
+        """Return what goes with a branch, in the unit of the budget."""
+        return self.savings.of(branch[0], **{NAMES[branch[1]]: 0})
 
     def choose(self, series: Iterator[tuple[Branch, ...]]) -> AllWidths:
         """Return the widths; the series is read only as far as needed.
@@ -130,21 +127,11 @@ class BranchTarget:
             if self._budget.aim == "own":
                 if len(gone) == self._budget.value:
                     return widths
-            elif self._weight(widths) <= self._wanted:
+            elif self.savings.weight(widths) <= self._wanted:
                 break
         if self._budget.aim == "own":
             raise InputError(f"count={self._budget.value}: at most {len(tried)} can be removed; one must remain.")
-        left = [self.sizes.sizes_at(one).total for one in tried]
-        kept = [[block for block, own in enumerate(one) if not own.is_empty] for one in tried]
-        cached = [cached_share(one, self.dense) for one in tried]
-        return tried[choose_size(self._budget, left, self._total, kept, cached)]
-
-    def _weight(self, widths: AllWidths) -> float:
-        left = self.sizes.sizes_at(widths).total
-        if self._budget.cost is None:
-            return left
-        kept = [block for block, own in enumerate(widths) if not own.is_empty]
-        return self._budget.cost.weigh(kept, left, cached_share(widths, self.dense))
+        return self.savings.meet(tried)
 
     def step(self, name: str, settings: Settings, widths: AllWidths, **more: Any) -> PruneWidth:
         """Return the step that keeps these widths; without repair unless `more` says so."""
@@ -158,6 +145,20 @@ def _greedy_forwards(blocks: int, gone: int, settings: GreedySettings) -> float:
     return 1 + (settings.count or 2 * gone) * blocks * screened_share(settings.screen)
 
 
+def _greedy_step(
+    name: str,
+    measurements: Measurements,
+    settings: GreedySettings,
+    budget: Budget,
+    measures: Sequence[Measure] = LOSSES,
+) -> Sequence[PruneWidth]:
+    """Remove branches greedily by the loss without them, or by another measure."""
+    target = BranchTarget(measurements.decoder, budget)
+    choices = present_branches(target.dense, settings.some_free_blocks(measurements.decoder.block_count))
+    series = greedily(measurements, choices, screen=settings.screen, measures=measures, name="branch")
+    return (target.step(name, settings, target.choose(series)),)
+
+
 @method(
     order=20,
     name="blockpruner",
@@ -166,6 +167,7 @@ def _greedy_forwards(blocks: int, gone: int, settings: GreedySettings) -> float:
     settings=GreedySettings,
     native=None,
     forwards=_greedy_forwards,
+    speed_model=speed_by_branch,
 )
 def decide_blockpruner(measurements: Measurements, settings: GreedySettings, budget: Budget) -> Sequence[PruneWidth]:
     """Remove branches greedily by the loss without them.
@@ -175,10 +177,7 @@ def decide_blockpruner(measurements: Measurements, settings: GreedySettings, bud
         ModelError: the modelling file cannot hold the model.
         NumericsError: NaN or infinity while measuring.
     """
-    target = BranchTarget(measurements.decoder, budget)
-    choices = present_branches(target.dense, settings.some_free_blocks(measurements.decoder.block_count))
-    series = greedily(measurements, choices, screen=settings.screen, name="branch")
-    return (target.step("blockpruner", settings, target.choose(series)),)
+    return _greedy_step("blockpruner", measurements, settings, budget)
 
 
 @method(
@@ -189,6 +188,7 @@ def decide_blockpruner(measurements: Measurements, settings: GreedySettings, bud
     settings=FinerCutSettings,
     native=None,
     forwards=_greedy_forwards,
+    speed_model=speed_by_branch,
 )
 def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budget: Budget) -> Sequence[PruneWidth]:
     """Remove branches greedily by the change of the output distribution.
@@ -198,12 +198,9 @@ def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budg
         ModelError: the modelling file cannot hold the model.
         NumericsError: NaN or infinity while measuring.
     """
-    target = BranchTarget(measurements.decoder, budget)
-    choices = present_branches(target.dense, settings.some_free_blocks(measurements.decoder.block_count))
     with open_store(measurements.decoder) as one, open_store(measurements.decoder) as other:
         measures = OutputChange(one, settings.distance), OutputChange(other, settings.distance)
-        series = greedily(measurements, choices, screen=settings.screen, measures=measures, name="branch")
-        return (target.step("finercut", settings, target.choose(series)),)
+        return _greedy_step("finercut", measurements, settings, budget, measures)
 
 
 def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings) -> float:
@@ -220,6 +217,7 @@ def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings) -> float:
     native=None,
     forwards=_lazy_forwards,
     apply_forwards=lambda settings, _tokens: 3.0 * settings.repair,
+    speed_model=speed_by_branch,
 )
 def decide_branches(measurements: Measurements, settings: StandInSettings, budget: Budget) -> Sequence[PruneWidth]:
     """Remove the branches whose absence costs the loss least for their size, one after the other.
@@ -232,7 +230,7 @@ def decide_branches(measurements: Measurements, settings: StandInSettings, budge
     decoder = measurements.decoder
     target, free = BranchTarget(decoder, budget), settings.some_free_blocks(decoder.block_count)
     judged = measurements.on_windows(judging_windows(measurements.need_windows(), _JUDGED))
-    series = lazily(judged, present_branches(target.dense, free), lambda one: target.saves(*one))
+    series = lazily(judged, present_branches(target.dense, free), target.saves)
     widths = target.choose(gone for gone, _ in series)
     refit = {"repair": True, "ridge": settings.ridge, "target": "dense", "refitted": tuple(free)}
     return (target.step("branches", settings, widths, **(refit if settings.repair else {})),)

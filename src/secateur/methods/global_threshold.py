@@ -24,7 +24,8 @@ from secateur.plan.steps import Widths, WidthSizes
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.unit_scores import fluctuation, z_scores
 from secateur.surgery.width.coupling import Part
-from secateur.surgery.width.pruning import measure_inputs, units_of, writer_weights
+from secateur.surgery.width.inputs import measure_inputs, writer_weights
+from secateur.surgery.width.pruning import units_of
 
 _LEVELS = 1000
 

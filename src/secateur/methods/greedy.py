@@ -23,6 +23,8 @@ SCREEN: float = Field(
     0.25,
     description="share of the windows on which all candidates are compared, the best quarter then on all; 1: exact",
 )
+LOSSES: Sequence[Measure] = (mean_loss_of, mean_loss_of)
+"""What counts as the loss, on all windows and on a share of them."""
 FEWEST = 16
 """With fewer windows all candidates are compared on all of them."""
 _KEPT = 4
@@ -77,7 +79,7 @@ def greedily(
     candidates: Sequence[Any],
     *,
     screen: float = 1.0,
-    measures: Sequence[Measure] = (mean_loss_of, mean_loss_of),
+    measures: Sequence[Measure] = LOSSES,
     name: str = "block",
     allowed: Callable[[tuple[Any, ...]], bool] = lambda _: True,
 ) -> Iterator[tuple[Any, ...]]:

@@ -154,8 +154,7 @@ class Method:
             once there is a plan, the costs of its steps count instead.
         scores: given its settings, the scores that deciding reads and that no single pass gives; a study measures them
             once for all amounts.
-        speed_model: given its settings, how fast its models run that keep all blocks; None if the time in blocks
-            follows their size.
+        speed_model: given its settings, how fast its models run; None if the time in blocks follows their size.
         settings_for: its settings as they are for a model, from what can be known without reading texts or weights; it
             raises `ModelError` for a model that it cannot cut.
     """

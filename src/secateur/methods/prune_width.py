@@ -16,21 +16,18 @@ model loses far more (docs/methods.md); `heads=even` is what the papers do.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Sequence
 
-import torch
-
-from secateur.calibration.inputs import InputSums
-from secateur.data.windows import Windows
-from secateur.errors import InputError, ModelError, SecateurWarning
+from secateur.errors import InputError, ModelError
 from secateur.methods import slice_hidden
 from secateur.methods.allocation.database import open_database
-from secateur.methods.allocation.widths import Allocation
+from secateur.methods.allocation.refinement import Neighbours, refined
+from secateur.methods.allocation.savings import Savings
+from secateur.methods.allocation.widths import allocations
+from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget
 from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
-from secateur.methods.method import Applied, Measurements, applies, method
+from secateur.methods.method import Measurements, method
 from secateur.methods.slice_hidden import rounded_width
 from secateur.methods.uniform_widths import (
     Candidates,
@@ -42,22 +39,13 @@ from secateur.methods.uniform_widths import (
     rounding_for,
 )
 from secateur.models.decoder import Decoder
-from secateur.models.widths import BlockWidths, block_widths
+from secateur.models.widths import block_widths
 from secateur.plan.hidden import SliceHidden, slicing_forwards
 from secateur.plan.steps import AnyStep, Choice, PruneWidth
 from secateur.plan.width import width_forwards
-from secateur.scores.taylor import taylor_by_unit
-from secateur.scores.unit_scores import (
-    activation_norm,
-    best_units,
-    cheapest_to_lose,
-    fluctuation,
-    magnitude,
-    weighted_norm,
-)
-from secateur.surgery.depth.blocks import keep_blocks
 from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
-from secateur.surgery.width.pruning import Choose, Place, Refit, prune_width
+from secateur.surgery.uneven import becomes_decilm
+from secateur.surgery.width.pruning import Refit
 from secateur.surgery.width.target import (
     blocks_without_bias,
     dense_widths,
@@ -66,11 +54,6 @@ from secateur.surgery.width.target import (
     require_width_prunable,
     width_sizes,
 )
-
-_TOKENS_PER_INPUT = 16
-"""With fewer calibration tokens than this per input of a projection, its repair generalises badly to other texts."""
-_OBS_BATCHES = 128
-"""How often costs are recomputed while all units of a projection would be removed."""
 
 
 def decide_evenly(name: str, choose: Choice) -> Callable[[Measurements, EvenSettings, Budget], Sequence[PruneWidth]]:
@@ -265,6 +248,24 @@ def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidd
 
 _decide_evenly_by_surgeon = decide_evenly("obs-width", "brain-surgeon")
 _FORWARDS_OF_DATABASE = 8.0
+_JUDGED = 1 / 8
+"""Share of the tokens on which losses are measured, about."""
+
+
+def _surgeon_forwards(blocks: int, _gone: int, settings: SurgeonSettings) -> float:
+    """Return the cost of the database and of refining: each round prunes, and runs three models per block halfway."""
+    if settings.allocation == "uniform":
+        return 0.0
+    pruned = _even_forwards(settings, "brain-surgeon")
+    rounds = settings.refine * (pruned + 3 * blocks / 2 * _JUDGED) + pruned * bool(settings.refine)
+    return _FORWARDS_OF_DATABASE + rounds
+
+
+def _removable_attention(decoder: Decoder, free: range) -> list[int]:
+    """Return the blocks whose attention may go: the layout of Nemotron-NAS has one in the first block."""
+    if reason_against_heads(decoder):
+        return []
+    return [block for block in free if block_widths(decoder, block).groups and (block or not becomes_decilm(decoder))]
 
 
 @method(
@@ -274,8 +275,9 @@ _FORWARDS_OF_DATABASE = 8.0
     paper="secateur's own (docs/methods.md)",
     settings=SurgeonSettings,
     native="ratio",
-    forwards=lambda _blocks, _gone, settings: _FORWARDS_OF_DATABASE * (settings.allocation == "global"),
+    forwards=_surgeon_forwards,
     apply_forwards=lambda settings, _tokens: _even_forwards(settings, "brain-surgeon"),
+    speed_model=speed_by_branch,
 )
 def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, budget: Budget) -> Sequence[PruneWidth]:
     """Keep the same widths in all free blocks, or give each its own at the least expected loss.
@@ -293,13 +295,18 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
     stock = names_every_block(decoder)
     sizes = width_sizes(decoder, stock=stock)
     multiple = rounding_for(decoder, free, settings.rounding)
-    attention = settings.heads != "never" and not reason_against_heads(decoder)
-    database = open_database(measurements, free, multiple, attention=attention)
+    attention = _removable_attention(decoder, free) if settings.heads != "never" else []
+    database, savings = open_database(measurements, free, multiple, attention), Savings(decoder, sizes, budget)
+    widths = savings.meet(allocations(database, savings))
+    if settings.refine:
+        near = Neighbours({one.block: one.keep for one in database.mlps}, attention)
+        refit = Refit(repair=settings.repair, ridge=settings.ridge, target=settings.target)
+        widths = refined(measurements, widths, savings, near, refit=refit, rounds=settings.refine)
     return (
         PruneWidth(
             method="obs-width",
             settings=settings.model_dump(exclude_none=True),
-            widths=Allocation(decoder, database, sizes, budget).meet(budget),
+            widths=widths,
             choose="brain-surgeon",
             stock=stock,
             repair=settings.repair,
@@ -309,102 +316,3 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
             sizes=sizes,
         ),
     )
-
-
-@applies(PruneWidth)
-def apply(measurements: Measurements, step: PruneWidth) -> Applied:
-    """Prune as the step says; which units remain is measured on the texts.
-
-    Raises:
-        InputError: the step was made for a model of another shape.
-        ModelError: the widths of this family cannot be pruned.
-        NumericsError: NaN or infinity on the way.
-    """
-    decoder = measurements.decoder
-    if width_sizes(decoder, stock=step.stock, bias=step.bias) != step.sizes:
-        raise InputError("this width-pruning step was made for a model of another shape; make a new plan for this one.")
-    if step.repair:
-        _warn_of_few_tokens(decoder, measurements.need_windows())
-    pruned = prune_width(
-        decoder,
-        measurements.need_windows(),
-        step.widths,
-        _chooser(measurements, step.choose),
-        stock=step.stock,
-        refit=Refit(
-            repair=step.repair,
-            ridge=step.ridge,
-            bias=step.bias,
-            target=step.target,
-            others=frozenset(step.refitted),
-        ),
-        gram=step.repair or step.choose == "brain-surgeon",
-        options=measurements.options,
-    )
-    kept = step.kept_blocks(decoder.block_count)
-    return Applied(keep_blocks(pruned.decoder, kept), {"repair": pruned.fits} if pruned.fits else {})
-
-
-def _warn_of_few_tokens(decoder: Decoder, windows: Windows) -> None:
-    """Warn if there are few tokens, with the number of windows that a fit of the widest projection needs."""
-    widths = [block_widths(decoder, block) for block in range(decoder.block_count)]
-    inputs = max(max(one.channels, one.heads * one.head_size) for one in widths)
-    wanted = _TOKENS_PER_INPUT * inputs
-    if windows.token_count < wanted:
-        count = math.ceil(wanted * len(windows) / windows.token_count)
-        warnings.warn(
-            f"repair: {windows.token_count:,} calibration tokens are few for projections of {inputs:,} inputs; "
-            f"{count} windows of {windows.seq_len} tokens would be {_TOKENS_PER_INPUT} for each.",
-            SecateurWarning,
-            stacklevel=4,
-        )
-
-
-_SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {
-    "fluctuation": fluctuation,
-    "weighted-norm": weighted_norm,
-    "magnitude": magnitude,
-    "activation-norm": activation_norm,
-}
-
-
-def _chooser(measurements: Measurements, choose: Choice) -> Choose:
-    """Create the function that decides which units remain."""
-    if choose == "brain-surgeon":
-        return _surgeon
-    if choose in _SCORES:
-        score = _SCORES[choose]
-
-        def by_score(
-            _: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /
-        ) -> torch.Tensor:
-            return best_units(score(weight, sums).view(*units.shape[:2], -1).sum(dim=-1), keep)
-
-        return by_score
-    taylor = taylor_by_unit(measurements.decoder, measurements.need_windows(), options=measurements.options)
-
-    def by_taylor(place: Place, _: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
-        heads, channels = taylor[place.block]
-        if place.part == "channels":
-            scores = channels[place.expert][None]
-        elif place.part == "shared":
-            scores = channels[place.expert :]
-        else:
-            scores = _of_head_units(heads, block_widths(measurements.decoder, place.block), groups=len(units))
-        return best_units(scores.to(sums.total.device), keep)
-
-    return by_taylor
-
-
-def _of_head_units(scores: torch.Tensor, dense: BlockWidths, *, groups: int) -> torch.Tensor:
-    """Return scores (H+G,) as those of query heads, group by group, or as one group of whole key/value groups."""
-    queries, shared = scores[: dense.heads].view(dense.groups, dense.queries), scores[dense.heads :]
-    return queries if groups == dense.groups else (queries.sum(dim=1) + shared)[None]
-
-
-def _surgeon(_: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
-    """Choose greedily; the ridge stays small: that of the repair would lose channels on which few tokens rely."""
-    moments = sums.moments
-    assert moments is not None
-    batch = max(1, units.shape[0] * units.shape[1] // _OBS_BATCHES)
-    return cheapest_to_lose(weight, moments.gram, units, keep, batch=batch)

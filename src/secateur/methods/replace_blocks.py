@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from secateur.data.texts import windows_for, without_own
 from secateur.data.windows import Windows
 from secateur.errors import InputError
-from secateur.methods.budget import Budget, cached_after, choose_blocks, choose_size, sizes_of
+from secateur.methods.budget import Budget, choose_blocks, choose_size, sizes_of
 from secateur.methods.drop_blocks import WindowSettings
 from secateur.methods.method import Applied, Measurements, applies, method
 from secateur.modeling import SecateurConfig
@@ -138,8 +138,8 @@ def decide(
     dense = sizes_of(decoder)
     after = [step.sizes_after(dense) for step in steps]
     kept = [step.kept_blocks(decoder.block_count) for step in steps]
-    cached = [cached_after(dense, *one) for one in zip(kept, after, strict=True)]
-    return (steps[choose_size(budget, [one.total for one in after], total, kept, cached)],)
+    units = [one.units for one in after]
+    return (steps[choose_size(budget, [one.total for one in after], total, kept, units)],)
 
 
 def _step(decoder: Decoder, settings: StreamlineSettings, window: Span, scores: Scores) -> ReplaceBlocks:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from pydantic import Field, PositiveFloat
 
-from secateur.methods.allocation.widths import cached_share
-from secateur.methods.budget import Budget, choose_size
+from secateur.methods.branch_speed import speed_by_branch
+from secateur.methods.budget import Budget
 from secateur.methods.drop_branches import AllWidths, BranchTarget, present_branches, without
 from secateur.methods.greedy import SCREEN, Screen, greedily, screened_share
 from secateur.methods.method import Measurements, Settings, apply_step, method
@@ -41,6 +41,7 @@ class TwoStageSettings(Settings):
     native=None,
     forwards=lambda blocks, _gone, settings: 5.0 + blocks * screened_share(settings.screen),
     apply_forwards=lambda _settings, _tokens: 3.0,
+    speed_model=speed_by_branch,
 )
 def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budget) -> Sequence[PruneWidth]:
     """Remove channels, then choose attention branches on the model without them.
@@ -55,9 +56,7 @@ def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budge
     multiple = rounding_for(decoder, free, settings.rounding)
     path = list(dict.fromkeys(_at(share / _SHARES, target, free, settings.alpha, multiple) for share in range(_SHARES)))
     path = [one for one in path if one != target.dense]
-    left = [target.sizes.sizes_at(one).total for one in path]
-    cached = [cached_share(one, target.dense) for one in path]
-    wanted = path[choose_size(budget, left, decoder.parameter_count, cached=cached)]
+    wanted = target.savings.meet(path)
     count = sum(not own.groups for own in wanted)
     narrow = tuple(
         before.model_copy(update={"channels": own.channels}) for own, before in zip(wanted, target.dense, strict=True)

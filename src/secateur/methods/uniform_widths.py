@@ -150,11 +150,13 @@ class Candidates:
             raise InputError(
                 f"rounding={self.multiple}: MLPs have only {self._dense[self._free[0]].channels} channels."
             )
-        widths = path[choose_size(budget, [self.sizes.sizes_at(one).total for one in path], total)]
+        after = [self.sizes.sizes_at(one) for one in path]
+        widths = path[choose_size(budget, [one.total for one in after], total, units=[one.units for one in after])]
         if self.multiple == 1:
             return widths, None
-        fine = [self.sizes.sizes_at(one).total for one in self.path(1)]
-        best = 1 - fine[choose_size(budget, fine, total)] / total
+        fine = [self.sizes.sizes_at(one) for one in self.path(1)]
+        sizes = [one.total for one in fine]
+        best = 1 - sizes[choose_size(budget, sizes, total, units=[one.units for one in fine])] / total
         got = 1 - self.sizes.sizes_at(widths).total / total
         return widths, best if abs(best - got) > TOLD else None
 
@@ -256,6 +258,11 @@ class SurgeonSettings(EvenSettings):
     allocation: Literal["uniform", "global"] = Field(
         "uniform",
         description="all blocks get the same widths, or each its own, down to none, by what the loss makes of it",
+    )
+    refine: int = Field(
+        0,
+        ge=0,
+        description="with allocation=global: rounds in which widths are exchanged between blocks, judged by the loss",
     )
 
     def own_amount(self) -> Budget | None:

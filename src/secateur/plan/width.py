@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -87,9 +87,13 @@ class WidthSizes(BaseModel):
     def sizes_at(self, widths: tuple[Widths, ...]) -> Sizes:
         """Count parameters and units at these widths, of the blocks in which something is left."""
         left = [(one, own) for one, own in zip(self.blocks, widths, strict=True) if not own.is_empty]
-        counts = [own.units() for _, own in left]
-        units: Units = {kind: tuple(one[kind] for one in counts) for kind in _KINDS}
-        return Sizes(tuple(one.parameters_at(own) for one, own in left), self.other, units)
+        return Sizes(tuple(one.parameters_at(own) for one, own in left), self.other, units_of(own for _, own in left))
+
+
+def units_of(widths: Iterable[Widths]) -> Units:
+    """Return the number of units of each kind in blocks with these widths."""
+    counts = [own.units() for own in widths]
+    return {kind: tuple(one[kind] for one in counts) for kind in _KINDS}
 
 
 _KINDS = (UnitKind.ATTENTION, UnitKind.MLP, UnitKind.QUERY_HEAD, UnitKind.KEY_VALUE_GROUP, UnitKind.CHANNEL)

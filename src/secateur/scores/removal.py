@@ -21,7 +21,7 @@ from secateur.calibration.walk import Batch, mean_loss_of, step, stored_start
 from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.surgery.width.coupling import Part
-from secateur.surgery.width.pruning import holding, silenced
+from secateur.surgery.width.inputs import holding, silenced
 
 Branch = tuple[int, Part]
 """Attention ("heads") or the MLP ("channels") of a block."""

@@ -80,13 +80,19 @@ def cheapest_to_lose(
 
 
 def removal_order(
-    weight: torch.Tensor, gram: torch.Tensor, units: torch.Tensor, *, batch: int = 8, ridge: float = RIDGE
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    units: torch.Tensor,
+    keep: int = 0,
+    *,
+    batch: int = 8,
+    ridge: float = RIDGE,
 ) -> torch.Tensor:
-    """Return the numbers of the units of one group, (1, U, C), in the order in which greedy removal takes them, (U,).
+    """Return the numbers of the units of one group, (1, U, C), in the order in which greedy removal takes them.
 
-    The first U − k of them are what `cheapest_to_lose` removes to keep k, up to the batches. Arguments as there.
+    The first U − k of them are what `cheapest_to_lose` removes to keep k. Arguments as there; (U − keep,).
     """
-    return torch.cat(list(_losing(weight, gram, units, 0, batch, ridge)))
+    return torch.cat(list(_losing(weight, gram, units, keep, batch, ridge)))
 
 
 def _losing(

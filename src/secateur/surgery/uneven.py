@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from secateur.errors import ModelError
 from secateur.modeling import DeciLMConfig, SecateurConfig
 from secateur.models.decoder import Decoder
 from secateur.models.families import FAMILIES
 from secateur.models.shards import OUTER
 from secateur.surgery.assembly import Assembly
+from secateur.surgery.width.target import dense_widths, folded_at
 
 
 def against_llama(config: SecateurConfig) -> str | None:
@@ -50,6 +52,19 @@ def against_decilm(config: SecateurConfig) -> str | None:
     if len(set(query_heads(config)) - {0}) > 1:
         return "its blocks have different numbers of query heads"
     return against_llama(config)
+
+
+def becomes_decilm(decoder: Decoder) -> bool:
+    """Return whether a model with other widths in some blocks fits the layout, as long as its heads stay as they are.
+
+    Whole attentions may be absent, but not the first.
+    """
+    if isinstance(decoder.config, DeciLMConfig):
+        return True
+    try:
+        return against_decilm(folded_at(decoder, dense_widths(decoder), bias=False)) is None
+    except ModelError:
+        return False
 
 
 @torch.no_grad()

@@ -22,12 +22,11 @@ from secateur.methods.allocation.levels import Levels, Writers, measure_levels
 from secateur.methods.allocation.sensitivity import Reaction, judging_windows, reactions
 from secateur.methods.greedy import lazily
 from secateur.methods.method import Measurements
-from secateur.models.widths import block_widths
 from secateur.reading import MIB, FileKind
 from secateur.scores.removal import Branch
 from secateur.versions import digest
 
-_FORMAT = 2
+_FORMAT = 3
 _MOST_LOST = 2.0
 """Nats after which no more attention is tried."""
 _RECORD = FileKind("measurements of widths", 64 * MIB)
@@ -50,16 +49,14 @@ class Database:
     lost: tuple[float, ...] = ()
 
 
-def open_database(
-    measurements: Measurements, free: Sequence[int], multiple: int, *, attention: bool = True
-) -> Database:
+def open_database(measurements: Measurements, free: Sequence[int], multiple: int, attention: Sequence[int]) -> Database:
     """Read the measurements of a model on its windows, or make and keep them.
 
     Args:
         measurements: of the dense model.
         free: blocks that may lose something.
         multiple: channels stay in multiples of this.
-        attention: whether attention may go.
+        attention: blocks whose attention may go.
 
     Raises:
         InputError: there are no windows, or the cache cannot be written.
@@ -67,7 +64,7 @@ def open_database(
     """
     decoder, windows = measurements.decoder, measurements.need_windows()
     place = (str(decoder.module.dtype), decoder.device.type, measurements.options.batch_size)
-    key = digest(_FORMAT, decoder.fingerprint, place, windows.fingerprint, list(free), multiple, attention)
+    key = digest(_FORMAT, decoder.fingerprint, place, windows.fingerprint, list(free), multiple, list(attention))
     folder = cache_folder("widths", key)
     found: Database | None = from_main_process(_read(folder / "levels.json"))
     if found is None:
@@ -76,7 +73,7 @@ def open_database(
 
 
 def _measured(
-    measurements: Measurements, free: Sequence[int], multiple: int, attention: bool, folder: Path
+    measurements: Measurements, free: Sequence[int], multiple: int, attention: Sequence[int], folder: Path
 ) -> Database:
     decoder, windows, options = measurements.decoder, measurements.need_windows(), measurements.options
     blocks = _Blocks(folder)
@@ -84,7 +81,7 @@ def _measured(
         blocks.add(levels, writers)
     mlps = [blocks.levels(index) for index in free if index in blocks]
     worth = reactions(decoder, windows, mlps, blocks.writers, options=options)
-    order, lost = attention_chain(measurements, free) if attention else ((), ())
+    order, lost = attention_chain(measurements, attention) if attention else ((), ())
     found = Database(tuple(mlps), tuple(worth), order, lost)
     if is_main_process():
         replace_file(folder / "levels.json", json.dumps(asdict(found)) + "\n")
@@ -92,7 +89,7 @@ def _measured(
     return found
 
 
-def attention_chain(measurements: Measurements, free: Sequence[int]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def attention_chain(measurements: Measurements, removable: Sequence[int]) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Return blocks in the order in which their attention goes at the least loss, and the loss in nats after each.
 
     What one attention costs depends on which others are gone: each alone is cheap, most of them together ruin a model.
@@ -100,7 +97,7 @@ def attention_chain(measurements: Measurements, free: Sequence[int]) -> tuple[tu
     """
     decoder = measurements.decoder
     judged = measurements.on_windows(judging_windows(measurements.need_windows()))
-    candidates: list[Branch] = [(index, "heads") for index in free if block_widths(decoder, index).groups]
+    candidates: list[Branch] = [(index, "heads") for index in removable]
     order: list[int] = []
     lost: list[float] = []
     for gone, loss in lazily(judged, candidates, lambda _: 1.0, name="attention"):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+_MOST_BUCKETS = 200_000
+"""Amounts that are counted exactly; with more of them, parts."""
+_BUCKETS = 20_000
+"""Parts of the most that can be saved."""
 _NEAR = 400
 """A little more is this part of the most that can be saved."""
+_ANSWERS = 5_000
+"""Amounts for which a choice is returned, about."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +31,36 @@ class Option:
     loss: float
 
 
-def best_choices(branches: Sequence[Sequence[Option]], buckets: int = 4000) -> list[tuple[int, ...]]:
-    """Return, for amounts saved from 0 to the most, the choice of one option per branch whose losses add up to least.
+@dataclass(frozen=True)
+class Chosen:
+    """One option of each branch.
 
-    Amounts are counted in `buckets` equal parts of the most that can be saved, each option rounded down, so that a
-    choice for an amount saves at least that. Where a little more can be saved at less loss, that is taken instead.
+    Attributes:
+        levels: their numbers.
+        saved: what they save together.
+        loss: loss in nats they are expected to cost together.
+    """
+
+    levels: tuple[int, ...]
+    saved: float
+    loss: float
+
+
+def best_choices(branches: Sequence[Sequence[Option]]) -> list[Chosen]:
+    """Return the choices of one option per branch at the least loss for each amount, from the least saved on.
+
+    Amounts are counted in the largest unit of which all options save a multiple, so that every amount is found at its
+    least loss; if the unit is too small, or there is none, in parts of the most that can be saved, each option rounded
+    down. Where a little more can be saved at no more loss, the choice that saves less is left out.
 
     Args:
-        branches: the options of each branch; the first saves nothing and costs nothing.
-        buckets: number of amounts.
+        branches: the options of each branch; none saves less than nothing.
     """
-    most = sum(max(one.saved for one in options) for options in branches)
-    if most <= 0:
-        return [(0,) * len(branches)]
-    unit = most / buckets
+    unit = _unit(branches)
     best = np.zeros(1)
     taken: list[np.ndarray] = []
     for options in branches:
-        steps = [int(one.saved / unit + 1e-9) for one in options]
+        steps = [_steps(one, unit) for one in options]
         size = len(best) + max(steps)
         padded = np.full(size, np.inf)
         choice = np.zeros(size, dtype=np.int16)
@@ -51,17 +70,38 @@ def best_choices(branches: Sequence[Sequence[Option]], buckets: int = 4000) -> l
             better = candidate < padded
             padded[better], choice[better] = candidate[better], number
         best, taken = padded, [*taken, choice]
-    near = buckets // _NEAR + 1
-    cheapest = [amount + int(best[amount : amount + near].argmin()) for amount in range(len(best))]
-    return [_traced(branches, taken, unit, one) for one in dict.fromkeys(cheapest) if np.isfinite(best[one])]
+    near = int(sum(max(one.saved for one in options) for options in branches) / unit / _NEAR)
+    amounts = np.isfinite(best).nonzero()[0]
+    beaten = np.array([best[amount + 1 : amount + 1 + near].min(initial=np.inf) for amount in amounts])
+    amounts = amounts[best[amounts] < beaten]
+    apart = len(amounts) // _ANSWERS + 1
+    found = [_traced(branches, taken, unit, int(amount)) for amount in amounts[::-1][::apart]]
+    return sorted(found, key=lambda one: (one.saved, one.loss))
 
 
-def _traced(
-    branches: Sequence[Sequence[Option]], taken: Sequence[np.ndarray], unit: float, amount: int
-) -> tuple[int, ...]:
+def _unit(branches: Sequence[Sequence[Option]]) -> float:
+    """Return the unit in which savings are counted."""
+    savings = [one.saved for options in branches for one in options]
+    most = sum(max(one.saved for one in options) for options in branches)
+    if all(float(one).is_integer() for one in savings):
+        unit = math.gcd(*map(int, savings))
+        if most <= unit * _MOST_BUCKETS:
+            return max(1, unit)
+    return most / _BUCKETS
+
+
+def _steps(option: Option, unit: float) -> int:
+    return int(option.saved / unit + 1e-9)
+
+
+def _traced(branches: Sequence[Sequence[Option]], taken: Sequence[np.ndarray], unit: float, amount: int) -> Chosen:
     """Follow the choices for an amount back to the first branch."""
-    levels: list[int] = []
+    found: list[tuple[int, Option]] = []
     for options, choice in zip(reversed(branches), reversed(taken), strict=True):
-        levels.append(int(choice[amount]))
-        amount -= int(options[levels[-1]].saved / unit + 1e-9)
-    return tuple(reversed(levels))
+        level = int(choice[amount])
+        found.append((level, options[level]))
+        amount -= _steps(options[level], unit)
+    found.reverse()
+    return Chosen(
+        tuple(level for level, _ in found), sum(one.saved for _, one in found), sum(one.loss for _, one in found)
+    )

@@ -17,16 +17,15 @@ from typing import Protocol
 import torch
 
 from secateur.calibration.folds import folds_of
-from secateur.calibration.inputs import InputSums
-from secateur.calibration.ridge import UNJUDGED
+from secateur.calibration.inputs import InputSums, Moments
+from secateur.calibration.ridge import UNJUDGED, strength
 from secateur.calibration.walk import open_store, stored_start, through_block
 from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.unit_scores import removal_order
-from secateur.surgery.width.pruning import measure_inputs, writer_weights
-from secateur.surgery.width.repair import correction, error_with
+from secateur.surgery.width.inputs import measure_inputs, writer_weights
 
 _BATCHES = 128
 """How often costs are recomputed while all units of a projection are removed."""
@@ -92,8 +91,7 @@ def measure_levels(
         return
     folds = folds_of(windows)
     judged = folds.held_out if bool(folds.held_out.any()) else torch.ones_like(folds.held_out)
-    tokens = torch.full((len(windows),), windows.seq_len) if windows.mask is None else windows.mask.sum(dim=1)
-    scale = float((folds.weight * tokens)[judged].sum()) * decoder.hidden_size
+    scale = float((folds.weight * windows.token_counts())[judged].sum()) * decoder.hidden_size
     with open_store(decoder) as store:
         batches = stored_start(decoder, windows, store, options.batch_size)
         for index in options.progress(range(last), "measuring widths block by block", last):
@@ -118,13 +116,43 @@ def _measured(
         assert one.fitted is not None
         units = torch.arange(weight.shape[1], device=weight.device)[None, :, None]
         order = removal_order(weight, one.moments.gram, units, batch=max(1, weight.shape[1] // _BATCHES))
-        for place, keep in enumerate(levels[1:], start=1):
-            stay = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-            stay[order[: len(order) - keep]] = False
-            delta = correction(weight, one.fitted, stay, UNJUDGED)
-            errors[place] += error_with(weight, delta, one.held_out or one.fitted, stay) / scale
+        fits = nested_fits(weight, one.fitted, one.held_out or one.fitted, order.flip(0), levels[1:])
+        for place, (fitted, error) in enumerate(fits, start=1):
+            errors[place] += error / scale
             if place == probe:
                 writer = torch.zeros_like(weight)
-                writer[:, stay] = weight[:, stay] + delta
+                writer[:, order.flip(0)[: levels[place]]] = fitted
                 writers.append(writer.float().cpu().contiguous())
     return Levels(block, levels, tuple(errors.cummax(dim=0).values.tolist()), probe), tuple(writers)
+
+
+def nested_fits(
+    weight: torch.Tensor, fitted: Moments, held_out: Moments, order: torch.Tensor, counts: Sequence[int]
+) -> Iterator[tuple[torch.Tensor, float]]:
+    """Refit a projection to the first 1, 2, 3, … of its inputs, and yield each fit with its error on held-out tokens.
+
+    With the inputs in this order the Cholesky factor of G + λI has that of every smaller one as its corner, so one
+    factor serves all:
+
+        W'_K (G_KK + λI) = W G_:K + λ W_K,    error = tr W H Wᵀ − 2 tr W'_K H_K: Wᵀ + tr W'_K H_KK W'_Kᵀ.
+
+    Args:
+        weight: W, (out, n), float64.
+        fitted: sums G over the tokens of the fit.
+        held_out: sums H over the tokens that evaluate it.
+        order: the inputs, those that stay longest first, (n,).
+        counts: how many of them each fit reads.
+
+    Yields:
+        W'_K, (out, K), the inputs in that order, and Σ w ‖W x − W'_K x_K‖².
+    """
+    gram, held = (one.gram[order][:, order] for one in (fitted, held_out))
+    turned, ridge = weight[:, order].T, strength(fitted.gram, UNJUDGED)
+    right, wanted = torch.addmm(turned, gram, turned, beta=ridge), held @ turned
+    gram.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(gram)
+    whole = float(torch.sum(turned * wanted))
+    for count in counts:
+        found = torch.cholesky_solve(right[:count], factor[:count, :count])
+        missed = torch.sum((held[:count, :count] @ found - 2 * wanted[:count]) * found)
+        yield found.T, whole + float(missed)

@@ -21,7 +21,7 @@ from secateur.methods.allocation.levels import Levels, Writers
 from secateur.models.anatomy import find
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
-from secateur.surgery.width.pruning import holding, silenced, writer_of
+from secateur.surgery.width.inputs import holding, silenced, writer_of
 
 TOKENS = 1024
 """Tokens on which the losses are measured, about."""

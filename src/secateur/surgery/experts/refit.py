@@ -35,13 +35,7 @@ from secateur.models.experts import experts_module, mixture_of
 from secateur.models.widths import block_widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.experts.removal import ExpertAssembly, require_even_groups
-from secateur.surgery.width.pruning import (
-    of_dense,
-    stacked_weights,
-    writer_of,
-    writer_weights,
-    writes_stream,
-)
+from secateur.surgery.width.inputs import of_dense, stacked_weights, writer_of, writer_weights, writes_stream
 from secateur.surgery.width.repair import choose_fit, described
 
 _TINY = 1e-30

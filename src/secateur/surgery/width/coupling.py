@@ -10,7 +10,7 @@ S = widths of one of these that the shared expert has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +65,26 @@ class Kept:
             torch.ones(widths.heads + widths.groups, dtype=torch.bool),
             torch.ones(max(1, widths.experts) + widths.shared, widths.channels, dtype=torch.bool),
         )
+
+    def note(self, part: Part, chosen: Sequence[torch.Tensor], *, whole_groups: bool = True) -> None:
+        """Mark the units that remain of a part, given those of each of its output projections.
+
+        Args:
+            part: what the projections belong to.
+            chosen: bool: of heads (1, G), or (G, query heads of each); of the channels of each expert (1, F); of those
+                of the shared one (S, F).
+            whole_groups: whether heads go by key/value groups.
+        """
+        for expert, one in enumerate(chosen):
+            stay = one.cpu()
+            if part == "shared":
+                self.channels[-len(stay) :] = stay
+            elif part == "channels":
+                self.channels[expert] = stay[0]
+            elif whole_groups:
+                self.heads[:] = torch.cat([stay[0].repeat_interleave(len(self.heads) // len(stay[0]) - 1), stay[0]])
+            else:
+                self.heads[: stay.numel()] = stay.flatten()
 
 
 def couplings_of(block: nn.Module, family: Family, widths: BlockWidths) -> Couplings:

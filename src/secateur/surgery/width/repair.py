@@ -166,14 +166,6 @@ def correction(weight: torch.Tensor, moments: Moments, stay: torch.Tensor, ridge
     return torch.cholesky_solve(_missed(weight[:, gone], moments, kept, gone), factor).T
 
 
-def error_with(weight: torch.Tensor, delta: torch.Tensor, moments: Moments, stay: torch.Tensor) -> float:
-    """Return Σ w ‖W x + m − (W_K + Δ) x_K‖² over the tokens of these sums, for Δ (out, K) of the inputs that remain."""
-    kept, gone = stay.nonzero().flatten(), (~stay).nonzero().flatten()
-    right = _missed(weight[:, gone], moments, kept, gone)
-    fitted = torch.sum((delta @ moments.gram[kept][:, kept]) * delta) - 2 * torch.sum(delta.T * right)
-    return _plain_error(weight[:, gone], moments, gone) + float(fitted)
-
-
 def _plain_error(lost: torch.Tensor, moments: Moments, gone: torch.Tensor) -> float:
     """Return Σ w ‖W_R x_R + m‖², the error of the plain slice."""
     plain = float(torch.sum((lost @ moments.gram[gone][:, gone]) * lost) + moments.lacking)

@@ -86,7 +86,7 @@ def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
     if isinstance(config, DeciLMConfig) and len({new.groups * new.queries for new in widths} - {0}) > 1:
         return None
     if names_every_block(decoder):
-        return _with_widths(config, widths)
+        return with_widths(config, widths)
     lost = (
         (old.groups and not new.groups) or (old.channels and not new.channels)
         for old, new in zip(dense, widths, strict=True)
@@ -135,7 +135,7 @@ def folded_at(decoder: Decoder, widths: Sequence[Widths], *, bias: bool) -> Seca
         ) from error
     if bias:
         config.attention_out_bias = config.mlp_out_bias = True
-    return _with_widths(config, widths)
+    return with_widths(config, widths)
 
 
 def blocks_without_bias(decoder: Decoder, *, stock: bool) -> int:
@@ -147,7 +147,8 @@ def blocks_without_bias(decoder: Decoder, *, stock: bool) -> int:
     return sum(bool(one.experts) for one in all_widths(decoder))
 
 
-def _with_widths(config: SecateurConfig, widths: Sequence[Widths]) -> SecateurConfig:
+def with_widths(config: SecateurConfig, widths: Sequence[Widths]) -> SecateurConfig:
+    """Give the blocks of the modelling file these widths, in place."""
     config.heads = [one.groups * one.queries for one in widths]
     config.key_value_heads = [one.groups for one in widths]
     config.intermediate_sizes = [one.channels for one in widths]

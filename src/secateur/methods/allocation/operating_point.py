@@ -1,0 +1,176 @@
+"""The loss of a model pruned to given widths, and by how much it changes if one block alone has others.
+
+Losses measured on the dense model, one MLP at a time, no longer add up where much is removed: what a channel is worth
+depends on what else is gone. Here all blocks are pruned and repaired as the plan would be applied, and the widths of
+one block at a time are changed, so that the changes hold near these widths (as in sequential linear programming).
+
+All these models are walked together, block after block: one that differs at block b shares the states of the pruned
+model below b, and above b its blocks are those of the pruned model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from secateur.calibration.folds import Folds, folds_of
+from secateur.calibration.inputs import InputSums
+from secateur.calibration.store import StateStore
+from secateur.calibration.walk import Batch, mean_loss_of, open_store, step, stored_start, through_block
+from secateur.data.windows import Windows
+from secateur.methods.allocation.sensitivity import judging_windows
+from secateur.models.anatomy import owner_of
+from secateur.models.decoder import Decoder
+from secateur.models.widths import block_widths
+from secateur.plan.steps import Widths
+from secateur.run_options import DEFAULTS, RunOptions
+from secateur.surgery.width.coupling import Kept, Part, couplings_of, without_units
+from secateur.surgery.width.inputs import holding, measure_inputs, of_dense, silenced, writes_stream
+from secateur.surgery.width.pruning import Choose, Refit, parts_to_measure, refitted
+
+JUDGED = 2048
+"""Tokens on which the losses are measured, about."""
+
+Trial = tuple[int, Widths]
+"""A block with other widths."""
+Others = Mapping[int, Sequence[Widths]]
+"""Other widths of blocks, that differ in the channels, or in having attention at all."""
+
+
+@torch.no_grad()
+def losses_around(
+    decoder: Decoder,
+    windows: Windows,
+    widths: Sequence[Widths],
+    others: Others,
+    choose: Choose,
+    *,
+    refit: Refit,
+    options: RunOptions = DEFAULTS,
+) -> tuple[float, dict[Trial, float]]:
+    """Measure the loss of a pruned model, and with other widths in one block, on held-out windows.
+
+    Args:
+        decoder: the dense model.
+        windows: calibration windows.
+        widths: what each block keeps; attention as it is, or none.
+        others: other widths of each block, one at a time.
+        choose: decides which channels remain.
+        refit: how output projections are refitted.
+        options: windows per batch, progress.
+
+    Returns:
+        The loss in nats, and the loss of each other model.
+
+    Raises:
+        NumericsError: NaN or infinity on the way.
+    """
+    trials = [(block, one) for block, found in others.items() for one in found]
+    with open_store(decoder) as store:
+        walk = _Walk(decoder, windows, store, choose, refit, options)
+        for index in options.progress(range(decoder.block_count), "pruning with other widths", decoder.block_count):
+            with decoder.block(index):
+                walk.through(index, widths[index], others.get(index, ()))
+        with decoder.outer():
+            losses = {trial: walk.loss(trial) for trial in (None, *trials)}
+    return losses.pop(None), {trial: loss for trial, loss in losses.items() if trial is not None}
+
+
+@dataclass
+class _Walk:
+    """States of the pruned model on the calibration windows, and of all models on those that judge them."""
+
+    decoder: Decoder
+    windows: Windows
+    store: StateStore
+    choose: Choose
+    refit: Refit
+    options: RunOptions
+    trials: list[Trial] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        size = self.options.batch_size
+        self._folds: Folds = folds_of(self.windows)
+        self._batches = stored_start(self.decoder, self.windows, self.store, size)
+        if self.refit.target == "dense" and writes_stream(self.decoder):
+            for batch in self._batches:
+                self.store.put(of_dense(batch), self.store.get(batch.index))
+        judged = judging_windows(self.windows, JUDGED)
+        self._judged = stored_start(self.decoder, judged, self.store, size, key=lambda batch: _key(batch, None))
+
+    def through(self, index: int, keep: Widths, others: Sequence[Widths]) -> None:
+        """Run block `index`, its weights loaded."""
+        sums = self._measure(index, keep, others)
+        narrow_first = sorted({keep, *others}, key=lambda one: (one.channels, one.groups))
+        edits = {widths: self._edits(index, widths, sums) for widths in narrow_first}
+        for widths in others:
+            self._judge(index, None, (index, widths), edits[widths])
+        if not keep.is_empty:
+            for trial in (*self.trials, None):
+                self._judge(index, trial, trial, edits[keep])
+            with holding(self.decoder.block_list[index], edits[keep]):
+                through_block(self.decoder, index, self._batches, self.store)
+        self.trials += [(index, widths) for widths in others]
+
+    def loss(self, trial: Trial | None) -> float:
+        """Return the loss of one of the models, in nats; final norm and head are loaded."""
+        return mean_loss_of(self.decoder, ((one, self.store.get(_key(one, trial))) for one in self._judged))
+
+    def _measure(self, index: int, keep: Widths, others: Sequence[Widths]) -> dict[Part, list[InputSums]]:
+        """Sum up the inputs of an MLP that some of these widths narrow, with the attention that the block keeps."""
+        for batch in self._batches:
+            if of_dense(batch) in self.store:
+                self.store.put(of_dense(batch), step(self.decoder, index, batch, self.store.get(of_dense(batch))))
+        dense = block_widths(self.decoder, index)
+        narrow = next((one for one in (keep, *others) if 0 < one.channels < dense.channels), None)
+        if narrow is None:
+            return {}
+        with holding(self.decoder.block_list[index], self._attention(index, keep)):
+            return measure_inputs(
+                self.decoder, index, _mlp_parts(self.decoder, index, narrow), self._batches, self.store, self._folds
+            )
+
+    def _edits(self, index: int, keep: Widths, sums: Mapping[Part, list[InputSums]]) -> dict[str, torch.Tensor]:
+        """Return the parameters of a block with these widths."""
+        edits, dense = self._attention(index, keep), block_widths(self.decoder, index)
+        if dense.channels > keep.channels == 0:
+            return edits | silenced(self.decoder, index, "channels")
+        kept = Kept.all_of(dense)
+        for part in _mlp_parts(self.decoder, index, keep):
+            found = refitted(self.decoder, index, part, sums[part], keep, self.choose, refit=self.refit)
+            kept.note(part, found.chosen)
+            edits |= found.parameters
+        return edits | self._narrower(index, edits, kept)
+
+    def _narrower(self, index: int, edits: Mapping[str, torch.Tensor], kept: Kept) -> dict[str, torch.Tensor]:
+        """Return an MLP without the channels that go, so that it runs faster; nothing if its modules count them."""
+        block, family = self.decoder.block_list[index], self.decoder.anatomy.family
+        named = couplings_of(block, family, block_widths(self.decoder, index))
+        of_mlp = {name: one for name, one in named.items() if one.part != "heads"}
+        if bool(kept.channels.all()) or any(type(owner_of(block, name)) is not nn.Linear for name in of_mlp):
+            return {}
+        there = dict(block.named_parameters())
+        return without_units({name: edits.get(name, there[name]) for name in of_mlp}, of_mlp, kept)
+
+    def _attention(self, index: int, keep: Widths) -> dict[str, torch.Tensor]:
+        gone = block_widths(self.decoder, index).groups > keep.groups
+        assert not gone or not keep.groups, "attention stays or goes as a whole"
+        return silenced(self.decoder, index, "heads") if gone else {}
+
+    def _judge(self, index: int, before: Trial | None, after: Trial | None, edits: Mapping[str, torch.Tensor]) -> None:
+        """Advance the states of one model; they become those of another."""
+        with holding(self.decoder.block_list[index], edits):
+            for batch in self._judged:
+                found = step(self.decoder, index, batch, self.store.get(_key(batch, before)))
+                self.store.put(_key(batch, after), found)
+
+
+def _mlp_parts(decoder: Decoder, index: int, keep: Widths) -> list[Part]:
+    return [part for part in parts_to_measure(keep, block_widths(decoder, index)) if part != "heads"]
+
+
+def _key(batch: Batch, trial: Trial | None) -> tuple[str, int, Trial | None]:
+    return "judged", batch.index, trial

@@ -1,0 +1,187 @@
+"""Widths improved by the loss of the pruned model itself: a few levels up in some blocks, down in others.
+
+Each round measures the loss of the model pruned to the widths so far, and with one block at a time a level wider,
+narrower, or with or without its attention (`operating_point.py`). Dynamic programming finds the exchange that promises
+most at the amount asked for, and the next round measures what it is really worth. Widths at which the loss was not
+lower than before are given up; then only changes that promise more are tried. So the loss never rises from round to
+round, and what was measured is kept on disk.
+
+Tang et al. 2025, "DarwinLM: Evolutionary Structured Pruning of Large Language Models", also exchange levels at equal
+size and judge by the loss; their exchanges are drawn at random, and their models stitched together from a database.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from secateur.distributed import from_main_process, is_main_process
+from secateur.errors import InputError
+from secateur.files import cache_folder, replace_file
+from secateur.methods.allocation.frontier import Option, best_choices
+from secateur.methods.allocation.operating_point import Trial, losses_around
+from secateur.methods.allocation.savings import AllWidths, Savings
+from secateur.methods.allocation.widths import without_empty
+from secateur.methods.apply_widths import BrainSurgeon
+from secateur.methods.method import Measurements
+from secateur.plan.steps import Widths
+from secateur.reading import MIB, FileKind
+from secateur.surgery.width.pruning import Refit
+from secateur.versions import digest
+
+_FORMAT = 1
+_LEAST = 0.002
+"""Nats that a change must promise after one round brought nothing."""
+_MORE = 3.0
+"""How many times as much after each further one."""
+_RECORD = FileKind("measurements of widths", 16 * MIB)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Which widths may be exchanged.
+
+    Attributes:
+        levels: channels that the MLP of each block may have, from all to none.
+        attention: blocks whose attention may go or come back.
+    """
+
+    levels: Mapping[int, Sequence[int]]
+    attention: Sequence[int]
+
+    def of(self, widths: AllWidths, dense: AllWidths) -> dict[int, list[Widths]]:
+        """Return the other widths of each block: its MLP a level wider or narrower, its attention changed."""
+        found: dict[int, list[Widths]] = {}
+        for block, levels in self.levels.items():
+            place = min(range(len(levels)), key=lambda one: abs(levels[one] - widths[block].channels))
+            near = [levels[one] for one in (place - 1, place + 1) if 0 <= one < len(levels)]
+            found[block] = [widths[block].model_copy(update={"channels": one}) for one in near]
+        for block in self.attention:
+            other = 0 if widths[block].groups else dense[block].groups
+            found.setdefault(block, []).append(widths[block].model_copy(update={"groups": other}))
+        return found
+
+
+@dataclass(frozen=True)
+class Point:
+    """Widths with what was measured there.
+
+    Attributes:
+        widths: of all blocks.
+        loss: of the pruned model, in nats.
+        others: the loss with other widths in one block.
+    """
+
+    widths: AllWidths
+    loss: float
+    others: Mapping[Trial, float]
+
+
+def refined(
+    measurements: Measurements,
+    start: AllWidths,
+    savings: Savings,
+    neighbours: Neighbours,
+    *,
+    refit: Refit,
+    rounds: int,
+) -> AllWidths:
+    """Return widths that save as much as those at the start, at no more loss on held-out windows.
+
+    Args:
+        measurements: of the dense model.
+        start: widths that meet the budget.
+        savings: what widths save in the unit of the budget.
+        neighbours: which widths may be exchanged.
+        refit: how output projections are refitted when the plan is applied.
+        rounds: how often exchanges are looked for.
+
+    Raises:
+        NumericsError: NaN or infinity on the way.
+    """
+
+    def measured(widths: AllWidths, *, around: bool) -> Point:
+        others = neighbours.of(widths, savings.dense) if around else {}
+        return _measured(measurements, widths, others, refit)
+
+    best, least = measured(start, around=rounds > 0), 0.0
+    seen = {start}
+    for left in reversed(range(rounds)):
+        proposal = exchange(best, savings, least)
+        if proposal in seen:
+            break
+        seen.add(proposal)
+        found = measured(proposal, around=left > 0)
+        if found.loss < best.loss:
+            best = found
+        else:
+            least = max(_LEAST, _MORE * least)
+    return best.widths
+
+
+def exchange(point: Point, savings: Savings, least: float = 0.0) -> AllWidths:
+    """Return the widths that promise the lowest loss among those that save as much as those of a point.
+
+    Args:
+        point: widths, and the losses with others in one block.
+        savings: what they save.
+        least: nats that each change must promise to be made.
+    """
+    parts: list[tuple[int, str]] = []
+    options: list[list[Option]] = []
+    values: list[list[int]] = []
+    for block, own in enumerate(point.widths):
+        for name in ("channels", "groups"):
+            now = getattr(own, name)
+            found = {now: 0.0}
+            for (changed, other), loss in point.others.items():
+                if changed == block and getattr(other, name) != now:
+                    found[getattr(other, name)] = loss - point.loss + least
+            parts.append((block, name))
+            values.append(list(found))
+            options.append([Option(savings.of(block, **{name: value}), loss) for value, loss in found.items()])
+    path: dict[AllWidths, float] = {}
+    for chosen in best_choices(options):
+        widths = list(point.widths)
+        for (block, name), value, level in zip(parts, values, chosen.levels, strict=True):
+            widths[block] = widths[block].model_copy(update={name: value[level]})
+        path.setdefault(tuple(widths), chosen.loss)
+    limit = savings.weight(point.widths)
+    within = [one for one in without_empty(savings, path) if savings.weight(one) <= limit]
+    return min(within, key=lambda one: (path[one], savings.weight(one)), default=point.widths)
+
+
+def _measured(
+    measurements: Measurements, widths: AllWidths, others: Mapping[int, Sequence[Widths]], refit: Refit
+) -> Point:
+    """Return the losses at these widths, from the disk if they were measured before."""
+    decoder, windows, options = measurements.decoder, measurements.need_windows(), measurements.options
+    place = (str(decoder.module.dtype), decoder.device.type, options.batch_size, decoder.fingerprint)
+    asked = [_numbers(widths), [(block, _numbers(found)) for block, found in others.items()]]
+    key = digest(_FORMAT, place, windows.fingerprint, asked, refit.repair, refit.ridge, refit.target)
+    path = cache_folder("widths", "around", f"{key}.json")
+    trials = [(block, one) for block, found in others.items() for one in found]
+    known: list[float] | None = from_main_process(_read(path, len(trials)))
+    if known is None:
+        loss, found = losses_around(decoder, windows, widths, others, BrainSurgeon(), refit=refit, options=options)
+        known = from_main_process([loss, *(found[trial] for trial in trials)])
+        if is_main_process():
+            replace_file(path, json.dumps(known) + "\n")
+    return Point(widths, known[0], dict(zip(trials, known[1:], strict=True)))
+
+
+def _numbers(widths: Sequence[Widths]) -> list[tuple[int, ...]]:
+    return [(one.groups, one.queries, one.channels) for one in widths]
+
+
+def _read(path: Path, trials: int) -> list[float] | None:
+    """Read losses measured before; None if there are none, or they are damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = [float(one) for one in _RECORD.json(path)]
+    except (InputError, TypeError, ValueError):
+        return None
+    return found if len(found) == trials + 1 else None

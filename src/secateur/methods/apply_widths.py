@@ -1,0 +1,156 @@
+"""Apply a step of width pruning: what decides which units remain, by the scores of the papers or greedily."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from secateur.calibration.inputs import InputSums
+from secateur.data.windows import Windows
+from secateur.errors import InputError, SecateurWarning
+from secateur.methods.method import Applied, Measurements, applies
+from secateur.models.decoder import Decoder
+from secateur.models.widths import BlockWidths, block_widths
+from secateur.plan.steps import Choice, PruneWidth
+from secateur.scores.taylor import taylor_by_unit
+from secateur.scores.unit_scores import (
+    activation_norm,
+    best_units,
+    cheapest_to_lose,
+    fluctuation,
+    magnitude,
+    removal_order,
+    weighted_norm,
+)
+from secateur.surgery.depth.blocks import keep_blocks
+from secateur.surgery.width.pruning import Choose, Place, Refit, prune_width
+from secateur.surgery.width.target import width_sizes
+
+_TOKENS_PER_INPUT = 16
+"""With fewer calibration tokens than this per input of a projection, its repair generalises badly to other texts."""
+_OBS_BATCHES = 128
+"""How often costs are recomputed while all units of a projection would be removed."""
+
+
+@applies(PruneWidth)
+def apply(measurements: Measurements, step: PruneWidth) -> Applied:
+    """Prune as the step says; which units remain is measured on the texts.
+
+    Raises:
+        InputError: the step was made for a model of another shape.
+        ModelError: the widths of this family cannot be pruned.
+        NumericsError: NaN or infinity on the way.
+    """
+    decoder = measurements.decoder
+    if width_sizes(decoder, stock=step.stock, bias=step.bias) != step.sizes:
+        raise InputError("this width-pruning step was made for a model of another shape; make a new plan for this one.")
+    if step.repair:
+        _warn_of_few_tokens(decoder, measurements.need_windows())
+    pruned = prune_width(
+        decoder,
+        measurements.need_windows(),
+        step.widths,
+        _chooser(measurements, step.choose),
+        stock=step.stock,
+        refit=Refit(
+            repair=step.repair,
+            ridge=step.ridge,
+            bias=step.bias,
+            target=step.target,
+            others=frozenset(step.refitted),
+        ),
+        gram=step.repair or step.choose == "brain-surgeon",
+        options=measurements.options,
+    )
+    kept = step.kept_blocks(decoder.block_count)
+    return Applied(keep_blocks(pruned.decoder, kept), {"repair": pruned.fits} if pruned.fits else {})
+
+
+def _warn_of_few_tokens(decoder: Decoder, windows: Windows) -> None:
+    """Warn if there are few tokens, with the number of windows that a fit of the widest projection needs."""
+    widths = [block_widths(decoder, block) for block in range(decoder.block_count)]
+    inputs = max(max(one.channels, one.heads * one.head_size) for one in widths)
+    wanted = _TOKENS_PER_INPUT * inputs
+    if windows.token_count < wanted:
+        count = math.ceil(wanted * len(windows) / windows.token_count)
+        warnings.warn(
+            f"repair: {windows.token_count:,} calibration tokens are few for projections of {inputs:,} inputs; "
+            f"{count} windows of {windows.seq_len} tokens would be {_TOKENS_PER_INPUT} for each.",
+            SecateurWarning,
+            stacklevel=4,
+        )
+
+
+_SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {
+    "fluctuation": fluctuation,
+    "weighted-norm": weighted_norm,
+    "magnitude": magnitude,
+    "activation-norm": activation_norm,
+}
+
+
+def _chooser(measurements: Measurements, choose: Choice) -> Choose:
+    """Create the function that decides which units remain."""
+    if choose == "brain-surgeon":
+        return BrainSurgeon()
+    if choose in _SCORES:
+        score = _SCORES[choose]
+
+        def by_score(
+            _: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /
+        ) -> torch.Tensor:
+            return best_units(score(weight, sums).view(*units.shape[:2], -1).sum(dim=-1), keep)
+
+        return by_score
+    taylor = taylor_by_unit(measurements.decoder, measurements.need_windows(), options=measurements.options)
+
+    def by_taylor(place: Place, _: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /) -> torch.Tensor:
+        heads, channels = taylor[place.block]
+        if place.part == "channels":
+            scores = channels[place.expert][None]
+        elif place.part == "shared":
+            scores = channels[place.expert :]
+        else:
+            scores = _of_head_units(heads, block_widths(measurements.decoder, place.block), groups=len(units))
+        return best_units(scores.to(sums.total.device), keep)
+
+    return by_taylor
+
+
+def _of_head_units(scores: torch.Tensor, dense: BlockWidths, *, groups: int) -> torch.Tensor:
+    """Return scores (H+G,) as those of query heads, group by group, or as one group of whole key/value groups."""
+    queries, shared = scores[: dense.heads].view(dense.groups, dense.queries), scores[dense.heads :]
+    return queries if groups == dense.groups else (queries.sum(dim=1) + shared)[None]
+
+
+class BrainSurgeon:
+    """Chooses greedily; the ridge stays small: that of the repair would lose channels on which few tokens rely.
+
+    The order in which the units of one group go is kept until another projection is asked for, so that several widths
+    of the same one cost little more than the narrowest.
+    """
+
+    def __init__(self) -> None:
+        """Start without an order."""
+        self._place: Place | None = None
+        self._order = torch.zeros(0, dtype=torch.int64)
+
+    def __call__(
+        self, place: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /
+    ) -> torch.Tensor:
+        """Mark `keep` units of each group, (P, U) bool."""
+        moments = sums.moments
+        assert moments is not None
+        groups, each = units.shape[:2]
+        batch = max(1, groups * each // _OBS_BATCHES)
+        if groups > 1:
+            return cheapest_to_lose(weight, moments.gram, units, keep, batch=batch)
+        if place != self._place or len(self._order) < each - keep:
+            self._order = removal_order(weight, moments.gram, units, keep, batch=batch)
+            self._place = place
+        stay = torch.ones(1, each, dtype=torch.bool, device=weight.device)
+        stay[0, self._order[: each - keep]] = False
+        return stay
