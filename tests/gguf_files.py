@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tiny_models import _draw_parameters
+from tiny_models import draw_parameters
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 NAMES = {
@@ -50,7 +50,7 @@ def small_llama(vocabulary, dtype=torch.float32, seed=0):
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    _draw_parameters(model, seed)
+    draw_parameters(model, seed)
     return model.to(dtype).eval()
 
 

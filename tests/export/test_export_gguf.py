@@ -230,6 +230,9 @@ def test_the_tokenizer_that_the_converter_writes(tmp_path):
     (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('no such pre-tokenizer')")
     with pytest.raises(InputError, match=r"could not convert the tokenizer of .*\n.*no such pre-tokenizer"):
         export_gguf(decoder, tmp_path / "model.gguf", GgufOptions(llama_cpp=tmp_path, check=False))
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import no_such_package")
+    with pytest.raises(InputError, match=r"No module named 'no_such_package'\npip install it"):
+        export_gguf(decoder, tmp_path / "model.gguf", GgufOptions(llama_cpp=tmp_path, check=False))
 
 
 def test_the_quantiser_makes_other_types(bundled, tmp_path):

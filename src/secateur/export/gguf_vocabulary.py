@@ -68,7 +68,8 @@ def vocabulary_by_converter(decoder: Decoder, folder: Path, llama_cpp: Path) -> 
         )
         if done.returncode != 0 or not file.is_file():
             tail = "\n".join(done.stderr.strip().splitlines()[-3:])
-            raise InputError(f"{script} could not convert the tokenizer of {folder}:\n{tail}")
+            advice = "\npip install it: the converter has requirements of its own." if "ModuleNotFound" in tail else ""
+            raise InputError(f"{script} could not convert the tokenizer of {folder}:\n{tail}{advice}")
         return vocabulary_like(read_header(file).entries, decoder, file)
 
 
