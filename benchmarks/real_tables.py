@@ -102,7 +102,7 @@ def _is_plain(healing: Record | None) -> bool:
 
 def _case(case: str) -> str:
     method, _, more = case.partition(", ")
-    return f"[`{method}`](methods/{method}.md)" + (f", `{more}`" if more else "")
+    return f"`{method}`" + (f", `{more}`" if more else "")
 
 
 def _by_source(found: Record) -> list[str]:
