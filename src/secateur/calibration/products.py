@@ -1,8 +1,8 @@
 """Sums over tokens of products of inputs: float32 products of few tokens, added up in float64.
 
-A product of float64 matrices costs twice as much as one of float32 on a CPU and up to 64 times as much on a consumer
-GPU. The products of `ROWS` tokens, rounded to float32, differ from exact ones by some 10⁻⁶ of √(Gᵢᵢ Gⱼⱼ); their sum
-loses nothing more. Inputs in float64 are multiplied in float64.
+Products in float64 cost twice as much as in float32 on a CPU, and on a consumer GPU 32 to 64 times as much. The
+products of `ROWS` tokens, rounded to float32, differ from exact ones by some 10⁻⁶ of √(Gᵢᵢ Gⱼⱼ); their sum loses
+nothing more. Inputs in float64 are multiplied in float64.
 """
 
 from __future__ import annotations
