@@ -137,7 +137,8 @@ def search_table(search: Search, parameters: int) -> RenderableType:
         caption="front: no other plan is both smaller and better; dim: removes less than requested",
         caption_justify="left",
     )
-    for name in ("", "depth", "blocks", "width", "removed", "perplexity"):
+    experts = any(one.experts for one in search.candidates)
+    for name in ("", "depth", "blocks", *(["experts"] if experts else []), "width", "removed", "perplexity"):
         table.add_column(name, justify="right" if name in ("blocks", "removed", "perplexity") else "left")
     measured = [place for place, one in enumerate(search.candidates) if one.loss is not None]
     for place in sorted(measured, key=lambda place: search.candidates[place].loss or 0.0):
@@ -148,6 +149,7 @@ def search_table(search: Search, parameters: int) -> RenderableType:
             mark,
             one.depth or "–",
             str(one.blocks or "–"),
+            *([one.experts_label or "–"] if experts else []),
             one.width or "–",
             f"{1 - (one.parameters or 0) / parameters:.1%}",
             f"{perplexity_of(one.loss or 0.0):.2f}",

@@ -130,8 +130,11 @@ def decide_by(criterion: Criterion) -> Callable[[Measurements, DropSettings, Bud
         keep = experts_to_keep(decoder, mixture, settings, budget)
         if keep == mixture.count:
             return ()
-        sums = measure_routing(decoder, measurements.need_windows(), mixture, options=measurements.options)
-        warn_of_idle(sums)
+        if "routing" not in measurements.cache:
+            found = measure_routing(decoder, measurements.need_windows(), mixture, options=measurements.options)
+            warn_of_idle(found)
+            measurements.cache["routing"] = found
+        sums = measurements.cache["routing"]
         scores = [None if one is None else SALIENCY[criterion](one) for one in sums]
         ranks = scores
         if settings.protect_super:
@@ -139,14 +142,14 @@ def decide_by(criterion: Criterion) -> Callable[[Measurements, DropSettings, Bud
                 None if score is None or own is None else score.masked_fill(own, torch.inf)
                 for score, own in zip(scores, super_experts(sums), strict=True)
             ]
-        found: dict[str, Any] = {
+        step: dict[str, Any] = {
             "method": criterion,
             "settings": settings.model_dump(exclude_none=True),
             "sizes": mixture.sizes,
             "kept": tuple(() if one is None else best_experts(one, keep, mixture.groups) for one in ranks),
             "scores": tuple(() if one is None else tuple(float(f"{value:.4g}") for value in one) for one in scores),
         }
-        return (RefitExperts(**found, ridge=settings.ridge) if settings.repair else DropExperts(**found),)
+        return (RefitExperts(**step, ridge=settings.ridge) if settings.repair else DropExperts(**step),)
 
     return decide
 

@@ -67,6 +67,8 @@ class Candidate(BaseModel):
     Attributes:
         depth: method that removed blocks first; None if none did.
         blocks: number of blocks removed.
+        experts: method that then left fewer experts; None if none did.
+        share: what it took of what was left to remove; None if all.
         width: method that then sliced or width-pruned the remaining model; None if none did.
         parameters: of the result; None if there is none.
         loss: mean next-token loss on the held-back windows in nats; None if it was not measured.
@@ -79,6 +81,8 @@ class Candidate(BaseModel):
     depth: str | None
     blocks: int | None
     width: str | None
+    experts: str | None = None
+    share: float | None = None
     parameters: int | None = None
     loss: float | None = None
     enough: bool = True
@@ -86,9 +90,14 @@ class Candidate(BaseModel):
 
     @property
     def label(self) -> str:
-        """Return a name such as `replaceme (2) + obs-width`."""
-        blocks = f" ({self.blocks})" if self.blocks else ""
-        return " + ".join(part for part in (self.depth and f"{self.depth}{blocks}", self.width) if part)
+        """Return a name such as `replaceme (2) + reap (50 %) + obs-width`."""
+        depth = self.depth and self.depth + (f" ({self.blocks})" if self.blocks else "")
+        return " + ".join(part for part in (depth, self.experts_label, self.width) if part)
+
+    @property
+    def experts_label(self) -> str | None:
+        """Return the method of experts with its share of what was left to remove, such as `reap (50 %)`."""
+        return self.experts and self.experts + (f" ({self.share:.0%})".replace("%", " %") if self.share else "")
 
 
 class Search(BaseModel):

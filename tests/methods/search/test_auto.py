@@ -397,6 +397,84 @@ def test_when_nothing_can_be_done_it_says_why(tiny):
         make_plan(tiny("llama"), method="auto", remove=0.99, texts=WINDOWS, settings=BRIEF)
 
 
+MIXED = {"depth": "none,shortgpt", "width": "none,obs-width", "experts": "none,expert-frequency", "trials": 60}
+
+
+def test_experts_alone_and_together_with_blocks_and_widths(tiny):
+    """Every kind of combination, each as it is made by hand."""
+    decoder, settings = tiny("qwen3_moe"), MIXED | {"skip_hopeless": False}
+    plan = make_plan(decoder, method="auto", remove=0.25, texts=WINDOWS, settings=settings)
+    tried = {(one.depth, one.blocks, one.experts, one.share, one.width): one for one in plan.search.candidates}
+    fitted, held_back = WINDOWS.split_off(0.25)
+
+    def by_hand(*parts):
+        model = decoder
+        for name, amount in parts:
+            model = prune(model, make_plan(model, method=name, texts=fitted, **amount), texts=fitted)
+        return model.parameter_count, pytest.approx(mean_loss_of_sources(model, held_back), abs=2e-6)
+
+    def rest(model_parameters):
+        return {"remove": 1 - 0.75 * decoder.parameter_count / model_parameters}
+
+    fewer = make_plan(decoder, method="expert-frequency", texts=fitted, remove=0.125).parameters_after
+    limit = {"target_params": int(0.75 * decoder.parameter_count)}  # the closest number of experts is not small enough
+    for name, parts in (
+        ((None, 0, "expert-frequency", None, None), [("expert-frequency", {"remove": 0.25})]),
+        (
+            (None, 0, "expert-frequency", 0.5, "obs-width"),
+            [("expert-frequency", {"remove": 0.125}), ("obs-width", rest(fewer))],
+        ),
+        (
+            ("shortgpt", 1, "expert-frequency", None, None),
+            [("shortgpt", {"blocks": 1}), ("expert-frequency", limit)],
+        ),
+    ):
+        assert (tried[name].parameters, tried[name].loss) == by_hand(*parts), name
+    assert any(one.depth and one.experts and one.width for one in tried.values())
+    assert tried[None, 0, "expert-frequency", 0.5, "obs-width"].label == "expert-frequency (50 %) + obs-width"
+    assert prune(decoder, plan, texts=WINDOWS).parameter_count == plan.parameters_after
+    console = Console(file=io.StringIO(), width=200)
+    console.print(plan_summary(plan))
+    assert "experts" in console.file.getvalue()
+    assert "expert-frequency (50 %)" in console.file.getvalue()
+
+
+def test_experts_are_tried_of_mixtures_alone(tiny):
+    plan = make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=MIXED | {"trials": 2})
+    assert not any(one.experts for one in plan.search.candidates)
+    assert plan.search.settings["experts"] is None
+    with pytest.raises(ModelError, match="a llama has no experts"):
+        make_plan(tiny("llama"), method="auto", remove=0.3, texts="no/such/file.txt", settings={"experts": "reap"})
+
+
+def test_a_search_with_experts_that_was_stopped_goes_on(tiny, monkeypatch, tmp_path):
+    def plan():
+        settings = MIXED | {"trials": 6}
+        options = RunOptions(work=tmp_path)
+        return make_plan(
+            tiny("qwen3_moe"), method="auto", remove=0.25, texts=WINDOWS, settings=settings, options=options
+        )
+
+    once, measured = plan(), counting_losses(monkeypatch)
+    assert plan() == once
+    assert measured == []
+
+
+def test_splits_with_experts():
+    found = all_splits([None, "a"], [None, "x"], 1, [None, "e"])
+    assert [one for one in found if len(one.methods) == 1] == list(found[:3])
+    assert found[:3] == (Split("a", None), Split(None, None, 0, "e"), Split(None, "x"))
+    assert set(found[3:]) == {
+        Split("a", "x", 1),
+        Split("a", None, 1, "e"),
+        *(Split(depth, "x", bool(depth), "e", share) for depth in (None, "a") for share in (0.25, 0.5, 0.75)),
+    }
+    assert {one for one in all_splits(["a"], [None, "x"], 2, ["e"]) if one.blocks == 2} == {
+        Split("a", None, 2, "e"),
+        *(Split("a", "x", 2, "e", share) for share in (0.25, 0.5, 0.75)),
+    }
+
+
 @pytest.mark.parametrize(
     ("amount", "settings", "says"),
     [
@@ -404,6 +482,8 @@ def test_when_nothing_can_be_done_it_says_why(tiny):
         ({"slice": 0.2}, {}, "auto does not count in slice; give remove"),
         ({"remove": 0.3}, {"depth": "obs-width"}, "unknown method for depth 'obs-width'"),
         ({"remove": 0.3}, {"width": "sleb"}, "unknown method for width 'sleb'"),
+        ({"remove": 0.3}, {"experts": "none,sleb"}, "unknown method for experts 'sleb'"),
+        ({"remove": 0.3}, {"width": "reap"}, "unknown method for width 'reap'"),
         ({"remove": 0.3}, {"depth": "auto"}, "unknown method for depth 'auto'"),
         ({"remove": 0.3}, {"depth": "none", "width": "none"}, "nothing to try"),
         ({"remove": 0.3}, {"trials": 0}, "trials=0"),

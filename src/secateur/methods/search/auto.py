@@ -1,7 +1,8 @@
-"""Depth and width together: how many blocks to remove, by which method, and which method slices or prunes the rest.
+"""Depth, experts and width together: how many blocks to remove, how many experts, and which method prunes the rest.
 
 Secateur's own (docs/methods/auto.md). A candidate is a single method, or one that removes 1, 2, 3, … blocks and one
-that brings the remaining model down to the request. Candidates are made and measured as `prune` would make them, and
+that brings the remaining model down to the request; in a mixture of experts, also one that leaves fewer experts, alone
+or for a share of what is left to remove. Candidates are made and measured as `prune` would make them, and
 Optuna proposes which to try next. Their losses are measured on held-back calibration windows: matrices and repairs are
 least-squares fits to the windows they are measured on, so the loss there favours whatever fits most parameters.
 
@@ -25,10 +26,13 @@ from secateur.calibration.walk import mean_loss_of_sources
 from secateur.errors import InputError, ModelError, SecateurError, unknown
 from secateur.evaluation.gate import Gate
 from secateur.methods.budget import Budget, already
+from secateur.methods.drop_experts import ExpertSettings
 from secateur.methods.method import METHODS, Decision, Measurements, Method, MethodSettings, apply_step, method
 from secateur.methods.search.guard import Guard
 from secateur.methods.search.splits import Split, all_splits, search
 from secateur.methods.search.trials import FAILURES, Made, Member, Steps, TrialLog, Trials, kind_of
+from secateur.models.decoder import Decoder
+from secateur.models.experts import has_experts, mixture_of
 from secateur.plan.plan import Candidate, Search, pareto_front
 
 _NONE = "none"
@@ -39,7 +43,8 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"allocated": ("obs-width", {
 _FORWARDS_EACH = 5.0
 _GATE_FORWARDS = 1.3 / 24
 """Cost of a question of every probe in plain forward passes over 32 windows of 512."""
-_SIDES: tuple[Literal["depth", "width"], ...] = ("depth", "width")
+Side = Literal["depth", "experts", "width"]
+_SIDES: tuple[Side, ...] = ("depth", "experts", "width")
 
 
 class AutoSettings(MethodSettings):
@@ -53,6 +58,10 @@ class AutoSettings(MethodSettings):
         "none,obs-width,allocated,stock-slicing",
         description="methods that may slice or prune widths afterwards (allocated: obs-width with allocation=global); "
         "with none among them, depth alone is tried too",
+    )
+    experts: str | None = Field(
+        "none,reap",
+        description="methods that may leave fewer experts of a mixture, after blocks and before widths; not for others",
     )
     trials: int = Field(16, ge=1, description="maximum number of plans measured; single methods come first")
     skip_hopeless: bool = Field(
@@ -76,9 +85,9 @@ class AutoSettings(MethodSettings):
             Gate.read(given)
         return given
 
-    def side(self, name: Literal["depth", "width"]) -> list[str | None]:
-        """List the methods for one side; None if the other may do everything."""
-        typed = dict.fromkeys(one.strip() for one in getattr(self, name).split(","))
+    def side(self, name: Side) -> list[str | None]:
+        """List the methods for one side; None if the others may do everything."""
+        typed = dict.fromkeys(one.strip() for one in (getattr(self, name) or _NONE).split(","))
         return [None if one == _NONE else one for one in typed]
 
     @classmethod
@@ -99,22 +108,44 @@ def _members(settings: AutoSettings) -> dict[str, Member]:
     Raises:
         InputError: an unknown method, one on the wrong side, or none at all.
     """
-    known = {name: method for name, method in METHODS.items() if method.native is not None}
+    known = {name: method for name, method in METHODS.items() if _side_of(method) is not None}
     known |= {name: known[owner] for name, (owner, _) in _VARIANTS.items()}
-    sides = {"depth": settings.side("depth"), "width": settings.side("width")}
+    sides = {side: settings.side(side) for side in _SIDES}
     for side, wanted in sides.items():
-        fitting = [name for name, method in known.items() if (method.native == "blocks") == (side == "depth")]
+        fitting = [name for name, method in known.items() if _side_of(method) == side]
         for name in wanted:
             if name is not None and name not in fitting:
                 raise unknown(f"method for {side}", name, [_NONE, *fitting])
     names = [name for wanted in sides.values() for name in wanted if name]
     if not names:
-        raise InputError("auto: depth=none and width=none leave nothing to try; name a method.")
+        raise InputError("auto: none on every side leaves nothing to try; name a method.")
     given = settings.of or {}
     for name in given:
         if name not in names:
             raise unknown("method that takes part", name, names)
     return {name: _member(known[name], given.get(name, {}) | _VARIANTS.get(name, ("", {}))[1]) for name in names}
+
+
+def _side_of(method: Method) -> Side | None:
+    """Return the side on which a method may take part."""
+    if issubclass(method.settings, ExpertSettings):
+        return "experts"
+    return None if method.native is None else "depth" if method.native == "blocks" else "width"
+
+
+def settings_for(decoder: Decoder, settings: AutoSettings) -> AutoSettings:
+    """Return the settings as they are for a model: without methods of experts where it has none and others may do it.
+
+    Raises:
+        InputError: a setting names what cannot take part.
+        ModelError: experts must go, and it has none.
+    """
+    _members(settings)
+    if any(has_experts(block, decoder.anatomy.family) for block in decoder.block_list):
+        return settings
+    if None not in settings.side("experts"):
+        mixture_of(decoder)
+    return settings.model_copy(update={"experts": None})
 
 
 def _member(method: Method, given: dict[str, Any]) -> Member:
@@ -136,7 +167,7 @@ def _forwards(blocks: int, gone: int, settings: AutoSettings) -> float:
 
 
 def _apply_forwards(settings: AutoSettings, tokens: int) -> float:
-    """Return the cost of the most expensive pair of methods."""
+    """Return the cost of the most expensive method of each side."""
     costs = {name: one.method.apply_forwards(one.settings, tokens) for name, one in _members(settings).items()}
     return sum(max(costs.get(name or _NONE, 0.0) for name in settings.side(side)) for side in _SIDES)
 
@@ -144,12 +175,13 @@ def _apply_forwards(settings: AutoSettings, tokens: int) -> float:
 @method(
     order=90,
     name="auto",
-    summary="split the amount between blocks and widths by trying: the lowest loss on held-back windows",
+    summary="split the amount between blocks, experts and widths by trying: the lowest loss on held-back windows",
     paper="secateur's own (docs/methods/auto.md)",
     settings=AutoSettings,
     native=None,
     forwards=_forwards,
     apply_forwards=_apply_forwards,
+    settings_for=settings_for,
 )
 def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -> Decision:
     """Try candidates; return the steps of the best, and the record of all.
@@ -171,7 +203,8 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
     trials = Trials(to_fit, held_back, budget, members, apply_step, guard)
     log = TrialLog(measurements, settings.model_dump(mode="json"), repr(budget))
     tried = _Tried(trials, log, skip_hopeless=settings.skip_hopeless)
-    splits = all_splits(settings.side("depth"), settings.side("width"), trials.most_blocks())
+    depth, experts, width = (settings.side(side) for side in _SIDES)
+    splits = all_splits(depth, width, trials.most_blocks(), experts)
     search(
         splits,
         tried.measure,
@@ -212,7 +245,7 @@ class _Tried:
         self._trials, self._log, self._skips = trials, log, skip_hopeless
         self._steps: dict[int, Steps] = {}
         self._failures: list[SecateurError] = []
-        self._impossible: set[str | None] = set()
+        self._impossible = set[str]()
         self._on_the_way: dict[Split, Made | None] = {}
         self._hopeless: dict[str | None, int] = {}
         self._least = math.inf
@@ -222,7 +255,7 @@ class _Tried:
 
         A method that cannot cut the model on its own is not tried again.
         """
-        if self._impossible & {split.depth, split.width}:
+        if self._impossible & split.methods:
             return None
         if split.blocks and not self._is_promising(split):
             return None
@@ -230,10 +263,10 @@ class _Tried:
         return None if made is None else math.inf if made.fails else made.loss
 
     def _is_promising(self, split: Split) -> bool:
-        """Measure what the first of two methods leaves: the second, or more blocks, will hardly improve it."""
+        """Measure what the first of several methods leaves: the others, or more blocks, will hardly improve it."""
         if split.blocks >= self._hopeless.get(split.depth, math.inf):
             return False
-        first = split._replace(width=None)
+        first = split._replace(width=None, experts=None, share=1.0)
         if first not in self._on_the_way:
             self._on_the_way[first] = self._note(first)
         made = self._on_the_way[first]
@@ -253,8 +286,8 @@ class _Tried:
         if not isinstance(made, Made):
             self._failures.append(made)
             self.candidates.append(_named(split).model_copy(update={"refused": str(made)}))
-            if isinstance(made, ModelError) and not split.blocks:
-                self._impossible |= {split.depth, split.width} - {None}
+            if isinstance(made, ModelError) and len(split.methods) == 1:
+                self._impossible |= split.methods
             return None
         if made.fails:
             self._failures.append(InputError(f"{_named(split).label} {made.fails}."))
@@ -287,7 +320,10 @@ class _Tried:
 
 
 def _named(split: Split) -> Candidate:
-    return Candidate(depth=split.depth, blocks=split.blocks or None, width=split.width)
+    share = split.share if split.share < 1 else None
+    return Candidate(
+        depth=split.depth, blocks=split.blocks or None, width=split.width, experts=split.experts, share=share
+    )
 
 
 def front(found: Sequence[tuple[int | None, float | None]]) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class Member(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """A model with fewer blocks, or the dense one.
+    """A model with fewer blocks or experts, or the dense one.
 
     Attributes:
         steps: how it was made.
@@ -103,7 +103,7 @@ class Trials:
         self._budget, self._held_back = budget, held_back
         self._members, self._apply, self._guard = members, apply, guard
         self._dense = Cut((), tuple(range(measurements.decoder.block_count)), measurements)
-        self._cuts: dict[tuple[str, int], Cut] = {}
+        self._cuts: dict[tuple[Hashable, ...], Cut] = {}
         self._evidence = {measurements.decoder.fingerprint: measurements}
         self._made: dict[tuple[str, str | None], Made] = {}
         self._whole = measurements.decoder.parameter_count if budget.cost is None else budget.cost.total
@@ -125,6 +125,8 @@ class Trials:
             NumericsError: NaN or infinity on the way.
         """
         cut = self._dense if split.depth is None else self._without_blocks(split.depth, split.blocks)
+        if split.experts is not None:
+            cut = self._without_experts(cut, split.experts, split.share)
         key = (cut.measurements.decoder.fingerprint, split.width)
         if key not in self._made:
             self._made[key] = self._measured(cut, split.width)
@@ -136,16 +138,41 @@ class Trials:
         if (name, blocks) not in self._cuts:
             member, dense = self._members[name], self._dense.measurements
             steps = member.decide(dense, Budget("blocks", blocks)) if blocks else self._meet(self._dense, member)
-            self._cuts[name, blocks] = self._after(steps, dense)
+            self._cuts[name, blocks] = self._after(steps, self._dense)
         return self._cuts[name, blocks]
 
-    def _after(self, steps: Steps, measurements: Measurements) -> Cut:
-        kept = self._dense.kept
+    def _without_experts(self, cut: Cut, name: str, share: float) -> Cut:
+        """Leave fewer experts for a share of what is still to be removed, or, if it is 1, as the budget requires."""
+        key = (cut.measurements.decoder.fingerprint, name, share)
+        if key not in self._cuts:
+            member, cost = self._members[name], self._budget_for(cut).cost
+            if share == 1:
+                steps = self._meet(cut, member)
+            else:
+                self._require_more(cut)
+                now = cut.measurements.decoder.parameter_count if cost is None else cost.total
+                steps = member.decide(
+                    cut.measurements, Budget("remove", share * (1 - self._budget.limit(self._whole) / now))
+                )
+            self._cuts[key] = self._after(steps, cut)
+        return self._cuts[key]
+
+    def _after(self, steps: Steps, cut: Cut) -> Cut:
+        kept, measurements = cut.kept, cut.measurements
         for step in steps:
             kept = tuple(kept[place] for place in step.kept_blocks(len(kept)))
             left = self._apply(measurements, step).decoder
             measurements = self._evidence.setdefault(left.fingerprint, measurements.on(left))
-        return Cut(steps, kept, measurements)
+        return Cut(cut.steps + steps, kept, measurements)
+
+    def _require_more(self, cut: Cut) -> None:
+        """Refuse to remove more from a model that is small enough.
+
+        Raises:
+            InputError: saying so.
+        """
+        if self._is_enough(cut):
+            raise InputError("what is removed first leaves nothing to do.")
 
     def _measured(self, cut: Cut, width: str | None) -> Made:
         measurements, steps = cut.measurements, Steps()
@@ -172,8 +199,7 @@ class Trials:
         """
         measurements = cut.measurements
         now = measurements.decoder.parameter_count
-        if self._is_enough(cut):
-            raise InputError("with these blocks removed nothing is left to do.")
+        self._require_more(cut)
         if self._budget.aim != "remove":
             return member.decide(measurements, self._budget_for(cut, member))
         wanted = self._budget.limit(self._whole)
@@ -265,8 +291,9 @@ class TrialLog:
         replace_file(path, json.dumps(entry) + "\n")
 
     def _path(self, split: Split) -> Path | None:
-        name = f"{split.depth or 'none'}-{split.blocks}-{split.width or 'none'}.json"
-        return None if self._folder is None else self._folder / name
+        name = f"{split.depth or 'none'}-{split.blocks}-{split.width or 'none'}"
+        name += f"-{split.experts}-{split.share:g}" if split.experts else ""
+        return None if self._folder is None else self._folder / f"{name}.json"
 
 
 def _read(path: Path) -> Made | SecateurError | None:

@@ -35,7 +35,7 @@ from secateur.models.experts import experts_module, mixture_of
 from secateur.models.widths import block_widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.experts.removal import ExpertAssembly, require_even_groups
-from secateur.surgery.width.inputs import of_dense, stacked_weights, writer_of, writer_weights, writes_stream
+from secateur.surgery.width.inputs import expert_weight, of_dense, stacked_weights, writer_of, writes_stream
 from secateur.surgery.width.repair import choose_fit, described
 
 _TINY = 1e-30
@@ -109,14 +109,13 @@ def rebuild_experts(
                     new.keep(index, ())
                 else:
                     set_block(new, index, batches, store)
-                if ridge is not None:
-                    for batch in batches:
-                        store.put(of_dense(batch), step(decoder, index, batch, store.get(of_dense(batch))))
-                    if new.mixture.sizes[index] is not None:
-                        fits.append(_refit(new, index, (folds, ridge), batches, store))
-                for batch in batches:
-                    store.put(batch.index, step(new.decoder, index, batch, store.get(batch.index)))
-                new.finish(index)
+                for batch in batches if ridge is not None else ():
+                    store.put(of_dense(batch), step(decoder, index, batch, store.get(of_dense(batch))))
+            if ridge is not None and new.mixture.sizes[index] is not None:  # the dense block is gone: sums need room
+                fits.append(_refit(new, index, (folds, ridge), batches, store))
+            for batch in batches:
+                store.put(batch.index, step(new.decoder, index, batch, store.get(batch.index)))
+            new.finish(index)
     return Rebuilt(new.result(), fits)
 
 
@@ -146,15 +145,16 @@ def _refit(
     """Refit block `index` of the new model, whose states before it and of the dense model after it are in the store."""
     folds, ridge = how
     decoder = new.decoder
+    block, name = decoder.block_list[index], writer_of(decoder, index, "channels")
     sums = _lacking(decoder, index, folds, batches, store)
     written, fits = [], []
-    for weight, one in zip(writer_weights(decoder, index, "channels"), sums, strict=True):
-        weight = weight.to(one.total.device)
+    for expert in range(len(sums)):
+        one = sums.pop(0)  # so that its memory is free again
+        weight = expert_weight(block, name, expert).to(one.total.device)
         stay = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         fits.append(choose_fit(weight, one, stay, repair=True, bias=False, ridge=ridge))
-        written.append(fits[-1].applied(weight, one, stay)[0])
-    name = writer_of(decoder, index, "channels")
-    new.put(index, {name: stacked_weights(decoder.block_list[index], name, written)})
+        written.append(fits[-1].applied(weight, one, stay)[0].to(decoder.saved_dtype))
+    new.put(index, {name: stacked_weights(block, name, written)})
     return {"block": index, "part": "experts", **described(fits)}
 
 

@@ -44,13 +44,20 @@ def new_sums(decoder: Decoder, index: int, part: Part, *, gram: bool) -> list[In
 
 def writer_weights(decoder: Decoder, index: int, part: Part) -> list[torch.Tensor]:
     """Return W (out, n), float64, of an output projection, for each expert; its weights must be loaded."""
-    found = find(decoder.block_list[index], writer_of(decoder, index, part))
-    tensor = (found if isinstance(found, nn.Parameter) else found.weight).detach()
-    weight = tensor.to(device_with_float64(tensor.device)).double()
+    block, name = decoder.block_list[index], writer_of(decoder, index, part)
+    found = find(block, name)
     if isinstance(found, nn.Parameter):
-        owner = owner_of(decoder.block_list[index], writer_of(decoder, index, part))
-        return list(weight.transpose(1, 2) if holds_transposed(owner) else weight)
+        return [expert_weight(block, name, expert) for expert in range(len(found))]
+    tensor = found.weight.detach()
+    weight = tensor.to(device_with_float64(tensor.device)).double()
     return [weight.T if isinstance(found, Conv1D) else weight]
+
+
+def expert_weight(block: nn.Module, name: str, expert: int) -> torch.Tensor:
+    """Return W (out, n), float64, of one of the stacked experts whose output projections have this name."""
+    tensor = find(block, name)[expert].detach()
+    weight = tensor.to(device_with_float64(tensor.device)).double()
+    return weight.T if holds_transposed(owner_of(block, name)) else weight
 
 
 def stacked_weights(block: nn.Module, name: str, weights: Sequence[torch.Tensor]) -> torch.Tensor:
