@@ -27,7 +27,7 @@ from secateur.scores.removal import Branch
 from secateur.versions import digest
 
 _FORMAT = 3
-_MOST_LOST = 2.0
+_MOST_LOST = 1.0
 """Nats after which no more attention is tried."""
 _RECORD = FileKind("measurements of widths", 64 * MIB)
 
@@ -93,7 +93,7 @@ def attention_chain(measurements: Measurements, removable: Sequence[int]) -> tup
     """Return blocks in the order in which their attention goes at the least loss, and the loss in nats after each.
 
     What one attention costs depends on which others are gone: each alone is cheap, most of them together ruin a model.
-    The order ends where more than two nats are lost, and one attention always stays.
+    The order ends where more than one nat is lost, and one attention always stays.
     """
     decoder = measurements.decoder
     judged = measurements.on_windows(judging_windows(measurements.need_windows()))

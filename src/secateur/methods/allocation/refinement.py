@@ -149,7 +149,8 @@ def exchange(point: Point, savings: Savings, least: float = 0.0) -> AllWidths:
             widths[block] = widths[block].model_copy(update={name: value[level]})
         path.setdefault(tuple(widths), chosen.loss)
     limit = savings.weight(point.widths)
-    within = [one for one in without_empty(savings, path) if savings.weight(one) <= limit]
+    hopeful = [one for one in without_empty(savings, path) if path[one] < 0]
+    within = [one for one in hopeful if savings.weight(one) <= limit]
     return min(within, key=lambda one: (path[one], savings.weight(one)), default=point.widths)
 
 
