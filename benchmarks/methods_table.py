@@ -27,6 +27,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("swm", {"rule": "mean"}),
     ("swm", {"rule": "weighted"}),
     ("replaceme", {}),
+    ("replaceme", {"choose": "error"}),
     ("streamline", {"network": "none"}),
     ("streamline", {"network": "block", "loss": "mse", "train_tokens": 300_000}),
     ("streamline", {"network": "block", "loss": "lm", "train_tokens": 300_000}),

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "uidl": ("uidl", {}),
     "last-n": ("last-n", {}),
     "replaceme": ("replaceme", {}),
+    "replaceme, choose=error": ("replaceme", {"choose": "error"}),
     "streamline, network=none": ("streamline", {"network": "none"}),
     "stock-slicing": ("stock-slicing", {}),
     "slicegpt": ("slicegpt", {}),

@@ -12,6 +12,7 @@ SOURCES = {"wikitext": "WikiText-2", "prose": "prose", "code": "code"}
 """What real models are judged on, as results name it and as tables do."""
 STUDIED = 32
 """Windows of calibration of the study in the tables."""
+_RUINED = 1000
 
 
 def probes() -> str:
@@ -107,7 +108,8 @@ def _case(case: str) -> str:
 
 def _by_source(found: Record) -> list[str]:
     """Return the ratios of each source, and their geometric mean."""
-    return [*(number(found["ratios"][source]) for source in SOURCES), number(found["geometric_mean"])]
+    ratios = (*(found["ratios"][source] for source in SOURCES), found["geometric_mean"])
+    return [number(ratio) if ratio < _RUINED else f"> {_RUINED:,}" for ratio in ratios]
 
 
 def allocation() -> str:
