@@ -22,6 +22,7 @@ from secateur.models.fetch import has_safetensors
 from secateur.models.fingerprint import of_folder
 from secateur.models.forward import capture, logits, run_block
 from secateur.models.opening import history_of, open_model
+from secateur.models.shards import stored_tensors
 from secateur.models.wrappers import auto_class
 from secateur.ownership import scratch
 from secateur.plan.plan import blocks_kept_by, plans_in
@@ -83,8 +84,9 @@ def with_original(expected: Expected, decoder: Decoder) -> Expected:
 
     The cut is then compared with what plain transformers makes of the original, so that a mistake in reading it here
     cannot confirm itself. If only blocks were removed, their outputs are bypassed there, and the result must be the
-    logits of the cut. After any other edit of a skeleton, the dense model is read here once more, and must agree
-    with the original as transformers reads it. A model in memory was read by transformers itself.
+    logits of the cut. After any other edit of a skeleton, or of quantised weights, the dense model is read here once
+    more, and must agree with the original as transformers reads it. Any other model in memory was read by transformers
+    itself.
     """
     folder = decoder.folder
     if folder is None or not (folder / "config.json").is_file():
@@ -93,14 +95,22 @@ def with_original(expected: Expected, decoder: Decoder) -> Expected:
     plans = plans_in(done)
     if not done and (not has_safetensors(folder) or decoder.fingerprint != of_folder(folder)):
         return expected  # edited by other means than a plan
-    original: dict[str, Any] = {"folder": str(folder), "blocks": decoder.anatomy.family.blocks, "left_out": []}
+    quantised = decoder.quantised
+    if quantised is not None and not quantised.has_complete_blocks(stored_tensors(folder)):
+        return expected  # plain transformers cannot read it
+    original: dict[str, Any] = {
+        "folder": str(folder),
+        "blocks": decoder.anatomy.family.blocks,
+        "left_out": [],
+        "dequantise": _name(decoder.saved_dtype) if quantised else None,
+    }
     if len(plans) == len(done) and all(type(step) is DropBlocks for plan in plans for step in plan.steps):
         kept = blocks_kept_by(done, decoder.block_count)
         count = len(plans[0].model.block_parameters) if plans else decoder.block_count
         original["left_out"] = [index for index in range(count) if index not in kept]
         rounded = query_scaled_by_number(decoder) is not None
         tolerance = max(expected.tolerance, TOLERANCE[decoder.saved_dtype]) if rounded else expected.tolerance
-    elif decoder.is_skeleton:
+    elif decoder.is_skeleton or quantised:
         dense = open_model(
             folder,
             skeleton=True,

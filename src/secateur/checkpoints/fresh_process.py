@@ -4,9 +4,10 @@ Run as a script: `python -P fresh_process.py jobs.json`, where jobs.json lists `
 tolerance, trust_remote_code, auto_class, original}`; `expected` is an .npz file with `tokens` and `logits`. Prints one
 JSON object per folder.
 
-`original` is None, or `{folder, blocks, left_out, tolerance}`: the folder the model was made from, whose blocks
-`left_out` of the list at the path `blocks` are bypassed by hooks; its logits must be those of the checked folder. With
-`expected` (a file as above) they must be those instead.
+`original` is None, or `{folder, blocks, left_out, tolerance, dequantise}`: the folder the model was made from, whose
+blocks `left_out` of the list at the path `blocks` are bypassed by hooks; its logits must be those of the checked
+folder. With `expected` (a file as above) they must be those instead. `dequantise` names the dtype to which transformers
+dequantises its weights, None if they are not quantised.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging
 
 NEW_TOKENS = 8
@@ -76,15 +77,18 @@ def _against_original(job: dict[str, Any], tokens: torch.Tensor, found: torch.Te
     original = job.get("original")
     if original is None:
         return {}
-    model = (
-        _auto_class(job)
-        .from_pretrained(
-            original["folder"],
-            dtype=getattr(torch, job["dtype"]),
-            trust_remote_code=job.get("trust_remote_code", False),
-        )
-        .eval()
+    trusted = job.get("trust_remote_code", False)
+    config = AutoConfig.from_pretrained(original["folder"], trust_remote_code=trusted)
+    dequantised = original.get("dequantise")
+    if dequantised:
+        config.quantization_config = {**config.quantization_config, "dequantize": True}
+    model = _auto_class(job).from_pretrained(
+        original["folder"],
+        config=config,
+        dtype=getattr(torch, dequantised or job["dtype"]),
+        trust_remote_code=trusted,
     )
+    model = model.to(getattr(torch, job["dtype"])).eval()
     if "expected" in original:
         with np.load(original["expected"]) as data:
             tokens, found = torch.from_numpy(data["tokens"]), torch.from_numpy(data["logits"])

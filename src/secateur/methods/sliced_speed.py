@@ -23,7 +23,7 @@ from secateur.models.anatomy import Family, resolve, set_parameter
 from secateur.models.decoder import Decoder
 from secateur.models.depth import config_with_blocks
 from secateur.models.families import FAMILIES
-from secateur.models.opening import empty_model
+from secateur.models.loading import empty_model
 from secateur.surgery.hidden.folding import folded_config, stream_sizes
 from secateur.surgery.hidden.stock import config_of_width, stock_stream_sizes, width_step
 

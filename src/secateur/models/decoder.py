@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.modeling import SecateurConfig
 from secateur.models.anatomy import Anatomy, count_parameters, find, text_config
+from secateur.models.quantised import Quantisation
 from secateur.models.shards import OUTER, Shards
 
 
@@ -35,6 +36,7 @@ class Decoder:
         other_tokenizer: whether the tokenizer is not the checkpoint's.
         history: one entry per plan or healing applied so far, oldest first (saved in `secateur.json`).
         gguf: the GGUF file it was dequantised from; None for any other checkpoint.
+        quantised: how the weights of its folder are quantised, which are dequantised when they are read.
     """
 
     module: PreTrainedModel
@@ -50,6 +52,7 @@ class Decoder:
     other_tokenizer: bool = False
     history: tuple[dict[str, Any], ...] = field(default=())
     gguf: Path | None = None
+    quantised: Quantisation | None = None
     _held: dict[int, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @property

@@ -20,6 +20,7 @@ from secateur.errors import InputError, ModelError, first_line
 from secateur.models import gguf
 from secateur.models.anatomy import text_config
 from secateur.models.config_limits import refuse_impossible
+from secateur.models.quantised import READABLE, quantised_by
 from secateur.models.shards import INDEX, files_in_index
 from secateur.models.wrappers import is_wrapper
 
@@ -157,11 +158,11 @@ def read_config(folder: Path, source: str, *, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration class of any family may raise anything at numbers it does not expect
         raise ModelError(f"{source}: cannot read its configuration: {error}") from error
-    refuse_config(config, source, original=_original_in_card(folder))
+    refuse_config(config, source, original=original_in_card(folder), dequantises=True)
     return config
 
 
-def _original_in_card(folder: Path) -> str | None:
+def original_in_card(folder: Path) -> str | None:
     """Return the name of the model that a checkpoint's card says it was made from, if it says one."""
     card = folder / "README.md"
     if not card.is_file():
@@ -196,13 +197,14 @@ def _refuse_odd_files(folder: Path) -> None:
 _WRAPPED = ("text_config", "vision_config", "audio_config", "thinker_config")
 
 
-def refuse_config(config: Any, source: str, *, original: str | None = None) -> None:
+def refuse_config(config: Any, source: str, *, original: str | None = None, dequantises: bool = False) -> None:
     """Refuse configurations of anything but a plain causal decoder.
 
     Args:
         config: the configuration.
         source: what the user named.
         original: the model that the checkpoint was made from, if its card says one.
+        dequantises: whether the weights are still to be read, and can be dequantised.
 
     Raises:
         ModelError: encoders, encoder-decoders, multimodal wrappers, quantised weights, blocks that share their
@@ -217,11 +219,10 @@ def refuse_config(config: Any, source: str, *, original: str | None = None) -> N
             f"{source}: '{kind}' is a multimodal model ({', '.join(wrapped)}) that AutoModelForImageTextToText does "
             "not open; of those that hold a text decoder, only the ones it opens can be pruned."
         )
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation:
-        name = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+    method = quantised_by(config)
+    if method is not None and not (dequantises and method in READABLE):
         raise ModelError(
-            f"{source}: the weights are quantised ({getattr(name, 'value', name)}). Prune the unquantised checkpoint"
+            f"{source}: the weights are quantised ({method}). Prune the unquantised checkpoint"
             f"{f', {original},' if original else ' (or dequantise this one)'} and quantise the result."
         )
     if getattr(text_config(config), "num_kv_shared_layers", 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,20 @@ from secateur.models.fetch import (
     has_all_weights,
     has_safetensors,
     local_folder,
+    original_in_card,
     read_config,
     refuse_config,
     refuse_files,
 )
 from secateur.models.gguf import Origin, origin_of
-from secateur.models.shards import Shards, holds_own_head, open_shard, shard_files
+from secateur.models.loading import empty_model, filled, whole_model
+from secateur.models.quantised import (
+    DTYPE,
+    Quantisation,
+    quantisation_of,
+    without_quantisation,
+)
+from secateur.models.shards import Shards, holds_own_head, open_shard, shard_files, stored_tensors
 from secateur.models.wrappers import auto_class, inside_wrapper
 from secateur.reading import MIB, FileKind, from_json
 
@@ -71,7 +80,8 @@ def open_model(
         trust_remote_code: allow code that comes with the checkpoint to run.
         allow_pickle: accept pickled weights, which can run code when loaded.
 
-    A GGUF file is dequantised once, into the user's cache (`SECATEUR_CACHE`); a warning says what was lost.
+    A GGUF file is dequantised once, into the user's cache (`SECATEUR_CACHE`); FP8 and MXFP4 checkpoints are dequantised
+    to bfloat16 whenever a block is read. A warning says so.
 
     Raises:
         InputError: the source, dtype or device does not exist.
@@ -133,28 +143,33 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
     if here:
         refuse_files(folder, allow_pickle=asked.allow_pickle)
     config = read_config(folder, source, trust_remote_code=trusted)
+    quantised = _unquantised(config, source, folder)
     family = _family(config, source, trust_remote_code=trusted)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     if tied and here and has_safetensors(folder) and holds_own_head(folder, family):
         _set_untied(config)
-    saved = _saved_dtype(config, folder)
+    saved = DTYPE if quantised else _saved_dtype(config, folder)
     place = _device(asked.device)
     arithmetic = _arithmetic(asked.dtype, saved, place)
     pickled = here and not has_safetensors(folder)
     everywhere = _all_gpus() if asked.device == "auto" and place.type == "cuda" and launched() == 1 else [place]
     if skeleton is None and here:
-        skeleton = not pickled and _too_large(_bytes_in(folder, saved, arithmetic), everywhere)
+        room = [place] if quantised else everywhere
+        skeleton = not pickled and _too_large(_bytes_in(folder, saved, arithmetic, quantised), room)
     if skeleton and pickled:
         raise InputError(f"{source}: a skeleton reads safetensors only; open this model without it.")
     thin = skeleton or (shapes_only and not pickled)
-    if thin:
+    if thin or quantised:
         module = empty_model(config, arithmetic, place, trust_remote_code=trusted)
-        shards = Shards.of(folder, family.blocks, place) if here else Shards(folder, family.blocks, device=place)
+        if here:
+            shards = Shards.of(folder, family.blocks, place, quantised)
+        else:
+            shards = Shards(folder, family.blocks, device=place)
         if skeleton is None:
             skeleton = _too_large(module.num_parameters() * arithmetic.itemsize, everywhere)
     else:
         spread = len(everywhere) > 1 and (pickled or _too_large(_bytes_in(folder, saved, arithmetic), [place]))
-        module = _whole(
+        module = whole_model(
             folder,
             config,
             arithmetic,
@@ -164,7 +179,9 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         )
         shards = None
     if here and not pickled:
-        _refuse_other_numbers(folder, module)
+        _refuse_other_numbers(folder, module, quantised)
+    if quantised and shards is not None and not thin:
+        module, shards = filled(module, shards), None
     _name_own_head(module, family)
     return Decoder(
         module=module.eval().requires_grad_(False),
@@ -180,27 +197,37 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         other_tokenizer=asked.tokenizer is not None,
         history=history_of(folder),
         gguf=Path(origin.file) if origin is not None else None,
+        quantised=quantised,
     )
 
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
 
 
-def _refuse_other_numbers(folder: Path, module: PreTrainedModel) -> None:
+def _refuse_other_numbers(folder: Path, module: PreTrainedModel, quantised: Quantisation | None) -> None:
     """Refuse weights that are no floating-point numbers: loading would convert them, and what they stand for is lost.
 
     Raises:
         ModelError: naming the first.
     """
     weights = {name for name, _ in module.named_parameters()}
-    for file in shard_files(folder):
-        with open_shard(file) as handle:
-            for name in sorted(weights & set(handle.keys())):
-                if (found := handle.get_slice(name).get_dtype()) not in _FLOATING:
-                    raise ModelError(
-                        f"{file}: {name} is of type {found}, not a floating-point number; are the weights "
-                        "quantised? Prune the original checkpoint."
-                    )
+    tensors = stored_tensors(folder)
+    for name, piece in quantised.dequantised(tensors) if quantised else tensors:
+        found = piece.get_dtype()
+        if found not in _FLOATING and (name in weights or found.startswith("F8")):
+            raise ModelError(
+                f"{folder}: {name} is of type {found}, not a floating-point number, and nothing beside it says what it "
+                "stands for; are the weights quantised? Prune the original checkpoint."
+            )
+
+
+def _unquantised(config: Any, source: str, folder: Path) -> Quantisation | None:
+    """Take the quantisation out of a configuration, as the weights will be dequantised, and warn of it."""
+    quantised = quantisation_of(config, source)
+    if quantised is not None:
+        warnings.warn(quantised.sentence(source, original_in_card(folder)), SecateurWarning, stacklevel=4)
+        without_quantisation(config)
+    return quantised
 
 
 def _said(origin: Origin | None) -> Origin | None:
@@ -314,8 +341,13 @@ def _all_gpus() -> list[torch.device]:
     return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
-def _bytes_in(folder: Path, saved: torch.dtype, arithmetic: torch.dtype) -> float:
+def _bytes_in(
+    folder: Path, saved: torch.dtype, arithmetic: torch.dtype, quantised: Quantisation | None = None
+) -> float:
     """Return the bytes that the weights of a folder take in this arithmetic."""
+    if quantised is not None:
+        tensors = quantised.dequantised(stored_tensors(folder))
+        return sum(math.prod(piece.get_shape()) for _, piece in tensors) * arithmetic.itemsize
     return sum(file.stat().st_size for file in shard_files(folder)) * arithmetic.itemsize / saved.itemsize
 
 
@@ -326,64 +358,6 @@ def _too_large(needed: float, devices: list[torch.device]) -> bool:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a GPU, or in the memory of this machine."""
     return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
-
-
-def empty_model(config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
-    """Build a model without weights but with its buffers (rotary tables and the like)."""
-    try:
-        with torch.device("meta"):
-            module = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the classes of a family may raise anything at settings they do not expect
-        raise ModelError(
-            f"{config.name_or_path or config.model_type}: the model that its config.json describes cannot be built "
-            f"({type(error).__name__}: {first_line(error)})."
-        ) from error
-    for holder in module.modules():
-        for name, buffer in holder._buffers.items():
-            if buffer is not None:
-                holder._buffers[name] = torch.empty_like(buffer, device=device)
-    for holder in reversed(list(module.modules())):  # a module may fill the buffers of those inside it
-        module._init_weights(holder)
-    module.tie_weights()
-    return module
-
-
-def _whole(
-    folder: Path,
-    config: Any,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    *,
-    trust_remote_code: bool,
-    pickled: bool,
-) -> PreTrainedModel:
-    if not pickled:
-        shard_files(folder)
-    placed = {} if device == torch.device("cpu") else {"device_map": device if device == "auto" else {"": device}}
-    try:
-        module, report = auto_class(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=not pickled,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **placed,
-        )
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"{folder}: does not fit on {device}; open it as a skeleton (--skeleton).") from error
-    except Exception as error:  # transformers and the classes of a family may raise anything at a damaged checkpoint
-        raise ModelError(f"{folder}: cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
-    if report["mismatched_keys"]:
-        name, found, expected = sorted(report["mismatched_keys"])[0]
-        raise ModelError(f"{folder}: {name} is {tuple(found)} but the config asks for {tuple(expected)}.")
-    if report["missing_keys"]:
-        names = ", ".join(sorted(report["missing_keys"])[:4])
-        raise ModelError(
-            f"{folder}: the checkpoint has no weights for {names}; it is incomplete or of another architecture."
-        )
-    return module
 
 
 def _tokenizer(source: Any, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

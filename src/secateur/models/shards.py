@@ -36,6 +36,7 @@ from transformers.utils import logging
 from secateur.errors import ModelError
 from secateur.files import require_room
 from secateur.models.anatomy import Family, saved_tensors, set_parameter
+from secateur.models.quantised import Quantisation
 from secateur.ownership import scratch_folder
 from secateur.reading import MIB, FileKind, from_json
 
@@ -82,6 +83,13 @@ def files_in_index(folder: Path) -> list[str]:
     return INDEX_FILE.parsed(folder / INDEX, _names_in)
 
 
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield name and opened tensor of all that a checkpoint's shards hold, without reading them."""
+    for file in shard_files(folder):
+        handle = open_shard(file)
+        yield from ((key, handle.get_slice(key)) for key in handle.keys())  # noqa: SIM118 - not a dict
+
+
 def _names_in(text: str) -> list[str]:
     found = from_json(text)["weight_map"]
     if not isinstance(found, dict) or not found:
@@ -106,13 +114,11 @@ def holds_own_head(folder: Path, family: Family) -> bool:
     transformers then does not tie the two, whatever the configuration says.
     """
     found: dict[str, Any] = {}
-    for file in shard_files(folder):
-        handle = open_shard(file)
-        for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a dict
-            for path in (family.embeddings[0], family.head):
-                # the prefix of the base model is missing in some checkpoints, or there is one more
-                if f".{path}.weight".endswith(f".{key}") or f".{key}".endswith(f".{path}.weight"):
-                    found[path] = handle.get_slice(key)
+    for key, piece in stored_tensors(folder):
+        for path in (family.embeddings[0], family.head):
+            # the prefix of the base model is missing in some checkpoints, or there is one more
+            if f".{path}.weight".endswith(f".{key}") or f".{key}".endswith(f".{path}.weight"):
+                found[path] = piece
     if len(found) < 2:
         return False
     table, head = found.values()
@@ -148,6 +154,7 @@ class Shards:
         kept: for each block of the model, its number in the checkpoint; None means all, in order.
         edited: by number in the checkpoint (or `OUTER`), weights that replace the checkpoint's, in any number of
             pieces.
+        quantised: how the checkpoint's weights are quantised; None if they are not.
     """
 
     folder: Path
@@ -156,11 +163,12 @@ class Shards:
     files: tuple[Path, ...] = field(default=())
     device: torch.device = field(default=torch.device("cpu"))
     edited: Mapping[int, tuple[EditedPart, ...]] = field(default_factory=dict)
+    quantised: Quantisation | None = None
 
     @classmethod
-    def of(cls, folder: Path, blocks: str, device: torch.device) -> Shards:
+    def of(cls, folder: Path, blocks: str, device: torch.device, quantised: Quantisation | None = None) -> Shards:
         """Open a checkpoint folder whose weights will be loaded to a device; reads headers only."""
-        return cls(folder, blocks, files=tuple(shard_files(folder)), device=device)
+        return cls(folder, blocks, files=tuple(shard_files(folder)), device=device, quantised=quantised)
 
     @cached_property
     def keys(self) -> dict[int, dict[str, Path]]:
@@ -235,7 +243,8 @@ class Shards:
             raise ModelError(f"{self.folder}: no weights of block {stored} in the checkpoint.")
         files = self.keys[stored]
         handles = {file: open_shard(file) for file in sorted(set(files.values()))}
-        yield from ((self._renumber(key, stored, index), handles[file].get_slice(key)) for key, file in files.items())
+        slices = ((self._renumber(key, stored, index), handles[file].get_slice(key)) for key, file in files.items())
+        yield from self.quantised.dequantised(slices) if self.quantised else slices
 
     def _buffers(self, module: PreTrainedModel, stored: int, index: int) -> dict[str, Any]:
         """Open the buffers of an edited block that the checkpoint holds, for edits that change parameters only."""

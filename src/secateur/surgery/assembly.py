@@ -11,8 +11,8 @@ import torch
 from secateur.models.anatomy import Family, resolve, saved_tensors, set_parameter
 from secateur.models.decoder import Decoder
 from secateur.models.fingerprint import of_edit
-from secateur.models.opening import empty_model
-from secateur.models.shards import OUTER, EditedPart, Shards, float32_names, return_freed_memory
+from secateur.models.loading import empty_model
+from secateur.models.shards import OUTER, EditedPart, float32_names, return_freed_memory
 
 Tensors = dict[str, torch.Tensor]
 
@@ -123,6 +123,5 @@ class Assembly:
         shards, before = None, self.dense.shards
         if before is not None:
             parts = {part: before.edited[part] for part in (OUTER,) if part in before.edited} | self._parts
-            shards = Shards(before.folder, self._blocks.removesuffix("."), files=before.files, device=before.device)
-            shards = dataclasses.replace(shards, edited=parts)
+            shards = dataclasses.replace(before, blocks=self._blocks.removesuffix("."), kept=None, edited=parts)
         return dataclasses.replace(self.decoder, shards=shards, fingerprint=of_edit(self.dense.fingerprint, edit))

@@ -12,7 +12,7 @@ from secateur import open_model
 from secateur.errors import ModelError
 from secateur.models.anatomy import find, present
 from secateur.models.families import FAMILIES
-from secateur.models.opening import empty_model
+from secateur.models.loading import empty_model
 from secateur.models.widths import block_widths
 from secateur.plan.steps import Widths
 from secateur.surgery.width.pruning import Refit, prune_width
