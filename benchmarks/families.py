@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from secateur import make_plan, open_model, prune, save
 from secateur.data.windows import Windows
 from secateur.errors import SecateurError
+from secateur.methods.method import METHODS as methods_known
 from secateur.models.anatomy import find, resolve
 from secateur.models.detection import detect
 from secateur.models.families import FAMILIES
@@ -38,7 +39,7 @@ from secateur.models.shrinking import divisors, shrunken
 from secateur.ownership import scratch
 
 FILE = RESULTS / "families.json"
-LIMIT = 240
+LIMIT = 900
 LARGEST = 100_000_000
 BLOCKS, VOCABULARY = 6, 128
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -82,7 +83,7 @@ HYBRID = (["linear_attention"] * 3 + ["full_attention"]) * 2
 GIVEN: dict[str, dict[str, Any]] = {
     "arcee": {"num_attention_heads": 20},
     "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 3},
-    "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 500000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0}},
     "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "greedy", "n_routed_experts": 64, "q_lora_rank": None},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
               "num_experts_per_tok": 6},
@@ -96,6 +97,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "ministral": {"head_dim": 128},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "qwen4_exp_text": {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
+                       "indexer_compress_ratio": 4},
 }  # fmt: skip
 """Settings that a default configuration lacks or gets wrong, so that transformers itself cannot build or run it."""
 
@@ -108,6 +111,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     given = parser.parse_args()
     quiet()
+    list(methods_known)  # imports them, once for all families
     found = json.loads(FILE.read_text()) if FILE.is_file() else {}
     names = given.families or decoders()
     for name in names:
@@ -266,12 +270,7 @@ def cut(method: str, dense: Path, out: Path) -> None:
         original = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
         blocks = find(original, decoder.anatomy.family.blocks)
         for index in set(range(decoder.block_count)) - set(plan.kept_blocks()):
-            blocks[index].register_forward_hook(
-                lambda _, args, kwargs, output: (
-                    (bypassed(args, kwargs), *output[1:]) if isinstance(output, tuple) else bypassed(args, kwargs)
-                ),
-                with_kwargs=True,
-            )
+            blocks[index].register_forward_hook(bypass, with_kwargs=True)
         expected = original(input_ids=TOKENS, use_cache=False).logits
     else:
         expected = pruned.module.eval()(input_ids=TOKENS, use_cache=False).logits
@@ -279,10 +278,10 @@ def cut(method: str, dense: Path, out: Path) -> None:
     assert difference < 1e-4, f"logits differ by {difference:.1e} of the largest"
 
 
-def bypassed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Return what entered a block."""
+def bypass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Return what entered a block in place of what it computed."""
     entered: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return entered
+    return (entered, *output[1:]) if isinstance(output, tuple | list) else entered
 
 
 if __name__ == "__main__":

@@ -16,11 +16,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from oracles import draw_tokens, forward, no_real_parameters, walk
+from secateur import make_plan, prune
+from secateur.data.windows import Windows
 from secateur.errors import ModelError
 from secateur.models import detection
 from secateur.models.families import FAMILIES
 from secateur.models.forward import final_states, inputs_of
 from secateur.models.opening import open_model
+from secateur.models.shrinking import shrunken
+from secateur.models.widths import block_widths
 from secateur.surgery.depth.blocks import keep_blocks
 from tiny_models import HIDDEN, INTERMEDIATE, OTHER_FAMILIES, POSITIONS, VARIANTS, VOCABULARY, build
 
@@ -43,6 +47,7 @@ FURTHER = {
     "qwen2_moe": {**ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1, 5]},
     "glm4_moe": {**ROUTED, "n_routed_experts": 4, "first_k_dense_replace": 3},
     "gpt_neo": {"num_layers": 8, "num_heads": 4, "attention_types": [[["global", "local"], 4]], "window_size": 8},
+    "openai-gpt": {"n_positions": 64},  # its blocks return lists, and share one activation
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8},
 }
 
@@ -237,10 +242,10 @@ def test_the_odd_llama_opens_where_nothing_is_odd(odd, tmp_path):
     ("oddity", "said"),
     [
         ("looks ahead", "not causal"),
-        ("works between blocks", "walking its blocks one by one"),
+        ("works between blocks", "running its blocks one by one does not give"),
         ("leaves a block out", "'odd-llama'|did not call all"),
         ("calls blocks twice", "odd-llama"),
-        ("has one block too many", "no list of 8 blocks"),
+        ("has one block too many", "counts 8 blocks, and no list in the model holds as many .the longest holds 9"),
         ("has no head", "odd-llama"),
     ],
 )
@@ -285,3 +290,57 @@ def test_a_family_that_cannot_be_proved_is_refused(model_type, settings):
     config = AutoConfig.for_model(model_type, **settings)
     with pytest.raises(ModelError, match=model_type):
         detection.detect(config, "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("blt", "does not say how many blocks it has"),
+        ("rwkv", "cannot be run one by one: they pass on 3 values, not the residual stream alone"),
+        ("longcat_flash", "counts 56 blocks, and no list in the model holds as many"),
+    ],
+)
+def test_a_refusal_says_what_cannot_be_done(model_type, said):
+    with pytest.raises(ModelError, match=said):
+        detection.detect(AutoConfig.for_model(model_type), "somewhere")
+
+
+# Widths that are not an entry of the configuration as it stands
+
+COMPUTED = {
+    "lfm2": (
+        {"layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8, "intermediate_size": 72},
+        ("intermediate_size", 1, (("block_auto_adjust_ff_dim", False),)),
+    ),
+    "moshi": ({"ffn_dim": 96, "head_dim": 8}, ("ffn_dim", 2, ())),
+    "recurrent_gemma": ({"intermediate_size": 96, "lru_width": 32, "head_dim": 8}, ("intermediate_size", 2, ())),
+}
+
+
+@pytest.mark.parametrize("model_type", COMPUTED)
+def test_computed_widths_are_found_and_set(model_type, tmp_path):
+    settings, traits = COMPUTED[model_type]
+    decoder = open_model(of_type(model_type, **{"num_hidden_layers": 4, **settings}))
+    family = decoder.anatomy.family
+    assert (family.inner_size, family.inner_scale, family.resized) == traits
+    assert block_widths(decoder, 0).channels == 48
+    windows = Windows.of(draw_tokens())
+    plan = make_plan(decoder, method="obs-width", texts=windows, settings={"ffn": 32, "heads": "never"})
+    pruned = prune(decoder, plan, texts=windows)
+    assert block_widths(pruned, 0).channels == 32
+    assert getattr(pruned.config, family.inner_size) == 32 * family.inner_scale
+    again = reloaded(pruned.module, tmp_path)
+    assert torch.equal(forward(again, draw_tokens()), forward(pruned.module, draw_tokens()))
+
+
+def test_what_was_proved_once_is_not_tried_again(monkeypatch):
+    config = AutoConfig.for_model("gptj", n_embd=128, n_head=4, n_layer=4, rotary_dim=16, vocab_size=VOCABULARY)
+    first = detection.detect(config, "a gptj")
+    monkeypatch.setattr(detection, "_detected", None)
+    assert detection.detect(config, "the same") is first
+
+
+def test_the_parts_of_a_configuration_shrink_with_it():
+    """DBRX keeps the sizes of attention and experts in configurations of their own."""
+    tiny = shrunken(AutoConfig.for_model("dbrx"), 16)
+    assert (tiny.d_model, tiny.ffn_config.ffn_hidden_size) == (128, 224)

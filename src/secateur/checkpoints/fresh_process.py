@@ -106,7 +106,7 @@ def _against_original(job: dict[str, Any], tokens: torch.Tensor, found: torch.Te
 def _bypass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Return a block's input as its output."""
     hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
 
 def _auto_class(job: dict[str, Any]) -> Any:

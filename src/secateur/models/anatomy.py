@@ -52,6 +52,8 @@ class Family:
     """A gate and an up projection, both stacked in one projection, or an up projection alone."""
     inner_size: str | None = "intermediate_size"
     """Configuration entry with the width of a dense MLP, or a list of them; None where other sizes imply it."""
+    inner_scale: int = 1
+    """How much of that entry makes one channel: 2 where it counts gate and up projection together."""
     expert_size: str | None = None
     """Configuration entry with the width of one expert of a mixture."""
     free_heads: bool = True
@@ -90,6 +92,8 @@ class Family:
     """Configuration entries with one value per block."""
     per_point_lists: tuple[str, ...] = ()
     """Configuration entries with one value per reading point of the residual stream, and perhaps one for the head."""
+    block_counts: tuple[str, ...] = ()
+    """Configuration entries that repeat the number of blocks."""
     leading_counts: tuple[str, ...] = ()
     """Configuration entries that count how many of the first blocks are of one kind."""
     dense_blocks: str | None = None

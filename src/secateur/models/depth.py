@@ -33,6 +33,8 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
     for name in family.per_point_lists:
         values = getattr(config, name)
         setattr(edited, name, values[: len(values) - len(values) // before * (before - len(kept))])
+    for name in family.block_counts:
+        setattr(edited, name, len(kept))
     for name in family.leading_counts:
         count = getattr(config, name, None)
         if isinstance(count, int):
@@ -128,7 +130,7 @@ def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) ->
     config = config_with_blocks(module.config, family, kept)
     with torch.device("meta"):
         new = type(module)._from_config(config, dtype=module.dtype)
-    old_modules = dict(module.named_modules())
+    old_modules = dict(module.named_modules(remove_duplicate=False))  # activations may be one module for all
     for name, holder in new.named_modules():
         source = old_modules.get(_name_before(name, family.blocks, kept))
         if source is None or not _same_shapes(source, holder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,8 @@ _FEWEST, _EACH, _MOST = 4, 2, 12
 """Blocks of a trial copy: at least so many, two of each kind, and no more than that."""
 _LARGEST_TRIAL = 50_000_000
 """Most parameters of a trial copy."""
+_WITH_WEIGHTS = 2
+"""Values that a block may return: the residual stream, and attention weights."""
 _FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -45,8 +48,11 @@ _FAILURES = (
 """Exceptions that the code of an unknown architecture may raise while it is tried out."""
 _INDEX_SETTINGS = ("mlp_only_layers",)
 _COUNTS = re.compile(r"dense_replace|dense_layers|layer_start_index|max_window_layers|hash_layers")
+_BLOCK_COUNTS = ("num_blocks",)
 _LAST_NUMBERS = re.compile(r"layer_end_index")
 _DEPTH_SCALES = ("scale_depth",)
+_PROVED: dict[str, Family] = {}
+"""Rows that were verified in this process, by configuration."""
 _PERIOD = "_layer_period"
 
 
@@ -56,16 +62,27 @@ def detect(config: Any, source: str, *, trust_remote_code: bool = False) -> Fami
     Raises:
         ModelError: the guess or the check failed; the message says at which step.
     """
-    kind = config.model_type
+    kind, described = config.model_type, config.to_json_string(use_diff=False)
+    if described in _PROVED and not trust_remote_code:
+        return _PROVED[described]
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _trial("it cannot be tried out"):
             family = _detected(config, trust_remote_code=trust_remote_code)
-    except (*_FAILURES, ModelError) as error:
-        reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {first_line(error)}"
+    except ModelError as error:
         raise ModelError(
-            f"{source}: '{kind}' is not a known family, and the trial on a tiny copy failed: {reason}"
+            f"{source}: '{kind}' is not a known family, and the trial on a tiny copy failed: {error}"
         ) from error
+    _PROVED[described] = family
     return family
+
+
+@contextmanager
+def _trial(impossible: str) -> Iterator[None]:
+    """Turn what the code of an unknown architecture raises into a sentence that says what cannot be done."""
+    try:
+        yield
+    except _FAILURES as error:
+        raise ModelError(f"{impossible} ({type(error).__name__}: {first_line(error)}).") from error
 
 
 def _detected(config: Any, *, trust_remote_code: bool) -> Family:
@@ -73,9 +90,13 @@ def _detected(config: Any, *, trust_remote_code: bool) -> Family:
         module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     family = _guess(module, config)
     tiny, kept = _tiny_copy(config, family, module, trust_remote_code=trust_remote_code)
-    family = replace(family, tuple_output=_returns_tuple(_proof_decoder(tiny, family)))
+    with _trial("its blocks cannot be run at all"):
+        values = _returned_values(_proof_decoder(tiny, family))
+    family = replace(family, tuple_output=values > 0)
     trial = _proof_decoder(tiny, family)
-    failed = _prove(trial, trust_remote_code=trust_remote_code)
+    passed_on = f": they pass on {values} values, not the residual stream alone" if values > _WITH_WEIGHTS else ""
+    with _trial(f"its blocks cannot be run one by one{passed_on}"):
+        failed = _prove(trial, trust_remote_code=trust_remote_code)
     family = with_mlp(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
     kinds = [_kind(block) for block in find(module, family.blocks)]
     return replace(family, **_fixed(failed, kept, kinds, only_depth=not family.mlp_out))
@@ -121,13 +142,16 @@ def _kind(block: nn.Module) -> Kind:
 
 
 def _guess(module: PreTrainedModel, config: Any) -> Family:
-    lists = [
-        name
-        for name, part in module.named_modules()
-        if isinstance(part, nn.ModuleList) and len(part) == config.num_hidden_layers
-    ]
+    found = {name: len(part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
+    count = getattr(config, "num_hidden_layers", None)
+    if count is None:
+        raise ModelError("its configuration does not say how many blocks it has (num_hidden_layers).")
+    lists = [name for name, length in found.items() if length == count]
     if not lists:
-        raise ModelError(f"'{config.model_type}': no list of {config.num_hidden_layers} blocks found in the model.")
+        raise ModelError(
+            f"its configuration counts {count} blocks, and no list in the model holds as many (the longest holds "
+            f"{max(found.values(), default=0)}), so they are not one stack of which some can be left out."
+        )
     shortest = min(lists, key=lambda name: name.count("."))
     names = {id(part): name for name, part in module.named_modules()}
     settings = config.to_dict()
@@ -145,6 +169,7 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
         mlp_in=(),
         mlp_out=(),
         per_layer_lists=tuple(_lists_per_layer(config)),
+        block_counts=tuple(name for name in _BLOCK_COUNTS if settings.get(name) == count),
         leading_counts=tuple(name for name in settings if _COUNTS.search(name)),
         dense_blocks=next((name for name in _INDEX_SETTINGS if hasattr(config, name)), None),
         block_numbers=tuple(_lists_of_block_numbers(config)),
@@ -210,7 +235,10 @@ def _tiny_copy(
             continue
         for divisor in divisors(config):
             try:
-                return _built(shrunken(short, divisor), trust_remote_code=trust_remote_code), kept
+                tiny = _built(shrunken(short, divisor), trust_remote_code=trust_remote_code)
+                if (found := len(find(tiny, family.blocks))) != len(kept):
+                    raise ModelError(f"with num_hidden_layers = {len(kept)} it has {found} blocks")
+                return tiny, kept
             except (*_FAILURES, ModelError) as error:
                 failures.append(error)
     raise ModelError(f"no small copy of it can be built ({type(failures[0]).__name__}: {first_line(failures[0])})")
@@ -254,11 +282,13 @@ def _proof_decoder(module: PreTrainedModel, family: Family) -> Decoder:
 
 
 @torch.no_grad()
-def _returns_tuple(decoder: Decoder) -> bool:
-    """Run block 0 to learn whether blocks return a tuple."""
-    seen: list[bool] = []
+def _returned_values(decoder: Decoder) -> int:
+    """Run block 0 to learn how many values its blocks return in a tuple or list; 0 for a tensor alone."""
+    seen: list[int] = []
     block = decoder.block_list[0]
-    handle = block.register_forward_hook(lambda _m, _a, output: seen.append(isinstance(output, tuple)))
+    handle = block.register_forward_hook(
+        lambda _m, _a, output: seen.append(len(output) if isinstance(output, tuple | list) else 0)
+    )
     try:
         decoder.module(input_ids=_tokens(decoder), use_cache=False)
     finally:
@@ -292,14 +322,18 @@ def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> dict[int, st
     if not _close(again[:, :-1], whole[:, :-1], tolerance=1e-4):
         raise ModelError("it is not causal: a later token changes what came before")
     if not torch.equal(_walk(decoder, tokens, left_out=None), whole):
-        raise ModelError("walking its blocks one by one does not give its own forward pass")
+        raise ModelError(
+            "running its blocks one by one does not give its own forward pass, so they pass on more than the residual "
+            "stream."
+        )
     failed = {}
     for left_out in range(decoder.block_count):
         try:
             if reason_to_keep(decoder.config, decoder.anatomy.family, [left_out]) is None:
                 _prove_without(decoder, left_out, tokens, trust_remote_code=trust_remote_code)
         except (*_FAILURES, ModelError) as error:
-            failed[left_out] = str(error) if isinstance(error, ModelError) else first_line(error)
+            known = isinstance(error, ModelError)
+            failed[left_out] = str(error) if known else f"a model without it cannot be built ({first_line(error)})"
     return failed
 
 

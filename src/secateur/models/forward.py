@@ -80,7 +80,7 @@ def run_block(
         output = block(hidden, *call.args, **call.kwargs)
     else:
         output = functional_call(block, dict(weights), (hidden, *call.args), call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def logits(

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from secateur.models.depth import settings_of_blocks
 
 _WIDTH = re.compile(
@@ -55,6 +57,9 @@ def shrunken(config: Any, divisor: int) -> Any:
         small = _smaller(name, value, divisor)
         if small != value:
             setattr(tiny, name, small)
+    for name, part in vars(config).items():
+        if isinstance(part, PreTrainedConfig):
+            setattr(tiny, name, shrunken(part, divisor))
     if own := settings_of_blocks(config):
         tiny.per_layer_config = {index: _all_smaller(entries, divisor) for index, entries in own.items()}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -32,8 +33,19 @@ from secateur.models.forward import capture, run_block
 
 _SIZES = re.compile(r"intermediate|inner|ffn|feed_forward|dff|dim_ff|mlp")
 _STEP, _NARROWEST = 8, 16
+_ADJUSTMENTS = (("block_auto_adjust_ff_dim", False),)
+"""Configuration entries, with the value that lets a size be the width itself and not what a width is computed from."""
 _ALLOWED = 1e-5
-_FAILURES = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -51,31 +63,44 @@ class Axis:
 
 @dataclass
 class Size:
-    """A size in the configuration, and what follows it in each block."""
+    """A size in the configuration, and what follows it in each block.
+
+    Attributes:
+        setting: the configuration entry.
+        width: how many channels there are.
+        scale: what the entry grows by with each of them; 2 where it counts gate and up together.
+        followers: by block, the tensors that follow it.
+    """
 
     setting: str
-    value: int
+    width: int
+    scale: int
     followers: dict[int, dict[str, Axis]] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def with_mlp(family: Family, decoder: Decoder, tokens: torch.Tensor, *, trust_remote_code: bool = False) -> Family:
     """Return a family row with the MLPs of a small copy, as far as the trials prove them."""
-    found = family
-    for size in _sizes(decoder, trust_remote_code=trust_remote_code):
+    resized = tuple((name, off) for name, off in _ADJUSTMENTS if getattr(decoder.config, name, off) != off)
+    for name, off in resized:
+        setattr(decoder.config, name, off)
+    found = replace(family, resized=resized)
+    for size in _sizes(decoder, anew=bool(resized), trust_remote_code=trust_remote_code):
         if _proves_width(decoder, size, tokens, trust_remote_code=trust_remote_code):
             found = _with_size(found, decoder, size)
     plain = bool(found.mlp_out) and _writes_stream(decoder, found, tokens)
     return replace(found, order="pre" if plain else "post")
 
 
-def _sizes(decoder: Decoder, *, trust_remote_code: bool) -> Iterator[Size]:
-    """Yield the sizes that only projections follow, inside blocks."""
+def _sizes(decoder: Decoder, *, anew: bool, trust_remote_code: bool) -> Iterator[Size]:
+    """Yield the sizes that only projections follow, inside blocks; `anew` reads all values off the shapes."""
     config = decoder.config
     shapes = {name: tuple(one.shape) for name, one in decoder.module.named_parameters()}
     for setting, value in config.to_dict().items():
-        if value is None and _SIZES.search(setting):
+        if (value is None or anew) and _SIZES.search(setting):
             value = _implied(decoder, setting, shapes, trust_remote_code=trust_remote_code)
+            if value is None:
+                continue
             setattr(config, setting, value)
         if not _SIZES.search(setting) or type(value) is not int or value < _NARROWEST:
             continue
@@ -83,7 +108,7 @@ def _sizes(decoder: Decoder, *, trust_remote_code: bool) -> Iterator[Size]:
             smaller = _with_setting(decoder, setting, value - _STEP, trust_remote_code=trust_remote_code)
         except _FAILURES:
             continue
-        size = _followers(decoder, setting, value, shapes, smaller)
+        size = _followers(decoder, setting, shapes, smaller)
         if size is not None:
             yield size
 
@@ -109,31 +134,37 @@ def _with_setting(decoder: Decoder, setting: str, value: int, *, trust_remote_co
 
 
 def _followers(
-    decoder: Decoder, setting: str, value: int, shapes: Mapping[str, tuple[int, ...]], smaller: PreTrainedModel
+    decoder: Decoder, setting: str, shapes: Mapping[str, tuple[int, ...]], smaller: PreTrainedModel
 ) -> Size | None:
     """Compare shapes; None if nothing follows the size, or something other than projections inside blocks."""
     now = {name: tuple(one.shape) for name, one in smaller.named_parameters()}
     if now.keys() != shapes.keys():
         return None
-    size, blocks = Size(setting, value), f"{decoder.anatomy.family.blocks}."
+    blocks = f"{decoder.anatomy.family.blocks}."
+    changed: dict[str, int] = {}
     for name, before in shapes.items():
-        if now[name] == before:
-            continue
-        changed = [axis for axis, (old, new) in enumerate(zip(before, now[name], strict=True)) if old != new]
-        if not name.startswith(blocks) or len(changed) != 1:
+        axes = [axis for axis, (old, new) in enumerate(zip(before, now[name], strict=True)) if old != new]
+        if axes and (not name.startswith(blocks) or len(axes) != 1):
             return None
-        (axis,) = changed
-        times, rest = divmod(before[axis] - now[name][axis], _STEP)
+        if axes:
+            (changed[name],) = axes
+    lost = {name: shapes[name][axis] - now[name][axis] for name, axis in changed.items()}
+    channels = min((_STEP, *lost.values()))
+    if channels < 1 or not changed or _STEP % channels:
+        return None
+    widths = {shapes[name][axis] * channels / lost[name] for name, axis in changed.items()}
+    if len(widths) > 1 or any(one % channels for one in lost.values()) or not min(widths).is_integer():
+        return None
+    size = Size(setting, int(min(widths)), _STEP // channels)
+    for name, axis in changed.items():
         number, _, path = name.removeprefix(blocks).partition(".")
-        if rest or before[axis] != times * value:
-            return None
-        size.followers.setdefault(int(number), {})[path] = Axis(axis, times)
+        size.followers.setdefault(int(number), {})[path] = Axis(axis, lost[name] // channels)
     known = all(
         _role(decoder.block_list[index], path, one.axis) is not None
         for index, followers in size.followers.items()
         for path, one in followers.items()
     )
-    return size if size.followers and known else None
+    return size if known else None
 
 
 def _role(block: nn.Module, path: str, axis: int) -> str | None:
@@ -183,6 +214,7 @@ def _with_size(family: Family, decoder: Decoder, size: Size) -> Family:
             shared_out=_joined(family.shared_out, block, [p for p in beside if roles[p] == "out"]),
             expert_size=size.setting if experts else family.expert_size,
             inner_size=size.setting if own and not experts else family.inner_size,
+            inner_scale=size.scale if own and not experts else family.inner_scale,
         )
     return family
 
@@ -195,9 +227,9 @@ def _joined(names: tuple[str, ...], block: nn.Module, paths: Sequence[str], *, f
 def _proves_width(decoder: Decoder, size: Size, tokens: torch.Tensor, *, trust_remote_code: bool) -> bool:
     """Return whether the model without some channels computes what the original with these masked does."""
     generator = torch.Generator().manual_seed(0)
-    stays = torch.randperm(size.value, generator=generator)[: size.value - _STEP].sort().values
+    stays = torch.randperm(size.width, generator=generator)[: size.width - _STEP].sort().values
     blocks = f"{decoder.anatomy.family.blocks}."
-    small = _with_setting(decoder, size.setting, len(stays), trust_remote_code=trust_remote_code)
+    small = _with_setting(decoder, size.setting, len(stays) * size.scale, trust_remote_code=trust_remote_code)
     masked = copy.deepcopy(decoder.module)
     for name, parameter in decoder.module.named_parameters():
         number, _, path = name.removeprefix(blocks).partition(".")
@@ -206,7 +238,7 @@ def _proves_width(decoder: Decoder, size: Size, tokens: torch.Tensor, *, trust_r
             set_parameter(small, name, parameter)
             continue
         block = decoder.block_list[int(number)]
-        kept = _entries(block, path, follower, size.value, stays)
+        kept = _entries(block, path, follower, size.width, stays)
         set_parameter(small, name, parameter.index_select(follower.axis, kept))
         if _role(block, path, follower.axis) == "out":
             gone = torch.ones(parameter.shape[follower.axis], dtype=torch.bool)

@@ -103,7 +103,8 @@ def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
             continue
         if len(pairs) > 1 or name is None:
             return None
-        for entry, value in ((name, next(iter(pairs))[1]), *family.resized):
+        width = next(iter(pairs))[1] * (1 if experts else family.inner_scale)
+        for entry, value in ((name, width), *family.resized):
             setattr(config, entry, value)
     heads = {(new.groups, new.queries) for new in widths if new.groups}
     if heads != {(old.groups, old.queries) for old in dense if old.groups}:
