@@ -16,9 +16,10 @@ from secateur.data.windows import Windows
 from secateur.errors import SecateurError
 from secateur.methods.method import METHODS
 from secateur.models.decoder import Decoder
+from secateur.models.families import FAMILIES
 from secateur.models.forward import capture, logits, run_block
 from secateur.run_options import RunOptions
-from tiny_models import LLAMA_SHAPED, OTHER_FAMILIES, VARIANTS, VOCABULARY, save_tiny
+from tiny_models import LLAMA_SHAPED, MIXED, OTHER_FAMILIES, VARIANTS, VOCABULARY, save_tiny
 
 DROP, SLICE, NARROW, SHARE, LITTLE = {"blocks": 2}, {"slice": 0.25}, {"ratio": 0.2}, {"remove": 0.25}, {"remove": 0.15}
 FEWER = {"remove": 0.12}
@@ -62,7 +63,9 @@ CASES = [
 ALIKE = {"wanda-sp", "llm-pruner", "minitron-width", "expert-frequency", "expert-activation"}
 """Methods that make the same steps as one above; `test_prune_width.py` and `test_experts.py` run them."""
 
-MIXTURES = {name for name in VARIANTS if "moe" in name} | {"mixtral"}
+MIXTURES = {
+    name for name, row in VARIANTS.items() if row.model_type in FAMILIES and FAMILIES[row.model_type].expert_counts
+}
 
 IN_MEMORY_ONLY = {"gpt2-scaled"}
 """Attention scaled by block number: queries are rescaled when blocks go, which a skeleton refuses."""
@@ -73,7 +76,7 @@ REFUSING_FAMILIES = {"llama", "gemma2", "secateur"}
 """One that every method can cut, one that `replaceme` refuses and one that `obs-width` refuses."""
 EVERYWHERE = ("shortgpt", "swm", "replaceme", "slicegpt", "stock-slicing", "flap", "obs-width")
 """The first case of each of these runs on every other family as well: each does another surgery."""
-ALIKE_ANOTHER = {*LLAMA_SHAPED, *OTHER_FAMILIES}
+ALIKE_ANOTHER = {*LLAMA_SHAPED, *MIXED, *OTHER_FAMILIES}
 DEPTH_AND_WIDTH = ("shortgpt", "obs-width")
 """The cases for families that share all traits with another, or were detected; `tests/surgery/` folds each of them."""
 
@@ -223,7 +226,8 @@ def stands_for(family, method, settings):
     """Return whether this case runs on a family that is not among the few."""
     if settings != next(given for known, _, given in CASES if known == method):
         return False
-    return method in (DEPTH_AND_WIDTH if family in ALIKE_ANOTHER else EVERYWHERE)
+    alike = (*DEPTH_AND_WIDTH, "reap") if family in MIXED else DEPTH_AND_WIDTH
+    return method in (alike if family in ALIKE_ANOTHER else EVERYWHERE)
 
 
 def assert_same_weights(left, right, parameters):

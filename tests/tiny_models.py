@@ -200,30 +200,43 @@ _LLAMA_SHAPED = (
 )
 """Families that share all traits with others: a few cases of the contract stand for all."""
 
+_ROUTED = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+_GROUPS = {**_ROUTED, "n_routed_experts": 4, "n_shared_experts": 2, "n_group": 1, "topk_group": 1}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_GATED_DELTA = {
+    **_WIDE_HEADS,
+    **_ROUTED,
+    "num_experts": 4,
+    "shared_expert_intermediate_size": 40,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": lambda blocks: ["linear_attention" if i % 2 else "full_attention" for i in range(blocks)],
+}
+_MIXTURES = (
+    _row("olmoe", **_GROUPED, num_experts=4, num_experts_per_tok=2),
+    _row("granitemoe", **_GROUPED, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.7),
+    _row("glm4_moe", **_WIDE_HEADS, **_GROUPS, first_k_dense_replace=2, use_qk_norm=True),
+    _row("dots1", **_WIDE_HEADS, **_GROUPS, first_k_dense_replace=2),
+    _row("deepseek_v3", **_PLAIN, **_GROUPS, **_LATENT, num_key_value_heads=4, first_k_dense_replace=2),
+    _row("gpt_oss", **_WIDE_HEADS, **_SLIDING, num_local_experts=4, num_experts_per_tok=2),
+    _row("qwen3_next", **_GATED_DELTA),
+    _row("qwen3_5_moe_text", **_GATED_DELTA),
+)
+"""Mixtures of experts that are like others: a few cases of the contract stand for all."""
+
 _OTHERS = (
     _row("apertus", **_GROUPED),
     _row("persimmon", **_PLAIN),
-    _row(
-        "deepseek_v3",
-        **_PLAIN,
-        num_key_value_heads=4,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        moe_intermediate_size=24,
-        n_routed_experts=4,
-        n_shared_experts=2,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=2,
-    ),
+    _row("youtu", **_PLAIN, **_LATENT, num_key_value_heads=4),
 )
 
-VARIANTS: dict[str, TinyModel] = {row.name: row for row in (*_CANONICAL, *_VARIATIONS, *_LLAMA_SHAPED, *_OTHERS)}
-FAMILIES: tuple[str, ...] = tuple(row.name for row in (*_CANONICAL, *_LLAMA_SHAPED))  # one per supported family
+VARIANTS: dict[str, TinyModel] = {
+    row.name: row for row in (*_CANONICAL, *_VARIATIONS, *_LLAMA_SHAPED, *_MIXTURES, *_OTHERS)
+}
+FAMILIES: tuple[str, ...] = tuple(row.name for row in (*_CANONICAL, *_LLAMA_SHAPED, *_MIXTURES))  # one per row
+MIXED: tuple[str, ...] = tuple(row.name for row in _MIXTURES)
 LLAMA_SHAPED: tuple[str, ...] = tuple(row.name for row in _LLAMA_SHAPED)
 AFTER_NORM = ("gemma2", "gemma3_text", "olmo2", "hyperclovax", "olmo3", "exaone4", "glm4")
 """Families with a norm between their branches and the residual stream."""
@@ -237,6 +250,7 @@ UNSLICEABLE: tuple[str, ...] = (
     "nemotron",
     "hunyuan_v1_dense",
     "cohere2",
+    *(name for name in MIXED if name != "granitemoe"),
     *OTHER_FAMILIES,
 )
 """Models whose hidden states cannot be rotated."""

@@ -12,21 +12,10 @@ from secateur.checkpoints.check import record_expected, reopen
 from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError
 from secateur.models.experts import mixture_of
-from secateur.models.families import FAMILIES
 from tiny_models import BOS, EOS, HIDDEN, INTERMEDIATE, PAD, POSITIONS, VOCABULARY, TinyModel, build, build_tokenizer
 
 WINDOWS = Windows.of(torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1)))
 BIAS = "mlp.gate.e_score_correction_bias"
-
-GLM4_MOE = replace(
-    FAMILIES["qwen3_moe"],
-    model_type="glm4_moe",
-    dense_blocks=None,
-    leading_counts=("first_k_dense_replace",),
-    expert_counts=("n_routed_experts",),
-    expert_groups=("n_group", "topk_group"),
-)
-"""Its row, for as long as the table has none."""
 
 
 def config(blocks):
@@ -57,7 +46,6 @@ def config(blocks):
 def opened(tmp_path_factory):
     """Return a tiny model in memory and as a skeleton."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, "glm4_moe", FAMILIES.get("glm4_moe", GLM4_MOE))
         patch.setitem(tiny_models.VARIANTS, "glm4_moe", TinyModel("glm4_moe", "glm4_moe", config))
         module = build("glm4_moe", blocks=3, dtype=torch.bfloat16)
         for number, layer in enumerate(module.model.layers):

@@ -45,10 +45,10 @@ ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # Architectures with what makes them hard: dense and sparse blocks mixed by lists and counts, kinds of attention.
 FURTHER = {
     "qwen2_moe": {**ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1, 5]},
-    "glm4_moe": {**ROUTED, "n_routed_experts": 4, "first_k_dense_replace": 3},
+    "solar_open": {**ROUTED, "head_dim": 8, "n_routed_experts": 4, "first_k_dense_replace": 3},
     "gpt_neo": {"num_layers": 8, "num_heads": 4, "attention_types": [[["global", "local"], 4]], "window_size": 8},
     "openai-gpt": {"n_positions": 64},  # its blocks return lists, and share one activation
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
 }
 
 
@@ -142,7 +142,7 @@ def test_token_ids_are_not_taken_for_block_numbers():
 def test_routing_is_not_taken_for_looking_ahead():
     """Experts are computed together, so another last token changes how sums are rounded, but nothing more."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}
-    config = AutoConfig.for_model("granitemoe", **{**SIZES, **sizes})
+    config = AutoConfig.for_model("granitemoe_swa", **{**SIZES, **sizes})
     module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     assert open_model(module).anatomy.family.detected
 

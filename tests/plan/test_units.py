@@ -164,7 +164,7 @@ def test_steps_of_methods(method, amount, expected, tiny, window_file):
 def test_units_of_every_family(name, tiny):
     decoder = tiny(name)
     units = model_ref(decoder).units
-    if decoder.anatomy.family.detected:
+    if not decoder.anatomy.family.attention_out:
         assert set(units) >= {UnitKind.MLP, UnitKind.CHANNEL, UnitKind.DIRECTION}
         assert UnitKind.QUERY_HEAD not in units
         return
@@ -173,4 +173,4 @@ def test_units_of_every_family(name, tiny):
         heads % groups == 0
         for heads, groups in zip(units[UnitKind.QUERY_HEAD], units[UnitKind.KEY_VALUE_GROUP], strict=True)
     )
-    assert (UnitKind.EXPERT in units) == any(part in name for part in ("moe", "mixtral", "secateur"))
+    assert (UnitKind.EXPERT in units) == bool(decoder.anatomy.family.router)

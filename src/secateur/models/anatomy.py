@@ -42,6 +42,7 @@ class Family:
     """Layout of query, key and value rows in attention's input projection: three projections, stacked in one, or for
     each key/value head its queries, its key and its value."""
     attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """Projections of attention; none, here and below, where the rows and columns of a head cannot be told."""
     attention_out: tuple[str, ...] = ("self_attn.o_proj",)
     attention_norms: tuple[str, ...] = ()
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
@@ -242,7 +243,7 @@ def resolve(module: nn.Module, family: Family) -> Anatomy:
             raise ModelError(f"{family.model_type}: nothing at '{path}' in {type(module).__name__}.")
     for index, block in enumerate(blocks):
         for part in () if family.detected or family.light_blocks else _PARTS:
-            if not list(present(block, getattr(family, part))):
+            if getattr(family, part) and not list(present(block, getattr(family, part))):
                 raise ModelError(f"{family.model_type}: block {index} has none of {getattr(family, part)}.")
     return Anatomy(
         family=family,

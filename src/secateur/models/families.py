@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from secateur.models.anatomy import Family
+from secateur.models.mixtures import MIXTURES
 
 _LLAMA = Family(model_type="llama")
 
@@ -15,17 +16,6 @@ _OWN_LISTS = ("intermediate_sizes", "heads", "key_value_heads", "experts", "netw
 """What the configurations of the modelling file name for every block."""
 
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-
-_MIXTRAL = replace(
-    _LLAMA,
-    model_type="mixtral",
-    mlp_in=("mlp.experts.gate_up_proj",),
-    mlp_out=("mlp.experts.down_proj",),
-    mlp_layout="stacked",
-    expert_size="intermediate_size",
-    router=("mlp.gate",),
-    expert_counts=("num_local_experts",),
-)
 
 _SANDWICH = replace(
     _LLAMA,
@@ -302,17 +292,7 @@ _ROWS = (
         per_layer_lists=("layer_types",),
         unsliceable=(("model_type", "cohere2", "only its sliding attention has rotary positions"),),
     ),
-    _MIXTRAL,
-    replace(
-        _MIXTRAL,
-        model_type="qwen3_moe",
-        attention_norms=_QK_NORMS,
-        mlp_in=("mlp.experts.gate_up_proj", "mlp.gate_proj", "mlp.up_proj"),
-        mlp_out=("mlp.experts.down_proj", "mlp.down_proj"),
-        expert_size="moe_intermediate_size",
-        expert_counts=("num_experts",),
-        dense_blocks="mlp_only_layers",
-    ),
+    *MIXTURES,
     replace(
         _LLAMA,
         model_type="secateur",

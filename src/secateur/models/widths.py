@@ -121,11 +121,11 @@ def cache_numbers(decoder: Decoder) -> tuple[int, ...]:
     """Return the values that each block caches per token: its keys and its values.
 
     The output rows of attention's input projections that are not queries are keys and values, and there are as many
-    query rows as the output projection has inputs. A block without attention caches nothing. For a family that is only
-    detected, the configuration is trusted.
+    query rows as the output projection has inputs. A block without attention caches nothing. Where the projections are not
+    known, as in a family that is only detected, the configuration is trusted.
     """
     family, config = decoder.anatomy.family, decoder.config
-    if family.detected:
+    if not family.attention_out:
         return (_configured(config),) * decoder.block_count
     spread = family.cache_spread is not None and bool(getattr(config, family.cache_spread, False))
     return tuple(_projected(block, family, spread=spread) for block in decoder.block_list)

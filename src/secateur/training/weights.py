@@ -174,7 +174,7 @@ def _linear_layers(decoder: Decoder) -> Iterator[str]:
     family = decoder.anatomy.family
     named = (*family.attention_in, *family.attention_out, *family.mlp_in, *family.mlp_out)
     for index, block in enumerate(decoder.block_list):
-        found = present(block, named) if not family.detected else block.named_modules()
+        found = present(block, named) if family.attention_out else block.named_modules()
         for name, module in found:
             if isinstance(module, nn.Linear | Conv1D):
                 yield f"{decoder.anatomy.block_path(index)}.{name}"

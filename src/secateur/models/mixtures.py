@@ -1,0 +1,95 @@
+"""Rows of families whose blocks hold mixtures of experts; see `families.py`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from secateur.models.anatomy import Family
+
+_ROUTED = Family(
+    model_type="mixtral",
+    mlp_in=("mlp.experts.gate_up_proj",),
+    mlp_out=("mlp.experts.down_proj",),
+    mlp_layout="stacked",
+    expert_size="intermediate_size",
+    router=("mlp.gate",),
+    expert_counts=("num_local_experts",),
+)
+
+_WITH_DENSE = replace(
+    _ROUTED,
+    mlp_in=("mlp.experts.gate_up_proj", "mlp.gate_proj", "mlp.up_proj"),
+    mlp_out=("mlp.experts.down_proj", "mlp.down_proj"),
+    expert_size="moe_intermediate_size",
+)
+
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+_DEEPSEEK = replace(
+    _WITH_DENSE,
+    shared_in=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    shared_out=("mlp.shared_experts.down_proj",),
+    expert_counts=("n_routed_experts",),
+    expert_groups=("n_group", "topk_group"),
+    leading_counts=("first_k_dense_replace",),
+)
+"""Dense blocks first, then mixtures in groups, with an expert that every token passes."""
+
+_GATED_DELTA = replace(
+    _ROUTED,
+    norm="rms-plus-one",
+    attention_in=(),
+    attention_out=(),
+    shared_out=("mlp.shared_expert.down_proj",),
+    expert_size="moe_intermediate_size",
+    expert_counts=("num_experts",),
+    per_layer_lists=("layer_types",),
+)
+"""Linear attention in most blocks; the query projection of the others holds a gate beside each head."""
+
+MIXTURES = (
+    _ROUTED,
+    replace(
+        _WITH_DENSE,
+        model_type="qwen3_moe",
+        attention_norms=_QK_NORMS,
+        expert_counts=("num_experts",),
+        dense_blocks="mlp_only_layers",
+    ),
+    replace(
+        _ROUTED,
+        model_type="olmoe",
+        attention_norms=_QK_NORMS,
+        expert_counts=("num_experts",),
+        unsliceable=(("model_type", "olmoe", "a norm runs over all its heads together"),),
+    ),
+    replace(
+        _ROUTED,
+        model_type="granitemoe",
+        mlp_in=("block_sparse_moe.experts.gate_up_proj",),
+        mlp_out=("block_sparse_moe.experts.down_proj",),
+        router=("block_sparse_moe.router",),
+        embedding_multiplier="embedding_multiplier",
+        residual_multiplier="residual_multiplier",
+        logits_divisor="logits_scaling",
+    ),
+    replace(_DEEPSEEK, model_type="glm4_moe", attention_norms=_QK_NORMS),
+    replace(
+        _DEEPSEEK,
+        model_type="dots1",
+        attention_norms=_QK_NORMS,
+        per_layer_lists=("layer_types",),
+        leading_counts=("first_k_dense_replace", "max_window_layers"),
+    ),
+    replace(_DEEPSEEK, model_type="deepseek_v3", attention_in=(), attention_out=()),
+    replace(
+        _ROUTED,
+        model_type="gpt_oss",
+        attention_in=(),
+        attention_out=(),
+        router=("mlp.router",),
+        per_layer_lists=("layer_types",),
+    ),
+    replace(_GATED_DELTA, model_type="qwen3_next", dense_blocks="mlp_only_layers"),
+    replace(_GATED_DELTA, model_type="qwen3_5_moe_text"),
+)
