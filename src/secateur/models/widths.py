@@ -121,8 +121,8 @@ def cache_numbers(decoder: Decoder) -> tuple[int, ...]:
     """Return the values that each block caches per token: its keys and its values.
 
     The output rows of attention's input projections that are not queries are keys and values, and there are as many
-    query rows as the output projection has inputs. A block without attention caches nothing. Where the projections are not
-    known, as in a family that is only detected, the configuration is trusted.
+    query rows as the output projection has inputs. A block without attention caches nothing. Where the projections are
+    not known, as in a family that is only detected, the configuration is trusted.
     """
     family, config = decoder.anatomy.family, decoder.config
     if not family.attention_out:
