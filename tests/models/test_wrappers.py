@@ -40,26 +40,25 @@ WRAPPERS = {
     ),
     "mistral3": lambda: Mistral3Config(
         text_config={**TEXT, "model_type": "mistral"},
-        vision_config={**VISION, "model_type": "pixtral", "head_dim": 8},
+        vision_config={**VISION, "model_type": "pixtral", "head_dim": 8, "image_size": 56},
         image_token_index=255,
     ),
 }
 
 
 PROCESSORS = {
-    "gemma3": (lambda: Gemma3ImageProcessor(size={"height": 28, "width": 28}), 4),
-    "mistral3": (lambda: PixtralImageProcessor(size={"longest_edge": 28}, patch_size={"height": 14, "width": 14}), 1),
+    "gemma3": lambda: Gemma3ImageProcessor(size={"height": 28, "width": 28}),
+    "mistral3": lambda: PixtralImageProcessor(size={"longest_edge": 56}, patch_size={"height": 14, "width": 14}),
 }
-"""How images are read, and how many tokens one takes."""
+"""How images are read; one takes the place of four tokens."""
 
 
 def image_and_text(model_type):
     """Return what the processor of a wrapper makes of an image, with text around the place it takes."""
-    make, places = PROCESSORS[model_type]
-    image = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
-    pixels = make()(images=[image], return_tensors="pt")
+    image = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+    pixels = PROCESSORS[model_type]()(images=[image], return_tensors="pt")
     tokens = draw_tokens(windows=1) % 250
-    tokens[:, 1 : 1 + places] = 255
+    tokens[:, 1:5] = 255
     taken = {name: pixels[name] for name in ("pixel_values", "image_sizes") if name in pixels}
     return {"input_ids": tokens, **taken}
 
