@@ -63,9 +63,8 @@ CASES = [
 ALIKE = {"wanda-sp", "llm-pruner", "minitron-width", "expert-frequency", "expert-activation"}
 """Methods that make the same steps as one above; `test_prune_width.py` and `test_experts.py` run them."""
 
-MIXTURES = {
-    name for name, row in VARIANTS.items() if row.model_type in FAMILIES and FAMILIES[row.model_type].expert_counts
-}
+WITH_EXPERTS = {row.model_type for row in FAMILIES.values() if row.expert_counts}
+MIXTURES = {name for name, row in VARIANTS.items() if row.model_type in WITH_EXPERTS}
 
 IN_MEMORY_ONLY = {"gpt2-scaled"}
 """Attention scaled by block number: queries are rescaled when blocks go, which a skeleton refuses."""

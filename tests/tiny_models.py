@@ -229,7 +229,6 @@ _MIXTURES = (
 _OTHERS = (
     _row("apertus", **_GROUPED),
     _row("persimmon", **_PLAIN),
-    _row("youtu", **_PLAIN, **_LATENT, num_key_value_heads=4),
 )
 
 VARIANTS: dict[str, TinyModel] = {

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3ImageProcessor,
+    Mistral3Config,
+    PixtralImageProcessor,
+)
 
 from oracles import draw_tokens
 from secateur import make_plan, open_model, prune, save
@@ -34,10 +40,27 @@ WRAPPERS = {
     ),
     "mistral3": lambda: Mistral3Config(
         text_config={**TEXT, "model_type": "mistral"},
-        vision_config={**VISION, "model_type": "pixtral", "head_dim": 8},
+        vision_config={**VISION, "model_type": "pixtral", "head_dim": 8, "image_size": 56},
         image_token_index=255,
     ),
 }
+
+
+PROCESSORS = {
+    "gemma3": lambda: Gemma3ImageProcessor(size={"height": 28, "width": 28}),
+    "mistral3": lambda: PixtralImageProcessor(size={"longest_edge": 56}, patch_size={"height": 14, "width": 14}),
+}
+"""How images are read; one takes the place of four tokens."""
+
+
+def image_and_text(model_type):
+    """Return what the processor of a wrapper makes of an image, with text around the place it takes."""
+    image = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+    pixels = PROCESSORS[model_type]()(images=[image], return_tensors="pt")
+    tokens = draw_tokens(windows=1) % 250
+    tokens[:, 1:5] = 255
+    taken = {name: pixels[name] for name in ("pixel_values", "image_sizes") if name in pixels}
+    return {"input_ids": tokens, **taken}
 
 
 @pytest.fixture(params=WRAPPERS)
@@ -69,6 +92,11 @@ def test_a_wrapper_is_cut_as_a_whole(folder, tmp_path, skeleton):
     with torch.no_grad():
         expected = dense(input_ids=tokens, use_cache=False).logits
         torch.testing.assert_close(cut(input_ids=tokens).logits, expected, rtol=1e-5, atol=1e-5)
+        seen = image_and_text(dense.config.model_type)
+        expected = dense(**seen, use_cache=False).logits
+        torch.testing.assert_close(cut(**seen).logits, expected, rtol=1e-5, atol=1e-5)
+        blind = cut(input_ids=seen["input_ids"]).logits
+        assert not torch.allclose(blind, expected, atol=1e-3), "the image matters"
     assert (tmp_path / "cut" / "preprocessor_config.json").read_text() == '{"size": 28}'
     before, after = (load_file(one / "model.safetensors") for one in (folder, tmp_path / "cut"))
     others = [name for name in before if "language_model" not in name]
