@@ -89,7 +89,7 @@ def test_the_report_shows_which_experts_were_removed(tiny, tmp_path):
         assert cells["z"][block] == ([None] * 4 if block == 1 else [one / max(scores) for one in scores])
     marked = list(zip(crosses["y"], crosses["x"], strict=True))
     assert marked == [(block, one) for block in (0, 2) for one in range(4) if one not in plan.steps[0].kept[block]]
-    save(prune(model, plan), tmp_path / "cut", check=False)
+    save(prune(model, plan, texts=WINDOWS), tmp_path / "cut", check=False)
     page = report(tmp_path / "cut").read_text()
     assert "4 experts removed by reap" in page
     assert "2 of 4 experts" in page

@@ -586,7 +586,8 @@ def test_errors_of_windows_are_measured_once(tiny, monkeypatch):
     monkeypatch.setattr(linear_replacement, "linear_sums", sums)
     method = find_method("replaceme")
     measurements = Measurements(tiny("llama"), WINDOWS)
-    found = [method.decide(measurements, method.read_settings({}), Budget("blocks", count))[0] for count in (1, 2, 3)]
+    settings = method.read_settings({"choose": "error"})
+    found = [method.decide(measurements, settings, Budget("blocks", count))[0] for count in (1, 2, 3)]
     assert len(asked) == len(set(asked)) == 7
     assert [len(step.windows) for step in found] == [1, 2, 3]
 
