@@ -175,7 +175,8 @@ def one_family(name: str, methods: list[str]) -> dict[str, Any]:
         try:
             build(name, place / "dense")
         except Exception as error:  # noqa: BLE001
-            return {**result, "open": f"crash: no small model ({type(error).__name__}: {str(error)[:200]})"}
+            refused = result["default"] if result["default"].startswith("refused") else None
+            return {**result, "open": refused or f"crash: no small model ({type(error).__name__}: {str(error)[:200]})"}
         kind: dict[str, Any] = {}
         result["open"] = tried(lambda: opens(place / "dense", kind))
         result |= kind

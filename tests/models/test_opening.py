@@ -27,6 +27,7 @@ from secateur import inspect as inspect_model
 from secateur.checkpoints.save import save
 from secateur.errors import InputError, ModelError
 from secateur.jobs.job import memory_of
+from secateur.models.fetch import read_config
 from secateur.models.opening import open_model, open_shapes
 from tiny_models import build, build_tokenizer, save_tiny
 
@@ -437,6 +438,18 @@ def test_a_configuration_that_contradicts_itself_or_the_weights(folder, entries)
     edit_config(folder, **entries)
     with pytest.raises(ModelError):
         open_model(folder)
+
+
+def test_one_width_for_each_block(tmp_path):
+    """As Gemma 3n has them."""
+    config = {"model_type": "gemma3n_text", "num_hidden_layers": 2, "num_kv_shared_layers": 0}
+    for widths in ([48, 48], [48, 0]):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": widths}))
+        if all(widths):
+            assert read_config(tmp_path, "here", trust_remote_code=False).intermediate_size == widths
+        else:
+            with pytest.raises(ModelError, match=r"intermediate_size in its config\.json is 0"):
+                read_config(tmp_path, "here", trust_remote_code=False)
 
 
 def test_layer_types_of_another_length(tmp_path):

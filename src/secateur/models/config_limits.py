@@ -52,6 +52,8 @@ _LIMITS = (
     | dict.fromkeys(("partial_rotary_factor", "rotary_pct", "dropout"), _SHARE)
     | {"vocab_size": _Limit(1, 1 << 24)}
 )
+_PER_BLOCK = ("intermediate_size",)
+"""Keys that may also hold one number per block, as in Gemma 3n."""
 _ACTIVATIONS = ("hidden_act", "activation_function", "hidden_activation")
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "is_encoder_decoder")
 _KINDS: dict[str, type] = {
@@ -97,6 +99,8 @@ def _problems(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 
 def _problem(key: str, value: Any) -> str | None:
+    if key in _PER_BLOCK and isinstance(value, list):
+        return next((problem for one in value if (problem := _LIMITS[key].problem(one))), None)
     if key in _LIMITS:
         return _LIMITS[key].problem(value)
     if key in _ACTIVATIONS and not (isinstance(value, str) and value in ACT2FN):
