@@ -197,7 +197,7 @@ def _expert_label(label: str) -> str:
     name = f"`{method}`" if method in METHODS else method
     if more == "router":
         return f"{name}, healed with `router`"
-    return f"{name}, `{more}=true`" if more == "repair" else f"{name}, `{more}`" if more else name
+    return f"{name}, `{more}`" if more else name
 
 
 def _on_both(found: Record | None) -> str:
