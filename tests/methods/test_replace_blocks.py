@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,18 @@ def logits(decoder, windows):
 
 
 # The window
+
+
+@pytest.mark.parametrize("network", ["none", "block"])
+def test_windows_with_a_block_that_must_stay_are_passed_over(network, tiny, monkeypatch):
+    decoder, windows = tiny("llama"), windows_of_text()
+    free = plan_for(decoder, windows, 2, network=network)
+    gone = sorted(set(range(decoder.block_count)) - set(free.kept_blocks()))
+    family = replace(decoder.anatomy.family, fixed_blocks=(gone[0],), fixed_reason="for this test")
+    monkeypatch.setattr(decoder, "anatomy", replace(decoder.anatomy, family=family))
+    kept = plan_for(decoder, windows, 2, network=network).kept_blocks()
+    assert gone[0] in kept
+    assert len(kept) == decoder.block_count - 2
 
 
 @pytest.mark.parametrize(("name", "seed"), [("llama", 0), ("gemma2", 5)])

@@ -32,7 +32,7 @@ from secateur.plan.replace import training_forwards
 from secateur.plan.steps import DropBlocks, Loss, Pairs, ReplaceBlocks, Span
 from secateur.scores.profile import Scores
 from secateur.surgery.assembly import Tensors
-from secateur.surgery.depth.blocks import keep_blocks, require_one_basis, with_block_tensors
+from secateur.surgery.depth.blocks import can_go, keep_blocks, require_one_basis, with_block_tensors
 from secateur.surgery.depth.replacement import network_config, new_network, with_network
 from secateur.surgery.hidden.folding import stream_sizes
 from secateur.training.data import LanguageModelling, WindowData, split_off_validation
@@ -118,7 +118,9 @@ def decide(
     def window(gone: int) -> Span:
         length = gone + extra
         found = cosines.window_cosine(length)
-        start = max(range(free.start, free.stop - length + 1), key=lambda one: found[one])
+        everywhere = range(free.start, free.stop - length + 1)
+        starts = [one for one in everywhere if can_go(decoder, range(one + extra, one + length))]
+        start = max(starts or everywhere, key=lambda one: found[one])
         return start, start + length - 1
 
     total, sizes = decoder.parameter_count, decoder.block_parameter_counts()
