@@ -108,8 +108,8 @@ def answer(module: PreTrainedModel, tokens: torch.Tensor, new_tokens: int) -> La
 
 
 def cache_bytes(cache: Any) -> int:
-    """Return the bytes of all keys and values in a cache."""
-    tensors = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    """Return the bytes of all keys and values in a cache; states of linear attention, which do not grow, are none."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(one.numel() * one.element_size() for one in tensors if one is not None)
 
 

@@ -122,11 +122,13 @@ def cache_numbers(decoder: Decoder) -> tuple[int, ...]:
 
     The output rows of attention's input projections that are not queries are keys and values, and there are as many
     query rows as the output projection has inputs. A block without attention caches nothing. Where the projections are
-    not known, as in a family that is only detected, the configuration is trusted.
+    not known, as in a family that is only detected, the configuration is trusted; linear attention has a state of one
+    size instead, whatever the context.
     """
     family, config = decoder.anatomy.family, decoder.config
     if not family.attention_out:
-        return (_configured(config),) * decoder.block_count
+        kinds = getattr(config, "layer_types", None) or [""] * decoder.block_count
+        return tuple(0 if kind == "linear_attention" else _configured(config) for kind in kinds)
     spread = family.cache_spread is not None and bool(getattr(config, family.cache_spread, False))
     return tuple(_projected(block, family, spread=spread) for block in decoder.block_list)
 
@@ -154,6 +156,9 @@ def _shape(module: Any) -> tuple[int, int]:
 
 
 def _configured(config: Any) -> int:
+    latent, rotated = entry(config, "kv_lora_rank"), entry(config, "qk_rope_head_dim")
+    if latent and rotated:  # keys and values of all heads are projections of these
+        return int(latent) + int(rotated)
     queries = entry(config, "num_attention_heads") or 1
     heads, size = entry(config, "num_key_value_heads") or queries, entry(config, "head_dim")
     return 2 * int(heads) * int(size or config.hidden_size // queries)
