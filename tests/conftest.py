@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from secateur.checkpoints import check
 from secateur.models.opening import open_model
 from tiny_models import VOCABULARY, save_tiny
+from warm import WarmPython
 
 torch.set_num_threads(1)
 torch.cpu._is_amx_tile_supported = lambda: False  # float32 on every machine, also where bfloat16 is fast
@@ -23,6 +25,27 @@ def _own_cache(tmp_path_factory):
     """Keep the tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SECATEUR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """Return what runs a command in a fresh process that starts at once."""
+    python = WarmPython()
+    yield python
+    python.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _checks_start_at_once(warm_python):
+    """Let saved folders reopen in such a process; `test_save.py` starts a real one."""
+
+    def run(command):
+        done = warm_python.run(*command[1:])
+        return done.returncode, done.stdout, done.stderr
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "_run", run)
         yield
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -147,7 +146,7 @@ def test_python_in_the_documentation_is_python(name):
             ast.parse(code)
 
 
-def test_the_worked_example_of_a_method_works(bundled, tmp_path):
+def test_the_worked_example_of_a_method_works(bundled, tmp_path, warm_python):
     """Installed as the page says, in a fresh process: the plan is what the score says, and the method is listed."""
     written, used, _, _ = blocks("add-a-method.md")
     (entry,) = re.findall(r'^\[project\.entry-points\."(.+)"\]\nsmall_steps = "small_steps"$', PAGE, re.MULTILINE)
@@ -158,12 +157,8 @@ def test_the_worked_example_of_a_method_works(bundled, tmp_path):
 from secateur.methods.method import METHODS
 nothing = secateur.make_plan(model, method="small-steps", blocks=0)
 {shown}"""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(Path(secateur.__file__).parents[1])])},
-        capture_output=True,
-        text=True,
-    )
+    places = os.pathsep.join([str(site), str(Path(secateur.__file__).parents[1])])
+    done = warm_python.run("-c", script, environment=os.environ | {"PYTHONPATH": places})
     assert done.returncode == 0, done.stderr
     removed, count, names, nothing = json.loads(done.stdout)
     found = secateur.score(bundled, windows=2, kinds=("magnitude",)).relative_magnitude

@@ -20,6 +20,9 @@ from secateur.surgery.depth.blocks import keep_blocks
 from secateur.surgery.depth.merging import merge_windows
 from tiny_models import save_tiny
 
+REAL_PROCESS = check._run
+"""What starts a process; elsewhere in these tests it is forked from a warm one."""
+
 
 @pytest.fixture
 def source(tmp_path):
@@ -199,6 +202,13 @@ def test_a_failed_check_keeps_what_was_there(pruned, tmp_path, monkeypatch):
         save(pruned, tmp_path / "cut")
     assert (tmp_path / "cut" / "secateur.json").read_text() == before
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_the_check_is_a_process_of_its_own(pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "_run", REAL_PROCESS)
+    checked = save(pruned, tmp_path / "cut")["check"]
+    assert checked["passed"]
+    assert checked["without_secateur"]
 
 
 def test_a_folder_that_cannot_be_opened_fails_the_check(tmp_path):

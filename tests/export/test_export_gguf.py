@@ -4,8 +4,6 @@ import dataclasses
 import json
 import stat
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf as package
@@ -351,15 +349,9 @@ def test_without_a_binding_the_command_says_that_nothing_is_proved(tmp_path, mon
     assert export_gguf(tiny_decoder("llama", tmp_path / "model"), tmp_path / "model.gguf").proof is None
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, warm_python):
     def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "secateur", "export", "bundled", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            check=False,
-        )
+        return warm_python.run("-m", "secateur", "export", "bundled", *arguments, folder=tmp_path)
 
     done = run("--to", "gguf", "-o", "small.gguf", "--modelfile", "--json")
     assert done.returncode == 0, done.stderr

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,20 +20,21 @@ def site(tmp_path_factory):
     return installed(tmp_path_factory.mktemp("toy") / "site", TOY.read_text())
 
 
-def run(*words, site=None, ok=True):
-    """Run a command in a fresh process; return what it printed, or the error where it is to fail."""
-    places = [str(place) for place in (site, SOURCE) if place is not None]
-    done = subprocess.run(
-        [sys.executable, "-m", "secateur", *map(str, words)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1", "COLUMNS": "400"},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode == 0) is ok, done.stderr
-    return done.stdout if ok else done.stderr
+@pytest.fixture(scope="module")
+def run(warm_python):
+    """Return what runs a command in a fresh process; it gives what was printed, or the error where it is to fail."""
+
+    def command(*words, site=None, ok=True):
+        places = [str(place) for place in (site, SOURCE) if place is not None]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "COLUMNS": "400"}
+        done = warm_python.run("-m", "secateur", *words, environment=environment)
+        assert (done.returncode == 0) is ok, done.stderr
+        return done.stdout if ok else done.stderr
+
+    return command
 
 
-def test_it_is_listed_last_but_auto(site):
+def test_it_is_listed_last_but_auto(run, site):
     names = [one["name"] for one in json.loads(run("methods", "--json", site=site))]
     assert "toy" in names
     assert "toy" not in [one["name"] for one in json.loads(run("methods", "--json"))]
@@ -45,7 +44,7 @@ def test_it_is_listed_last_but_auto(site):
 
 
 @pytest.fixture(scope="module")
-def made(site, tiny_with_tokenizer, tmp_path_factory):
+def made(run, site, tiny_with_tokenizer, tmp_path_factory):
     """Return a folder with a plan and a cut of the toy method."""
     folder = tmp_path_factory.mktemp("made")
     plan = folder / "plan.json"
@@ -72,20 +71,19 @@ def test_its_cut_reopens_and_is_scaled(made, tiny_with_tokenizer):
     assert "| 1 | toy | scales the MLPs of 6, 7 by 0.5 |" in (made / "cut" / "README.md").read_text()
 
 
-def test_it_is_compared_and_reported(site, tiny_with_tokenizer, window_file, tmp_path):
+def test_it_is_compared_and_reported(run, site, tiny_with_tokenizer, window_file, tmp_path):
     study = tmp_path / "study"
-    amounts = ["--methods", "toy,last-n", "--remove", "25%", "--samples", "0"]
+    amounts = ["--methods", "toy", "--remove", "25%", "--samples", "0"]
     asked = [*amounts, "--texts", window_file, "--windows", "4", "--eval-windows", "2"]
     cells = json.loads(run("compare", tiny_with_tokenizer, *asked, "-o", study, "--json", site=site))
-    assert {cell["name"]: cell["failed"] for cell in cells} == {"toy-25": None, "last-n-25": None}
+    assert {cell["name"]: cell["failed"] for cell in cells} == {"toy-25": None}
     run("report", study, site=site)
     page = (study / "report.html").read_text()
     assert page.count('<li class="block changed"') == 2
     assert "block 7: MLP output times 0.5" in page
-    assert page.count('<li class="block removed"') == 3
 
 
-def test_without_the_package_its_plan_says_what_is_missing(made, tiny_with_tokenizer):
+def test_without_the_package_its_plan_says_what_is_missing(run, made, tiny_with_tokenizer):
     said = run("prune", tiny_with_tokenizer, "--plan", made / "plan.json", "-o", made / "again", ok=False)
     assert "unknown kind of step 'toy-scale'; known: drop-blocks, " in said
     assert "A package that adds it may not be installed" in said
@@ -101,7 +99,7 @@ def test_without_the_package_its_plan_says_what_is_missing(made, tiny_with_token
     ],
     ids=["cannot be imported", "takes a method's name", "takes a step's name"],
 )
-def test_a_package_that_cannot_be_used_is_named(text, message, tmp_path):
+def test_a_package_that_cannot_be_used_is_named(run, text, message, tmp_path):
     site = installed(tmp_path / "site", text, module="broken_one")
     said = " ".join(run("methods", site=site, ok=False).split())
     assert "the installed package broken-one cannot be used (entry point secateur.methods: broken_one)" in said
@@ -109,7 +107,7 @@ def test_a_package_that_cannot_be_used_is_named(text, message, tmp_path):
     assert "Traceback" not in said
 
 
-def test_steps_alone_have_a_group_of_their_own(tmp_path, made, tiny_with_tokenizer):
+def test_steps_alone_have_a_group_of_their_own(run, tmp_path, made, tiny_with_tokenizer):
     site = installed(tmp_path / "site", TOY.read_text(), group="secateur.steps")
     shutil.copy(made / "plan.json", tmp_path / "plan.json")
     run("report", tmp_path, site=site)

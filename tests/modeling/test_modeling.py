@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -229,15 +227,11 @@ print(json.dumps({"refused": refused, "logits": logits.tolist(), "made": made.to
 """
 
 
-def test_a_saved_folder_opens_where_secateur_is_not(sliced, tmp_path):
+def test_a_saved_folder_opens_where_secateur_is_not(sliced, tmp_path, warm_python):
     save(sliced, tmp_path / "cut", check=False)
     tokens = draw_tokens(windows=2, positions=8)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, str(tmp_path / "cut"), json.dumps(tokens.tolist())],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = warm_python.run("-c", SCRIPT, tmp_path / "cut", json.dumps(tokens.tolist()))
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert "trust_remote_code" in found["refused"]
     assert not found["secateur"]

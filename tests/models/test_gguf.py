@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 
 import gguf as package
@@ -326,14 +324,11 @@ def test_convert_takes_an_open_model(tiny, tmp_path):
     assert open_model(tmp_path / "out").saved_dtype == torch.float16
 
 
-def test_the_command_line(files, tmp_path):
-    def run(*words):
-        return subprocess.run([sys.executable, "-m", "secateur", *words], capture_output=True, text=True, check=False)
-
-    looked = run("inspect", str(files("Q8_0")), "--json")
+def test_the_command_line(files, tmp_path, warm_python):
+    looked = warm_python.run("-m", "secateur", "inspect", files("Q8_0"), "--json")
     assert json.loads(looked.stdout)["blocks"] == "3 at model.layers"
     assert "warning: tiny.Q8_0.gguf: Q8_0 dequantised to float16" in looked.stderr.replace("\n", " ")
-    done = run("convert", str(files("Q8_0")), "-o", str(tmp_path / "out"))
+    done = warm_python.run("-m", "secateur", "convert", files("Q8_0"), "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "same logits" in done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
