@@ -1,8 +1,7 @@
 """Two processes on CPUs (gloo) measure and train what one does: data parallel, and with weights divided (FSDP2)."""
 
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -15,23 +14,28 @@ SCRIPT = Path(two_processes.__file__)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, warm_python):
     """What one process finds, this one; and two, and two that share the weights, started at once."""
     folder = tmp_path_factory.mktemp("processes")
     model = save_tiny("llama", folder / "model")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    started = {}
+    commands, environments = [], []
     for kind in ("two", "sharded"):
         fsdp = {"ACCELERATE_USE_FSDP": "true"} if kind == "sharded" else {}
-        command = [*launcher, str(SCRIPT), str(model), str(folder / f"{kind}.pt"), kind]
-        started[kind] = subprocess.Popen(
-            command, env=environment | fsdp, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        for variables in launched():
+            commands.append([SCRIPT, model, folder / f"{kind}.pt", kind])
+            environments.append(os.environ | {"CUDA_VISIBLE_DEVICES": ""} | variables | fsdp)
+    done = warm_python.run_together(commands, environments)
+    assert all(process.returncode == 0 for process in done), [process.stderr for process in done]
     two_processes.main(str(model), str(folder / "one.pt"), "one")
-    said = {kind: process.communicate(timeout=300)[0] for kind, process in started.items()}
-    assert all(process.returncode == 0 for process in started.values()), said
     return {kind: torch.load(folder / f"{kind}.pt") for kind in ("one", "two", "sharded")}
+
+
+def launched():
+    """Return the environment that a launcher gives each of two processes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 
 def test_statistics_are_those_of_one_process(found):
