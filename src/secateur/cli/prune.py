@@ -164,8 +164,6 @@ def prune(
     check_target(folder, reads=decoder.folder)
     work = training_folder(folder)
     with _keeping(work, folder), showing_progress(err) as progress:
-        if made is not None and not allow_larger:
-            _require_smaller(made)
         if made is None:
             assert method is not None, "either a plan or a method was given"
             planning = _plan_job(decoder, method, amount, reading, serving, progress=progress, work=work)
@@ -174,14 +172,12 @@ def prune(
                 return
             with saying_warnings():
                 made = planning.run()
-            err.print(plan_summary(made))
-            if not allow_larger:
-                _require_smaller(made)
+            _accept(made, allow_larger=allow_larger)
             texts = planning.windows
             cutting = PruneJob.prepare(decoder, made, texts=texts, options=reading.options(progress, work))
             announce(dataclasses.replace(cutting.cost(), models=(), reads="", notes=()))
         else:
-            err.print(plan_summary(made))
+            _accept(made, allow_larger=allow_larger)
             with saying_warnings():
                 cutting = PruneJob.prepare(decoder, made, texts=reading.texts, options=reading.options(progress, work))
             announce(cutting.cost())
@@ -204,14 +200,15 @@ def prune(
         err.print(escape(line), soft_wrap=True)
 
 
-def _require_smaller(made: Plan) -> None:
-    """Refuse a plan that makes the model larger.
+def _accept(made: Plan, *, allow_larger: bool) -> None:
+    """Print a plan, and refuse one that makes the model larger unless that is allowed.
 
     Raises:
         InputError: with the numbers and what to ask for instead.
     """
+    err.print(plan_summary(made))
     before, after = made.parameters_before, made.parameters_after
-    if after > before:
+    if after > before and not allow_larger:
         raise InputError(
             f"the result would have {after:,} parameters, more than the {before:,} there are: an amount of hidden "
             "directions counts none of the shortcut matrices that each block gains, nor a head that is no longer tied. "

@@ -170,6 +170,10 @@ class Common(Section):
             "tasks": asked.request(),
         }
 
+    def asked_gate(self) -> Gate | None:
+        """Return the gate that results are held against; None if there is none."""
+        return None if self.eval is None else self.eval.asked_gate()
+
     def options(self, progress: Progress, work: Path | None = None) -> RunOptions:
         """Return the run options."""
         return RunOptions(batch_size=self.batch_size, seed=self.seed, progress=progress, work=work)

@@ -109,7 +109,7 @@ class RunJob(Job[list[CellOutcome]]):
         begin(self.folder, "run", self.recipe.to_yaml(), {"model": self.recipe.model})
         for name in run_stages(Run(self.recipe, self.folder, progress=self.progress)):
             self.stage(name)
-        return [outcome_of(self.folder, self.recipe.eval.asked_gate() if self.recipe.eval is not None else None)]
+        return [outcome_of(self.folder, self.recipe.asked_gate())]
 
 
 run = function_of(RunJob.prepare, "run")

@@ -107,7 +107,7 @@ def run_study(
     kinds = _kinds(study)
     begin(folder, "compare", study.to_yaml(), {"model": study.model, "cells": sum(map(len, rows))})
     fingerprint = fingerprint_of(study)
-    gate = study.eval.asked_gate() if study.eval is not None else None
+    gate = study.asked_gate()
     _share(study, folder, fingerprint, kinds, progress)
     for cell in (cell for row in rows for cell in row):
         begin(folder / CELLS / cell.name, "run", cell.recipe.to_yaml(), {"model": study.model})
@@ -196,7 +196,7 @@ def _share(study: Study, folder: Path, fingerprint: str, kinds: tuple[Kind, ...]
             if pending:
                 found = measure_reference(dense(), **study.measuring(), options=study.options(progress))
                 found.write(folder / DENSE)
-        if (gate := study.eval.asked_gate()) is not None:
+        if (gate := study.asked_gate()) is not None:
             gate.require(accuracies_in(Reference.read(folder / DENSE).results))
     if study.generate is not None:
         with stage("generate", study.generate.model_dump(mode="json"), study.measuring()["texts"]) as pending:
