@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import secateur
 from sample_texts import ids_of, prose, write_lines, written_folder
+from secateur.data.mixtures import apportion
 from secateur.data.texts import Reader, open_texts
 from secateur.errors import InputError
 
@@ -245,11 +246,9 @@ def test_weights_are_shares_of_the_windows(tokenizer, source, windows, counts):
 
 
 def test_apportioning_three_parts_by_largest_remainder():
-    from secateur.data.texts import _apportion
-
-    assert _apportion([0.5, 0.3, 0.2], 7) == [4, 2, 1]
-    assert _apportion([1 / 3] * 3, 8) == [3, 3, 2]
-    assert _apportion([0.98, 0.01, 0.01], 5) == [3, 1, 1]
+    assert apportion([0.5, 0.3, 0.2], 7) == [4, 2, 1]
+    assert apportion([1 / 3] * 3, 8) == [3, 3, 2]
+    assert apportion([0.98, 0.01, 0.01], 5) == [3, 1, 1]
 
 
 @pytest.mark.usefixtures("two_files")

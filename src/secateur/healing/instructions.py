@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from secateur.data.cutting import wants_bos
 from secateur.data.sources import open_rows
 from secateur.data.templates import ChatRenderer
-from secateur.data.texts import wants_bos
 from secateur.errors import InputError
 from secateur.training.data import IGNORED
 
