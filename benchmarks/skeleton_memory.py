@@ -1,4 +1,4 @@
-"""Peak memory of work on a 1.5 GB bf16 Llama and a 4 GB mixture opened as skeletons, above the interpreter's own.
+"""Peak memory of work on a 1.5 GB bf16 Llama and an 8.5 GB mixture opened as skeletons, above the interpreter's own.
 
 Names of works on the command line restrict it to these.
 """
@@ -60,13 +60,13 @@ def llama() -> PreTrainedModel:
 
 
 def mixture() -> PreTrainedModel:
-    """Build a random bf16 Qwen3-MoE of about 4 GB, 64 experts in each of 20 blocks."""
+    """Build a random bf16 Qwen3-MoE of about 8.5 GB, 64 experts in each of 40 blocks."""
     config = Qwen3MoeConfig(
         hidden_size=1024,
         moe_intermediate_size=512,
         num_experts=64,
         num_experts_per_tok=8,
-        num_hidden_layers=20,
+        num_hidden_layers=40,
         num_attention_heads=16,
         num_key_value_heads=4,
         head_dim=64,
@@ -103,7 +103,7 @@ def main(only: list[str], length: int = 512) -> None:
         length,
     )
     mixtures = {"reap": 2, "ream": 2}
-    shape = {"width": 1024, "blocks": 20, "experts": 64}
+    shape = {"width": 1024, "blocks": 40, "experts": 64}
     measure(mixture, shape, {work: mixtures[work] for work in mixtures if not only or work in only}, length)
 
 

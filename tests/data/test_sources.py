@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from sample_texts import ids_of, prose, write_lines, written_folder
-from secateur.data import local_files, sources
+from secateur.data import interpreter, local_files, sources
+from secateur.data.documents import held_out, shuffled
+from secateur.data.hub import HUB
 from secateur.data.local_files import stamp_of
 from secateur.data.sources import open_rows, text_names
 from secateur.data.texts import open_texts
@@ -29,14 +31,14 @@ from secateur.errors import InputError
 
 def test_the_standard_library_is_split_by_the_hash_of_the_module_name():
     for name in ("json", "asyncio.base_events", "this", "os"):
-        assert sources.held_out(name) == (int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 < 3)
-    modules = sources.stdlib_modules()
-    share = sum(map(sources.held_out, modules)) / len(modules)
+        assert held_out(name) == (int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 < 3)
+    modules = interpreter.stdlib_modules()
+    share = sum(map(held_out, modules)) / len(modules)
     assert 0.2 < share < 0.4
 
 
 def test_the_standard_library_leaves_out_tests_and_what_is_installed():
-    modules = sources.stdlib_modules()
+    modules = interpreter.stdlib_modules()
     assert {"json", "json.decoder", "os", "email.mime.text"} <= modules.keys()
     assert modules["json"].name == "__init__.py"
     left_out = {"test", "tests", "idlelib", "site-packages", "ensurepip", "pydoc_data", "__phello__"}
@@ -46,7 +48,7 @@ def test_the_standard_library_leaves_out_tests_and_what_is_installed():
 
 def test_held_out_standard_library_is_one_text_in_hash_order(tokenizer):
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = [name for name in sources.stdlib_modules() if sources.held_out(name)]
+    names = [name for name in interpreter.stdlib_modules() if held_out(name)]
     names.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     paths = [root / (name.replace(".", "/") + ".py") for name in names[:40]]
     paths = [path if path.exists() else path.with_suffix("") / "__init__.py" for path in paths]
@@ -81,14 +83,14 @@ def test_fewer_windows_are_the_first_of_more(tokenizer):
 def test_modules_that_are_not_utf8_are_left_out(tmp_path, monkeypatch, tokenizer):
     (tmp_path / "good.py").write_text(prose(0), encoding="utf-8")
     (tmp_path / "bad.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9\n" * 50)
-    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    monkeypatch.setattr(sources, "held_out", lambda name: False)
+    monkeypatch.setattr(interpreter.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(interpreter, "held_out", lambda name: False)
     windows = open_texts("python-stdlib", tokenizer, windows=None, seq_len=16)
     assert tokenizer.decode(windows.tokens.flatten()) in prose(0)
 
 
 def test_a_python_without_sources_is_told(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")})
+    monkeypatch.setattr(interpreter.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")})
     with pytest.raises(InputError, match="source of the standard library"):
         open_texts("python-stdlib", tokenizer)
 
@@ -232,8 +234,8 @@ def test_half_a_character_is_told(tmp_path, tokenizer):
 
 
 def test_the_manual_is_split_by_the_hash_of_the_topic(tokenizer):
-    topics = sources.manual_topics()
-    held = [name for name in topics if sources.held_out(name)]
+    topics = interpreter.manual_topics()
+    held = [name for name in topics if held_out(name)]
     assert 0.1 < len(held) / len(topics) < 0.5
     windows = open_texts("python-docs", tokenizer, windows=None, seq_len=32, split="held-out")
     first = min(held, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
@@ -319,22 +321,22 @@ def test_a_pool_shuffles_everything_and_holds_little():
             held.append(number)
             yield text
 
-    stream = sources._shuffled(counted(), seed=0, documents=50)
+    stream = shuffled(counted(), seed=0, documents=50)
     first = next(stream)
     assert len(held) == 51
     rest = list(stream)
     assert sorted([first, *rest]) == sorted(numbers)
     assert [first, *rest] != numbers
-    assert [first, *rest] == list(sources._shuffled(iter(numbers), seed=0, documents=50))
+    assert [first, *rest] == list(shuffled(iter(numbers), seed=0, documents=50))
     expected = list(numbers)
     random.Random(3).shuffle(expected)
-    assert list(sources._shuffled(iter(numbers), seed=3)) == expected
+    assert list(shuffled(iter(numbers), seed=3)) == expected
 
 
 def test_a_pool_is_also_bounded_in_characters():
     texts = ["x" * length for length in [1] * 200 + [50] * 200 + [1] * 200]
     taken = []
-    stream = sources._shuffled((taken.append(text) or text for text in texts), seed=0, characters=100)
+    stream = shuffled((taken.append(text) or text for text in texts), seed=0, characters=100)
     given = []
     for text in stream:
         given.append(text)
@@ -499,9 +501,9 @@ def test_a_held_out_split_by_hash_is_disjoint_and_complete(tokenizer, hub, name)
         for split, windows in opened.items()
     }
     documents = [" ".join(rows[n : n + per_document]) for n in range(0, len(rows), per_document)]
-    assert texts["held-out"] == [text for n, text in enumerate(documents) if sources.held_out(str(n))]
+    assert texts["held-out"] == [text for n, text in enumerate(documents) if held_out(str(n))]
     assert sorted(texts["held-out"] + texts["calibration"]) == sorted(documents)
-    assert texts["calibration"] != [text for n, text in enumerate(documents) if not sources.held_out(str(n))]
+    assert texts["calibration"] != [text for n, text in enumerate(documents) if not held_out(str(n))]
     for windows in opened.values():
         assert any("no held-out split" in note for note in windows.notes)
 
@@ -588,10 +590,11 @@ def test_the_real_library_streams_what_we_ask_for(tmp_path, tokenizer, monkeypat
         (tmp_path / f"train-{number}.json.gz").write_bytes(gzip.compress(lines.encode()))
     pq.write_table(pa.table({"text": [prose(100), prose(101)]}), tmp_path / "test.parquet")
     rows = {
-        "c4": replace(sources.HUB["c4"], path=str(tmp_path), data_files={"train": "train-*.json.gz"}),
-        "slimpajama": replace(sources.HUB["slimpajama"], path=str(tmp_path), data_files={"test": "test.parquet"}),
+        "c4": replace(HUB["c4"], path=str(tmp_path), data_files={"train": "train-*.json.gz"}),
+        "slimpajama": replace(HUB["slimpajama"], path=str(tmp_path), data_files={"test": "test.parquet"}),
     }
-    monkeypatch.setattr(sources, "HUB", rows)
+    for name, row in rows.items():
+        monkeypatch.setitem(HUB, name, row)
     settings = {"windows": 30, "seq_len": 16, "pack": False}
     calibration, again = (open_texts("c4", tokenizer, seed=1, **settings) for _ in range(2))
     all_of_it = [ids_of(tokenizer, prose(n))[:16] for n in range(30)]

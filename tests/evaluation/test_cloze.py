@@ -48,6 +48,7 @@ def test_too_few_places(bundled):
 
 
 def _held_out():
-    from secateur.data.sources import held_out, stdlib_modules
+    from secateur.data.documents import held_out
+    from secateur.data.interpreter import stdlib_modules
 
     return [(name, file) for name, file in stdlib_modules().items() if held_out(name)]

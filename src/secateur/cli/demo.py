@@ -12,7 +12,7 @@ from rich.panel import Panel
 from secateur.checkpoints.folders import replacing
 from secateur.checkpoints.save import save
 from secateur.cli.tables import plan_summary, results_table, scores_table
-from secateur.data.sources import STDLIB
+from secateur.data.interpreter import STDLIB
 from secateur.data.texts import windows_for
 from secateur.evaluation.results import append_results
 from secateur.jobs.evaluate import evaluate

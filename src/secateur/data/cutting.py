@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from secateur.data.documents import Documents, Split
 from secateur.data.mixtures import apportion
 from secateur.data.own_text import OwnText
-from secateur.data.sources import OWN, Documents, Split, open_documents
+from secateur.data.sources import OWN, open_documents
 from secateur.data.windows import Windows, check_vocabulary, counted, digest
 from secateur.errors import InputError, first_line, unknown
 

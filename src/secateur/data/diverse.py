@@ -12,8 +12,10 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session
 
+from secateur.data.documents import Split
+from secateur.data.interpreter import DOCS, STDLIB, manual_topics
 from secateur.data.own_text import OwnText
-from secateur.data.sources import DIVERSE, DOCS, OWN, STDLIB, Split, manual_topics
+from secateur.data.sources import DIVERSE, OWN
 from secateur.errors import InputError
 
 QUESTIONS = "alpaca"

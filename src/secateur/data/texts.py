@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 from secateur.data.cutting import SHORTEST, Bos, Cutting, cut, mixed, wants_bos
 from secateur.data.diverse import parts_of_diverse
+from secateur.data.documents import Split
 from secateur.data.mixtures import shares_in, weights_in
 from secateur.data.own_text import OwnText
-from secateur.data.sources import DIVERSE, OWN, Split, is_source
+from secateur.data.sources import DIVERSE, OWN, is_source
 from secateur.data.windows import Windows, load_windows
 from secateur.errors import InputError, unknown
 from secateur.models.decoder import Decoder

@@ -16,7 +16,8 @@ from itertools import chain, zip_longest
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.sources import STDLIB, open_documents
+from secateur.data.interpreter import STDLIB
+from secateur.data.sources import open_documents
 from secateur.errors import InputError
 
 NAME = "stdlib-cloze"
