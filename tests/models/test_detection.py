@@ -20,6 +20,7 @@ from secateur import make_plan, prune
 from secateur.data.windows import Windows
 from secateur.errors import ModelError
 from secateur.models import detection
+from secateur.models.anatomy import residual_factor
 from secateur.models.families import FAMILIES
 from secateur.models.forward import final_states, inputs_of
 from secateur.models.opening import open_model
@@ -331,6 +332,22 @@ def test_computed_widths_are_found_and_set(model_type, tmp_path):
     assert getattr(pruned.config, family.inner_size) == 32 * family.inner_scale
     again = reloaded(pruned.module, tmp_path)
     assert torch.equal(forward(again, draw_tokens()), forward(pruned.module, draw_tokens()))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "entry", "factor"),
+    [
+        ("granite_swa", {"residual_multiplier": 0.22}, "residual_multiplier", 0.22),
+        ("granite_swa", {}, None, 1.0),
+        ("minicpm3", {"scale_depth": 1.4}, "scale_depth", 1.4 / 8**0.5),
+    ],
+)
+def test_the_factor_of_what_enters_the_stream_is_found(model_type, settings, entry, factor):
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    config = AutoConfig.for_model(model_type, **SIZES, **(latent if model_type == "minicpm3" else {}), **settings)
+    family = detection.detect(config, "somewhere")
+    assert family.residual_multiplier == entry
+    assert residual_factor(config, family) == pytest.approx(factor)
 
 
 def test_what_was_proved_once_is_not_tried_again(monkeypatch):

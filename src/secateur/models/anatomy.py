@@ -6,6 +6,7 @@ found. Paths of projections and norms are relative to a block, all others to the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -264,6 +265,13 @@ def entry(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except RuntimeError:  # transformers refuses to name one value where blocks have their own
         return config.to_dict().get(name)
+
+
+def residual_factor(config: Any, family: Family) -> float:
+    """Return the factor of what a branch writes to the residual stream."""
+    value = float(getattr(config, family.residual_multiplier or "", 1.0))
+    by_depth = family.residual_multiplier in family.depth_scales
+    return value / math.sqrt(config.num_hidden_layers) if by_depth else value
 
 
 def experts_per_token(config: Any, family: Family) -> int | None:

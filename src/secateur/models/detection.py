@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -24,7 +23,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.depth import config_with_blocks, reason_to_keep, with_blocks
 from secateur.models.expert_structure import with_experts
 from secateur.models.forward import capture, logits, run_block
-from secateur.models.shrinking import divisors, shrunken
+from secateur.models.shrinking import FAILURES, divisors, shrunken
 from secateur.models.structure import with_mlp
 from secateur.ownership import scratch
 
@@ -34,19 +33,6 @@ _LARGEST_TRIAL = 50_000_000
 """Most parameters of a trial copy."""
 _WITH_WEIGHTS = 2
 """Values that a block may return: the residual stream, and attention weights."""
-_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-"""Exceptions that the code of an unknown architecture may raise while it is tried out."""
 _INDEX_SETTINGS = ("mlp_only_layers",)
 _COUNTS = re.compile(r"dense_replace|dense_layers|layer_start_index|max_window_layers|hash_layers")
 _BLOCK_COUNTS = ("num_blocks",)
@@ -82,7 +68,7 @@ def _trial(impossible: str) -> Iterator[None]:
     """Turn what the code of an unknown architecture raises into a sentence that says what cannot be done."""
     try:
         yield
-    except _FAILURES as error:
+    except FAILURES as error:
         raise ModelError(f"{impossible} ({type(error).__name__}: {first_line(error)}).") from error
 
 
@@ -232,7 +218,7 @@ def _tiny_copy(
     for kept in _choices([_kind(block) for block in find(module, family.blocks)]):
         try:
             short = config_with_blocks(config, family, kept)
-        except (*_FAILURES, ModelError) as error:
+        except (*FAILURES, ModelError) as error:
             failures.append(error)
             continue
         for divisor in divisors(config):
@@ -241,7 +227,7 @@ def _tiny_copy(
                 if (found := len(find(tiny, family.blocks))) != len(kept):
                     raise ModelError(f"with num_hidden_layers = {len(kept)} it has {found} blocks")
                 return tiny, kept
-            except (*_FAILURES, ModelError) as error:
+            except (*FAILURES, ModelError) as error:
                 failures.append(error)
     raise ModelError(f"no small copy of it can be built ({type(failures[0]).__name__}: {first_line(failures[0])})")
 
@@ -333,7 +319,7 @@ def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> dict[int, st
         try:
             if reason_to_keep(decoder.config, decoder.anatomy.family, [left_out]) is None:
                 _prove_without(decoder, left_out, tokens, trust_remote_code=trust_remote_code)
-        except (*_FAILURES, ModelError) as error:
+        except (*FAILURES, ModelError) as error:
             known = isinstance(error, ModelError)
             failed[left_out] = str(error) if known else f"a model without it cannot be built ({first_line(error)})"
     return failed

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from secateur.models.anatomy import Family, find, saved_tensors
 from secateur.models.decoder import Decoder
 from secateur.models.experts import experts_path
-from secateur.models.shrinking import CHOSEN
-from secateur.models.structure import ALLOWED, FAILURES, with_setting
+from secateur.models.shrinking import CHOSEN, FAILURES
+from secateur.models.structure import ALLOWED, with_setting
 
 _GROUPS = ("n_group", "topk_group")
 """Configuration entries with the number of groups of experts, and of those that a token may choose from."""

@@ -11,10 +11,24 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from secateur.models.depth import settings_of_blocks
 
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""Exceptions that the code of an unknown architecture may raise while a small copy of it is tried out."""
 _WIDTH = re.compile(
     r"size|dim|rank|width|intermediate|inner|ffn|dff|n_embd|d_model|d_state|d_ssm|d_head|d_rel|kv_channels|channels"
 )

@@ -9,12 +9,13 @@ residual stream.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -25,11 +26,14 @@ from secateur.models.anatomy import (
     find,
     holds_transposed,
     mlp_writers,
+    present,
+    residual_factor,
     set_parameter,
     text_config,
 )
 from secateur.models.decoder import Decoder
 from secateur.models.forward import capture, run_block
+from secateur.models.shrinking import FAILURES
 
 _SIZES = re.compile(r"intermediate|inner|ffn|feed_forward|dff|dim_ff|mlp")
 _STEP, _NARROWEST = 8, 16
@@ -37,17 +41,8 @@ _ADJUSTMENTS = (("block_auto_adjust_ff_dim", False),)
 """Configuration entries, with the value that lets a size be the width itself and not what a width is computed from."""
 ALLOWED = 1e-5
 """Difference of logits that is rounding, relative to the largest."""
-FAILURES = (
-    ArithmeticError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-"""Exceptions of code that is tried with sizes it may not allow."""
+_SAME = 1e-4
+"""Relative difference at which a measured factor is that of the configuration."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,9 @@ def with_mlp(family: Family, decoder: Decoder, tokens: torch.Tensor, *, trust_re
         if _proves_width(decoder, size, tokens, trust_remote_code=trust_remote_code):
             found = _with_size(found, decoder, size)
     plain = bool(found.mlp_out) and _writes_stream(decoder, found, tokens)
-    return replace(found, order="pre" if plain else "post")
+    if not plain:
+        return replace(found, order="post")
+    return replace(found, order="pre", residual_multiplier=_residual_multiplier(decoder, found, tokens))
 
 
 def _sizes(decoder: Decoder, *, anew: bool, trust_remote_code: bool) -> Iterator[Size]:
@@ -288,3 +285,35 @@ def _writes_stream(decoder: Decoder, family: Family, tokens: torch.Tensor) -> bo
                 return False
         hidden = after
     return True
+
+
+def _residual_multiplier(decoder: Decoder, family: Family, tokens: torch.Tensor) -> str | None:
+    """Return the configuration entry with the factor by which the output of an MLP enters the residual stream.
+
+    It is read off what a block adds for a shift of that output; None where it is 1, or all MLPs are mixtures.
+    """
+    hidden, calls = capture(decoder, tokens)
+    for index, call in enumerate(calls):
+        block = decoder.block_list[index]
+        before = run_block(block, call, hidden)
+        dense = [found for _, found in present(block, family.mlp_out) if isinstance(found, nn.Module)]
+        if dense:
+            handle = dense[0].register_forward_hook(lambda _module, _args, output: output + 1.0)
+            try:
+                factor = float((run_block(block, call, hidden) - before).mean())
+            finally:
+                handle.remove()
+            return _entry_of(decoder.config, family, factor)
+        hidden = before
+    return None
+
+
+def _entry_of(config: Any, family: Family, factor: float) -> str | None:
+    if math.isclose(factor, 1.0, rel_tol=_SAME):
+        return None
+    for name, value in config.to_dict().items():
+        if type(value) in (int, float) and value > 0:
+            found = residual_factor(config, replace(family, residual_multiplier=name))
+            if math.isclose(found, factor, rel_tol=_SAME):
+                return name
+    return None

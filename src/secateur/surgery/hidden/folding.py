@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
 from secateur.modeling import SecateurConfig, mlp_traits
-from secateur.models.anatomy import Anatomy, find, present
+from secateur.models.anatomy import Anatomy, find, present, residual_factor
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.plan.steps import StreamSizes
@@ -240,7 +240,7 @@ def folded_block(decoder: Decoder, index: int) -> Tensors:
     _put(found, _attention_readers(decoder, block), norms[0], family.norm)
     _fold_attention_scale(decoder, block, found)
     _put(found, _mlp_readers(block, decoder), norms[-1], family.norm)
-    multiplier = getattr(config, family.residual_multiplier or "", 1.0)
+    multiplier = residual_factor(config, family)
     for name, (weight, bias) in _writers(block, decoder).items():
         weight, bias = scaled(weight, multiplier), None if bias is None else scaled(bias, multiplier)
         if family.norm == "layernorm":

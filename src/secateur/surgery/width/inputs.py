@@ -17,7 +17,7 @@ from secateur.calibration.inputs import Captured, InputSums, capturing_inputs
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.store import StateStore
 from secateur.calibration.walk import Batch, step
-from secateur.models.anatomy import find, holds_transposed, mlp_writers, owner_of, present
+from secateur.models.anatomy import find, holds_transposed, mlp_writers, owner_of, present, residual_factor
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.surgery.width.coupling import Part
@@ -111,7 +111,7 @@ def measure_inputs(
         own = None if folds is None else folds.slice(first, len(batch.tokens))
         lacking = None
         if own is not None and of_dense(batch) in store:
-            lacking = (store.get(of_dense(batch)) - hidden) / residual_multiplier(decoder)
+            lacking = (store.get(of_dense(batch)) - hidden) / residual_factor(decoder.config, decoder.anatomy.family)
         for part, found in captured.items():
             for inputs in found:
                 wanted = lacking if part == "channels" and len(sums[part]) == 1 else None
@@ -131,11 +131,6 @@ def of_dense(batch: Batch) -> tuple[int, str]:
 def writes_stream(decoder: Decoder) -> bool:
     """Return whether what an MLP's output projection writes enters the residual stream without a norm."""
     return decoder.anatomy.family.order == "pre" and getattr(decoder.config, "do_layer_norm_before", True) is not False
-
-
-def residual_multiplier(decoder: Decoder) -> float:
-    """Return the factor of what a branch writes to the residual stream."""
-    return float(getattr(decoder.config, decoder.anatomy.family.residual_multiplier or "", 1.0))
 
 
 def _add(
