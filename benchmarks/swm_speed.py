@@ -126,8 +126,9 @@ def in_a_process(run: Run, *setting: int) -> tuple[int, int]:
 
 
 def merge_with_caches(model: Decoder, windows: Windows, count: int) -> Merged:
-    """Make the search as the library does."""
-    (step,) = secateur.make_plan(model, method="swm", blocks=count, texts=windows).steps
+    """Make the search as the library does, all of it on all windows."""
+    exact = {"screen": 1.0}
+    (step,) = secateur.make_plan(model, method="swm", blocks=count, texts=windows, settings=exact).steps
     assert isinstance(step, MergeBlocks)
     return step.windows
 

@@ -288,6 +288,38 @@ def test_the_windows_do_not_depend_on_what_was_measured_before(tiny):
     assert found, "earlier decisions measured more"
 
 
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_the_threshold_is_searched_on_few_windows_and_its_best_results_are_compared_on_all(count, tiny, monkeypatch):
+    asked = {}
+
+    class Recording(MergeProbe):
+        def __init__(self, decoder, windows, *given):
+            super().__init__(decoder, windows, *given)
+            self.seen = asked.setdefault(len(windows), set())
+
+        def similarity(self, merged):
+            self.seen.add(merged)
+            return super().similarity(merged)
+
+    monkeypatch.setattr("secateur.methods.merge_blocks.MergeProbe", Recording)
+    decoder, few = tiny("llama"), draw_windows(windows=2)
+    repeated = type(few).of(few.tokens.repeat_interleave(8, 0))  # every eighth window shows what all show
+
+    def found(**settings):
+        asked.clear()
+        (step,) = make_plan(decoder, method="swm", blocks=count, texts=repeated, settings=settings).steps
+        return step
+
+    screened = found()
+    assert set(asked) == {2, 16}
+    assert asked[16] < asked[2]
+    assert len(asked[16]) <= 4
+    exact = found(screen=1.0)
+    assert set(asked) == {16}
+    assert screened.windows == exact.windows
+    assert screened.similarity == pytest.approx(exact.similarity, abs=1e-5)
+
+
 def test_shares_of_all_parameters(tiny):
     decoder, windows = tiny("llama"), draw_windows()
     share = decoder.block_parameter_counts()[0] / decoder.parameter_count

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.calibration.products import add_product, add_upper, at_work, mirror_upper
+from secateur.calibration.products import GramSum, add_product, at_work
 from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.walk import Batch
 from secateur.errors import NumericsError
@@ -43,15 +43,12 @@ class Moments:
     ) -> None:
         """Wrap existing sums."""
         self.weight, self.total, self.cross, self.lacking = weight, total, cross, lacking
-        self._gram, self._mirrored = gram, True
+        self._gram = GramSum(gram)
 
     @property
     def gram(self) -> torch.Tensor:
         """Return Σ w x xᵀ, (n, n)."""
-        if not self._mirrored:
-            mirror_upper(self._gram)
-            self._mirrored = True
-        return self._gram
+        return self._gram.matrix
 
     @classmethod
     def zero(cls, width: int, home: torch.device) -> Moments:
@@ -64,11 +61,10 @@ class Moments:
         weighted = inputs * weight[:, None]
         self.weight += weight.sum(dtype=torch.float64)
         self.total += weighted.sum(dim=0, dtype=torch.float64)
-        add_upper(self._gram, weighted, inputs)
-        self._mirrored = False
+        self._gram.add(weighted, inputs)
         if lacking is not None:
             if self.cross is None:
-                self.cross = self._gram.new_zeros(len(self._gram), lacking.shape[1])
+                self.cross = self.total.new_zeros(len(self.total), lacking.shape[1])
             add_product(self.cross, weighted, lacking)
             self.lacking += (weight[:, None] * lacking.square()).sum(dtype=torch.float64)
 

@@ -49,3 +49,38 @@ def mirror_upper(into: torch.Tensor) -> None:
         into[last:, first:last] = into[first:last, last:].T
         beside = into[first:last, first:last]
         beside.copy_(beside.triu() + beside.triu(1).T)
+
+
+class GramSum:
+    """Running sum Σ w x xᵀ, (n, n), float64: one triangle is added up, and written into the other when it is read."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        """Continue a sum, symmetric and (n, n), in place."""
+        self._sum, self._is_whole = matrix, True
+
+    @classmethod
+    def zero(cls, width: int, home: torch.device | None = None) -> GramSum:
+        """Start at zero for n = `width` inputs."""
+        return cls(torch.zeros(width, width, dtype=torch.float64, device=home))
+
+    def add(self, weighted: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add tokens: w x and x, both (M, n), as `at_work` gives them."""
+        add_upper(self._sum, weighted, inputs)
+        self._is_whole = False
+
+    def move_to(self, home: torch.device) -> None:
+        """Continue on another device."""
+        self._sum = self._sum.to(home)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._sum.device
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The sum so far, (n, n)."""
+        if not self._is_whole:
+            mirror_upper(self._sum)
+            self._is_whole = True
+        return self._sum

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from secateur.calibration.products import add_product, at_work
+from secateur.calibration.products import GramSum, add_product, at_work
 from secateur.calibration.ridge import GRID, UNJUDGED, held_out_gains, safest, strength
 from secateur.distributed import add_up
 from secateur.errors import InputError, NumericsError
@@ -115,7 +115,7 @@ class LinearSums:
 
     def __init__(self, width: int) -> None:
         """Start at zero for states of this width d."""
-        self._gram = torch.zeros(2, width, width, dtype=torch.float64)  # fitted tokens, then held-out ones
+        self._grams = [GramSum.zero(width) for _ in range(2)]  # fitted tokens, then held-out ones
         self._cross = torch.zeros(2, width, width, dtype=torch.float64)
         self._squares = torch.zeros(2, 2, dtype=torch.float64)
 
@@ -137,7 +137,7 @@ class LinearSums:
             held_out: whether a token evaluates fits instead of taking part in them, (M,) bool; None: none does.
         """
         self._move_to(device_with_float64(part.device))
-        home = self._gram.device
+        home = self._cross.device
         heavy = torch.ones(len(part), device=home) if weight is None else weight.to(home)
         folds = torch.zeros(len(part), dtype=torch.bool) if held_out is None else held_out.cpu()
         rows = max(1, _CHUNK_BYTES // (4 * part.shape[1]))
@@ -149,18 +149,25 @@ class LinearSums:
                 )
                 weight_M1 = heavy[some.to(home)].to(part_Md)[:, None]
                 weighted_Md, change_Md = part_Md * weight_M1, after_Md - before_Md
-                add_product(self._gram[int(fold)], weighted_Md, part_Md)
+                self._grams[int(fold)].add(weighted_Md, part_Md)
                 add_product(self._cross[int(fold)], weighted_Md, change_Md)
                 squares = (weight_M1 * change_Md.square(), weight_M1 * after_Md.square())
                 self._squares[int(fold)] += torch.stack([one.sum(dtype=torch.float64) for one in squares])
 
     def combine(self) -> None:
         """Add the sums of the other processes; the end of adding."""
-        add_up(self._gram, self._cross, self._squares)
+        add_up(*(one.matrix for one in self._grams), self._cross, self._squares)
         self._move_to(torch.device("cpu"))
 
     def _move_to(self, home: torch.device) -> None:
-        self._gram, self._cross, self._squares = (one.to(home) for one in (self._gram, self._cross, self._squares))
+        for gram in self._grams:
+            gram.move_to(home)
+        self._cross, self._squares = self._cross.to(home), self._squares.to(home)
+
+    @property
+    def _gram(self) -> torch.Tensor:
+        """Pᵀ W P over fitted and over held-out tokens, (2, d, d)."""
+        return torch.stack([one.matrix for one in self._grams])
 
     @property
     def has_held_out(self) -> bool:
@@ -209,7 +216,7 @@ class LinearSums:
         return _share_missed(matrix_dd, *(one.sum(dim=0) for one in (self._gram, self._cross, self._squares)))
 
     def _require_defined(self) -> None:
-        scale = float(self._gram[0].diagonal().mean())
+        scale = float(self._grams[0].matrix.diagonal().mean())
         if not (math.isfinite(scale) and scale > 0 and bool(torch.isfinite(self._cross).all())):
             raise NumericsError("the matrix that replaces the blocks is undefined: the MLP's output is 0 or NaN.")
 

@@ -60,9 +60,9 @@ class StateStore:
         else:
             self._files[key] = (self._write(tensor), tensor.shape, tensor.dtype, tensor.device)
 
-    def has_room(self, tensor: torch.Tensor) -> bool:
-        """Return whether such a tensor would be held in memory."""
-        return self._used + _bytes(tensor) <= self.budget
+    def has_room(self, tensor: torch.Tensor, limit: int | None = None) -> bool:
+        """Return whether such a tensor would be held in memory, and with it no more than `limit` bytes in all."""
+        return self._used + _bytes(tensor) <= (self.budget if limit is None else min(self.budget, limit))
 
     def get(self, key: Hashable) -> torch.Tensor:
         """Return a tensor as it was stored, on the device it was on."""

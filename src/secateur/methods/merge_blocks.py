@@ -10,17 +10,22 @@ of different layer types: there the window is closed without measuring.
 
 The paper tunes the threshold by hand. Here a budget determines it. A run is the same for all thresholds from the
 largest similarity it rejected up to the smallest it accepted, so the runs at neighbouring thresholds can be enumerated
-without gaps; bisection between them proposes the next threshold, always one of the similarities seen, until a run
+without gaps; interpolation between them proposes the next threshold, always one of the similarities seen, until a run
 removes the requested number of blocks or all runs are known. Similarities are measured once for each set of windows,
 whatever the threshold. If no threshold removes exactly the requested number (it jumps where a new window then grows
 by several blocks), the result is an intermediate stage of a run: of all models measured on the way that lack this many
 blocks, the one most similar to the original.
+
+The search compares some fifty candidates, and a window of text says nearly the same of each of them as all windows do:
+similarities of one candidate differ by less than those of neighbouring candidates. With `screen` it is made on a share
+of the windows, and the few best results of it are compared on all.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,6 +35,7 @@ from secateur.calibration.store import StateStore
 from secateur.calibration.walk import open_store
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
+from secateur.methods.greedy import FEWEST, Screen
 from secateur.methods.method import Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import MergeBlocks, Rule
@@ -39,6 +45,8 @@ from secateur.surgery.depth.merging import alike, merge_windows, shares_for
 
 _ALL, _NONE = -1.0, 1.0
 """A threshold that every similarity exceeds, and one that none does."""
+_FINALISTS = 4
+"""Results of a search on few windows that are compared on all."""
 
 
 class MergeSettings(Settings):
@@ -52,6 +60,10 @@ class MergeSettings(Settings):
         False, description="merge blocks of different layer types too, into the lowest block's type"
     )
     protect_last: int = Field(1, ge=1, description="number of blocks at the end that never change")
+    screen: Screen = Field(
+        0.125,
+        description="share of the windows on which the threshold is searched, its best results then on all; 1: exact",
+    )
 
     def own_amount(self) -> Budget | None:
         """Return the paper's threshold."""
@@ -126,9 +138,14 @@ def find_threshold(run: Callable[[float], Slide], seen: Callable[[], Iterable[fl
             break
         left, right = min(unknown, key=lambda gap: _promise(gap[0].gone - wanted, gap[1].gone - wanted))
         inside = sorted(value for value in seen() if left.ceiling <= value < right.floor)
-        runs.append(run(inside[len(inside) // 2]))
+        runs.append(run(inside[int(len(inside) * _share(left.gone, right.gone, wanted))]))
         runs.sort(key=lambda one: one.floor)
     return runs
+
+
+def _share(left: int, right: int, wanted: int) -> float:
+    """Return where a wanted number lies between those of two neighbouring runs, in [0, 1); the middle if outside."""
+    return (left - wanted) / (left - right) if right < wanted < left else 0.5
 
 
 def _promise(left: int, right: int) -> tuple[bool, int]:
@@ -137,8 +154,10 @@ def _promise(left: int, right: int) -> tuple[bool, int]:
 
 
 def _forwards(blocks: int, _gone: int, settings: MergeSettings) -> float:
-    runs = 1.0 if settings.threshold is not None else 4.0
-    return 1 + runs * blocks / 2
+    if settings.threshold is not None:
+        return 1 + blocks / 2
+    finalists = 0 if settings.screen == 1 else _FINALISTS / 2
+    return 1 + 2 * blocks * settings.screen + finalists
 
 
 @method(
@@ -175,16 +194,22 @@ def decide(measurements: Measurements, settings: MergeSettings, budget: Budget) 
     fitting = {low for low in lows if alike(decoder, low, across_types=settings.across_types)}
     if not fitting:
         raise InputError(_nothing_to_merge(decoder, lows))
-    with _open_store(decoder) as store:
-        probe = MergeProbe(
-            decoder,
-            measurements.need_windows(),
-            store,
-            lambda window: shares_for(settings.rule, window, influence),
-            lows,
-            measurements.options.batch_size,
-            measurements.cache.setdefault(("similarity of merged", settings.model_dump_json()), {}),
-        )
+    windows = measurements.need_windows()
+    screened = budget.aim != "own" and settings.screen < 1 and len(windows) >= FEWEST
+    with ExitStack() as stores:
+
+        def probe_of(share: float) -> MergeProbe:
+            return MergeProbe(
+                decoder,
+                windows if share == 1 else windows.split_off(share)[1],
+                stores.enter_context(_open_store(decoder)),
+                lambda window: shares_for(settings.rule, window, influence),
+                lows,
+                measurements.options.batch_size,
+                measurements.cache.setdefault(("similarity of merged", settings.rule, share), {}),
+            )
+
+        probe = probe_of(settings.screen if screened else 1)
 
         def run(threshold: float) -> Slide:
             order = measurements.options.progress(reversed(lows), f"threshold {threshold:.4f}", len(lows))
@@ -193,10 +218,15 @@ def decide(measurements: Measurements, settings: MergeSettings, budget: Budget) 
         if budget.aim == "own":
             found = run(budget.value)
             return (_filled(step, found.merged, probe.known, budget.value),)
-        runs = _runs_for(budget, run, probe, decoder)
-    thresholds = {one.merged: _between(one) for one in runs}
-    candidates = _most_alike(probe.known, thresholds)
-    chosen = _choose(budget, candidates, decoder)
+        thresholds = {one.merged: _between(one) for one in _runs_for(budget, run, probe, decoder)}
+        candidates = _best_first(probe.known, thresholds)
+        chosen = _choose(budget, candidates, decoder)
+        if screened:
+            finalists = [one for one in candidates if _choose(budget, (one, *candidates), decoder) == one][:_FINALISTS]
+            probe = probe_of(1)
+            for merged in measurements.options.progress(finalists, "comparing the best", len(finalists)):
+                probe.similarity(merged)
+            chosen = _best_first(probe.known, thresholds)[0]
     return (_filled(step, chosen, probe.known, thresholds.get(chosen)),)
 
 
@@ -208,20 +238,20 @@ def _runs_for(budget: Budget, run: Callable[[float], Slide], probe: MergeProbe, 
 
 
 def _choose(budget: Budget, candidates: Iterable[Merged], decoder: Decoder) -> Merged:
-    """Return the candidate that meets the budget; they remove 1, 2, 3, … blocks."""
-    by_blocks = {_absorbed(merged): merged for merged in candidates}
+    """Return the first of the candidates that meet the budget; they remove 1, 2, 3, … blocks."""
+    by_count: dict[int, Merged] = {}
+    for merged in candidates:
+        by_count.setdefault(_gone(merged), merged)
+    by_blocks = {_absorbed(by_count[count]): by_count[count] for count in sorted(by_count)}
     chosen = choose_blocks(
         budget, by_blocks, decoder.block_parameter_counts(), decoder.parameter_count, max(map(len, by_blocks))
     )
     return by_blocks[chosen]
 
 
-def _most_alike(known: Mapping[Merged, float], thresholds: Mapping[Merged, float]) -> list[Merged]:
-    """For each number of blocks, return what a threshold gives, else what is most similar to the original model."""
-    best: dict[int, Merged] = {}
-    for merged in sorted(known, key=lambda one: (one not in thresholds, -known[one])):
-        best.setdefault(_gone(merged), merged)
-    return [best[count] for count in sorted(best)]
+def _best_first(known: Mapping[Merged, float], thresholds: Mapping[Merged, float]) -> list[Merged]:
+    """Return first what a threshold gives, then the rest, each by similarity to the original model."""
+    return sorted(known, key=lambda one: (one not in thresholds, -known[one]))
 
 
 def _filled(step: MergeBlocks, merged: Merged, known: Mapping[Merged, float], threshold: float | None) -> MergeBlocks:

@@ -27,6 +27,8 @@ Branch = tuple[int, Part]
 """Attention ("heads") or the MLP ("channels") of a block."""
 Gone = tuple[int | Branch, ...]
 """Blocks by number, and branches."""
+_KEPT_BYTES = 4 << 30
+"""States of candidates are kept up to so many bytes: they save a third of the blocks to run, at most."""
 Key = tuple[int, int, Gone]
 Last = Iterator[tuple[Batch, torch.Tensor]]
 """Batches with the output of the last block."""
@@ -111,7 +113,7 @@ class RemovalProbe:
                 depth, below = before[1:]
                 needed_again = set(below) == _below(self._settled, depth)
                 result = step(self._decoder, index, batch, self._store.get(before))
-                if not needed_again and not self._store.has_room(result):
+                if not needed_again and not self._store.has_room(result, _KEPT_BYTES):
                     self._store.drop(before)
                 self._store.put(_key(batch, index + 1, gone), result)
         self.evaluated += 1

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from secateur.calibration.products import add_product, add_upper, at_work, mirror_upper
+from secateur.calibration.products import GramSum, add_product, at_work
 from secateur.calibration.ridge import GRID, held_out_gains, safest, strength
 from secateur.calibration.statistics import device_with_float64
 from secateur.distributed import add_up
@@ -41,23 +41,22 @@ class Covariance:
 
     def __init__(self, width: int, signals: Signals = "raw") -> None:
         """Start at zero for a stream of this width."""
-        self._sum: torch.Tensor | None = None
+        self._sum: GramSum | None = None
         self._width, self._normed = width, signals == "normed"
 
     def update(self, states: torch.Tensor) -> None:
         """Add states (tokens, D)."""
         if self._sum is None:
-            home = device_with_float64(states.device)
-            self._sum = torch.zeros(self._width, self._width, dtype=torch.float64, device=home)
+            self._sum = GramSum.zero(self._width, device_with_float64(states.device))
         states = at_work(states, self._sum.device)  # of a model spread over devices, states come from several
         if self._normed:
             states = unit_scale(states)
-        add_upper(self._sum, states, states)
+        self._sum.add(states, states)
 
     def combine(self) -> None:
         """Add what the other processes have summed."""
         assert self._sum is not None, "windows are never empty"
-        add_up(self._sum)
+        add_up(self._sum.matrix)
 
     def matrix(self) -> torch.Tensor:
         """Return the sum so far.
@@ -66,10 +65,10 @@ class Covariance:
             NumericsError: the states held NaN or infinity.
         """
         assert self._sum is not None, "windows are never empty"
-        mirror_upper(self._sum)
-        if not bool(torch.isfinite(self._sum).all()):
+        found = self._sum.matrix
+        if not bool(torch.isfinite(found).all()):
             raise NumericsError("NaN or infinity in the hidden states (or their gradients); try --dtype float32.")
-        return self._sum
+        return found
 
 
 def principal_directions(covariance: torch.Tensor) -> Directions:
@@ -108,7 +107,8 @@ class Reconstruction:
         dense, width = directions.shape
         self._directions, self._eps = directions, eps
         zeros = functools.partial(torch.zeros, dtype=torch.float64, device=directions.device)
-        self._gram, self._cross = zeros(2, width, width), zeros(2, width, dense)  # fitted tokens, then held-out ones
+        self._grams = [GramSum(one) for one in zeros(2, width, width)]  # fitted tokens, then held-out ones
+        self._cross = zeros(2, width, dense)
         self._tokens = 0
 
     def update(
@@ -125,12 +125,13 @@ class Reconstruction:
         for fold in folds.unique().tolist():
             rows = (folds == fold).nonzero().flatten().to(states.device)
             weighted = kept[rows] * heavy[rows, None]
-            add_product(self._gram[int(fold)], weighted, kept[rows])
+            self._grams[int(fold)].add(weighted, kept[rows])
             add_product(self._cross[int(fold)], weighted, whole[rows])
 
     def reading(self) -> Directions:
         """Return M, (D, d)."""
-        gram, missing = self._gram, self._cross - self._gram @ self._directions.T
+        gram = torch.stack([one.matrix for one in self._grams])
+        missing = self._cross - gram @ self._directions.T
         ridge = self._best_strength(gram, missing)
         if ridge is None:
             return self._directions
