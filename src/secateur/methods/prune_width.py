@@ -17,6 +17,7 @@ model loses far more (docs/methods.md); `heads=even` is what the papers do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from secateur.errors import InputError, ModelError
 from secateur.methods import slice_hidden
@@ -36,6 +37,7 @@ from secateur.methods.uniform_widths import (
     MinitronSettings,
     PrunerSettings,
     SurgeonSettings,
+    WidthSettings,
     rounding_for,
 )
 from secateur.models.decoder import Decoder
@@ -76,14 +78,12 @@ def decide_evenly(name: str, choose: Choice) -> Callable[[Measurements, EvenSett
         if widths == dense_widths(decoder):
             return ()
         return (
-            PruneWidth(
-                method=name,
-                settings=settings.model_dump(exclude_none=True),
+            _step(
+                name,
+                choose,
+                settings,
                 widths=widths,
-                choose=choose,
                 stock=candidates.stock,
-                repair=settings.repair,
-                ridge=settings.ridge,
                 target=settings.target,
                 rounding=1 if budget.aim == "own" else candidates.multiple,
                 unrounded=unrounded,
@@ -92,6 +92,14 @@ def decide_evenly(name: str, choose: Choice) -> Callable[[Measurements, EvenSett
         )
 
     return decide
+
+
+def _step(name: str, choose: Choice, settings: WidthSettings, **more: Any) -> PruneWidth:
+    """Return the step of a method with its settings, and how it repairs."""
+    recorded = settings.model_dump(exclude_none=True)
+    return PruneWidth(
+        method=name, settings=recorded, choose=choose, repair=settings.repair, ridge=settings.ridge, **more
+    )
 
 
 def _even_forwards(settings: EvenSettings, choose: Choice) -> float:
@@ -147,14 +155,12 @@ def decide_flap(measurements: Measurements, settings: FlapSettings, budget: Budg
     )
     widths, unrounded = Thresholds(profiles, dense, sizes, multiple, decoder.parameter_count).meet(budget)
     return (
-        PruneWidth(
-            method="flap",
-            settings=settings.model_dump(exclude_none=True),
+        _step(
+            "flap",
+            "fluctuation",
+            settings,
             widths=widths,
-            choose="fluctuation",
             stock=stock,
-            repair=settings.repair,
-            ridge=settings.ridge,
             bias=bias,
             without_bias=blocks_without_bias(decoder, stock=stock),
             rounding=multiple,
@@ -303,14 +309,12 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
         refit = Refit(repair=settings.repair, ridge=settings.ridge, target=settings.target)
         widths = refined(measurements, widths, savings, near, refit=refit, rounds=settings.refine)
     return (
-        PruneWidth(
-            method="obs-width",
-            settings=settings.model_dump(exclude_none=True),
+        _step(
+            "obs-width",
+            "brain-surgeon",
+            settings,
             widths=widths,
-            choose="brain-surgeon",
             stock=stock,
-            repair=settings.repair,
-            ridge=settings.ridge,
             target=settings.target,
             rounding=multiple,
             sizes=sizes,
