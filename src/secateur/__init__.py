@@ -3,8 +3,8 @@
 import secateur
 
 model = secateur.open_model("Qwen/Qwen3-0.6B")
-scores = secateur.score(model, texts="wikitext2")
-plan = secateur.make_plan(model, method="streamline", remove=0.25, texts="wikitext2")
+scores = secateur.score(model)
+plan = secateur.make_plan(model, method="obs-width", remove=0.2)
 pruned = secateur.prune(model, plan)
 secateur.save(pruned, "cut/")
 
