@@ -80,6 +80,7 @@ ENCODERS = [
 """Encoders with a head that predicts tokens, decoders of encoder-decoders, and Reformer, which needs whole chunks."""
 
 HYBRID = (["linear_attention"] * 3 + ["full_attention"]) * 2
+SHARED = ["linear_attention", "hybrid"] * 4
 GIVEN: dict[str, dict[str, Any]] = {
     "arcee": {"num_attention_heads": 20},
     "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 3},
@@ -97,6 +98,9 @@ GIVEN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "ministral": {"head_dim": 128},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "zamba": {"layers_block_type": SHARED, "num_hidden_layers": 8},
+    "zamba2": {"layers_block_type": SHARED, "num_hidden_layers": 8},
+    "nemotron_h": {"layer_types": ["linear_attention", "mlp", "linear_attention", "moe", "full_attention", "mlp"] * 2},
     "qwen4_exp_text": {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
                        "indexer_compress_ratio": 4},
 }  # fmt: skip
@@ -216,7 +220,7 @@ def build(name: str, folder: Path) -> None:
     """Save a small random model in the shape of the default configuration, each weight drawn so that it matters."""
     given = dict(GIVEN.get(name, {}))
     layers = len(given["layer_types"]) if "layer_types" in given else BLOCKS
-    given |= {} if "num_layers" in given else {"num_hidden_layers": layers}
+    given = ({} if "num_layers" in given else {"num_hidden_layers": layers}) | given
     config = AutoConfig.for_model(name, **given)
     for divisor in divisors(config):
         try:

@@ -16,15 +16,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from oracles import draw_tokens, forward, no_real_parameters, walk
-from secateur import make_plan, prune
+from secateur import make_plan, prune, save
 from secateur.data.windows import Windows
 from secateur.errors import ModelError
 from secateur.models import detection
 from secateur.models.anatomy import residual_factor
+from secateur.models.depth import reason_to_keep
 from secateur.models.families import FAMILIES
 from secateur.models.forward import final_states, inputs_of
 from secateur.models.opening import open_model
-from secateur.models.shrinking import shrunken
+from secateur.models.shrinking import divisors, shrunken
 from secateur.models.widths import block_widths
 from secateur.surgery.depth.blocks import keep_blocks
 from tiny_models import HIDDEN, INTERMEDIATE, OTHER_FAMILIES, POSITIONS, VARIANTS, VOCABULARY, build
@@ -104,6 +105,20 @@ def test_further_architectures(model_type, tmp_path):
     assert torch.equal(walk(decoder, tokens), forward(module, tokens))
     cut = reloaded(keep_blocks(decoder, KEPT).module, tmp_path)
     torch.testing.assert_close(forward(cut, tokens), walk(decoder, tokens, without=(2, 5)), rtol=1e-5, atol=1e-5)
+
+
+def test_several_residual_streams(tmp_path):
+    """The blocks of DeepSeek-V4 pass on four streams, on an axis of their own."""
+    config = AutoConfig.for_model("deepseek_v4", num_hidden_layers=6)
+    tiny = shrunken(config, next(divisors(config)))
+    module = drawn_again(AutoModelForCausalLM.from_config(tiny, dtype=torch.float32))
+    decoder, tokens = open_model(module), draw_tokens() // 2
+    assert decoder.state_size == 4 * decoder.hidden_size
+    assert torch.equal(walk(decoder, tokens), forward(module, tokens))
+    cut = reloaded(keep_blocks(decoder, (0, 1, 2, 3, 5)).module, tmp_path)
+    torch.testing.assert_close(forward(cut, tokens), walk(decoder, tokens, without=(4,)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="each of its 4 residual streams"):
+        make_plan(decoder, method="replaceme", blocks=1, texts=Windows.of(tokens))
 
 
 def test_a_list_of_block_numbers_as_long_as_the_model(tmp_path):
@@ -348,6 +363,40 @@ def test_the_factor_of_what_enters_the_stream_is_found(model_type, settings, ent
     family = detection.detect(config, "somewhere")
     assert family.residual_multiplier == entry
     assert residual_factor(config, family) == pytest.approx(factor)
+
+
+SSM = {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 4, "chunk_size": 8}
+
+
+def test_blocks_without_channels_stay_when_channels_go(tmp_path):
+    """A block of Nemotron-H is a state space, attention or an MLP; what the row does not name is not gone."""
+    kinds = ["linear_attention", "mlp", "full_attention", "mlp"] * 2
+    module = of_type("nemotron_h", **SSM, layers_block_type=kinds, head_dim=8)
+    decoder, windows = open_model(module), Windows.of(draw_tokens())
+    assert reason_to_keep(decoder.config, decoder.anatomy.family, (1, 3, 5, 7)) is None
+    assert "linear_attention must stay" in reason_to_keep(decoder.config, decoder.anatomy.family, (0, 4))
+    plan = make_plan(decoder, method="obs-width", texts=windows, settings={"ffn": 32, "heads": "never"})
+    pruned = prune(decoder, plan, texts=windows)
+    assert [block_widths(pruned, block).channels for block in range(8)] == [0, 32] * 4
+    assert plan.sizes_after().total == pruned.parameter_count
+    assert torch.equal(forward(reloaded(pruned.module, tmp_path), draw_tokens()), forward(pruned.module, draw_tokens()))
+
+
+def test_blocks_that_share_weights(tmp_path):
+    """The attention and MLPs of Zamba are one module, used by several blocks: they stay as they are."""
+    kinds = ["linear_attention", "hybrid"] * 3
+    settings = {"n_mamba_heads": 2, "mamba_d_state": 4, "mamba_dt_rank": 2, "attention_head_dim": 16}
+    module = of_type("zamba", num_hidden_layers=6, **settings, layers_block_type=kinds)
+    decoder, tokens = open_model(module), draw_tokens()
+    counts = decoder.block_parameter_counts()
+    assert counts[1] - counts[0] == HIDDEN * HIDDEN  # the projection of the hybrid block alone
+    cut = keep_blocks(decoder, (0, 1, 3, 4, 5))
+    assert cut.parameter_count == decoder.parameter_count - counts[2]
+    save(cut, tmp_path / "cut", check=False)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype=torch.float32).eval()
+    torch.testing.assert_close(forward(again, tokens), walk(decoder, tokens, without=(2,)), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ModelError, match="no MLP was found"):
+        make_plan(decoder, method="obs-width", texts=Windows.of(tokens), settings={"ffn": 32})
 
 
 def test_what_was_proved_once_is_not_tried_again(monkeypatch):

@@ -56,12 +56,14 @@ def _parts(decoder: Decoder, dtype: torch.dtype) -> Iterator[dict[str, torch.Ten
     if decoder.is_skeleton and hasattr(module, "_weight_conversions"):
         del module._weight_conversions  # a partial load leaves only the conversions *it* used; writing needs all
     blocks = f"{decoder.anatomy.family.blocks}."
+    once = {name for name, _ in saved_tensors(module)}  # what several blocks share is with the first of them
     with decoder.outer():
         state = {name: tensor for name, tensor in saved_tensors(module) if not name.startswith(blocks)}
         yield to_checkpoint(module, _converted(module, state, dtype))
     for index in range(decoder.block_count):
         with decoder.block(index) as block:
-            state = {f"{decoder.anatomy.block_path(index)}.{name}": tensor for name, tensor in saved_tensors(block)}
+            named = {f"{decoder.anatomy.block_path(index)}.{name}": tensor for name, tensor in saved_tensors(block)}
+            state = {name: tensor for name, tensor in named.items() if name in once}
             yield to_checkpoint(module, _converted(module, state, dtype))
 
 

@@ -106,7 +106,7 @@ def heal_blocks(
     if not todo:
         raise InputError(f"{pruned.source}: every block is as in {dense.source}, none follows a gap: nothing to heal.")
     numbers, held_back = split_off_validation(windows)
-    pairs = StoredPairs(len(windows), windows.seq_len, dense.hidden_size)
+    pairs = StoredPairs(len(windows), windows.seq_len, dense.state_size)
     folded = pruned.anatomy.family is not dense.anatomy.family
     outcomes: dict[int, Outcome] = {}
     with open_store(pruned) as states, open_store(dense) as targets:

@@ -145,7 +145,7 @@ def memory_of(model: Decoder, tokens: int, *, whole: bool = False) -> int:
     outer = model.parameter_count - sum(blocks)
     held = outer + (2 * max(blocks) if model.by_blocks and not whole else sum(blocks))
     in_flight = 16384 if model.by_blocks or model.device.type == "cuda" else 2048
-    states = min(tokens, in_flight) * model.hidden_size * (model.block_count + 1) * 4
+    states = min(tokens, in_flight) * model.state_size * (model.block_count + 1) * 4
     return held * itemsize + states + _OVERHEAD_BYTES
 
 

@@ -42,7 +42,7 @@ def rounding_for(decoder: Decoder, free: range, given: int | None = None) -> int
     because grouped matrix products need rows that start at multiples of 16 bytes.
     """
     found = [block_widths(decoder, block) for block in free]
-    channels = min(one.channels for one in found)
+    channels = min((one.channels for one in found if one.channels), default=0)
     multiple = given or next((one for one in _MULTIPLES if channels >= _FEWEST_STEPS * one), 1)
     return math.lcm(multiple, _OF_EXPERTS) if any(one.experts for one in found) else multiple
 
@@ -76,23 +76,23 @@ class Candidates:
         self._way: Heads = "never" if reason_against_heads(decoder) else heads
         self.stock = stock_config(decoder, self._at(0.5, self.multiple)) is not None
         self._levels = self._head_levels()
-        if (
-            self._way == "even"
-            and self.stock
-            and len(self._levels) == 1 < self._dense[free[0]].groups * self._dense[free[0]].queries
-        ):
+        if self._way == "even" and self.stock and len(self._levels) == 1 < self._full.groups * self._full.queries:
             self.stock = False
             self._levels = self._head_levels()
         self.sizes = width_sizes(decoder, stock=self.stock)
 
+    @property
+    def _full(self) -> Widths:
+        """The widths of the first free block that has attention; of the first, if none has."""
+        dense = [self._dense[block] for block in self._free]
+        return next((one for one in dense if one.groups), dense[0])
+
     def _head_levels(self) -> list[tuple[int, int]]:
         """Return possible (groups, queries), largest first: whole groups, or queries if there is one group."""
-        full = self._dense[self._free[0]]
+        full = self._full
         levels = [(full.groups, full.queries)]
-        if (
-            any((self._dense[b].groups, self._dense[b].queries) != levels[0] for b in self._free)
-            or self._way == "never"
-        ):
+        heads = {(self._dense[b].groups, self._dense[b].queries) for b in self._free if self._dense[b].groups}
+        if len(heads) > 1 or self._way == "never":
             return levels
         if full.groups > 1:
             fewer = [(count, full.queries) for count in range(full.groups - 1, 0, -1)]
@@ -105,7 +105,9 @@ class Candidates:
 
     def _with(self, level: tuple[int, int], widths: Sequence[Widths]) -> AllWidths:
         changed = {"groups": level[0], "queries": level[1]}
-        return tuple(one.model_copy(update=changed) if b in self._free else one for b, one in enumerate(widths))
+        return tuple(
+            one.model_copy(update=changed) if b in self._free and one.groups else one for b, one in enumerate(widths)
+        )
 
     def _at(self, fraction: float, multiple: int) -> AllWidths:
         """Return the widths when this fraction of the channels is removed."""
@@ -147,9 +149,8 @@ class Candidates:
         total = self._decoder.parameter_count
         path = self.path(self.multiple)
         if not path:
-            raise InputError(
-                f"rounding={self.multiple}: MLPs have only {self._dense[self._free[0]].channels} channels."
-            )
+            most = max(self._dense[block].channels for block in self._free)
+            raise InputError(f"rounding={self.multiple}: MLPs have only {most} channels.")
         after = [self.sizes.sizes_at(one) for one in path]
         widths = path[choose_size(budget, [one.total for one in after], total, units=[one.units for one in after])]
         if self.multiple == 1:
@@ -170,7 +171,7 @@ class Candidates:
         asked = {name: value for name, value in wanted.items() if value is not None}
         dense = [self._dense[block] for block in self._free]
         for name, value in asked.items():
-            found = {getattr(one, name) for one in dense}
+            found = {getattr(one, name) for one in dense} - {0} or {0}  # a block may lack attention, or an MLP
             knob = "ffn" if name == "channels" else name
             if len(found) > 1:
                 raise InputError(f"{knob}={value}: blocks differ ({sorted(found)}); give ratio or remove instead.")
@@ -179,10 +180,13 @@ class Candidates:
         if ffn is not None and ffn % _OF_EXPERTS and any(block_widths(self._decoder, b).experts for b in self._free):
             raise InputError(f"ffn={ffn}: channels of experts stay in multiples of {_OF_EXPERTS}.")
         reason = reason_against_heads(self._decoder)
-        if reason and any(name != "channels" and value < getattr(dense[0], name) for name, value in asked.items()):
+        if reason and any(name != "channels" and value < getattr(self._full, name) for name, value in asked.items()):
             raise ModelError(f"{self._decoder.source}: no head can be removed: {reason}.")
         widths = tuple(
-            one.model_copy(update=asked) if block in self._free else one for block, one in enumerate(self._dense)
+            one.model_copy(update={name: value for name, value in asked.items() if getattr(one, name)})
+            if block in self._free
+            else one
+            for block, one in enumerate(self._dense)
         )
         if self.stock and stock_config(self._decoder, widths) is None:
             self.stock, self.sizes = False, width_sizes(self._decoder, stock=False)

@@ -121,6 +121,8 @@ class Family:
     """Whether a block returns a tuple that starts with the hidden states, not the hidden states themselves."""
     depth_scaled_query: str | None = None
     """Projection whose queries the stock code scales by the block's index."""
+    streams: int = 1
+    """How many residual streams a block passes on (hyper-connections: Zhu et al. 2024, arXiv:2409.19606)."""
     light_blocks: bool = False
     """Whether some blocks may lack attention or an MLP."""
     detected: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -106,6 +107,11 @@ class Decoder:
         return int(self.config.hidden_size)
 
     @property
+    def state_size(self) -> int:
+        """Numbers that a block passes on for a token: the hidden size, times the number of residual streams."""
+        return self.hidden_size * self.anatomy.family.streams
+
+    @property
     def changes_basis(self) -> bool:
         """Whether shortcut matrices rotate the residual stream, so that blocks fit only their neighbours."""
         return any(getattr(self.config, "shortcuts", None) or ())
@@ -127,8 +133,10 @@ class Decoder:
         return self.parameter_count * self.saved_dtype.itemsize
 
     def block_parameter_counts(self) -> tuple[int, ...]:
-        """Number of parameters of each block."""
-        return tuple(count_parameters(block) for block in self.block_list)
+        """Number of parameters of each block; what several blocks share belongs to none, as it stays without one."""
+        own = [{id(one): one.numel() for one in block.parameters()} for block in self.block_list]
+        holders = Counter(one for block in own for one in block)
+        return tuple(sum(size for one, size in block.items() if holders[one] == 1) for block in own)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:

@@ -100,6 +100,10 @@ def block_kind(config: Any, family: Family, index: int) -> tuple[Any, ...]:
     )
 
 
+_NO_MIXING = {"mlp", "moe"}
+"""Kinds of blocks that mix no tokens, where a block is attention, a state space or an MLP alone (Nemotron-H)."""
+
+
 def reason_to_keep(config: Any, family: Family, gone: Collection[int]) -> str | None:
     """Return the reason why these blocks cannot all be removed, if there is one, as a clause.
 
@@ -121,7 +125,7 @@ def reason_to_keep(config: Any, family: Family, gone: Collection[int]) -> str | 
         return None
     mixing = ["attention" if "attention" in kind and kind != "linear_attention" else kind for kind in kinds]
     left = {kind for index, kind in enumerate(mixing) if index not in gone}
-    lost = sorted(set(mixing) - left)
+    lost = sorted(set(mixing) - left - _NO_MIXING)
     return f"the last block of the kind {lost[0]} must stay" if lost else None
 
 

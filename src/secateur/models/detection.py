@@ -80,9 +80,10 @@ def _detected(config: Any, *, trust_remote_code: bool) -> Family:
     with _trial("its blocks cannot be run at all"):
         values = _returned_values(_proof_decoder(tiny, family))
     family = replace(family, tuple_output=values > 0)
-    trial = _proof_decoder(tiny, family)
     passed_on = f": they pass on {values} values, not the residual stream alone" if values > _WITH_WEIGHTS else ""
     with _trial(f"its blocks cannot be run one by one{passed_on}"):
+        family = replace(family, streams=_streams(_proof_decoder(tiny, family)))
+        trial = _proof_decoder(tiny, family)
         failed = _prove(trial, trust_remote_code=trust_remote_code)
     family = with_mlp(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
     family = with_experts(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
@@ -93,9 +94,7 @@ def _detected(config: Any, *, trust_remote_code: bool) -> Family:
 def _fixed(
     failed: Mapping[int, str], kept: Sequence[int], kinds: Sequence[Kind], *, only_depth: bool
 ) -> dict[str, Any]:
-    """Return which blocks cannot go and why: all of a kind if none of it could in the trial, the first, or the last.
-
-    Where others could not, nothing is known of those that were not tried, and none can.
+    """Return which blocks cannot go and why: the first, the last, and all of a kind of which another could not.
 
     Raises:
         ModelError: none can go, and nothing but blocks could be removed.
@@ -105,8 +104,7 @@ def _fixed(
     reason = next(iter(failed.values()))
     movable = {kinds[kept[index]] for index in range(len(kept)) if index not in failed}
     ends = {0, len(kinds) - 1}
-    if any(kinds[kept[index]] in movable and kept[index] not in ends for index in failed):
-        movable = set()
+    movable -= {kinds[kept[index]] for index in failed if kept[index] not in ends}
     gone = {kept[index] for index in failed}
     fixed = tuple(index for index, kind in enumerate(kinds) if kind not in movable or index in gone)
     if only_depth and len(fixed) == len(kinds):
@@ -142,7 +140,7 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
         )
     shortest = min(lists, key=lambda name: name.count("."))
     names = {id(part): name for name, part in module.named_modules()}
-    settings = config.to_dict()
+    settings, listed = config.to_dict(), tuple(_lists_per_layer(config))
     if module.get_output_embeddings() is None:
         raise ModelError("it has no head that predicts tokens.")
     return Family(
@@ -156,13 +154,13 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
         attention_out=(),
         mlp_in=(),
         mlp_out=(),
-        per_layer_lists=tuple(_lists_per_layer(config)),
+        per_layer_lists=listed,
         block_counts=tuple(name for name in _BLOCK_COUNTS if settings.get(name) == count),
         leading_counts=tuple(name for name in settings if _COUNTS.search(name)),
         dense_blocks=next((name for name in _INDEX_SETTINGS if hasattr(config, name)), None),
         block_numbers=tuple(_lists_of_block_numbers(config)),
         last_numbers=tuple(name for name in settings if _LAST_NUMBERS.search(name)),
-        periods=tuple(_periods(settings)),
+        periods=() if any("type" in name for name in listed) else tuple(_periods(settings)),
         cycles=tuple(_cycles(config)),
         depth_scales=tuple(name for name in _DEPTH_SCALES if name in settings),
         detected=True,
@@ -290,6 +288,24 @@ def _tokens(decoder: Decoder) -> torch.Tensor:
 
 
 @torch.no_grad()
+def _streams(decoder: Decoder) -> int:
+    """Return how many residual streams the blocks pass on.
+
+    Raises:
+        ModelError: what they pass on has another shape.
+    """
+    tokens = _tokens(decoder)
+    entering = capture(decoder, tokens)[0]
+    streams, rest = divmod(entering.shape[-1], decoder.hidden_size)
+    if entering.shape[:-1] != tokens.shape or streams < 1 or rest:
+        raise ModelError(
+            f"its blocks pass on states of the shape {tuple(entering.shape)}, not residual streams of "
+            f"{decoder.hidden_size} directions for each of {tokens.shape[1]} tokens"
+        )
+    return streams
+
+
+@torch.no_grad()
 def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> dict[int, str]:
     """Return why single blocks cannot be left out, by block.
 
@@ -297,12 +313,6 @@ def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> dict[int, st
         ModelError: the model cannot be run block by block.
     """
     tokens = _tokens(decoder)
-    entering = capture(decoder, tokens)[0]
-    if entering.shape != (*tokens.shape, decoder.hidden_size):
-        raise ModelError(
-            f"its blocks pass on states of the shape {tuple(entering.shape)}, not one residual stream of "
-            f"{decoder.hidden_size} directions"
-        )
     whole = decoder.module(input_ids=tokens, use_cache=False).logits
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % int(decoder.config.vocab_size)

@@ -22,7 +22,7 @@ from secateur.models.anatomy import text_config
 from secateur.models.config_limits import refuse_impossible
 from secateur.models.quantised import READABLE, quantised_by
 from secateur.models.shards import INDEX, files_in_index
-from secateur.models.wrappers import is_wrapper
+from secateur.models.wrappers import is_causal, is_wrapper
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 """Form of a name on the hub: owner/name."""
@@ -214,7 +214,7 @@ def refuse_config(config: Any, source: str, *, original: str | None = None, dequ
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{source}: '{kind}' is an encoder-decoder; only decoder-only language models can be pruned.")
     wrapped = [name for name in _WRAPPED if getattr(config, name, None) is not None]
-    if wrapped and not is_wrapper(config):
+    if wrapped and not is_wrapper(config) and not is_causal(config):
         raise ModelError(
             f"{source}: '{kind}' is a multimodal model ({', '.join(wrapped)}) that AutoModelForImageTextToText does "
             "not open; of those that hold a text decoder, only the ones it opens can be pruned."

@@ -3,6 +3,9 @@
 The model is called once with a recorder in place of every block's `forward`; a recorder saves its arguments and returns
 its input. Only the embeddings need weights for that, and it works for masks, rotary tables and position biases that
 differ from block to block, where passing block 0's arguments to all blocks would not.
+
+Where a block passes on several residual streams, (batch, positions, streams, d), they are side by side in the last axis
+of the hidden states here, (batch, positions, streams · d).
 """
 
 from __future__ import annotations
@@ -23,10 +26,21 @@ from secateur.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one block other than the hidden states."""
+    """Arguments of one block other than the hidden states.
+
+    Attributes:
+        args: those by position.
+        kwargs: those by name.
+        streams: the shape (streams, d) of the hidden states of a token; empty where they are one axis.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    streams: tuple[int, ...] = ()
+
+
+_PLAIN = 3
+"""Axes of hidden states that are one stream: batch, positions, d."""
 
 
 class _Stop(Exception):
@@ -52,9 +66,10 @@ def capture(
 
     def recorder(index: int) -> Callable[..., Any]:
         def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            streams = tuple(hidden.shape[2:]) if hidden.shape[:2] == tokens.shape and hidden.dim() > _PLAIN else ()
             if index == 0:
-                first.append(hidden)
-            calls.append(Call(args, kwargs))
+                first.append(hidden.flatten(2) if streams else hidden)
+            calls.append(Call(args, kwargs, streams))
             if index == last:
                 raise _Stop
             return _as_block_output(decoder, hidden)
@@ -76,11 +91,14 @@ def run_block(
 
     `weights` replace the block's own parameters by name.
     """
+    if call.streams:
+        hidden = hidden.unflatten(-1, call.streams)
     if weights is None:
         output = block(hidden, *call.args, **call.kwargs)
     else:
         output = functional_call(block, dict(weights), (hidden, *call.args), call.kwargs)
-    return output[0] if isinstance(output, tuple | list) else output
+    result: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
+    return result.flatten(2) if call.streams else result
 
 
 def logits(
@@ -169,7 +187,10 @@ def _blocks_giving(decoder: Decoder, hidden: torch.Tensor) -> Iterator[None]:
     """Make every block return these hidden states, so that only what follows the blocks is computed."""
 
     def stub(_: int) -> Callable[..., Any]:
-        return lambda *args, **kwargs: _as_block_output(decoder, hidden)
+        def passed_on(entering: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+            return _as_block_output(decoder, hidden.view(entering.shape) if entering.dim() > _PLAIN else hidden)
+
+        return passed_on
 
     with _forwards(decoder.block_list, stub):
         yield

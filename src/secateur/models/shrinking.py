@@ -44,6 +44,8 @@ _ALIGNMENT = 8
 """Grouped matrix products need rows that start at multiples of 16 bytes."""
 _MOST_EXPERTS, _MOST_CHOSEN = 16, 4
 _VOCABULARY, _WINDOW, _CHUNK = 128, 8, 16
+_DEPTHS, _TOWER = ("num_hidden_layers", "num_blocks"), 2
+"""Configuration entries with the number of blocks of another tower, and how many are enough."""
 _NARROWEST, _SMALLEST_HEAD = 64, 4
 """Hidden sizes, and heads, below twice this are left alone."""
 
@@ -74,13 +76,23 @@ def shrunken(config: Any, divisor: int) -> Any:
             setattr(tiny, name, small)
     for name, part in vars(config).items():
         if isinstance(part, PreTrainedConfig):
-            setattr(tiny, name, shrunken(part, divisor))
+            setattr(tiny, name, _shallow(shrunken(part, divisor)))
     if own := settings_of_blocks(config):
         tiny.per_layer_config = {index: _all_smaller(entries, divisor) for index, entries in own.items()}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(tiny, name, None) is not None:
             setattr(tiny, name, 0)
     return tiny
+
+
+def _shallow(part: Any) -> Any:
+    """Give another tower (for images or sound) few blocks, in place, unless its configuration lists them."""
+    lengths = {len(value) for value in part.to_dict().values() if isinstance(value, list)}
+    for name in _DEPTHS:
+        depth = getattr(part, name, None)
+        if type(depth) is int and depth > _TOWER and depth not in lengths:
+            setattr(part, name, _TOWER)
+    return part
 
 
 def _integers(config: Any) -> Iterator[tuple[str, Any]]:

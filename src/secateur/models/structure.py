@@ -77,7 +77,13 @@ class Size:
 
 @torch.no_grad()
 def with_mlp(family: Family, decoder: Decoder, tokens: torch.Tensor, *, trust_remote_code: bool = False) -> Family:
-    """Return a family row with the MLPs of a small copy, as far as the trials prove them."""
+    """Return a family row with the MLPs of a small copy, as far as the trials prove them.
+
+    Where blocks share weights there are none, because no block can be edited by itself.
+    """
+    parameters = [id(one) for block in decoder.block_list for one in block.parameters()]
+    if len(parameters) > len(set(parameters)):
+        return replace(family, order="post")
     resized = tuple((name, off) for name, off in _ADJUSTMENTS if getattr(decoder.config, name, off) != off)
     for name, off in resized:
         setattr(decoder.config, name, off)
@@ -269,6 +275,8 @@ def _entries(block: nn.Module, path: str, follower: Axis, value: int, stays: tor
 
 def _writes_stream(decoder: Decoder, family: Family, tokens: torch.Tensor) -> bool:
     """Return whether a matrix folded into the MLPs' output projections acts on what they add to the stream."""
+    if family.streams > 1:
+        return False
     hidden, calls = capture(decoder, tokens)
     width = decoder.hidden_size
     turn = torch.eye(width) + 0.3 * torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5

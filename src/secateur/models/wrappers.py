@@ -6,7 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from secateur.errors import ModelError
 from secateur.models.anatomy import Family, text_config
@@ -15,6 +18,11 @@ from secateur.models.anatomy import Family, text_config
 def is_wrapper(config: Any) -> bool:
     """Return whether a configuration is that of a model which reads images and text, with a text decoder inside."""
     return text_config(config) is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def is_causal(config: Any) -> bool:
+    """Return whether a configuration is that of a causal decoder as a whole, whatever else its model can read."""
+    return text_config(config) is config and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def auto_class(config: Any) -> Any:

@@ -67,12 +67,17 @@ class BlockSizes(BaseModel):
     attention: int = 0
     mlp: int = 0
 
+    def goes_at(self, widths: Widths) -> bool:
+        """Return whether the block goes as a whole: it had units, and none of them is left."""
+        return widths.is_empty and not self.dense.is_empty
+
     def parameters_at(self, widths: Widths) -> int:
-        """Count the parameters of the block at these widths; 0 if nothing is left in it."""
-        if widths.is_empty:
+        """Count the parameters of the block at these widths; 0 if it goes as a whole."""
+        if self.goes_at(widths):
             return 0
         heads = widths.groups * widths.queries
-        gone = self.attention * (not widths.groups) + self.mlp * (not widths.channels)
+        no_attention, no_mlp = self.dense.groups and not widths.groups, self.dense.channels and not widths.channels
+        gone = self.attention * bool(no_attention) + self.mlp * bool(no_mlp)
         return self.fixed - gone + widths.groups * self.group + heads * self.query + widths.channels * self.channel
 
 
@@ -85,8 +90,8 @@ class WidthSizes(BaseModel):
     other: int
 
     def sizes_at(self, widths: tuple[Widths, ...]) -> Sizes:
-        """Count parameters and units at these widths, of the blocks in which something is left."""
-        left = [(one, own) for one, own in zip(self.blocks, widths, strict=True) if not own.is_empty]
+        """Count parameters and units at these widths, of the blocks that remain."""
+        left = [(one, own) for one, own in zip(self.blocks, widths, strict=True) if not one.goes_at(own)]
         return Sizes(tuple(one.parameters_at(own) for one, own in left), self.other, units_of(own for _, own in left))
 
 
@@ -149,7 +154,7 @@ class PruneWidth(Step):
     sizes: WidthSizes
 
     def kept_blocks(self, count: int) -> tuple[int, ...]:
-        """Return the blocks in which something is left.
+        """Return the blocks that do not go as a whole.
 
         Raises:
             InputError: widths for another number of blocks, more than there is, fewer groups and queries, or nothing is
@@ -167,10 +172,16 @@ class PruneWidth(Step):
                 raise InputError(
                     f"the plan keeps fewer groups in block {block} and fewer queries in each; only one of them may go."
                 )
-        kept = tuple(block for block, keep in enumerate(self.widths) if not keep.is_empty)
-        if not kept:
+        gone = self._gone()
+        kept = tuple(block for block in range(count) if block not in gone)
+        if all(keep.is_empty for keep in self.widths):
             raise InputError("the plan leaves nothing in any block; keep some groups or channels.")
         return kept
+
+    def _gone(self) -> tuple[int, ...]:
+        """Return the blocks that go as a whole."""
+        pairs = zip(self.sizes.blocks, self.widths, strict=True)
+        return tuple(block for block, (sizes, keep) in enumerate(pairs) if sizes.goes_at(keep))
 
     def sizes_after(self, sizes: Sizes) -> Sizes:
         """Return the sizes of the pruned model."""
@@ -181,10 +192,10 @@ class PruneWidth(Step):
     def removes(self, sizes: Sizes) -> tuple[Removal, ...]:
         """Return the removed units: whole blocks, then branches or what is inside them, block by block."""
         count = len(self.widths)
-        gone = tuple(block for block, keep in enumerate(self.widths) if keep.is_empty)
+        gone = self._gone()
         found = [Removal(unit=UnitKind.BLOCK, count=len(gone), total=count, indices=gone)] if gone else []
         for block, (keep, one) in enumerate(zip(self.widths, self.sizes.blocks, strict=True)):
-            if keep.is_empty:
+            if block in gone:
                 continue
             now, before = keep.units(), one.dense.units()
             for branch, inside in _BRANCHES.items():
@@ -252,9 +263,9 @@ class PruneWidth(Step):
             "MLP": [block for block, (keep, one) in pairs if one.channels and not keep.channels and keep.groups],
         }
         said = [f"no {branch} in {', '.join(map(str, blocks))}" for branch, blocks in lost.items() if blocks]
-        empty = [block for block, (keep, _) in pairs if keep.is_empty]
-        if empty:
-            said.append(f"without {', '.join(map(str, empty))}")
+        gone = self._gone()
+        if gone:
+            said.append(f"without {', '.join(map(str, gone))}")
         return "".join(f"; {one}" for one in said)
 
 

@@ -78,9 +78,9 @@ def linear_sums(
                     _advance(decoder, index, batch, store, keep_part=index in before)
             for low, high in [span for span in spans if span[1] == index]:
                 states = _States(store, batches, folds, low, high)
-                sums = states.sums(decoder.hidden_size)
+                sums = states.sums(decoder.state_size)
                 for _ in range(0 if cosine is None else ROUNDS):
-                    sums = states.sums(decoder.hidden_size, sums.result(ridge_of(sums, cosine)))
+                    sums = states.sums(decoder.state_size, sums.result(ridge_of(sums, cosine)))
                 yield (low, high), sums
             for batch in batches:
                 for depth in set(range(index + 1)) - {low for low, high in spans if high > index}:

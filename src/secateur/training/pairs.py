@@ -59,7 +59,7 @@ def store_pairs(decoder: Decoder, windows: Windows, window: Span, *, options: Ru
         NumericsError: NaN or infinity on the way.
     """
     low, high = window
-    pairs = StoredPairs(len(windows), windows.seq_len, decoder.hidden_size)
+    pairs = StoredPairs(len(windows), windows.seq_len, decoder.state_size)
     with open_store(decoder) as store:
         walk = Rows.start(decoder, windows, store, options.batch_size)
         for index in options.progress(range(high + 1), "keeping hidden states", high + 1):

@@ -38,6 +38,12 @@ def require_plain_mlp_output(decoder: Decoder) -> None:
             "MLPs write, so no matrix can be folded in there. Methods that remove or merge blocks work; see "
             "docs/add-a-family.md."
         )
+    if family.streams > 1:
+        raise ModelError(
+            f"{decoder.source}: what the MLPs of this {family.model_type} write is weighted anew for each of its "
+            f"{family.streams} residual streams, so no matrix on that output can be folded into the weights. Methods "
+            "that remove or merge blocks work."
+        )
     if family.order != "pre" or getattr(decoder.config, "do_layer_norm_before", True) is False:
         raise ModelError(
             f"{decoder.source}: this {family.model_type} has a norm between the MLP's output and the residual stream, "
