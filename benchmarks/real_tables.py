@@ -14,7 +14,7 @@ STUDIED = 32
 """Windows of calibration of the study in the tables."""
 HEALED = 20_000
 """Tokens of healing in the table of the study."""
-_RUINED = 1000
+_RUINED, _LARGEST = 1000, 99.0
 
 
 def probes() -> str:
@@ -112,7 +112,11 @@ def _case(case: str) -> str:
 def _by_source(found: Record) -> list[str]:
     """Return the ratios of each source, and their geometric mean."""
     ratios = (*(found["ratios"][source] for source in SOURCES), found["geometric_mean"])
-    return [number(ratio) if ratio < _RUINED else f"> {_RUINED:,}" for ratio in ratios]
+    return [_ratio(one) for one in ratios]
+
+
+def _ratio(value: float) -> str:
+    return number(value) if value < _RUINED else f"> {_RUINED:,}"
 
 
 def allocation() -> str:
@@ -130,3 +134,45 @@ def allocation() -> str:
 
     rows = [[f"`{case}`", *(cell(row.get(amount)) for amount in amounts)] for case, row in cells.items()]
     return markdown(("", *(f"{amount:.0%}" for amount in amounts)), rows)
+
+
+def released(removed: str) -> str:
+    """Put methods written plainly from their papers beside secateur's at one share of the parameters."""
+    records = recorded("released_methods")
+    dense = {one["setting"]["model"]: one["found"]["loss"] for one in records if one["setting"]["side"] == "dense"}
+    rows = []
+    for one in records:
+        asked, found = one["setting"], one["found"]
+        if asked.get("remove") != float(removed):
+            continue
+        change = [found["loss"][source] - dense[asked["model"]][source] for source in SOURCES]
+        ratios = [*change, sum(change) / len(change)]
+        rows.append(
+            [
+                f"`{found['method']}`",
+                "as in the paper" if asked["side"] == "plain" else "secateur",
+                per_cent(found["removed"]),
+                *(_ratio(math.exp(min(value, _LARGEST))) for value in ratios),
+                f"{found['processor_s']:.0f} s",
+                f"{found['peak_bytes'] / 2**30:.1f} GiB",
+            ]
+        )
+    if not rows:
+        return "Not measured yet."
+    head = ("method", "made by", "removed", *SOURCES.values(), "mean", "processor time", "peak memory")
+    return markdown(head, rows)
+
+
+def profile(model: str) -> str:
+    """List where the processor time of each method goes, and the announced time ÷ that."""
+    rows = []
+    for one in recorded("profile_methods"):
+        found = one["found"]
+        if one["setting"]["model"] != model or "refused" in found:
+            continue
+        total = sum(found["seconds"].values())
+        shares = [f"{100 * value / max(total, 0.01):.0f} %" for value in found["seconds"].values()]
+        announced = number(found["announced_over_happened"]) if found["announced"] else "–"
+        rows.append([f"`{one['setting']['method']}`", f"{total:.1f} s", *shares, announced])
+    head = ("method", "time", "forward", "backward", "sums", "solve", "disk", "other", "announced ÷ taken")
+    return markdown(head, rows) if rows else "Not measured yet."

@@ -9,6 +9,8 @@
 * `probes`: what cuts of a real model can still do, beside their perplexity;
 * `robustness`: what came of mutated files and of killed commands;
 * `study SHARE`: every method on a real model at one share of the parameters; `healed`: ways of healing its cuts;
+* `released SHARE`: methods written plainly from their papers beside secateur's;
+* `profile MODEL`: where the time of each method goes;
 * `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches;
 * `experts`: what fewer experts cost a small trained mixture; `families`: what works on which family.
 
@@ -249,6 +251,8 @@ _KINDS: dict[str, Callable[..., str]] = {
     "healed": real_tables.healed,
     "ablation": real_tables.ablation,
     "allocation": real_tables.allocation,
+    "released": real_tables.released,
+    "profile": real_tables.profile,
     "experts": experts,
     "families": families,
 }

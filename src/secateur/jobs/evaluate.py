@@ -15,6 +15,7 @@ from secateur.evaluation.results import Result
 from secateur.evaluation.tasks import TaskRequest, ask_tasks, task_results
 from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of, memory_of
 from secateur.models.decoder import Decoder
+from secateur.plan.work import Work
 from secateur.run_options import DEFAULTS, RunOptions
 
 PERPLEXITY = ("perplexity",)
@@ -110,7 +111,7 @@ class EvaluateJob(Job[list[Result]]):
             names = ", ".join(self.tasks.names) if self.tasks else ""
             return JobCost(models=tuple(map(describe_model, models)), reads=f"tasks: {names}", memory=whole)
         passes = sum(one.parameter_count / first.parameter_count for one in models)
-        return cost_of(first, _Together(self.sources), {"": passes}, also=models[1:])
+        return cost_of(first, _Together(self.sources), {"": Work(passes, losses=passes)}, also=models[1:])
 
     def run(self) -> list[Result]:
         """Run the evaluation."""

@@ -14,6 +14,7 @@ from secateur.healing.recipes import Data, HealingRecipe, HealingRun, find_heali
 from secateur.jobs.job import Job, JobCost, cost_of, function_of
 from secateur.models.decoder import Decoder
 from secateur.plan.plan import plans_in
+from secateur.plan.work import Work
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.settings import read_settings
 from secateur.training.settings import warn_of
@@ -90,7 +91,7 @@ class HealJob(Job[Decoder]):
     def cost(self) -> JobCost:
         """Return the cost of training."""
         also = [] if self.teacher is None else [self.teacher]
-        return cost_of(self.model, self.data, {"": self.recipe.passes}, also=also)
+        return cost_of(self.model, self.data, {"": Work(self.recipe.passes, losses=self.recipe.passes)}, also=also)
 
     def run(self) -> Decoder:
         """Train, and return the healed model."""

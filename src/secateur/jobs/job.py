@@ -1,23 +1,23 @@
 """What every job is: prepared once, it says what it costs, and runs.
 
 `prepare` is where a request meets a model: names, settings, amounts and texts are read and checked there and nowhere
-else. `cost` tells what running would take and does nothing (memory from shapes, time from a short measurement here and
-now); `run` does the work.
+else. `cost` tells what running would take and does nothing (memory from shapes, time from short measurements here and
+now, `timing.py`); `run` does the work.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from secateur.models.anatomy import experts_per_token
+from secateur.jobs.timing import Timing, active_parameters, fastest
 from secateur.models.decoder import Decoder
+from secateur.plan.work import Work
 
 _EFFICIENCY = 0.6
 """Approximate throughput of a decoder's forward pass relative to one large matrix product."""
@@ -52,12 +52,10 @@ class Phase:
 
     Attributes:
         name: `plan` or `apply`; empty if the job has a single phase.
-        forwards: its work in plain forward passes over all windows.
-        seconds: estimated wall time, to within about a factor of two.
+        seconds: estimated wall time, to within about a factor of 1.5.
     """
 
     name: str
-    forwards: float
     seconds: float
 
 
@@ -107,7 +105,7 @@ def describe_model(model: Decoder) -> str:
 def cost_of(
     model: Decoder,
     data: Counted,
-    forwards: dict[str, float],
+    work: Mapping[str, Work | float],
     *,
     also: Sequence[Decoder] = (),
     beside: int = 0,
@@ -118,12 +116,14 @@ def cost_of(
     Args:
         model: the model it works on.
         data: the texts it reads.
-        forwards: plain forward passes over the data, by phase.
+        work: work on the data by phase; a number is plain forward passes.
         also: other models that are open at the same time.
         beside: bytes held in addition to the models.
         disk: lines about temporary files.
     """
-    phases = [Phase(name, passes, seconds_of(model, data.token_count, passes)) for name, passes in forwards.items()]
+    timing, tokens = Timing(model, data.seq_len), data.token_count
+    seconds = timing.seconds if model.fingerprint else functools.partial(_by_size, model)
+    phases = [Phase(name, seconds(Work.of(one), tokens)) for name, one in work.items()]
     memory = memory_of(model, data.token_count) + beside + sum(memory_of(one, 0) - _OVERHEAD_BYTES for one in also)
     return JobCost(
         models=tuple(describe_model(one) for one in (model, *also)),
@@ -149,22 +149,10 @@ def memory_of(model: Decoder, tokens: int, *, whole: bool = False) -> int:
     return held * itemsize + states + _OVERHEAD_BYTES
 
 
-def seconds_of(model: Decoder, tokens: int, forwards: float) -> float:
-    """Estimate the wall time of `forwards` forward passes over so many tokens, from a short measurement."""
-    if not forwards:
-        return 0.0
-    operations = 2.0 * tokens * forwards * _active_parameters(model)
+def _by_size(model: Decoder, work: Work, tokens: int) -> float:
+    """Estimate the wall time of work on a model whose weights are not there, from its size and one matrix product."""
+    operations = 2.0 * tokens * work.forwards * active_parameters(model, model.module)
     return operations / (_EFFICIENCY * _operations_per_second(model))
-
-
-def _active_parameters(model: Decoder) -> float:
-    """Return the parameters used per token; of stacked experts, only as many as the router picks."""
-    picked = experts_per_token(model.config, model.anatomy.family)
-    total = 0.0
-    for parameter in model.module.parameters():
-        share = picked / parameter.shape[0] if picked and parameter.dim() == 3 else 1.0
-        total += parameter.numel() * share
-    return total
 
 
 def _operations_per_second(model: Decoder) -> float:
@@ -172,13 +160,7 @@ def _operations_per_second(model: Decoder) -> float:
     width = max(256, min(model.hidden_size, 4096))
     left = torch.ones(512, width, dtype=model.module.dtype, device=model.device)
     right = torch.ones(width, 2 * width, dtype=model.module.dtype, device=model.device)
-    best = float("inf")
-    for _ in range(4):
-        begin = time.perf_counter()
-        product = left @ right
-        float(product[0, 0])
-        best = min(best, time.perf_counter() - begin)
-    return 2 * 512 * width * 2 * width / best
+    return 2 * 512 * width * 2 * width / fastest(lambda: left @ right, 4)
 
 
 def _size(count: int) -> str:

@@ -18,6 +18,7 @@ from secateur.methods.sequence import Part, parts_for, read_sequence, whole_budg
 from secateur.models.decoder import Decoder
 from secateur.plan.amount import Amount, AmountFields
 from secateur.plan.plan import Plan
+from secateur.plan.work import Work
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.profile import Scores
 from secateur.versions import __version__
@@ -98,21 +99,19 @@ class PlanJob(Job[Plan]):
                 scores = None
         return cls(model, method, parts, budget, used, scores, options)
 
-    def forwards(self) -> float:
-        """Return the cost of deciding in plain forward passes over the windows."""
+    def forwards(self) -> Work:
+        """Return the work of deciding."""
         if self.scores is not None and len(self.parts) == 1:
-            return 0.0
-        gone = expected_blocks(self.budget, self.model)
-        return sum(
-            part.method.forwards(self.model.block_count, round(part.share * gone), part.settings) for part in self.parts
-        )
+            return Work()
+        gone, blocks = expected_blocks(self.budget, self.model), self.model.block_count
+        return Work.total(part.method.forwards(blocks, round(part.share * gone), part.settings) for part in self.parts)
 
-    def apply_forwards(self) -> float:
-        """Return the cost of applying such a plan in plain forward passes, estimated before there is one."""
+    def apply_forwards(self) -> Work:
+        """Return the work of applying such a plan, estimated before there is one."""
         if self.windows is None:
-            return 0.0
+            return Work()
         tokens = self.windows.token_count
-        return sum(part.method.apply_forwards(part.settings, tokens) for part in self.parts)
+        return Work.total(part.method.apply_forwards(part.settings, tokens) for part in self.parts)
 
     def cost(self) -> JobCost:
         """Return the cost of deciding, and of applying the plan."""

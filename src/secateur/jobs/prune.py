@@ -16,6 +16,7 @@ from secateur.methods.method import Measurements
 from secateur.methods.planning import apply_plan, require_made_for, windows_of_plan
 from secateur.models.decoder import Decoder
 from secateur.plan.plan import Plan
+from secateur.plan.work import Work
 from secateur.run_options import DEFAULTS, RunOptions
 
 
@@ -80,9 +81,9 @@ class PruneJob(Job[Decoder]):
                 memory=memory_of(self.model, 0),
                 disk=tuple(disk),
             )
-        forwards = sum(step.forwards(self.windows.token_count) for step in self.plan.steps)
+        work = Work.total(step.forwards(self.windows.token_count) for step in self.plan.steps)
         beside = 0 if self.model.by_blocks else self._new_bytes(self.model.module.dtype.itemsize)
-        return cost_of(self.model, self.windows, {"apply": forwards}, beside=beside, disk=disk)
+        return cost_of(self.model, self.windows, {"apply": work}, beside=beside, disk=disk)
 
     def run(self) -> Decoder:
         """Apply the plan."""

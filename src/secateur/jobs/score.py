@@ -11,6 +11,7 @@ from secateur.errors import unknown
 from secateur.jobs.job import Job, JobCost, cost_of, function_of
 from secateur.models.decoder import Decoder
 from secateur.models.experts import mixture_of
+from secateur.plan.work import Work
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.measure import score_model
 from secateur.scores.profile import KINDS, ONE_PASS, Kind, Scores
@@ -71,10 +72,14 @@ class ScoreJob(Job[Scores]):
 
     def cost(self) -> JobCost:
         """Return the cost of measuring."""
-        removal = (self.model.block_count / 2 + 1) * ("perplexity" in self.kinds)
-        return cost_of(
-            self.model, self.windows, {"": 1.1 + removal + 4 * ("taylor" in self.kinds) + 2 * ("experts" in self.kinds)}
-        )
+        blocks = self.model.block_count
+        also: dict[Kind, Work | float] = {
+            "perplexity": Work((blocks + 1) / 2, losses=blocks + 1),
+            "taylor": Work(4.0, losses=3.0),
+            "experts": 2.0,
+        }
+        work = Work.total(also[kind] for kind in self.kinds if kind in also)
+        return cost_of(self.model, self.windows, {"": work + 1.1})
 
     def run(self) -> Scores:
         """Measure the scores."""

@@ -19,10 +19,11 @@ from pydantic import Field
 
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
-from secateur.methods.greedy import SCREEN, Screen, greedily, screened_share
+from secateur.methods.greedy import SCREEN, Screen, greedily, greedy_work
 from secateur.methods.method import Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import DropBlocks
+from secateur.plan.work import Work
 from secateur.scores.profile import Kind
 from secateur.scores.taylor import taylor
 from secateur.surgery.depth.blocks import can_go, keep_blocks, require_one_basis, require_removable
@@ -168,8 +169,9 @@ def deepest(measurements: Measurements, settings: Settings, _budget: Budget) -> 
             yield gone
 
 
-def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings) -> float:
-    return {"ppl": (blocks + 1) / 2 + 1, "taylor": 4.0, "magnitude": 0.0}[settings.criterion]
+def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings) -> Work:
+    without_each, back_and_forth = Work((blocks + 1) / 2, losses=blocks + 1), Work(4.0, losses=3.0)
+    return {"ppl": without_each, "taylor": back_and_forth, "magnitude": Work()}[settings.criterion]
 
 
 def _shortened_scores(settings: ShortenedSettings) -> tuple[Kind, ...]:
@@ -206,7 +208,7 @@ def by_shortened_criterion(measurements: Measurements, settings: ShortenedSettin
     summary="greedily remove the block whose absence costs the least loss, one after the other",
     paper="Song et al. 2024, SLEB",
     settings=SlebSettings,
-    forwards=lambda blocks, gone, settings: 1 + gone * blocks / 2 * screened_share(settings.screen),
+    forwards=lambda blocks, gone, settings: greedy_work(blocks, blocks - 2, gone, settings.screen),
 )
 def by_absence(measurements: Measurements, settings: SlebSettings, _budget: Budget) -> Candidates:
     """Repeatedly skip the block whose absence costs least, on the model without those already skipped."""

@@ -22,10 +22,12 @@ from secateur.methods.allocation.savings import AllWidths, Savings
 from secateur.methods.allocation.sensitivity import judging_windows
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget, already
-from secateur.methods.greedy import LOSSES, SCREEN, Screen, greedily, lazily, screened_share
+from secateur.methods.greedy import LOSSES, SCREEN, Screen, greedily, greedy_work, lazily
 from secateur.methods.method import Measurements, Settings, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import PruneWidth, Widths
+from secateur.plan.width import width_work
+from secateur.plan.work import Work
 from secateur.scores.divergence import Distance, OutputChange
 from secateur.scores.removal import Branch, Measure
 from secateur.surgery.width.coupling import Part
@@ -140,9 +142,9 @@ class BranchTarget:
         return PruneWidth(method=name, settings=recorded, widths=widths, stock=self.stock, sizes=self.sizes, **given)
 
 
-def _greedy_forwards(blocks: int, gone: int, settings: GreedySettings) -> float:
-    """Return the cost of removing two branches for each block's worth: all candidates, half of the blocks each."""
-    return 1 + (settings.count or 2 * gone) * blocks * screened_share(settings.screen)
+def _greedy_forwards(blocks: int, gone: int, settings: GreedySettings) -> Work:
+    """Return the work of removing two branches for each block's worth."""
+    return greedy_work(blocks, 2 * blocks, settings.count or 2 * gone, settings.screen)
 
 
 def _greedy_step(
@@ -203,9 +205,10 @@ def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budg
         return _greedy_step("finercut", measurements, settings, budget, measures)
 
 
-def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings) -> float:
-    """Return the cost of all candidates once, and of some again after each removal, on an eighth of the windows."""
-    return 1 + (2 * blocks + _AGAIN * (settings.count or 2 * gone)) / 2 / 8
+def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings) -> Work:
+    """Return the work of all candidates once, and of some again after each removal, on an eighth of the windows."""
+    compared = (2 * blocks + _AGAIN * (settings.count or 2 * gone)) / 8
+    return Work(1 / 8 + compared / 2, losses=compared)
 
 
 @method(
@@ -216,7 +219,7 @@ def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings) -> float:
     settings=StandInSettings,
     native=None,
     forwards=_lazy_forwards,
-    apply_forwards=lambda settings, _tokens: 3.0 * settings.repair,
+    apply_forwards=lambda settings, _tokens: settings.repair * width_work("magnitude", "dense"),
     speed_model=speed_by_branch,
 )
 def decide_branches(measurements: Measurements, settings: StandInSettings, budget: Budget) -> Sequence[PruneWidth]:

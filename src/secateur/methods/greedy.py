@@ -16,6 +16,7 @@ from pydantic import Field
 
 from secateur.calibration.walk import mean_loss_of, open_store
 from secateur.methods.method import Measurements
+from secateur.plan.work import Work
 from secateur.scores.removal import Measure, RemovalProbe
 
 Screen = Annotated[float, Field(gt=0, le=1)]
@@ -34,6 +35,19 @@ _KEPT = 4
 def screened_share(screen: float) -> float:
     """Return the share of the work that is left."""
     return 1.0 if screen == 1 else min(1.0, screen + 1 / _KEPT)
+
+
+def greedy_work(blocks: int, candidates: int, rounds: float, screen: float) -> Work:
+    """Return the work of a greedy search: each candidate runs the blocks above it, half of them, and the head.
+
+    Args:
+        blocks: number of blocks.
+        candidates: number of candidates at first.
+        rounds: how many of them are removed, one after the other.
+        screen: share of the windows on which all candidates are compared.
+    """
+    compared = rounds * (candidates - (rounds - 1) / 2) * screened_share(screen)
+    return Work(1 + compared / 2, losses=1 + compared) + Work(screen) * (screen < 1)
 
 
 def lazily(

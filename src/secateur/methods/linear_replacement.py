@@ -31,7 +31,8 @@ from secateur.methods.budget import Budget, choose_blocks, weigh
 from secateur.methods.method import Applied, Measurements, Settings, applies, method
 from secateur.models.anatomy import mlp_writers
 from secateur.models.decoder import Decoder
-from secateur.plan.depth import LinearReplacement, Span, linear_replacement_forwards
+from secateur.plan.depth import LinearReplacement, Span, linear_replacement_work
+from secateur.plan.work import Work
 from secateur.scores.linearity import linear_sums, ridge_of
 from secateur.surgery.depth.blocks import can_go, require_removable
 from secateur.surgery.depth.linear_replacement import replace_linearly, require_plain_mlp_output
@@ -72,8 +73,8 @@ class LinearReplacementSettings(Settings):
         return None if self.window is None else Budget("blocks", self.window, knob="window")
 
 
-def _forwards(_blocks: int, _gone: int, settings: LinearReplacementSettings) -> float:
-    return 2.0 if settings.choose == "error" else 1.0
+def _forwards(_blocks: int, _gone: int, settings: LinearReplacementSettings) -> Work:
+    return Work(2.0, covariances=1.0) if settings.choose == "error" else Work(1.0)
 
 
 @method(
@@ -83,7 +84,7 @@ def _forwards(_blocks: int, _gone: int, settings: LinearReplacementSettings) -> 
     paper="Shopkhoev et al. 2025, ReplaceMe",
     settings=LinearReplacementSettings,
     forwards=_forwards,
-    apply_forwards=lambda _settings, _tokens: linear_replacement_forwards(),
+    apply_forwards=lambda _settings, _tokens: linear_replacement_work(),
 )
 def decide(
     measurements: Measurements, settings: LinearReplacementSettings, budget: Budget

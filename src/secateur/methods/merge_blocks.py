@@ -156,8 +156,8 @@ def _promise(left: int, right: int) -> tuple[bool, int]:
 def _forwards(blocks: int, _gone: int, settings: MergeSettings) -> float:
     if settings.threshold is not None:
         return 1 + blocks / 2
-    finalists = 0 if settings.screen == 1 else _FINALISTS / 2
-    return 1 + 2 * blocks * settings.screen + finalists
+    finalists = 0 if settings.screen == 1 else _FINALISTS / 3
+    return 1 + (2 + blocks) * settings.screen + finalists
 
 
 @method(

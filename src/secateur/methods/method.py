@@ -16,6 +16,7 @@ from secateur.methods.cost import SpeedModel
 from secateur.models.decoder import Decoder
 from secateur.plan.plan import Search
 from secateur.plan.step import AnyStep, Step
+from secateur.plan.work import Work
 from secateur.plugins import Registry
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.measure import score_model
@@ -148,10 +149,10 @@ class Method:
         native: its native unit: whole blocks, directions sliced away, or a share of what is inside blocks; None if only
             the amounts common to all methods make sense.
         needs_texts: whether deciding or applying measures the model on texts, given its settings.
-        forwards: cost of deciding, in plain forward passes over the windows, given the number of blocks, the number to
-            remove, and the settings.
-        apply_forwards: cost of applying its steps, in the same passes, given the settings and the number of tokens;
-            once there is a plan, the costs of its steps count instead.
+        forwards: the work of deciding, given the number of blocks, the number to remove, and the settings; a number is
+            plain forward passes over the windows.
+        apply_forwards: the work of applying its steps, given the settings and the number of tokens; once there is a
+            plan, the work of its steps counts instead.
         scores: given its settings, the scores that deciding reads and that no single pass gives; a study measures them
             once for all amounts.
         speed_model: given its settings, how fast its models run; None if the time in blocks follows their size.
@@ -166,8 +167,8 @@ class Method:
     decide: Callable[[Measurements, Any, Budget], Sequence[AnyStep] | Decision]
     native: Native | None = "blocks"
     needs_texts: Callable[[Any], bool] = lambda _: True
-    forwards: Callable[[int, int, Any], float] = lambda _blocks, _gone, _settings: 1.0
-    apply_forwards: Callable[[Any, int], float] = lambda _settings, _tokens: 0.0
+    forwards: Callable[[int, int, Any], Work | float] = lambda _blocks, _gone, _settings: 1.0
+    apply_forwards: Callable[[Any, int], Work | float] = lambda _settings, _tokens: 0.0
     scores: Callable[[Any], tuple[Kind, ...]] = lambda _: ()
     speed_model: Callable[[Any], SpeedModel] | None = None
     settings_for: Callable[[Decoder, Any], Any] = lambda _decoder, settings: settings

@@ -42,9 +42,10 @@ from secateur.methods.uniform_widths import (
 )
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
-from secateur.plan.hidden import SliceHidden, slicing_forwards
+from secateur.plan.hidden import SliceHidden, slicing_work
 from secateur.plan.steps import AnyStep, Choice, PruneWidth
-from secateur.plan.width import width_forwards
+from secateur.plan.width import width_work
+from secateur.plan.work import Work
 from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
 from secateur.surgery.uneven import becomes_decilm
 from secateur.surgery.width.pruning import Refit
@@ -102,8 +103,8 @@ def _step(name: str, choose: Choice, settings: WidthSettings, **more: Any) -> Pr
     )
 
 
-def _even_forwards(settings: EvenSettings, choose: Choice) -> float:
-    return width_forwards(choose, target=settings.target if settings.repair else "block")
+def _even_work(settings: EvenSettings, choose: Choice) -> Work:
+    return width_work(choose, settings.target, repair=settings.repair, heads=settings.heads == "even")
 
 
 def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
@@ -116,7 +117,7 @@ def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
         settings=PrunerSettings if choose == "taylor" else EvenSettings,
         native="ratio",
         forwards=lambda _blocks, _gone, _settings: 0.0,
-        apply_forwards=lambda settings, _tokens: _even_forwards(settings, choose),
+        apply_forwards=lambda settings, _tokens: _even_work(settings, choose),
     )(decide_evenly(name, choose))
 
 
@@ -128,7 +129,9 @@ def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
     settings=FlapSettings,
     native="ratio",
     forwards=lambda _blocks, _gone, _settings: 1.0,
-    apply_forwards=lambda _settings, _tokens: width_forwards("fluctuation"),
+    apply_forwards=lambda settings, _tokens: width_work(
+        "fluctuation", repair=settings.repair, heads=settings.heads == "even"
+    ),
 )
 def decide_flap(measurements: Measurements, settings: FlapSettings, budget: Budget) -> Sequence[PruneWidth]:
     """Let one threshold set the width of every free block.
@@ -186,9 +189,9 @@ _even_method(
 _decide_minitron_blocks = decide_evenly("minitron-width", "magnitude")
 
 
-def _minitron_apply_forwards(settings: MinitronSettings, _tokens: int) -> float:
-    sliced = slicing_forwards(shared=True, reconstruct=settings.repair) if settings.hidden else 0.0
-    return sliced + _even_forwards(settings, "magnitude")
+def _minitron_apply_forwards(settings: MinitronSettings, _tokens: int) -> Work:
+    sliced = slicing_work(shared=True, reconstruct=settings.repair) if settings.hidden else Work()
+    return sliced + _even_work(settings, "magnitude")
 
 
 @method(
@@ -253,18 +256,18 @@ def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidd
 
 
 _decide_evenly_by_surgeon = decide_evenly("obs-width", "brain-surgeon")
-_FORWARDS_OF_DATABASE = 8.0
+_DATABASE = Work(forwards=8.0, losses=1.0, sums=2.0, fits=8.0, orders=3.0)
 _JUDGED = 1 / 8
 """Share of the tokens on which losses are measured, about."""
 
 
-def _surgeon_forwards(blocks: int, _gone: int, settings: SurgeonSettings) -> float:
+def _surgeon_forwards(blocks: int, _gone: int, settings: SurgeonSettings) -> Work:
     """Return the cost of the database and of refining: each round prunes, and runs three models per block halfway."""
     if settings.allocation == "uniform":
-        return 0.0
-    pruned = _even_forwards(settings, "brain-surgeon")
-    rounds = settings.refine * (pruned + 3 * blocks / 2 * _JUDGED) + pruned * bool(settings.refine)
-    return _FORWARDS_OF_DATABASE + rounds
+        return Work()
+    pruned = _even_work(settings, "brain-surgeon")
+    compared = Work(3 * blocks / 2 * _JUDGED, losses=3 * blocks * _JUDGED)
+    return _DATABASE + settings.refine * (pruned + compared) + pruned * bool(settings.refine)
 
 
 def _removable_attention(decoder: Decoder, free: range) -> list[int]:
@@ -282,7 +285,7 @@ def _removable_attention(decoder: Decoder, free: range) -> list[int]:
     settings=SurgeonSettings,
     native="ratio",
     forwards=_surgeon_forwards,
-    apply_forwards=lambda settings, _tokens: _even_forwards(settings, "brain-surgeon"),
+    apply_forwards=lambda settings, _tokens: _even_work(settings, "brain-surgeon"),
     speed_model=speed_by_branch,
 )
 def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, budget: Budget) -> Sequence[PruneWidth]:

@@ -26,7 +26,8 @@ from secateur.methods.budget import Budget, choose_size
 from secateur.methods.method import Measurements, MethodSettings, applies, method
 from secateur.methods.sliced_speed import speed_with_own_bases, speed_with_shared_bases
 from secateur.models.decoder import Decoder
-from secateur.plan.hidden import Signals, SliceHidden, StreamSizes, slicing_forwards
+from secateur.plan.hidden import Signals, SliceHidden, StreamSizes, slicing_work
+from secateur.plan.work import Work
 from secateur.surgery.hidden.folding import folded_config, stream_sizes
 from secateur.surgery.hidden.invariance import require_invariance
 from secateur.surgery.hidden.own_bases import slice_by_principal_directions
@@ -152,8 +153,8 @@ def rounded_width(fraction: float, width: int, rounding: int) -> int:
     return min(width, max(rounding, int(((1 - fraction) * width + 1e-9) // rounding) * rounding))
 
 
-def _own_bases_forwards(_settings: Any, _tokens: int) -> float:
-    return slicing_forwards(shared=False)
+def _own_bases_work(_settings: Any, _tokens: int) -> Work:
+    return slicing_work(shared=False)
 
 
 @method(
@@ -164,7 +165,7 @@ def _own_bases_forwards(_settings: Any, _tokens: int) -> float:
     settings=ConstantSettings,
     native="slice",
     forwards=lambda _blocks, _gone, _settings: 0.0,
-    apply_forwards=_own_bases_forwards,
+    apply_forwards=_own_bases_work,
     speed_model=speed_with_own_bases,
 )
 def decide_constant(measurements: Measurements, settings: ConstantSettings, budget: Budget) -> Sequence[SliceHidden]:
@@ -174,6 +175,9 @@ def decide_constant(measurements: Measurements, settings: ConstantSettings, budg
     sizes = stream_sizes(folded_config(measurements.decoder))
     widths = _constant_widths(sizes, settings.rounding, budget, measurements.decoder.parameter_count)
     return (_own_bases("slicegpt", settings, {}, widths, sizes),)
+
+
+_JUDGING = Work(1.0, losses=1.0)
 
 
 def _trials_expected(settings: DynamicSettings) -> int:
@@ -188,8 +192,10 @@ def _trials_expected(settings: DynamicSettings) -> int:
     paper="Dumitru et al. 2024, DynamicSlicing",
     settings=DynamicSettings,
     native="slice",
-    forwards=lambda _blocks, _gone, settings: 1.0 + 2.0 * _trials_expected(settings),
-    apply_forwards=_own_bases_forwards,
+    forwards=lambda _blocks, _gone, settings: (
+        1.0 + _trials_expected(settings) * (slicing_work(shared=False) + Work(1.0, losses=1.0))
+    ),
+    apply_forwards=_own_bases_work,
     speed_model=speed_with_own_bases,
 )
 def decide_by_redundancy(
@@ -305,8 +311,8 @@ class _Search:
     paper="secateur's own (docs/methods.md)",
     settings=StockSettings,
     native="slice",
-    forwards=lambda _blocks, _gone, settings: 1.0 if settings.bases > 1 else 0.0,
-    apply_forwards=lambda settings, _tokens: slicing_forwards(
+    forwards=lambda _blocks, _gone, settings: Work(1.0, covariances=1.0) if settings.bases > 1 else Work(),
+    apply_forwards=lambda settings, _tokens: slicing_work(
         shared=True, sensitivity=settings.sensitivity, reconstruct=settings.reconstruct
     ),
     speed_model=speed_with_shared_bases,

@@ -14,12 +14,14 @@ from pydantic import Field, PositiveFloat
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget
 from secateur.methods.drop_branches import AllWidths, BranchTarget, present_branches, without
-from secateur.methods.greedy import SCREEN, Screen, greedily, screened_share
+from secateur.methods.greedy import SCREEN, Screen, greedily, greedy_work
 from secateur.methods.method import Measurements, Settings, apply_step, method
 from secateur.methods.uniform_widths import rounded, rounding_for
 from secateur.plan.steps import PruneWidth
 
 _SHARES = 1000
+_ATTENTIONS = 0.3
+"""Branches of attention that go, about, for each block's worth of parameters."""
 
 
 class TwoStageSettings(Settings):
@@ -39,8 +41,8 @@ class TwoStageSettings(Settings):
     paper="Sandri et al. 2025, 2SSP",
     settings=TwoStageSettings,
     native=None,
-    forwards=lambda blocks, _gone, settings: 5.0 + blocks * screened_share(settings.screen),
-    apply_forwards=lambda _settings, _tokens: 3.0,
+    forwards=lambda blocks, gone, settings: 2.0 + greedy_work(blocks, blocks, _ATTENTIONS * gone, settings.screen),
+    apply_forwards=lambda _settings, _tokens: 2.0,
     speed_model=speed_by_branch,
 )
 def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budget) -> Sequence[PruneWidth]:

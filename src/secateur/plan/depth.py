@@ -10,6 +10,7 @@ from pydantic import Field
 from secateur.errors import InputError
 from secateur.plan.step import Sizes, Step
 from secateur.plan.units import BlockChange
+from secateur.plan.work import Work
 
 
 class DropBlocks(Step):
@@ -173,14 +174,14 @@ class LinearReplacement(Step):
             for place in range(low, high + 1)
         }
 
-    def forwards(self, tokens: int) -> float:
-        """Return the cost of one walk, which accumulates the statistics that determine the matrices."""
-        return linear_replacement_forwards()
+    def forwards(self, tokens: int) -> Work:
+        """Return the work of one walk, which accumulates the statistics that determine the matrices."""
+        return linear_replacement_work()
 
 
-def linear_replacement_forwards() -> float:
-    """Return the cost of measuring replacement matrices, in plain forward passes; products of states are summed too."""
-    return 1.5
+def linear_replacement_work() -> Work:
+    """Return the work of measuring replacement matrices: products of the states beside some blocks are summed."""
+    return Work(1.0, covariances=0.5)
 
 
 def require_span(low: int, high: int, count: int, does: str) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from secateur.errors import InputError
 from secateur.plan.step import Sizes, Step
 from secateur.plan.units import BlockChange, Removal, UnitKind
+from secateur.plan.work import Work
 
 Signals = Literal["raw", "normed"]
 """Whether states are used raw, or scaled to a mean square of 1 as by the norm that reads them."""
@@ -153,11 +154,9 @@ class SliceHidden(Step):
         share = {place: width / self.sizes.width for place, width in enumerate(self.widths)}
         return {place: replace(change, share=share[place]) for place, change in changes.items()}
 
-    def forwards(self, tokens: int) -> float:
-        """Return the cost of measuring and slicing."""
-        return slicing_forwards(
-            shared=self.bases is not None, sensitivity=self.sensitivity, reconstruct=self.reconstruct
-        )
+    def forwards(self, tokens: int) -> Work:
+        """Return the work of measuring and slicing."""
+        return slicing_work(shared=self.bases is not None, sensitivity=self.sensitivity, reconstruct=self.reconstruct)
 
     @property
     def rebuilds(self) -> bool:
@@ -183,10 +182,13 @@ class SliceHidden(Step):
         return "keeps", f"{kept} of {width} hidden directions ({share:.1%} sliced away); {how}"
 
 
-def slicing_forwards(*, shared: bool, sensitivity: bool = False, reconstruct: bool = False) -> float:
-    """Return the cost of slicing, in plain forward passes.
+def slicing_work(*, shared: bool, sensitivity: bool = False, reconstruct: bool = False) -> Work:
+    """Return the work of slicing.
 
     With a basis at every reading point one walk measures and slices; shared bases take one walk for measuring, with
     `sensitivity` a backward pass over all windows, and with `reconstruct` another walk.
     """
-    return 1.5 + 4.0 * sensitivity + 1.5 * reconstruct if shared else 2.0
+    if not shared:
+        return Work(forwards=2.0, covariances=1.0, rotations=1.0)
+    measured = Work(forwards=1.0 + 4.0 * sensitivity, losses=3.0 * sensitivity, covariances=1.0 + sensitivity)
+    return measured + reconstruct * Work(forwards=1.0, covariances=2.0, rotations=1.0)

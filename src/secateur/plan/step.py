@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from pydantic_core import PydanticCustomError
 
 from secateur.plan.units import BlockChange, Removal, UnitKind
+from secateur.plan.work import Work
 from secateur.plugins import Registry
 
 Units = Mapping[UnitKind, tuple[int, ...]]
@@ -135,8 +136,8 @@ class Step(BaseModel, ABC):
         """First and last block of each run of neighbours that is merged into one block."""
         return ()
 
-    def forwards(self, tokens: int) -> float:
-        """Return the cost of applying it, in plain forward passes over the calibration windows of `tokens` tokens."""
+    def forwards(self, tokens: int) -> Work | float:
+        """Return the work of applying it to windows of `tokens` tokens in all; a number is plain forward passes."""
         return 0.0
 
     def disk_bytes(self, width: int, *, skeleton: bool) -> int:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.errors import InputError
 from secateur.plan.step import Sizes, Step, Units
 from secateur.plan.units import BlockChange, Removal, UnitKind
+from secateur.plan.work import Work
 
 
 class Widths(BaseModel):
@@ -224,9 +225,11 @@ class PruneWidth(Step):
         channels = keep.channels / max(1, dense.channels)
         return None if heads == channels else (heads, channels)
 
-    def forwards(self, tokens: int) -> float:
-        """Return the cost of measuring and pruning."""
-        return width_forwards(self.choose, target=self.target if self.repair else "block")
+    def forwards(self, tokens: int) -> Work:
+        """Return the work of measuring and pruning."""
+        pairs = zip(self.widths, (one.dense for one in self.sizes.blocks), strict=True)
+        heads = any(0 < keep.groups * keep.queries < dense.groups * dense.queries for keep, dense in pairs)
+        return width_work(self.choose, self.target, repair=self.repair, heads=heads)
 
     @property
     def rebuilds(self) -> bool:
@@ -276,10 +279,18 @@ def _span(pairs: list[tuple[int, int]]) -> str:
     return f"{low if low == high else f'{low} to {high}'} of {max(dense for _, dense in pairs)}"
 
 
-def width_forwards(choose: Choice, *, target: Target = "block") -> float:
-    """Return the cost of width pruning, in plain forward passes.
+def width_work(choose: Choice, target: Target = "block", *, repair: bool = True, heads: bool = False) -> Work:
+    """Return the work of width pruning.
 
-    Each block is run to measure attention, to measure its MLP and once edited, and once more for the dense states if
-    they are the target; Taylor scores take a backward pass before that.
+    Each block is run to measure attention if some of its heads go, to measure its MLP and once edited, and once more
+    for the dense states if they are the target; Taylor scores take a pass forward and one back before that.
+
+    Args:
+        choose: what decides which units remain.
+        target: what refitted projections aim at.
+        repair: whether they are refitted.
+        heads: whether heads go.
     """
-    return 4.0 + 4.0 * (choose == "taylor") + (target == "dense")
+    greedy, taylor = choose == "brain-surgeon", choose == "taylor"
+    forwards = 2.0 + heads + (repair and target == "dense") + 4.0 * taylor
+    return Work(forwards, losses=3.0 * taylor, sums=float(repair or greedy), fits=float(repair), orders=float(greedy))

@@ -14,6 +14,7 @@ from secateur.errors import ModelError
 from secateur.modeling import SecateurConfig, SecateurForCausalLM
 from secateur.models.anatomy import count_parameters
 from secateur.models.opening import open_model
+from secateur.surgery.hidden import invariance
 from secateur.surgery.hidden.folding import (
     alibi_slopes,
     folded_block,
@@ -227,6 +228,22 @@ def test_a_wrong_family_row_is_noticed_before_any_cut(name, row, small):
     with pytest.raises(ModelError, match=r"rotating the hidden states changes the logits by .*Nothing was cut"):
         require_invariance(dataclasses.replace(decoder, anatomy=broken))
     require_invariance(decoder)
+
+
+def test_an_error_in_a_block_is_seen_through_those_after_it(tiny, monkeypatch):
+    """Of eight blocks three are rotated; the others pass on what differs."""
+    decoder = tiny("llama", blocks=8)
+    rotated, rotate = set(), invariance._through_block
+
+    def spoiled(assembly, index, turns, calls, states):
+        rotated.add(index)
+        expected, found = rotate(assembly, index, turns, calls, states)
+        return expected, found * (1.1 if index == 0 else 1.0)
+
+    assert rotation_error(decoder) < 1e-5
+    monkeypatch.setattr(invariance, "_through_block", spoiled)
+    assert rotation_error(decoder) > 1e-2
+    assert rotated == {0, 4, 7}
 
 
 def test_weights_that_are_not_finite_do_not_pass_as_invariant():

@@ -34,6 +34,7 @@ from secateur.methods.search.trials import FAILURES, Made, Member, Steps, TrialL
 from secateur.models.decoder import Decoder
 from secateur.models.experts import has_experts, mixture_of
 from secateur.plan.plan import Candidate, Search, pareto_front
+from secateur.plan.work import Work
 
 _NONE = "none"
 _TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}
@@ -160,16 +161,18 @@ def _member(method: Method, given: dict[str, Any]) -> Member:
     return Member(method, settings)
 
 
-def _forwards(blocks: int, gone: int, settings: AutoSettings) -> float:
-    deciding = sum(one.method.forwards(blocks, gone, one.settings) for one in _members(settings).values())
+def _forwards(blocks: int, gone: int, settings: AutoSettings) -> Work:
+    deciding = Work.total(one.method.forwards(blocks, gone, one.settings) for one in _members(settings).values())
     gated = _GATE_FORWARDS * settings.gate_questions * (settings.trials + 1) if settings.gate else 0.0
-    return 1 + deciding + _FORWARDS_EACH * settings.trials + gated
+    return deciding + (1 + _FORWARDS_EACH * settings.trials + gated)
 
 
-def _apply_forwards(settings: AutoSettings, tokens: int) -> float:
-    """Return the cost of the most expensive method of each side."""
-    costs = {name: one.method.apply_forwards(one.settings, tokens) for name, one in _members(settings).items()}
-    return sum(max(costs.get(name or _NONE, 0.0) for name in settings.side(side)) for side in _SIDES)
+def _apply_forwards(settings: AutoSettings, tokens: int) -> Work:
+    """Return the work of the method of each side that reads the windows most often."""
+    members = _members(settings).items()
+    work = {name: Work.of(one.method.apply_forwards(one.settings, tokens)) for name, one in members}
+    sides = ([work.get(name or _NONE, Work()) for name in settings.side(side)] for side in _SIDES)
+    return Work.total(max(side, key=lambda one: one.forwards) for side in sides)
 
 
 @method(
