@@ -30,12 +30,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from secateur import make_plan, open_model, prune, save
 from secateur.data.windows import Windows
-from secateur.errors import SecateurError
+from secateur.errors import ModelError, SecateurError
 from secateur.methods.method import METHODS as methods_known
 from secateur.models.anatomy import find, resolve
+from secateur.models.decoder import Decoder
 from secateur.models.detection import detect
+from secateur.models.experts import mixture_of
 from secateur.models.families import FAMILIES
 from secateur.models.shrinking import divisors, shrunken
+from secateur.models.widths import block_widths
 from secateur.ownership import scratch
 
 FILE = RESULTS / "families.json"
@@ -49,8 +52,11 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "streamline": ({"blocks": 1}, {"network": "none"}),
     "replaceme": ({"blocks": 1}, {}),
     "obs-width": ({}, {"ratio": 0.4, "heads": "never"}),
+    "heads": ({}, {}),
+    "reap": ({}, {}),
     "slicegpt": ({"slice": 0.25}, {}),
 }
+"""Methods with amount and settings: `heads` is `obs-width` with half of the heads; `reap` keeps as few as it can."""
 DROPS = ("shortgpt", "sleb", "streamline")
 """Methods that remove blocks and change nothing else."""
 
@@ -83,6 +89,8 @@ HYBRID = (["linear_attention"] * 3 + ["full_attention"]) * 2
 SHARED = ["linear_attention", "hybrid"] * 4
 GIVEN: dict[str, dict[str, Any]] = {
     "arcee": {"num_attention_heads": 20},
+    "bamba": {"attn_layer_indices": [1, 4]},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
     "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 3},
     "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0}},
     "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "greedy", "n_routed_experts": 64, "q_lora_rank": None},
@@ -122,7 +130,7 @@ def main() -> None:
         wanted = [one for one in given.methods.split(",") if given.again or one not in found.get(name, {})]
         if not wanted and not given.again:
             continue
-        result = limited(name, wanted)
+        result = limited(name, wanted, default=given.again or "default" not in found.get(name, {}))
         found[name] = {**found.get(name, {}), **result}
         FILE.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
         print(name, json.dumps(result), flush=True)
@@ -135,13 +143,21 @@ def decoders() -> list[str]:
         if name in ENCODERS:
             continue
         try:
-            config = AutoConfig.for_model(name, **GIVEN.get(name, {}))
+            config = config_of(name)
         except Exception as error:  # noqa: BLE001 - a default configuration may be anything
             print(name, "has no default configuration:", error)
             continue
         if config.get_text_config(decoder=True) is config and not config.is_encoder_decoder:
             names.append(name)
     return names
+
+
+def config_of(name: str, blocks: int | None = None) -> Any:
+    """Return the default configuration of a family, with this number of blocks unless it lists them."""
+    given = GIVEN.get(name, {})
+    blocks = len(given["layer_types"]) if "layer_types" in given else blocks
+    counted = {} if blocks is None or "num_layers" in given else {"num_hidden_layers": blocks}
+    return AutoConfig.for_model(name, **(counted | given))
 
 
 def quiet() -> None:
@@ -151,11 +167,11 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def limited(name: str, methods: list[str]) -> dict[str, Any]:
+def limited(name: str, methods: list[str], *, default: bool) -> dict[str, Any]:
     """Run one family in a process of its own, within the time limit."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: there.send(one_family(name, methods)))
+    process = context.Process(target=lambda: there.send(one_family(name, methods, default=default)))
     process.start()
     there.close()
     try:
@@ -169,17 +185,19 @@ def limited(name: str, methods: list[str]) -> dict[str, Any]:
         process.join()
 
 
-def one_family(name: str, methods: list[str]) -> dict[str, Any]:
-    """Cut a small model of a family by each method."""
+def one_family(name: str, methods: list[str], *, default: bool) -> dict[str, Any]:
+    """Cut a small model of a family by each method; on request also open its default configuration."""
     with scratch("families") as place:
         result: dict[str, Any] = {}
-        start = time.perf_counter()
-        result["default"] = tried(lambda: default_opens(name))
-        result["default_seconds"] = round(time.perf_counter() - start, 1)
+        if default:
+            start = time.perf_counter()
+            result["default"] = tried(lambda: default_opens(name))
+            result["default_seconds"] = round(time.perf_counter() - start, 1)
         try:
             build(name, place / "dense")
         except Exception as error:  # noqa: BLE001
-            refused = result["default"] if result["default"].startswith("refused") else None
+            known = result.get("default", "")
+            refused = known if known.startswith("refused") else None
             return {**result, "open": refused or f"crash: no small model ({type(error).__name__}: {str(error)[:200]})"}
         kind: dict[str, Any] = {}
         result["open"] = tried(lambda: opens(place / "dense", kind))
@@ -205,10 +223,7 @@ def tried(run: Any) -> str:
 
 def default_opens(name: str) -> None:
     """Match the row of the family, or detect it, with the default configuration in full size."""
-    given = dict(GIVEN.get(name, {}))
-    if "layer_types" in given:
-        given["num_hidden_layers"] = len(given["layer_types"])
-    config = AutoConfig.for_model(name, **given)
+    config = config_of(name)
     if name not in FAMILIES:
         detect(config, name)
         return
@@ -218,10 +233,7 @@ def default_opens(name: str) -> None:
 
 def build(name: str, folder: Path) -> None:
     """Save a small random model in the shape of the default configuration, each weight drawn so that it matters."""
-    given = dict(GIVEN.get(name, {}))
-    layers = len(given["layer_types"]) if "layer_types" in given else BLOCKS
-    given = ({} if "num_layers" in given else {"num_hidden_layers": layers}) | given
-    config = AutoConfig.for_model(name, **given)
+    config = config_of(name, BLOCKS)
     for divisor in divisors(config):
         try:
             with torch.device("meta"):
@@ -262,7 +274,12 @@ def cut(method: str, dense: Path, out: Path) -> None:
     """Cut by one method, save, open with plain transformers, and compare."""
     amount, settings = METHODS[method]
     decoder, windows = open_model(dense), Windows.of(TOKENS)
-    plan = make_plan(decoder, method=method, **amount, texts=windows, settings=settings)
+    if method == "heads":
+        settings = half_of_the_heads(decoder)
+    if method == "reap":
+        settings = {"experts": fewest_experts(decoder)}
+    name = "obs-width" if method == "heads" else method
+    plan = make_plan(decoder, method=name, **amount, texts=windows, settings=settings)
     pruned = prune(decoder, plan, texts=windows)
     assert pruned.parameter_count < decoder.parameter_count, "nothing was removed"
     save(pruned, out, check=False)
@@ -281,6 +298,23 @@ def cut(method: str, dense: Path, out: Path) -> None:
         expected = pruned.module.eval()(input_ids=TOKENS, use_cache=False).logits
     difference = float((found - expected).abs().max() / expected.abs().max())
     assert difference < 1e-4, f"logits differ by {difference:.1e} of the largest"
+
+
+def half_of_the_heads(decoder: Decoder) -> dict[str, Any]:
+    """Return settings that keep half of the key/value groups, or of the query heads where there is one group."""
+    widths = (block_widths(decoder, index) for index in range(decoder.block_count))
+    one = next((one for one in widths if one.groups), None)
+    if one is None:
+        raise ModelError("its heads are not known")
+    return {"groups": one.groups // 2} if one.groups > 1 else {"queries": one.queries // 2}
+
+
+def fewest_experts(decoder: Decoder) -> int:
+    """Return the smallest number of experts that the routers of a small model allow."""
+    mixture = mixture_of(decoder)
+    if mixture.fewest() == mixture.count:
+        raise ModelError(f"none of {mixture.count} experts in {mixture.groups} groups can go in a small model")
+    return mixture.fewest()
 
 
 def bypass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).parent / "results" / "families.json"
-COLUMNS = {"blocks": "shortgpt", "`replaceme`": "replaceme", "width": "obs-width", "slicing": "slicegpt"}
-"""Heads of the columns, each with the method whose result it shows."""
+COLUMNS = {
+    "blocks": "shortgpt",
+    "`replaceme`": "replaceme",
+    "width": "obs-width",
+    "heads": "heads",
+    "experts": "reap",
+    "slicing": "slicegpt",
+}
+"""Heads of the columns, each with the run whose result it shows."""
 
 Result = dict[str, Any]
 
@@ -19,18 +26,23 @@ def rows() -> Iterator[tuple[str, ...]]:
     yield ("family", "row", *COLUMNS)
     for name, found in results().items():
         if found["open"] == "ok":
-            yield (f"`{name}`", _word(found["row"]), *(_word(found.get(one) == "ok") for one in COLUMNS.values()))
+            words = (_word(found.get(one)) for one in COLUMNS.values())
+            yield (f"`{name}`", _word("ok" if found["row"] else ""), *words)
 
 
 def summary() -> str:
     """Say how many families there are and what works on how many, and list those that do not open, with the reason."""
     found = results()
     opened = {name: one for name, one in found.items() if one["open"] == "ok"}
-    counts = ", ".join(
-        f"{head} on {sum(one.get(method) == 'ok' for one in opened.values())}" for head, method in COLUMNS.items()
-    )
+    counts = ", ".join(f"{head} on {_count(opened, method)}" for head, method in COLUMNS.items())
     refused = [f"* `{name}`: {_reason(one['open'])}" for name, one in found.items() if name not in opened]
     return "\n".join([f"{len(opened)} of {len(found)} families open; {counts}. Not opened:", "", *refused])
+
+
+def _count(opened: dict[str, Result], method: str) -> str:
+    outcomes = [one[method] for one in opened.values() if method in one]
+    right = sum(outcome == "ok" for outcome in outcomes)
+    return str(right) if len(outcomes) == len(opened) else f"{right} of {len(outcomes)} measured"
 
 
 def results() -> dict[str, Result]:
@@ -39,8 +51,10 @@ def results() -> dict[str, Result]:
     return found
 
 
-def _word(value: bool) -> str:
-    return "yes" if value else "–"
+def _word(outcome: str | None) -> str:
+    if outcome is None:
+        return ""
+    return "yes" if outcome == "ok" else "–"
 
 
 def _reason(outcome: str) -> str:

@@ -1,6 +1,7 @@
 """Plain computations that tests compare with: straight forward passes, whole and slow."""
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from secateur.data.windows import Windows
 from secateur.models.anatomy import find
@@ -132,3 +133,9 @@ def plain_taylor(module, windows, *, per_window=False):
 def no_real_parameters(module):
     """Whether every parameter is on the meta device."""
     return all(parameter.is_meta for parameter in module.parameters())
+
+
+def reloaded(module, folder):
+    """Save a module and open it with plain transformers."""
+    module.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

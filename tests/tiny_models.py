@@ -290,6 +290,36 @@ def _std(module: nn.Module, parameter: nn.Parameter) -> float:
     return 1.0 / math.sqrt(fan_in)
 
 
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Sizes by the names that most configurations have for them, for families that are not in the table above."""
+
+
+def drawn_again(module: PreTrainedModel) -> PreTrainedModel:
+    """Draw every parameter, seeded, so that each block matters; in fresh models they do next to nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(noise / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + 0.1 * noise)
+    return module.eval()
+
+
+def of_type(model_type: str, **settings: Any) -> PreTrainedModel:
+    """A tiny model of any family, each weight drawn so that it matters."""
+    config = AutoConfig.for_model(model_type, **{**SIZES, **settings})
+    return drawn_again(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
 def save_tiny(
     name: str,
     folder: str | Path,

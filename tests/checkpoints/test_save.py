@@ -136,6 +136,21 @@ def test_weights_that_stay_float32_are_not_rounded(tmp_path):
             assert torch.equal(load_file(tmp_path / f"{edit}-{skeleton}" / "model.safetensors")[kept], expected)
 
 
+@pytest.mark.parametrize("skeleton", [False, True])
+def test_what_the_checkpoint_holds_in_float32_stays_so(tmp_path, skeleton):
+    """The routers of HunYuan's mixtures are in float32 in a checkpoint of bfloat16."""
+    name = "model.layers.{}.mlp.gate_proj.weight"
+    source = save_tiny("llama", tmp_path / "source", dtype=torch.bfloat16)
+    stored = load_file(source / "model.safetensors")
+    exact = {name.format(block): stored[name.format(block)].float() + 1e-4 for block in range(8)}
+    save_file(stored | exact, source / "model.safetensors", {"format": "pt"})
+    cut = keep_blocks(open_model(source, dtype="float32", skeleton=skeleton), (0, 1, 2, 5, 6, 7))
+    save(cut, tmp_path / "cut", check=False)
+    found = load_file(tmp_path / "cut" / "model.safetensors")
+    assert torch.equal(found[name.format(3)], exact[name.format(5)])
+    assert {one.dtype for key, one in found.items() if "gate_proj" not in key} == {torch.bfloat16}
+
+
 def test_a_tokenizer_that_was_given_is_the_one_that_is_saved(source, tmp_path):
     other = AutoTokenizer.from_pretrained(source)
     other.add_tokens(["<a token of mine>"])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import psutil
 import torch
 
-from secateur.errors import CheckError
+from secateur.errors import CheckError, SecateurWarning
 from secateur.models.decoder import Decoder
 from secateur.models.fetch import has_safetensors
 from secateur.models.fingerprint import of_folder
@@ -97,7 +98,13 @@ def with_original(expected: Expected, decoder: Decoder) -> Expected:
         return expected  # edited by other means than a plan
     quantised = decoder.quantised
     if quantised is not None and not quantised.has_complete_blocks(stored_tensors(folder)):
-        return expected  # plain transformers cannot read it
+        warnings.warn(
+            f"{folder}: blocks of its FP8 weights are cut off at an edge, and plain transformers cannot read that; the "
+            "result was compared with the weights as they are dequantised here, not with transformers' own reading.",
+            SecateurWarning,
+            stacklevel=2,
+        )
+        return expected
     original: dict[str, Any] = {
         "folder": str(folder),
         "blocks": decoder.anatomy.family.blocks,

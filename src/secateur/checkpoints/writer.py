@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from secateur.errors import InputError, NumericsError
 from secateur.models.anatomy import saved_tensors
@@ -56,21 +55,23 @@ def _parts(decoder: Decoder, dtype: torch.dtype) -> Iterator[dict[str, torch.Ten
     if decoder.is_skeleton and hasattr(module, "_weight_conversions"):
         del module._weight_conversions  # a partial load leaves only the conversions *it* used; writing needs all
     blocks = f"{decoder.anatomy.family.blocks}."
+    stays = float32_names(module, dtype, decoder.folder if dtype == decoder.saved_dtype else None)
     once = {name for name, _ in saved_tensors(module)}  # what several blocks share is with the first of them
     with decoder.outer():
         state = {name: tensor for name, tensor in saved_tensors(module) if not name.startswith(blocks)}
-        yield to_checkpoint(module, _converted(module, state, dtype))
+        yield to_checkpoint(module, _converted(state, dtype, stays))
     for index in range(decoder.block_count):
         with decoder.block(index) as block:
             named = {f"{decoder.anatomy.block_path(index)}.{name}": tensor for name, tensor in saved_tensors(block)}
             state = {name: tensor for name, tensor in named.items() if name in once}
-            yield to_checkpoint(module, _converted(module, state, dtype))
+            yield to_checkpoint(module, _converted(state, dtype, stays))
 
 
-def _converted(module: PreTrainedModel, state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _converted(
+    state: dict[str, torch.Tensor], dtype: torch.dtype, stays_float32: Callable[[str], bool]
+) -> dict[str, torch.Tensor]:
     """Round floating-point tensors to a dtype, except those kept in float32."""
     converted = {}
-    stays_float32 = float32_names(module, dtype)
     for name, tensor in state.items():
         rounded = torch.float32 if stays_float32(name) else dtype
         result = tensor.detach().to("cpu", rounded if tensor.is_floating_point() else tensor.dtype).contiguous()

@@ -23,6 +23,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.depth import config_with_blocks, reason_to_keep, with_blocks
 from secateur.models.expert_structure import with_experts
 from secateur.models.forward import capture, logits, run_block
+from secateur.models.head_structure import with_heads
 from secateur.models.shrinking import FAILURES, divisors, shrunken
 from secateur.models.structure import with_mlp
 from secateur.ownership import scratch
@@ -86,6 +87,7 @@ def _detected(config: Any, *, trust_remote_code: bool) -> Family:
         trial = _proof_decoder(tiny, family)
         failed = _prove(trial, trust_remote_code=trust_remote_code)
     family = with_mlp(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
+    family = with_heads(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
     family = with_experts(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
     kinds = [_kind(block) for block in find(module, family.blocks)]
     return replace(family, **_fixed(failed, kept, kinds, only_depth=not family.mlp_out))

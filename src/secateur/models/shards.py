@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -300,13 +301,34 @@ def to_checkpoint(module: PreTrainedModel, state: dict[str, torch.Tensor]) -> di
     return dict(revert_weight_conversion(module, state))
 
 
-def float32_names(module: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Return a predicate for the names of tensors that transformers keeps in float32 in a model of this dtype."""
+def float32_names(module: PreTrainedModel, dtype: torch.dtype, folder: Path | None) -> Callable[[str], bool]:
+    """Return a predicate for the names of tensors that stay in float32 in a model of this dtype.
+
+    Args:
+        module: the model; there are some that transformers keeps in float32.
+        dtype: of the others.
+        folder: the checkpoint it was read from; what that holds in float32 beside the others stays so, such as routers.
+    """
     names = list(module._get_dtype_plan(dtype))
-    if not names:
-        return lambda _: False
-    pattern = build_glob_alternation(names)[0]
-    return lambda name: pattern.search(name) is not None
+    pattern = build_glob_alternation(names)[0] if names else None
+    stored = frozenset() if folder is None or not any(folder.glob("*.safetensors")) else _in_float32(folder)
+    return lambda name: _numberless(name) in stored or (pattern is not None and pattern.search(name) is not None)
+
+
+def _in_float32(folder: Path) -> frozenset[str]:
+    """Return the names, without numbers, of the tensors in float32 of a checkpoint that is mostly of another dtype."""
+    sizes: dict[bool, int] = {True: 0, False: 0}
+    found = set()
+    for name, piece in stored_tensors(folder):
+        single = piece.get_dtype() == "F32"
+        sizes[single] += prod(piece.get_shape())
+        if single:
+            found.add(_numberless(name))
+    return frozenset(found) if sizes[True] < sizes[False] else frozenset()
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _part(module: PreTrainedModel, blocks: str, index: int) -> list[tuple[str, nn.Parameter]]:

@@ -252,15 +252,25 @@ def _proves_width(decoder: Decoder, size: Size, tokens: torch.Tensor, *, trust_r
             gone = torch.ones(parameter.shape[follower.axis], dtype=torch.bool)
             gone[kept] = False
             find(masked, name).index_fill_(follower.axis, gone.nonzero().flatten(), 0.0)
-    buffers = dict(decoder.module.named_buffers())
+    take_buffers(small, decoder.module)
+    try:
+        return same_logits(small, masked, tokens)
+    except FAILURES:
+        return False
+
+
+def take_buffers(small: PreTrainedModel, module: nn.Module) -> None:
+    """Give a smaller model, whose parameters are set, the buffers of the original."""
+    buffers = dict(module.named_buffers())
     for path, holder in small.named_modules():
         for leaf in holder._buffers:
             holder._buffers[leaf] = buffers.get(f"{path}.{leaf}" if path else leaf)
     small.tie_weights()
-    try:
-        found = small.eval()(input_ids=tokens, use_cache=False).logits
-    except FAILURES:
-        return False
+
+
+def same_logits(small: nn.Module, masked: nn.Module, tokens: torch.Tensor) -> bool:
+    """Return whether a smaller model computes what the masked original computes."""
+    found = small.eval()(input_ids=tokens, use_cache=False).logits
     expected = masked(input_ids=tokens, use_cache=False).logits
     return torch.allclose(found, expected, rtol=0, atol=ALLOWED * float(expected.abs().max()))
 

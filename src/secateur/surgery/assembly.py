@@ -43,7 +43,7 @@ class Assembly:
         )
         self._blocks = f"{family.blocks}."
         self.stored = stored or dense.saved_dtype
-        self._stays_float32 = float32_names(module, self.stored)
+        self._stays_float32 = float32_names(module, self.stored, dense.folder)
         self._buffers = {name for name, _ in module.named_buffers()}
         self._placed: set[str] = set()
         self._parts: dict[int, tuple[EditedPart, ...]] = {}
