@@ -18,10 +18,11 @@ from secateur.methods.greedy import SCREEN, Screen, greedily, greedy_work
 from secateur.methods.method import Measurements, Settings, apply_step, method
 from secateur.methods.uniform_widths import rounded, rounding_for
 from secateur.plan.steps import PruneWidth
+from secateur.plan.work import Work
 
 _SHARES = 1000
-_ATTENTIONS = 0.3
-"""Branches of attention that go, about, for each block's worth of parameters."""
+_MLP_SHARE = 3
+"""Parameters of an MLP ÷ those of attention, about."""
 
 
 class TwoStageSettings(Settings):
@@ -34,6 +35,12 @@ class TwoStageSettings(Settings):
     )
 
 
+def _forwards(blocks: int, gone: int, settings: TwoStageSettings) -> Work:
+    """Return the work of narrowing, and of choosing attention branches, if equation 5 lets any go."""
+    count = round(blocks * (gone / blocks) ** (_MLP_SHARE / settings.alpha))
+    return greedy_work(blocks, blocks, count, settings.screen) + 2.0 if count else Work()
+
+
 @method(
     order=20,
     name="2ssp",
@@ -41,8 +48,8 @@ class TwoStageSettings(Settings):
     paper="Sandri et al. 2025, 2SSP",
     settings=TwoStageSettings,
     native=None,
-    forwards=lambda blocks, gone, settings: 2.0 + greedy_work(blocks, blocks, _ATTENTIONS * gone, settings.screen),
-    apply_forwards=lambda _settings, _tokens: 2.0,
+    forwards=_forwards,
+    apply_forwards=lambda _settings, _tokens: 3.0,
     speed_model=speed_by_branch,
 )
 def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budget) -> Sequence[PruneWidth]:
