@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 TORCHAO := $(VENV)/torchao
 BROWSER := $(VENV)/.browser
-WHOLE := tests/test_every_method.py tests/experiments tests/healing tests/training
+WHOLE := tests/test_every_method.py tests/models tests/export tests/experiments tests/healing tests/training
 REAL := $(VENV)/real
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -32,7 +32,7 @@ types: $(STAMP)
 unit: $(STAMP) $(BROWSER)
 	$(PYTEST) $(WHOLE:%=--ignore=%)
 
-contract: $(STAMP)  ## every method on every family, and whole runs: studies, healing
+contract: $(STAMP)  ## every method on every family, opening and exporting, whole runs: studies, healing
 	$(PYTEST) $(WHOLE)
 
 quantise: $(TORCHAO)
