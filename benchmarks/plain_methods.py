@@ -145,7 +145,7 @@ def optipfair(model: Any, _: torch.Tensor, share: float) -> Any:
 
 def llm_pruner(model: Any, tokens: torch.Tensor, share: float) -> Any:
     """Keep the coupled groups of largest Σ |w ∂L/∂w|; the first four and last two blocks stay. Ma et al. 2023."""
-    smaller = copy.deepcopy(model)
+    smaller = copy.deepcopy(model).requires_grad_(True)
     channels, groups, head_size, of_group = _sizes(model)
     wanted = share * parameters(model)
     for some in tokens.split(_AT_ONCE):

@@ -37,7 +37,7 @@ def logits(model, tokens):
 
 @pytest.mark.parametrize("name", ["shortgpt", "sleb", "slicegpt", "flap", "llm-pruner", "optipfair"])
 def test_what_is_asked_for_goes_and_the_model_stays(name, plain, tokens):
-    model = build("llama")
+    model = build("llama").requires_grad_(False)  # as models are when they are opened
     before = logits(model, tokens)
     smaller = plain.METHODS[name](model, tokens, SHARE)
     removed = 1 - plain.parameters(smaller) / plain.parameters(model)
