@@ -178,6 +178,7 @@ def decide_constant(measurements: Measurements, settings: ConstantSettings, budg
 
 
 _JUDGING = Work(1.0, losses=1.0)
+"""What it takes to judge a base."""
 
 
 def _trials_expected(settings: DynamicSettings) -> int:
@@ -193,7 +194,7 @@ def _trials_expected(settings: DynamicSettings) -> int:
     settings=DynamicSettings,
     native="slice",
     forwards=lambda _blocks, _gone, settings: (
-        1.0 + _trials_expected(settings) * (slicing_work(shared=False) + Work(1.0, losses=1.0))
+        1.0 + _trials_expected(settings) * (slicing_work(shared=False) + _JUDGING)
     ),
     apply_forwards=_own_bases_work,
     speed_model=speed_with_own_bases,
