@@ -165,9 +165,10 @@ class LinearSums:
         self._cross, self._squares = self._cross.to(home), self._squares.to(home)
 
     @property
-    def _gram(self) -> torch.Tensor:
-        """Pᵀ W P over fitted and over held-out tokens, (2, d, d)."""
-        return torch.stack([one.matrix for one in self._grams])
+    def _gram(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pᵀ W P over fitted and over held-out tokens, (d, d) each."""
+        fitted, held_out = self._grams
+        return fitted.matrix, held_out.matrix
 
     @property
     def has_held_out(self) -> bool:
@@ -197,7 +198,7 @@ class LinearSums:
             NumericsError: NaN or infinity in the sums, or a part that is 0 everywhere.
         """
         self._require_defined()
-        return self._solved(self._gram.sum(dim=0), self._cross.sum(dim=0), ridge)
+        return self._solved(torch.add(*self._gram), self._cross.sum(dim=0), ridge)
 
     def held_out_error(self, ridge: float | None) -> float:
         """Return the error on held-out tokens of the T fitted on the others; if there are none, that on all.
@@ -213,7 +214,7 @@ class LinearSums:
 
     def error(self, matrix_dd: torch.Tensor) -> float:
         """Return Σ w ‖R + P T − Y‖² / Σ w ‖Y‖² over all tokens for this T."""
-        return _share_missed(matrix_dd, *(one.sum(dim=0) for one in (self._gram, self._cross, self._squares)))
+        return _share_missed(matrix_dd, torch.add(*self._gram), self._cross.sum(dim=0), self._squares.sum(dim=0))
 
     def _require_defined(self) -> None:
         scale = float(self._grams[0].matrix.diagonal().mean())
