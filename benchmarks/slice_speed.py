@@ -31,7 +31,9 @@ def main(windows: int = 32, length: int = 512, slice_percentage: float = 0.25, r
     kept = int(model.hidden_size * (1 - slice_percentage)) // 8 * 8
     seconds = interleaved(
         {
-            "slicegpt": lambda: slice_by_principal_directions(model, read, [kept] * model.block_count),
+            "slicegpt": lambda: slice_by_principal_directions(
+                model, read, [kept] * model.block_count, model.hidden_size
+            ),
             "floor": lambda: floor(model, read),
         },
         rounds,

@@ -177,8 +177,8 @@ def folded_neox(module, tokens, real):
 FOLDED = {"llama": folded_llama, "opt": folded_opt, "gpt_neox": folded_neox}
 
 
-def slicegpt_loss(module, tokens, widths, real=None, signals="raw"):
-    """Mean loss of the model sliced to `widths` (one per block), the head at full width."""
+def slicegpt_loss(module, tokens, widths, real=None, signals="raw", head=None):
+    """Mean loss of the model sliced to `widths` (one per block), the head at full width or at one of its own."""
     real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
     dense = FOLDED[module.config.model_type](module, tokens, real)
     full = torch.eye(dense.stream.shape[-1], dtype=torch.float64)
@@ -199,11 +199,13 @@ def slicegpt_loss(module, tokens, widths, real=None, signals="raw"):
             here = middle
         reads = _mlp_reading(reads, here)
         added = dense.mlp(reads, x) + (dense.attention(reads, x) if dense.parallel else 0)
-        after = full if last else directions(x @ here.T + added, widths[index + 1])
+        width = head if last else widths[index + 1]
+        after = full if width is None else directions(x @ here.T + added, width)
         writes = _written(_written(reads, after, "down"), after, "out")
         added = dense.mlp(writes, x) + (dense.attention(writes, x) if dense.parallel else 0)
         x = x @ (here.T @ after) + added
         here = after
+    dense.head = _read(dense.head, here)
     return dense.loss(x, tokens)
 
 

@@ -275,18 +275,26 @@ def test_diverse_without_a_manual(long, monkeypatch):
 # How many
 
 
-def test_windows_by_need_give_the_widest_projection_16_rows_per_input(bundled, tiny):
-    assert windows_needed(bundled, 512) == 32, "at least"
-    assert bundled.config.intermediate_size * 16 / 64 > 32
-    assert windows_needed(bundled, 64) == bundled.config.intermediate_size * 16 // 64
+def test_windows_by_need_give_the_widest_projection_32_rows_per_input(bundled, tiny):
+    assert bundled.config.intermediate_size == 512
+    assert windows_needed(bundled, 1024) == 32, "at least"
+    assert windows_needed(bundled, 128) == 512 * 32 // 128
     assert windows_needed(bundled, 8) == 256, "at most"
     experts = tiny("mixtral")  # 4 experts, 2 of them for each token, 48 channels
-    assert windows_needed(experts, 16) == 16 * 48 * 4 // 2 // 16
-    assert windows_needed(tiny("gpt2"), 16) == 48
+    assert windows_needed(experts, 16) == 32 * 48 * 4 // 2 // 16
+    assert windows_needed(tiny("gpt2"), 16) == 32 * 48 // 16
 
 
 def test_auto_is_a_number_of_windows(bundled):
     windows = windows_for(bundled, "python-stdlib", windows="auto", seq_len=64)
     assert len(windows) == windows_needed(bundled, 64)
-    plan = secateur.make_plan(bundled, method="shortgpt", blocks=1, texts="python-stdlib", windows="auto", seq_len=128)
-    assert plan.texts["windows"] == windows_needed(bundled, 128)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "count"),
+    [("shortgpt", {}, 32), ("obs-width", {}, 128), ("obs-width", {"repair": False}, 32)],
+)
+def test_a_plan_takes_more_text_for_a_repair(method, settings, count, bundled):
+    given = {"texts": "python-stdlib", "seq_len": 128, "remove": 0.1}
+    plan = secateur.make_plan(bundled, method=method, settings=settings, **given)
+    assert plan.texts["windows"] == count

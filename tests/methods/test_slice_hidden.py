@@ -1,6 +1,7 @@
 """How much each block is sliced, the budget in true parameters, and plans that slice."""
 
 import json
+import math
 import warnings
 from itertools import pairwise
 
@@ -12,9 +13,11 @@ from secateur import Plan, make_plan, open_model, prune, score
 from secateur.calibration.walk import mean_loss
 from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, SecateurWarning, TextsWarning
-from secateur.methods.slice_hidden import normalised, rounded_width, slice_fractions
-from secateur.run_options import RunOptions
+from secateur.evaluation.metrics.perplexity import perplexity
+from secateur.methods.slice_widths import normalised, rounded_width, slice_fractions
+from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.hidden.own_bases import slice_by_principal_directions
+from tiny_models import build
 
 SLICING = ["slicegpt", "dynamic-slicing", "stock-slicing"]
 REDUNDANCY = [0.0, 0.2, 1.0, 0.9, 0.5, 0.7, 0.95, 0.1]
@@ -90,9 +93,37 @@ def test_kept_widths_are_rounded_down(fraction, rounding, kept):
 def test_constant_slicing(tiny):
     step = step_of(tiny("llama"), "slicegpt", slice="25%")
     assert step.widths == (24,) * 8
-    assert step.head_width == 32
     assert step.bases is None
     assert step.settings["slice"] == 0.25
+
+
+@pytest.mark.parametrize(("head", "reads"), [("sliced", 24), ("whole", 32)])
+def test_the_head_reads_what_the_blocks_keep_or_all(head, reads, tiny):
+    model, windows = tiny("llama"), draw_windows()
+    plan = make_plan(model, method="slicegpt", texts=windows, slicing=0.25, settings={"head": head})
+    sliced = prune(model, plan, texts=windows)
+    assert plan.steps[0].head_width == reads
+    assert sliced.module.lm_head.weight.shape[1] == sliced.config.widths[-1] == reads
+    assert sliced.parameter_count == plan.parameters_after
+    loss = slice_by_principal_directions(model, windows, plan.steps[0].widths, reads)[1]
+    assert math.log(perplexity(sliced, windows, DEFAULTS)) == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["slicegpt", "dynamic-slicing"])
+def test_the_head_is_sliced_where_that_loses_less(method):
+    """Most of this model's parameters are embeddings and head: whole, it makes the blocks lose nearly everything."""
+    module, windows = build("llama", blocks=4), draw_windows()
+    module.resize_token_embeddings(1024)
+    model = open_model(module)
+    plans = {
+        head: make_plan(model, method="slicegpt", texts=windows, remove=0.4, settings={"head": head, "rounding": 1})
+        for head in ("whole", "sliced")
+    }
+    losses = {head: mean_loss(prune(model, plan, texts=windows), windows) for head, plan in plans.items()}
+    step = make_plan(model, method=method, texts=windows, remove=0.4, settings={"rounding": 1}).steps[0]
+    tried = step.settings["loss_by_head"]
+    assert tried["whole"] == pytest.approx(losses["whole"], abs=1e-3)
+    assert (step.head_width < 32) == (tried["sliced"] < tried["whole"])
 
 
 def test_redundant_blocks_keep_less(bundled):
@@ -114,9 +145,14 @@ def test_redundant_blocks_keep_less(bundled):
 @pytest.mark.parametrize("method", SLICING)
 @pytest.mark.parametrize("remove", [0.1, 0.2, 0.3])
 def test_remove_is_the_closest_true_fraction(method, remove, bundled):
-    settings = {"slice_base": 0.05, "rounding": 1} if method == "dynamic-slicing" else {}
+    whole = {"head": "whole"}
+    settings = {"slicegpt": whole, "dynamic-slicing": whole | {"slice_base": 0.05, "rounding": 1}}.get(method)
     plan = make_plan(
-        bundled, method=method, remove=remove, texts=Windows.of(torch.arange(3, 131).view(4, 32)), settings=settings
+        bundled,
+        method=method,
+        remove=remove,
+        texts=Windows.of(torch.arange(3, 131).view(4, 32)),
+        settings=settings,
     )
     step = plan.steps[0]
     unit = 24 if step.stock else 8
@@ -180,9 +216,11 @@ def test_the_automatic_base_is_never_worse_than_constant_slicing(bundled):
     assert plan.parameters_after <= constant.parameters_after
     tried = plan.steps[0].settings["loss_by_slice_base"]
     assert len(tried) >= 3
-    loss = slice_by_principal_directions(bundled, windows, plan.steps[0].widths, signals="normed")[1]
-    other = slice_by_principal_directions(bundled, windows, constant.steps[0].widths, signals="normed")[1]
-    assert loss == min(loss, other)
+    loss, other = (
+        slice_by_principal_directions(bundled, windows, step.widths, step.head_width)[1]
+        for step in (*plan.steps, *constant.steps)
+    )
+    assert loss <= other
     assert round(loss, 4) == min(tried.values())
 
 
@@ -198,7 +236,7 @@ def test_a_sweep_tries_every_multiple_of_two_percent_at_the_same_mean(bundled):
     for base in tried:
         given = {"slice_base": float(base), "rounding": 1}
         one = make_plan(bundled, method="dynamic-slicing", slicing=0.08, texts=windows, settings=given).steps[0]
-        by_hand[base] = slice_by_principal_directions(bundled, windows, one.widths, signals="normed")[1]
+        by_hand[base] = slice_by_principal_directions(bundled, windows, one.widths, 192)[1]
     assert tried == pytest.approx(by_hand, abs=1e-4)
 
 
@@ -254,7 +292,8 @@ def plan(tiny):
         ({"widths": [24] * 7}, "7 blocks, but this model has 8"),
         ({"widths": [40] * 8}, "keeps 40 directions"),
         ({"widths": [0] * 8}, "keeps 0 directions"),
-        ({"head_width": 24}, "the head reads all"),
+        ({"head_width": 40}, "keeps 40 directions"),
+        ({"stock": True}, "a stock result has one basis"),
         ({"bases": [0, 3], "head_width": 24, "widths": [24] * 7 + [16]}, "one width"),
         ({"bases": [1, 3]}, "must start at 0"),
         ({"bases": [0, 8]}, "must start at 0"),

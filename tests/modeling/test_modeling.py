@@ -74,7 +74,7 @@ def plain():
 def sliced():
     """A tiny llama with uneven hidden states, as the library makes it."""
     decoder = open_model(build("llama", blocks=3), tokenizer=build_tokenizer())
-    return slice_by_principal_directions(decoder, draw_windows(), [24, 16, 8])[0]
+    return slice_by_principal_directions(decoder, draw_windows(), [24, 16, 8], 16)[0]
 
 
 def test_cached_generation_is_what_full_passes_give(model):

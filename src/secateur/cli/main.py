@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -56,6 +57,13 @@ COMMANDS = {
     "texts": Entry("lists", "texts", "List the named text sources."),
 }
 """The commands in the order in which they are listed."""
+
+SPINS = "10000"
+"""How often a thread of GNU OpenMP, which PyTorch has on Linux, looks for more work before it sleeps.
+
+By default that takes milliseconds at every meeting of threads. On a machine with other busy processes they wait for
+each other's time slices meanwhile, and small decompositions take hundreds of times as long.
+"""
 
 SHARED = ("score", "plan", "prune", "heal")
 """Commands that several processes can share."""
@@ -123,6 +131,7 @@ def main() -> None:
 
     SIGTERM and SIGHUP end a command as Ctrl-C does, with 128 and their number as the exit code.
     """
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     with ending_as_ctrl_c() as came:
         try:
             with holding_claims():

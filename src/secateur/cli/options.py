@@ -82,7 +82,7 @@ class Reading:
 
     def beside_a_plan(self) -> list[str]:
         """Return the given options that a plan already determines."""
-        plain = Reading()
+        plain = type(self)()
         names = [name for name in ("windows", "seq_len", "seed") if getattr(self, name) != getattr(plain, name)]
         return [f"--{name.replace('_', '-')}" for name in names]
 
@@ -98,6 +98,16 @@ class Reading:
     def fields(self) -> dict[str, Any]:
         """Return the texts as arguments of jobs."""
         return {"texts": self.texts, "windows": self.window_count, "seq_len": self.seq_len}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration(Reading):
+    """Texts to plan and prune on."""
+
+    windows: Annotated[
+        str,
+        typer.Option(help="Number of windows, or 'all'; 'auto' is 32, or as many as the repair of a method needs."),
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

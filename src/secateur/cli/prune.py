@@ -16,7 +16,17 @@ from secateur.checkpoints.folders import check_target, replacing
 from secateur.checkpoints.save import save
 from secateur.claims import claim
 from secateur.cli.demo import demo as run_demo
-from secateur.cli.options import AmountOptions, Learning, Opening, Output, Reading, Saving, Serving, grouped
+from secateur.cli.options import (
+    AmountOptions,
+    Calibration,
+    Learning,
+    Opening,
+    Output,
+    Reading,
+    Saving,
+    Serving,
+    grouped,
+)
 from secateur.cli.tables import healing_table, plan_summary, scores_table, showing_progress
 from secateur.cli.terminal import (
     DryRun,
@@ -91,7 +101,7 @@ def plan(
     model: ModelArg,
     method: Annotated[str, typer.Option(help="See `secateur methods`; several in sequence: swm:0.5,slicegpt:0.5.")],
     amount: AmountOptions,
-    reading: Reading,
+    reading: Calibration,
     opening: Opening,
     serving: Serving,
     out: Annotated[
@@ -138,7 +148,7 @@ def plan(
 def prune(
     model: ModelArg,
     amount: AmountOptions,
-    reading: Reading,
+    reading: Calibration,
     opening: Opening,
     saving: Saving,
     serving: Serving,
@@ -294,7 +304,7 @@ def _plan_job(
     decoder: Decoder,
     method: str,
     amount: AmountOptions,
-    reading: Reading,
+    reading: Calibration,
     serving: Serving,
     *,
     progress: Progress,

@@ -118,7 +118,8 @@ Count = int | Literal["auto"] | None
 """A number of windows, `auto` for as many as the model needs, or None for all the text there is."""
 
 DEFAULT_SEQ_LEN = 512
-ROWS_PER_INPUT = 16
+ROWS_PER_INPUT = 32
+"""Tokens per input of the widest projection: on SmolLM2-135M, three times as many as 10 take a third off the excess."""
 FEWEST, MOST = 32, 256
 """The smallest and largest number of windows that `auto` takes."""
 
@@ -217,7 +218,7 @@ def _separate(source: str) -> list[Texts]:
 
 
 def windows_needed(model: Decoder, seq_len: int) -> int:
-    """Return how many windows give every projection 16 tokens per input: fewer do not determine a least-squares repair.
+    """Return how many windows give every projection 32 tokens per input: a least-squares repair of fewer fits noise.
 
     Each expert sees only the tokens that are routed to it. At least 32 windows, at most 256.
     """

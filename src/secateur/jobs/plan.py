@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
-from secateur.data.texts import Count, Texts, windows_for
+from secateur.data.texts import FEWEST, Count, Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import InputError, TextsWarning
 from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of, memory_of
@@ -53,7 +53,7 @@ class PlanJob(Job[Plan]):
         *,
         method: str,
         texts: Texts = None,
-        windows: Count = 32,
+        windows: Count = "auto",
         seq_len: int | None = None,
         settings: Mapping[str, Any] | None = None,
         scores: Scores | None = None,
@@ -67,7 +67,8 @@ class PlanJob(Job[Plan]):
             method: a name of `secateur methods`, such as `streamline`; or several that are applied one after the
                 other, each with its share of what is to go: `swm:0.5,slicegpt:0.5`.
             texts: what the model is measured on: see `secateur texts`; None is `diverse`.
-            windows: number of windows; None takes all, `auto` as many as the widest projection needs.
+            windows: number of windows; None takes all, `auto` 32, or as many as the widest projection needs if the
+                method refits it.
             seq_len: tokens per window; None takes 512, or the model's positions if those are fewer.
             settings: the method's own settings by name; of several methods as `swm.rule`.
             scores: scores of this model measured earlier, so that they are not measured again.
@@ -92,6 +93,8 @@ class PlanJob(Job[Plan]):
         parts = parts_for(parts, model)
         used: Windows | None = None
         if any(part.method.needs_texts(part.settings) for part in parts) and not budget.is_zero:
+            if windows == "auto" and not any(part.refits for part in parts):
+                windows = FEWEST
             used = windows_for(model, texts, windows=windows, seq_len=seq_len, options=options)
             if scores is not None and not scores.are_of(used):
                 source = (scores.texts or {}).get("source")

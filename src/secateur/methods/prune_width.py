@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from secateur.errors import InputError, ModelError
-from secateur.methods import slice_hidden
+from secateur.methods import apply_slicing
 from secateur.methods.allocation.database import open_database
 from secateur.methods.allocation.refinement import Neighbours, refined
 from secateur.methods.allocation.savings import Savings
@@ -29,7 +29,7 @@ from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget
 from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
 from secateur.methods.method import Measurements, method
-from secateur.methods.slice_hidden import rounded_width
+from secateur.methods.slice_widths import rounded_width
 from secateur.methods.uniform_widths import (
     Candidates,
     EvenSettings,
@@ -220,7 +220,7 @@ def decide_minitron(measurements: Measurements, settings: MinitronSettings, budg
     first = _fewer_directions(decoder, settings)
     if budget.knob == "hidden":
         return (first,)
-    after = measurements.on(slice_hidden.apply(measurements, first))
+    after = measurements.on(apply_slicing.apply(measurements, first))
     left = after.decoder.parameter_count
     if budget.aim in ("remove", "target_params"):
         wanted = whole * (1 - budget.value) if budget.aim == "remove" else budget.value

@@ -14,6 +14,7 @@ from secateur.methods.budget import Budget, already
 from secateur.methods.method import Method, MethodSettings, find_method
 from secateur.models.decoder import Decoder
 from secateur.plan.amount import Amount
+from secateur.plan.work import Work
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Part:
     method: Method
     settings: MethodSettings
     share: float
+
+    @property
+    def refits(self) -> bool:
+        """Whether output projections are refitted, which takes more text than choosing."""
+        return Work.of(self.method.apply_forwards(self.settings, 1)).fits > 0
 
 
 def read_sequence(spec: str, settings: dict[str, Any]) -> tuple[Part, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 from secateur.evaluation.timing import BlockTimes
 from secateur.methods.cost import AS_DENSE, SpeedModel, Weigh
 from secateur.methods.sample_models import BLOCKS, Sample, ratio, time_samples
+from secateur.methods.slice_widths import OwnBases
 from secateur.modeling import SecateurConfig
 from secateur.models.decoder import Decoder
 from secateur.models.depth import config_with_blocks
@@ -27,9 +28,18 @@ _SHARES = (0.25, 0.5, 0.75, 1.0)
 """Widths that are timed, as fractions of the full one."""
 
 
-def speed_with_own_bases(_settings: Any) -> SpeedModel:
+def speed_with_own_bases(settings: Any) -> SpeedModel:
     """Return how models run that have a basis, and a shortcut matrix, at every reading point."""
-    return lambda decoder, times: _curve(decoder, times, [_with_own_bases(decoder, share) for share in _SHARES])
+
+    def speed_model(decoder: Decoder, times: BlockTimes) -> Weigh:
+        bases = OwnBases(decoder, rounding=1, slices_head=settings.head == "sliced")
+        samples = []
+        for share in _SHARES:
+            width = _rounded(share, bases.sizes.width)
+            samples.append(_folded(decoder, width, bases.head((width,) * decoder.block_count), shortcuts=True))
+        return _curve(decoder, times, samples)
+
+    return speed_model
 
 
 def speed_with_shared_bases(settings: Any) -> SpeedModel:
@@ -38,23 +48,22 @@ def speed_with_shared_bases(settings: Any) -> SpeedModel:
     def speed_model(decoder: Decoder, times: BlockTimes) -> Weigh:
         step = width_step(decoder, settings.rounding) if settings.bases == 1 else None
         if step is None:
-            return _curve(decoder, times, [_folded(decoder, share, shortcuts=False) for share in _SHARES])
+            widths = [_rounded(share, decoder.hidden_size) for share in _SHARES]
+            return _curve(decoder, times, [_folded(decoder, width, width, shortcuts=False) for width in widths])
         widths = [max(1, round(share * decoder.hidden_size / step)) * step for share in _SHARES[:-1]]
         return _curve(decoder, times, [_stock(decoder, width) for width in widths] + [_dense(decoder)])
 
     return speed_model
 
 
-def _with_own_bases(decoder: Decoder, share: float) -> Sample:
-    return _folded(decoder, share, shortcuts=True)
+def _rounded(share: float, width: int) -> int:
+    return max(8, round(share * width / 8) * 8)
 
 
-def _folded(decoder: Decoder, share: float, *, shortcuts: bool) -> Sample:
+def _folded(decoder: Decoder, width: int, head: int, *, shortcuts: bool) -> Sample:
     family = FAMILIES[SecateurConfig.model_type]
     full = folded_config(decoder)
     sizes = stream_sizes(full)
-    width = max(8, round(share * sizes.width / 8) * 8)
-    head = sizes.width if shortcuts else width
     each = sizes.points_per_block
 
     def points(blocks: int) -> list[int]:

@@ -114,8 +114,8 @@ class SliceHidden(Step):
         if wrong:
             raise InputError(f"the plan keeps {wrong[0]} directions; there are {self.sizes.width}, at least one stays.")
         if self.bases is None:
-            if self.head_width != self.sizes.width or self.stock:
-                raise InputError("with a basis at every reading point the head reads all directions.")
+            if self.stock:
+                raise InputError("a stock result has one basis; this plan has one at every reading point.")
             return tuple(range(count))
         if self.bases[:1] != (0,) or list(self.bases) != sorted(set(self.bases)) or self.bases[-1] >= count:
             raise InputError(
@@ -169,7 +169,8 @@ class SliceHidden(Step):
         kept = f"{low}" if low == high else f"{low} to {high}"
         share = 1 - sum(self.widths) / len(self.widths) / width
         if self.bases is None:
-            how = "a basis at every reading point, shortcut matrices between them"
+            how = "a basis at every reading point, shortcut matrices between them, "
+            how += "the head whole" if self.head_width == width else f"{self.head_width} of them read by the head"
         else:
             how = (
                 "as they are"

@@ -46,7 +46,7 @@ def parameters(decoder):
 
 @pytest.mark.parametrize("width", [168, 152, 128], ids=["10%", "20%", "30%"])
 def test_the_bundled_model_loses_what_the_oracle_loses(width, bundled, text):
-    sliced, loss = slice_by_principal_directions(bundled, text, [width] * 12)
+    sliced, loss = slice_by_principal_directions(bundled, text, [width] * 12, 192)
     expected = slicegpt_loss(bundled.module, text.tokens, [width] * 12)
     assert math.exp(loss - expected) == pytest.approx(1, abs=2e-3)
     assert math.exp(mean_loss(sliced, text) - expected) == pytest.approx(1, abs=5e-3)
@@ -56,7 +56,7 @@ def test_the_bundled_model_loses_what_the_oracle_loses(width, bundled, text):
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox", "gpt_neox-sequential"])
 def test_tiny_models_lose_what_the_oracle_loses(name, side, signals, small):
     decoder, windows = small(name), draw_windows(positions=24, side=side)
-    sliced, loss = slice_by_principal_directions(decoder, windows, UNEVEN, signals=signals)
+    sliced, loss = slice_by_principal_directions(decoder, windows, UNEVEN, 32, signals=signals)
     expected = slicegpt_loss(decoder.module, windows.tokens, UNEVEN, windows.mask, signals)
     assert plain_loss(decoder.module, windows) == pytest.approx(
         slicegpt_loss(decoder.module, windows.tokens, [32] * BLOCKS, windows.mask), rel=1e-5
@@ -67,17 +67,27 @@ def test_tiny_models_lose_what_the_oracle_loses(name, side, signals, small):
     assert abs(loss - plain_loss(decoder.module, windows)) > 1e-3, "the cut shows"
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox"])
+def test_a_sliced_head_loses_what_the_oracle_loses(name, small):
+    decoder, windows = small(name), draw_windows(positions=24, side="left")
+    sliced, loss = slice_by_principal_directions(decoder, windows, UNEVEN, 16)
+    expected = slicegpt_loss(decoder.module, windows.tokens, UNEVEN, windows.mask, head=16)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert plain_loss(sliced.module, windows) == pytest.approx(loss, rel=1e-5)
+    assert abs(loss - slice_by_principal_directions(decoder, windows, UNEVEN, 32)[1]) > 3e-4, "the cut shows"
+
+
 def test_raw_and_normed_signals_keep_different_directions(small):
     decoder, windows = small("llama"), draw_windows()
-    _, raw = slice_by_principal_directions(decoder, windows, UNEVEN, signals="raw")
-    _, normed = slice_by_principal_directions(decoder, windows, UNEVEN, signals="normed")
+    _, raw = slice_by_principal_directions(decoder, windows, UNEVEN, 32, signals="raw")
+    _, normed = slice_by_principal_directions(decoder, windows, UNEVEN, 32, signals="normed")
     assert abs(raw - normed) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_every_block_has_the_width_it_was_given(name, small):
     decoder = small(name)
-    sliced, _ = slice_by_principal_directions(decoder, draw_windows(), UNEVEN)
+    sliced, _ = slice_by_principal_directions(decoder, draw_windows(), UNEVEN, 32)
     each = 1 if decoder.anatomy.parallel else 2
     assert sliced.config.widths == [width for width in UNEVEN for _ in range(each)] + [32]
     assert all(sliced.config.shortcuts)
@@ -93,7 +103,7 @@ def test_every_block_has_the_width_it_was_given(name, small):
 def test_batches_do_not_change_what_is_kept(small):
     decoder, windows = small("llama"), draw_windows(side="left")
     losses = [
-        slice_by_principal_directions(decoder, windows, UNEVEN, options=RunOptions(batch_size=size))[1]
+        slice_by_principal_directions(decoder, windows, UNEVEN, 32, options=RunOptions(batch_size=size))[1]
         for size in (1, 3, 4)
     ]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
@@ -102,8 +112,8 @@ def test_batches_do_not_change_what_is_kept(small):
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox", "mixtral", "bloom"])
 def test_a_skeleton_gives_the_same_model(name, small):
     windows = draw_windows(side="left")
-    sliced, loss = slice_by_principal_directions(small(name), windows, UNEVEN)
-    light, lightly = slice_by_principal_directions(small(name, skeleton=True), windows, UNEVEN)
+    sliced, loss = slice_by_principal_directions(small(name), windows, UNEVEN, 32)
+    light, lightly = slice_by_principal_directions(small(name, skeleton=True), windows, UNEVEN, 32)
     assert light.is_skeleton
     assert no_real_parameters(small(name, skeleton=True).module)
     expected, found = parameters(sliced), parameters(light)
@@ -119,8 +129,8 @@ def test_a_skeleton_gives_the_same_model(name, small):
 def test_what_stands_at_padding_is_ignored(name, side, small):
     windows = draw_windows(side=side)
     other = Windows.of(windows.tokens.masked_fill(~windows.mask, 77), windows.mask)
-    sliced, loss = slice_by_principal_directions(small(name), windows, UNEVEN)
-    again, same = slice_by_principal_directions(small(name), other, UNEVEN)
+    sliced, loss = slice_by_principal_directions(small(name), windows, UNEVEN, 32)
+    again, same = slice_by_principal_directions(small(name), other, UNEVEN, 32)
     assert same == pytest.approx(loss, rel=1e-6)
     shown = draw_windows(seed=5).tokens
     torch.testing.assert_close(forward(again.module, shown), forward(sliced.module, shown), rtol=1e-3, atol=1e-3)
@@ -129,7 +139,7 @@ def test_what_stands_at_padding_is_ignored(name, side, small):
 def test_the_given_model_stays_as_it_is():
     decoder = open_model(build("llama-tied", blocks=BLOCKS))
     before, config = parameters(decoder), decoder.config.to_dict()
-    slice_by_principal_directions(decoder, draw_windows(), UNEVEN)
+    slice_by_principal_directions(decoder, draw_windows(), UNEVEN, 32)
     assert all(torch.equal(before[name], now) for name, now in parameters(decoder).items())
     assert decoder.config.to_dict() == config
     assert decoder.module.lm_head.weight is decoder.module.model.embed_tokens.weight
@@ -137,17 +147,17 @@ def test_the_given_model_stays_as_it_is():
 
 def test_two_runs_give_the_same_model(small):
     windows = draw_windows()
-    first, second = (slice_by_principal_directions(small("llama"), windows, UNEVEN)[0] for _ in range(2))
+    first, second = (slice_by_principal_directions(small("llama"), windows, UNEVEN, 32)[0] for _ in range(2))
     assert all(map(torch.equal, parameters(first).values(), parameters(second).values()))
     assert first.fingerprint == second.fingerprint != small("llama").fingerprint
-    third, _ = slice_by_principal_directions(small("llama"), draw_windows(seed=9), UNEVEN)
+    third, _ = slice_by_principal_directions(small("llama"), draw_windows(seed=9), UNEVEN, 32)
     assert third.fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize("name", SLICEABLE)
 def test_full_width_leaves_the_logits_alone(name, small):
     decoder, windows = small(name), draw_windows(side="left")
-    whole, _ = slice_by_principal_directions(decoder, windows, [32] * BLOCKS)
+    whole, _ = slice_by_principal_directions(decoder, windows, [32] * BLOCKS, 32)
     expected = forward(decoder.module, windows.tokens, windows.mask)[windows.mask]
     found = forward(whole.module, windows.tokens, windows.mask)[windows.mask]
     assert float((found - expected).abs().max() / expected.abs().max()) < 2e-5
@@ -159,4 +169,4 @@ def test_damaged_weights_are_refused(where):
     with torch.no_grad():
         module.model.get_submodule(where).weight.view(-1)[0] = math.nan
     with pytest.raises(NumericsError, match="NaN"):
-        slice_by_principal_directions(open_model(module), Windows.of(torch.arange(256).view(16, 16)), UNEVEN)
+        slice_by_principal_directions(open_model(module), Windows.of(torch.arange(256).view(16, 16)), UNEVEN, 32)

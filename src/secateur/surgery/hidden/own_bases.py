@@ -100,18 +100,18 @@ def slice_by_principal_directions(
     decoder: Decoder,
     windows: Windows,
     widths: Sequence[int],
+    head_width: int,
     *,
     signals: Signals = "raw",
     options: RunOptions = DEFAULTS,
 ) -> tuple[Decoder, float]:
     """Slice with a basis of its own at every reading point, measured on the model as sliced so far (SliceGPT).
 
-    The head keeps the full width and the dense coordinates.
-
     Args:
         decoder: the dense model; it is not changed.
         windows: calibration windows.
         widths: directions kept in each block, d at both its reading points.
+        head_width: directions that the head reads; with all of them it keeps the dense coordinates.
         signals: whether principal directions are those of the states before or after the norm.
         options: batch size and progress.
 
@@ -123,7 +123,7 @@ def slice_by_principal_directions(
         NumericsError: NaN or infinity on the way.
     """
     every = [width for width in widths for _ in range(points_per_block(decoder))]
-    assembly = empty_sliced(decoder, [*every, decoder.hidden_size], [True] * len(every))
+    assembly = empty_sliced(decoder, [*every, head_width], [True] * len(every))
     windows = share_of(windows)
     with open_store(decoder) as store:
         entering = _dense_start(decoder, windows, store, options.batch_size, signals)
@@ -131,18 +131,18 @@ def slice_by_principal_directions(
         put_tables(assembly, first)
         batches = [batch for batch, _ in start(assembly.decoder, windows, options.batch_size)]
         assembly.finish(OUTER)
-        put_head(assembly, None)
-        assembly.finish(OUTER)
         walk = _Pass(assembly, store, batches, signals)
         kept = [imprint_of(first)]
         for index in options.progress(range(decoder.block_count), "slicing block by block", decoder.block_count):
             following = widths[index + 1] if index + 1 < len(widths) else None
-            first = _slice_block(walk, index, first, widths[index], following)
+            first = _slice_block(walk, index, first, widths[index], following or head_width)
             assembly.finish(index)
             kept.append(imprint_of(first))
+        put_head(assembly, first)
+        assembly.finish(OUTER)
         sliced = assembly.result(sliced_fingerprint(kept))
         with sliced.outer():
-            return sliced, mean_loss_of(sliced, _final_states(walk), shared=True)
+            return sliced, mean_loss_of(sliced, _final_states(walk, first), shared=True)
 
 
 Imprint = tuple[int, list[float]]
@@ -182,9 +182,9 @@ def empty_sliced(
     return Assembly(dense, config, _FAMILY, stored)
 
 
-def _slice_block(walk: _Pass, index: int, first: Directions, width: int, following: int | None) -> Directions:
+def _slice_block(walk: _Pass, index: int, first: Directions, width: int, following: int) -> Directions:
     """Slice one block; return the directions that the next block (or the head) reads."""
-    assembly = walk.assembly
+    assembly, ends = walk.assembly, index + 1 == walk.assembly.dense.block_count
     where = assembly.block_path(index)
     with assembly.dense.block(index):
         weights = folded_block(assembly.dense, index)
@@ -203,13 +203,13 @@ def _slice_block(walk: _Pass, index: int, first: Directions, width: int, followi
         assembly.put(where, rotate_readers(weights, first, attention=False))
         del weights
         leaving = walk.through(first, lambda sliced, batch: attention(sliced, batch) + mlp(sliced, batch))
-        middle = last = _next_directions(leaving, following)
+        middle = last = _next_directions(leaving, following, head=ends)
         second = first
     else:
         second = middle = principal_directions(walk.through(first, attention))[:, :width]
         assembly.put(where, rotate_readers(weights, middle, attention=False))
         del weights
-        last = _next_directions(walk.through(middle, mlp), following)
+        last = _next_directions(walk.through(middle, mlp), following, head=ends)
         assembly.put(where, {"attn_shortcut.weight": (first.T @ middle).T})
     assembly.put(where, rotate_writers(writers, middle, attention=True))
     assembly.put(where, rotate_writers(writers, last, attention=False))
@@ -217,15 +217,16 @@ def _slice_block(walk: _Pass, index: int, first: Directions, width: int, followi
     return last
 
 
-def _next_directions(covariance: torch.Tensor, width: int | None) -> Directions:
-    """Return the directions of the next block; the head (width None) reads the dense coordinates."""
-    if width is None:
-        return torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+def _next_directions(covariance: torch.Tensor, width: int, *, head: bool) -> Directions:
+    """Return the directions of the next point; a head that reads all of them reads the dense coordinates."""
+    if head and width == len(covariance):
+        return torch.eye(width, dtype=torch.float64, device=covariance.device)
     return principal_directions(covariance)[:, :width]
 
 
-def _final_states(walk: _Pass) -> Iterator[tuple[Batch, torch.Tensor]]:
+def _final_states(walk: _Pass, directions: Directions) -> Iterator[tuple[Batch, torch.Tensor]]:
+    kept = directions.to(walk.assembly.dense.device, walk.assembly.dense.module.dtype)
     for batch in walk.batches:
-        hidden = walk.store.get(batch.index)
+        hidden = walk.store.get(batch.index) @ kept
         require_finite(hidden, "the output of the last block", batch.mask)
         yield batch, hidden
