@@ -77,13 +77,30 @@ def study(removed: str) -> str:
     return markdown(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 
+def calibrated() -> str:
+    """List the cuts that were calibrated on several numbers of windows."""
+    records = [one for one in recorded("real_study") if "healing" not in one["setting"] and "ratios" in one["found"]]
+    counts: dict[tuple[str, float], set[int]] = {}
+    for one in records:
+        counts.setdefault((one["setting"]["case"], one["setting"]["remove"]), set()).add(one["setting"]["windows"])
+    rows = []
+    for one in records:
+        asked, found = one["setting"], one["found"]
+        if len(counts[asked["case"], asked["remove"]]) > 1:
+            key = (asked["remove"], asked["case"], asked["windows"])
+            cut = [_case(asked["case"]), per_cent(found["removed"]), str(asked["windows"])]
+            rows.append((key, [*cut, *_by_source(found), f"{found['seconds']:.0f} s"]))
+    head = ("method", "removed", "windows", *SOURCES.values(), "mean", "time")
+    return markdown(head, [row for _, row in sorted(rows)])
+
+
 def healed() -> str:
     """List what healing brings to cuts of a real model: recipe, tokens, texts, and the ratios on each source."""
     records = recorded("real_study")
     before = {
         (one["setting"]["case"], one["setting"].get("remove")): one["found"]
         for one in records
-        if "healing" not in one["setting"] and "ratios" in one["found"]
+        if "healing" not in one["setting"] and one["setting"].get("windows") == STUDIED and "ratios" in one["found"]
     }
     rows = []
     for one in records:

@@ -8,7 +8,8 @@
 * `searched`: `auto` and the single methods it tried; `quantised`, `stability`;
 * `probes`: what cuts of a real model can still do, beside their perplexity;
 * `robustness`: what came of mutated files and of killed commands;
-* `study SHARE`: every method on a real model at one share of the parameters; `healed`: ways of healing its cuts;
+* `study SHARE`: every method on a real model at one share of the parameters; `calibrated`: on how many windows;
+  `healed`: ways of healing its cuts;
 * `released SHARE`: methods written plainly from their papers beside secateur's;
 * `profile MODEL`: where the time of each method goes;
 * `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches;
@@ -248,6 +249,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "probes": real_tables.probes,
     "robustness": robustness,
     "study": real_tables.study,
+    "calibrated": real_tables.calibrated,
     "healed": real_tables.healed,
     "ablation": real_tables.ablation,
     "allocation": real_tables.allocation,
