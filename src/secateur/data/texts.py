@@ -120,7 +120,7 @@ Count = int | Literal["auto"] | None
 DEFAULT_SEQ_LEN = 512
 ROWS_PER_INPUT = 32
 """Tokens per input of the widest projection: on SmolLM2-135M, three times as many as 10 take a third off the excess."""
-FEWEST, MOST = 32, 256
+FEWEST, MOST = 32, 128
 """The smallest and largest number of windows that `auto` takes."""
 
 
@@ -220,7 +220,7 @@ def _separate(source: str) -> list[Texts]:
 def windows_needed(model: Decoder, seq_len: int) -> int:
     """Return how many windows give every projection 32 tokens per input: a least-squares repair of fewer fits noise.
 
-    Each expert sees only the tokens that are routed to it. At least 32 windows, at most 256.
+    Each expert sees only the tokens that are routed to it. At least 32 windows, and at most 128, four times as long.
     """
     tokens = ROWS_PER_INPUT * rows_per_token(model)
     return min(max(FEWEST, math.ceil(tokens / seq_len)), MOST)
