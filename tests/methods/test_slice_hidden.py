@@ -122,6 +122,8 @@ def test_the_head_is_sliced_where_that_loses_less(method):
     losses = {head: mean_loss(prune(model, plan, texts=windows), windows) for head, plan in plans.items()}
     step = make_plan(model, method=method, texts=windows, remove=0.4, settings={"rounding": 1}).steps[0]
     tried = step.settings["loss_by_head"]
+    most = make_plan(model, method="slicegpt", texts=windows, remove=0.8, settings={"rounding": 1}).steps[0]
+    assert most.head_width < 32, "so much cannot go without the head"
     assert tried["whole"] == pytest.approx(losses["whole"], abs=1e-3)
     assert (step.head_width < 32) == (tried["sliced"] < tried["whole"])
 

@@ -140,7 +140,10 @@ def _with_best_head(
     if settings.head != "auto" or budget.aim == "slice":
         bases = sliced if settings.head == "sliced" else whole
         return bases, bases.constant(budget), {}
-    widths = whole.constant(budget)
+    try:
+        widths = whole.constant(budget)
+    except InputError:  # so much cannot go without the head
+        return sliced, sliced.constant(budget), {}
     narrower = sliced.constant_within(whole.left(widths))
     if narrower is None:
         return whole, widths, {}
