@@ -44,8 +44,9 @@ def settings_for(
     """Return a method's settings, restricted so that an engine runs the result.
 
     vLLM wants as many query heads in every block that has attention, so where blocks may differ the heads stay, or go
-    all together (`allocation=global`) if the result is a Llama in the layout of Nemotron-NAS. Split over processes, it
-    wants numbers that they divide: the heads stay, and channels are rounded.
+    all together (`allocation=global`) if the result is a Llama in the layout of Nemotron-NAS. It wants an output head
+    that reads the whole hidden state. Split over processes, it wants numbers that they divide: the heads stay, and
+    channels are rounded.
 
     Args:
         engine: the engine; None does not restrict.
@@ -65,6 +66,8 @@ def settings_for(
             raise InputError(
                 f"--for {engine}: it runs no residual stream that changes, as {name} makes it; use stock-slicing."
             )
+        if name in _OWN_BASIS and engine == "vllm":
+            _settle(found, own, "head", "whole", engine)
         whole = _named(found, own, "allocation") == "global" and becomes_decilm(decoder)
         uneven = (name == "flap" or "protect_first" in fields) and not whole
         if "heads" in fields and ((engine == "vllm" and uneven) or tensor_parallel > 1):
