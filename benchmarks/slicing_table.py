@@ -1,7 +1,11 @@
-"""Held-out perplexity of the bundled model under every way of slicing, at equal fractions of its true parameters."""
+"""Held-out perplexity of the bundled model under every way of slicing, at equal fractions of its true parameters.
+
+python benchmarks/slicing_table.py [METHOD …]
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from common import keep
@@ -10,6 +14,8 @@ import secateur
 from secateur.data.texts import windows_for
 from secateur.errors import InputError
 
+CODE = "python-stdlib"
+"""What the bundled model was trained on."""
 AMOUNTS = (0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
 SOME = (0.15, 0.25, 0.35)
 CASES: list[tuple[str, dict[str, Any], tuple[float, ...]]] = [
@@ -17,7 +23,8 @@ CASES: list[tuple[str, dict[str, Any], tuple[float, ...]]] = [
     ("dynamic-slicing", {}, AMOUNTS),
     ("stock-slicing", {}, AMOUNTS),
     ("stock-slicing", {"bases": 2}, AMOUNTS),
-    ("slicegpt", {"signals": "raw"}, SOME),
+    ("slicegpt", {"signals": "normed"}, SOME),
+    ("slicegpt", {"head": "sliced"}, SOME),
     ("dynamic-slicing", {"normalise": "interior"}, SOME[1:2]),
     ("dynamic-slicing", {"normalise": "rank"}, SOME[1:2]),
     ("stock-slicing", {"sensitivity": False}, SOME),
@@ -28,15 +35,15 @@ CASES: list[tuple[str, dict[str, Any], tuple[float, ...]]] = [
 ]
 
 
-def main(windows: int = 32) -> None:
-    """Remove 10 to 35 % of all parameters; calibration and held-out modules are disjoint."""
+def main(*methods: str, windows: int = 32) -> None:
+    """Remove 10 to 35 % of all parameters, by all methods or some; calibration and held-out modules are disjoint."""
     model = secateur.open_model("bundled")
-    calibration = windows_for(model, None, windows=windows)
-    held_out = windows_for(model, None, windows=64, split="held-out")
+    calibration = windows_for(model, CODE, windows=windows)
+    held_out = windows_for(model, CODE, windows=64, split="held-out")
     scores = secateur.score(model, texts=calibration, kinds=("cosine",))
     dense = secateur.evaluate(model, texts=held_out)[0].value
     for method, settings, amounts in CASES:
-        for amount in amounts:
+        for amount in amounts if not methods or method in methods else ():
             setting = {"method": method, **settings, "remove": amount, "windows": windows}
             try:
                 plan = secateur.make_plan(
@@ -61,4 +68,4 @@ def main(windows: int = 32) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
