@@ -1,6 +1,7 @@
 """Widths exchanged between blocks: losses against models put together by hand, exchanges against all of them."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 
 from oracles import draw_windows, plain_loss
 from secateur import make_plan, prune
+from secateur.errors import InputError
 from secateur.methods.allocation import refinement
-from secateur.methods.allocation.operating_point import JUDGED, losses_around
-from secateur.methods.allocation.refinement import Neighbours, Point, exchange, refined
+from secateur.methods.allocation.operating_point import Parts, Point, losses_around
+from secateur.methods.allocation.refinement import Neighbours, exchange, refined
 from secateur.methods.allocation.savings import Savings
-from secateur.methods.allocation.sensitivity import judging_windows
 from secateur.methods.apply_widths import BrainSurgeon
 from secateur.methods.budget import Budget
 from secateur.methods.method import Measurements, apply_step
@@ -21,6 +22,7 @@ from secateur.surgery.width.pruning import Refit
 from secateur.surgery.width.target import dense_widths, width_sizes
 
 WINDOWS = draw_windows(windows=8)
+PARTS = Parts.of(WINDOWS)
 REFIT = Refit(target="dense")
 NEAR = Neighbours(dict.fromkeys(range(4), (24, 16, 8, 0)), (1, 2, 3))
 
@@ -50,7 +52,20 @@ def applied(decoder, widths):
         target="dense",
         sizes=width_sizes(decoder, stock=False),
     )
-    return apply_step(Measurements(decoder, WINDOWS), step).decoder.module
+    return apply_step(Measurements(decoder, PARTS.fitted), step).decoder.module
+
+
+def test_no_window_compares_and_judges():
+    source = torch.tensor([0] * 16 + [1] * 8 + [2] * 3 + [3])
+    mixed = dataclasses.replace(draw_windows(windows=28), parts=("a", "b", "c", "d"), part_of=source)
+    parts = Parts.of(mixed)
+    found = [parts.fitted, parts.searched, parts.judged]
+    assert [one.part_of.bincount(minlength=4).tolist() for one in found] == [[12, 6, 1, 1], [2, 1, 1, 0], [2, 1, 1, 0]]
+    rows = [tuple(row) for one in found for row in one.tokens.tolist()]
+    assert sorted(rows) == sorted(tuple(row) for row in mixed.tokens.tolist())
+    assert len({one.fingerprint for one in found}) == 3
+    with pytest.raises(InputError, match="1 window, and some must be held back"):
+        Parts.of(draw_windows(windows=2))
 
 
 @pytest.mark.parametrize("skeleton", [False, True])
@@ -62,10 +77,10 @@ def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(ti
         2: (*at(decoder, 16, 8, 24, 16)[2:3], *at(decoder, 16, 8, 8, 16, without=[2])[2:3]),
         3: at(decoder, 16, 8, 24, 0)[3:],
     }
-    base, found = losses_around(measured, WINDOWS, widths, others, BrainSurgeon(), refit=REFIT)
-    judged = judging_windows(WINDOWS, JUDGED)
-    pruned = applied(decoder, widths)
-    assert base == pytest.approx(plain_loss(pruned, judged), abs=1e-5)
+    point = losses_around(measured, PARTS, widths, others, BrainSurgeon(), refit=REFIT)
+    pruned, found = applied(decoder, widths), point.others
+    assert point.loss == pytest.approx(plain_loss(pruned, PARTS.searched), abs=1e-5)
+    assert point.judged == pytest.approx(plain_loss(pruned, PARTS.judged), abs=1e-5)
     assert set(found) == {(block, one) for block, choices in others.items() for one in choices}
     for (block, own), loss in found.items():
         changed = tuple(own if index == block else one for index, one in enumerate(widths))
@@ -74,7 +89,7 @@ def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(ti
         if own.groups != widths[block].groups:  # attention comes back, the MLP stays as it was fitted without
             mixed.model.layers[block] = other.model.layers[block]
             mixed.model.layers[block].mlp = copy.deepcopy(pruned.model.layers[block].mlp)
-        assert plain_loss(mixed, judged) == pytest.approx(loss, abs=1e-5), (block, own)
+        assert plain_loss(mixed, PARTS.searched) == pytest.approx(loss, abs=1e-5), (block, own)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
@@ -83,8 +98,8 @@ def test_the_loss_is_that_of_the_model_a_plan_makes(tiny, family):
     decoder = tiny(family)
     half = [max(8, one.channels // 16 * 8) for one in dense_widths(decoder)]
     widths = at(decoder, *half, without=[2])
-    base, _ = losses_around(decoder, WINDOWS, widths, {}, BrainSurgeon(), refit=REFIT)
-    assert base == pytest.approx(plain_loss(applied(decoder, widths), judging_windows(WINDOWS, JUDGED)), abs=1e-4)
+    found = losses_around(decoder, PARTS, widths, {}, BrainSurgeon(), refit=REFIT)
+    assert found.loss == pytest.approx(plain_loss(applied(decoder, widths), PARTS.searched), abs=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -95,7 +110,7 @@ def test_the_best_of_all_exchanges(tiny, seed):
     generator = torch.Generator().manual_seed(seed)
     near = NEAR.of(widths, savings.dense)
     losses = {(block, one): 2 + float(torch.randn(1, generator=generator)) for block in near for one in near[block]}
-    found = exchange(Point(widths, 2.0, losses), savings)
+    found = exchange(Point(widths, 2.0, 2.0, losses), savings)
 
     def expected(choice):
         total = 0.0
@@ -118,26 +133,28 @@ def test_the_best_of_all_exchanges(tiny, seed):
     least = min(expected(choice) for choice in itertools.product(*values) if savings.weight(choice) <= limit)
     assert savings.weight(found) <= limit
     assert expected(found) == pytest.approx(least, abs=1e-9)
-    assert exchange(Point(widths, 2.0, losses), savings, least=100.0) == widths, "nothing promises so much"
+    assert exchange(Point(widths, 2.0, 2.0, losses), savings, least=100.0) == widths, "nothing promises so much"
 
 
-def test_widths_that_lose_more_are_given_up(tiny, monkeypatch):
+@pytest.mark.parametrize("compared", [1.5, 0.5])
+def test_widths_that_lose_more_on_other_windows_are_given_up(tiny, monkeypatch, compared):
     decoder = tiny("llama", blocks=4)
     savings = Savings(decoder, width_sizes(decoder, stock=False), Budget("remove", 0.2))
     start = at(decoder, 16, 16, 16, 16)
     tried = []
 
-    def worse(_decoder, _windows, widths, others, *_, **__):
+    def worse(_decoder, _parts, widths, others, *_, **__):
         tried.append(widths)
-        loss = 1.0 if widths == start else 1.5
-        return loss, {
+        loss, judged = (1.0, 1.0) if widths == start else (compared, 1.5)
+        around = {
             (block, one): loss + 0.01 * (one.channels - widths[block].channels) * (1 if block == 1 else -1)
             for block, found in others.items()
             for one in found
         }
+        return Point(widths, loss, judged, around)
 
     monkeypatch.setattr(refinement, "losses_around", worse)
-    found = refined(Measurements(decoder, WINDOWS), start, savings, NEAR, refit=REFIT, rounds=3)
+    found = refined(Measurements(decoder, WINDOWS), start, savings, NEAR, parts=PARTS, refit=REFIT, rounds=3)
     assert found == start == tried[0]
     assert len(tried) == len(set(tried)) > 1
     assert all(savings.weight(one) <= savings.weight(start) for one in tried)
@@ -149,18 +166,18 @@ def test_the_loss_does_not_rise_and_is_measured_once(tiny, monkeypatch, tmp_path
     start, measurements = at(decoder, 8, 8, 24, 8), Measurements(decoder, WINDOWS)
 
     def loss(widths):
-        return losses_around(decoder, WINDOWS, widths, {}, BrainSurgeon(), refit=REFIT)[0]
+        return losses_around(decoder, PARTS, widths, {}, BrainSurgeon(), refit=REFIT).judged
 
-    found = refined(measurements, start, savings, NEAR, refit=REFIT, rounds=2)
+    found = refined(measurements, start, savings, NEAR, parts=PARTS, refit=REFIT, rounds=2)
     assert loss(found) <= loss(start)
     assert savings.weight(found) <= savings.weight(start)
     monkeypatch.setattr(refinement, "losses_around", None)
-    assert refined(measurements, start, savings, NEAR, refit=REFIT, rounds=2) == found
+    assert refined(measurements, start, savings, NEAR, parts=PARTS, refit=REFIT, rounds=2) == found
     monkeypatch.undo()
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     for path in (tmp_path / "cache").rglob("*.json"):
-        path.write_text("[1, null]")
-    assert refined(measurements, start, savings, NEAR, refit=REFIT, rounds=2) == found
+        path.write_text("[1, 2, null]")
+    assert refined(measurements, start, savings, NEAR, parts=PARTS, refit=REFIT, rounds=2) == found
 
 
 def test_a_refined_plan(tiny):

@@ -112,10 +112,11 @@ class Windows:
         )
         back: list[int] = []
         for numbers in sources:
-            count = min(max(1, round(share * len(numbers))), len(numbers) - 1)
-            back += [int(numbers[(number + 1) * len(numbers) // count - 1]) for number in range(count)]
+            some = min(max(1, round(share * len(numbers))), len(numbers) - 1)
+            back += [int(numbers[(number + 1) * len(numbers) // some - 1]) for number in range(some)]
         if not back:
-            raise InputError(f"{self.source}: {len(self)} window, and some must be held back; give more text.")
+            count = counted(len(self), "window")
+            raise InputError(f"{self.source}: {count}, and some must be held back; give more text.")
         stay = [number for number in range(len(self)) if number not in back]
         every = f"{len(self) / len(back):.3g}th"
         parts = {f"without every {every}": stay, f"every {every}": back}

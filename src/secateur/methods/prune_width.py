@@ -22,6 +22,7 @@ from typing import Any
 from secateur.errors import InputError, ModelError
 from secateur.methods import apply_slicing
 from secateur.methods.allocation.database import open_database
+from secateur.methods.allocation.operating_point import Parts
 from secateur.methods.allocation.refinement import Neighbours, refined
 from secateur.methods.allocation.savings import Savings
 from secateur.methods.allocation.widths import allocations
@@ -305,12 +306,13 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
     sizes = width_sizes(decoder, stock=stock)
     multiple = rounding_for(decoder, free, settings.rounding)
     attention = _removable_attention(decoder, free) if settings.heads != "never" else []
+    parts = Parts.of(measurements.need_windows()) if settings.refine else None
     database, savings = open_database(measurements, free, multiple, attention), Savings(decoder, sizes, budget)
     widths = savings.meet(allocations(database, savings))
-    if settings.refine:
+    if parts is not None:
         near = Neighbours({one.block: one.keep for one in database.mlps}, attention)
         refit = Refit(repair=settings.repair, ridge=settings.ridge, target=settings.target)
-        widths = refined(measurements, widths, savings, near, refit=refit, rounds=settings.refine)
+        widths = refined(measurements, widths, savings, near, parts=parts, refit=refit, rounds=settings.refine)
     return (
         _step(
             "obs-width",

@@ -10,8 +10,10 @@ model below b, and above b its blocks are those of the pruned model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ from secateur.calibration.inputs import InputSums
 from secateur.calibration.store import StateStore
 from secateur.calibration.walk import Batch, mean_loss_of, open_store, step, stored_start, through_block
 from secateur.data.windows import Windows
-from secateur.methods.allocation.sensitivity import judging_windows
+from secateur.methods.allocation.sensitivity import shortened
 from secateur.models.anatomy import owner_of
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
@@ -32,7 +34,9 @@ from secateur.surgery.width.inputs import holding, measure_inputs, of_dense, sil
 from secateur.surgery.width.pruning import Choose, Refit, parts_to_measure, refitted
 
 JUDGED = 2048
-"""Tokens on which the losses are measured, about."""
+"""Tokens on which changes are compared, about."""
+_PART = 8
+"""One window in this many of each source compares changes, and another one judges them."""
 
 Trial = tuple[int, Widths]
 """A block with other widths."""
@@ -40,51 +44,98 @@ Others = Mapping[int, Sequence[Widths]]
 """Other widths of blocks, that differ in the channels, or in having attention at all."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Calibration windows in three parts, none of which shares a window with another.
+
+    Attributes:
+        fitted: on which the model is pruned and repaired.
+        searched: on which changes of widths are compared; of many comparisons the best is luck in part.
+        judged: on which it is decided whether widths found like that are better.
+    """
+
+    fitted: Windows
+    searched: Windows
+    judged: Windows
+
+    @classmethod
+    def of(cls, windows: Windows) -> Parts:
+        """Take an eighth of the windows of each source to compare, and an eighth to judge; at least one of each.
+
+        Sources with fewer than three windows take no part in one or both.
+
+        Raises:
+            InputError: there are too few windows of every source.
+        """
+        rest, judged = windows.split_off(1 / _PART)
+        fitted, searched = rest.split_off(1 / (_PART - 1))
+        return cls(fitted, shortened(searched, JUDGED), judged)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Widths with the losses in nats that were measured there.
+
+    Attributes:
+        widths: of all blocks.
+        loss: of the pruned model, on the windows that compare.
+        judged: of the pruned model, on the windows that judge.
+        others: the loss with other widths in one block, on the windows that compare.
+    """
+
+    widths: tuple[Widths, ...]
+    loss: float
+    judged: float
+    others: Mapping[Trial, float]
+
+
 @torch.no_grad()
 def losses_around(
     decoder: Decoder,
-    windows: Windows,
+    parts: Parts,
     widths: Sequence[Widths],
     others: Others,
     choose: Choose,
     *,
     refit: Refit,
     options: RunOptions = DEFAULTS,
-) -> tuple[float, dict[Trial, float]]:
-    """Measure the loss of a pruned model, and with other widths in one block, on held-out windows.
+) -> Point:
+    """Measure the loss of a pruned model, and with other widths in one block.
 
     Args:
         decoder: the dense model.
-        windows: calibration windows.
+        parts: of the calibration windows.
         widths: what each block keeps; attention as it is, or none.
         others: other widths of each block, one at a time.
         choose: decides which channels remain.
         refit: how output projections are refitted.
         options: windows per batch, progress.
 
-    Returns:
-        The loss in nats, and the loss of each other model.
-
     Raises:
         NumericsError: NaN or infinity on the way.
     """
     trials = [(block, one) for block, found in others.items() for one in found]
     with open_store(decoder) as store:
-        walk = _Walk(decoder, windows, store, choose, refit, options)
+        walk = _Walk(decoder, parts, store, choose, refit, options)
         for index in options.progress(range(decoder.block_count), "pruning with other widths", decoder.block_count):
             with decoder.block(index):
                 walk.through(index, widths[index], others.get(index, ()))
         with decoder.outer():
-            losses = {trial: walk.loss(trial) for trial in (None, *trials)}
-    return losses.pop(None), {trial: loss for trial, loss in losses.items() if trial is not None}
+            losses = {trial: walk.loss(trial) for trial in trials}
+            return Point(tuple(widths), walk.loss(None), walk.loss(_JUDGED), losses)
+
+
+_JUDGED: Literal["judged"] = "judged"
+Model = Trial | None | Literal["judged"]
+"""The model with other widths in one block, or the pruned model, on the windows that compare; or that on the others."""
 
 
 @dataclass
 class _Walk:
-    """States of the pruned model on the calibration windows, and of all models on those that judge them."""
+    """States of the pruned model on the calibration windows, and of all models on those that compare or judge them."""
 
     decoder: Decoder
-    windows: Windows
+    parts: Parts
     store: StateStore
     choose: Choose
     refit: Refit
@@ -93,13 +144,16 @@ class _Walk:
 
     def __post_init__(self) -> None:
         size = self.options.batch_size
-        self._folds: Folds = folds_of(self.windows)
-        self._batches = stored_start(self.decoder, self.windows, self.store, size)
+        self._folds: Folds = folds_of(self.parts.fitted)
+        self._batches = stored_start(self.decoder, self.parts.fitted, self.store, size)
         if self.refit.target == "dense" and writes_stream(self.decoder):
             for batch in self._batches:
                 self.store.put(of_dense(batch), self.store.get(batch.index))
-        judged = judging_windows(self.windows, JUDGED)
-        self._judged = stored_start(self.decoder, judged, self.store, size, key=lambda batch: _key(batch, None))
+        starts: tuple[tuple[Windows, Model], ...] = ((self.parts.searched, None), (self.parts.judged, _JUDGED))
+        self._searched, self._judged = (
+            stored_start(self.decoder, some, self.store, size, key=functools.partial(_key, model=model))
+            for some, model in starts
+        )
 
     def through(self, index: int, keep: Widths, others: Sequence[Widths]) -> None:
         """Run block `index`, its weights loaded."""
@@ -107,17 +161,18 @@ class _Walk:
         narrow_first = sorted({keep, *others}, key=lambda one: (one.channels, one.groups))
         edits = {widths: self._edits(index, widths, sums) for widths in narrow_first}
         for widths in others:
-            self._judge(index, None, (index, widths), edits[widths])
+            self._advance(index, None, (index, widths), edits[widths])
         if not keep.is_empty:
-            for trial in (*self.trials, None):
-                self._judge(index, trial, trial, edits[keep])
+            models: list[Model] = [*self.trials, None, _JUDGED]
+            for model in models:
+                self._advance(index, model, model, edits[keep])
             with holding(self.decoder.block_list[index], edits[keep]):
                 through_block(self.decoder, index, self._batches, self.store)
         self.trials += [(index, widths) for widths in others]
 
-    def loss(self, trial: Trial | None) -> float:
+    def loss(self, model: Model) -> float:
         """Return the loss of one of the models, in nats; final norm and head are loaded."""
-        return mean_loss_of(self.decoder, ((one, self.store.get(_key(one, trial))) for one in self._judged))
+        return mean_loss_of(self.decoder, ((one, self.store.get(_key(one, model))) for one in self._batches_of(model)))
 
     def _measure(self, index: int, keep: Widths, others: Sequence[Widths]) -> dict[Part, list[InputSums]]:
         """Sum up the inputs of an MLP that some of these widths narrow, with the attention that the block keeps."""
@@ -160,17 +215,20 @@ class _Walk:
         assert not gone or not keep.groups, "attention stays or goes as a whole"
         return silenced(self.decoder, index, "heads") if gone else {}
 
-    def _judge(self, index: int, before: Trial | None, after: Trial | None, edits: Mapping[str, torch.Tensor]) -> None:
+    def _advance(self, index: int, before: Model, after: Model, edits: Mapping[str, torch.Tensor]) -> None:
         """Advance the states of one model; they become those of another."""
         with holding(self.decoder.block_list[index], edits):
-            for batch in self._judged:
+            for batch in self._batches_of(before):
                 found = step(self.decoder, index, batch, self.store.get(_key(batch, before)))
                 self.store.put(_key(batch, after), found)
+
+    def _batches_of(self, model: Model) -> list[Batch]:
+        return self._judged if model == _JUDGED else self._searched
 
 
 def _mlp_parts(decoder: Decoder, index: int, keep: Widths) -> list[Part]:
     return [part for part in parts_to_measure(keep, block_widths(decoder, index)) if part != "heads"]
 
 
-def _key(batch: Batch, trial: Trial | None) -> tuple[str, int, Trial | None]:
-    return "judged", batch.index, trial
+def _key(batch: Batch, model: Model) -> tuple[str, int, Model]:
+    return "compared", batch.index, model

@@ -2,9 +2,10 @@
 
 Each round measures the loss of the model pruned to the widths so far, and with one block at a time a level wider,
 narrower, or with or without its attention (`operating_point.py`). Dynamic programming finds the exchange that promises
-most at the amount asked for, and the next round measures what it is really worth. Widths at which the loss was not
-lower than before are given up; then only changes that promise more are tried. So the loss never rises from round to
-round, and what was measured is kept on disk.
+most at the amount asked for, and the next round measures what it is really worth, on windows that took no part in the
+search: the best of many exchanges is lucky in part. Widths at which the loss was not lower there than before are given
+up; then only changes that promise more are tried. So the loss never rises from round to round, and what was measured is
+kept on disk.
 
 Tang et al. 2025, "DarwinLM: Evolutionary Structured Pruning of Large Language Models", also exchange levels at equal
 size and judge by the loss; their exchanges are drawn at random, and their models stitched together from a database.
@@ -21,7 +22,7 @@ from secateur.distributed import from_main_process, is_main_process
 from secateur.errors import InputError
 from secateur.files import cache_folder, replace_file
 from secateur.methods.allocation.frontier import Option, best_choices
-from secateur.methods.allocation.operating_point import Trial, losses_around
+from secateur.methods.allocation.operating_point import Parts, Point, losses_around
 from secateur.methods.allocation.savings import AllWidths, Savings
 from secateur.methods.allocation.widths import without_empty
 from secateur.methods.apply_widths import BrainSurgeon
@@ -31,7 +32,7 @@ from secateur.reading import MIB, FileKind
 from secateur.surgery.width.pruning import Refit
 from secateur.versions import digest
 
-_FORMAT = 1
+_FORMAT = 2
 _LEAST = 0.002
 """Nats that a change must promise after one round brought nothing."""
 _MORE = 3.0
@@ -64,37 +65,24 @@ class Neighbours:
         return found
 
 
-@dataclass(frozen=True)
-class Point:
-    """Widths with what was measured there.
-
-    Attributes:
-        widths: of all blocks.
-        loss: of the pruned model, in nats.
-        others: the loss with other widths in one block.
-    """
-
-    widths: AllWidths
-    loss: float
-    others: Mapping[Trial, float]
-
-
 def refined(
     measurements: Measurements,
     start: AllWidths,
     savings: Savings,
     neighbours: Neighbours,
     *,
+    parts: Parts,
     refit: Refit,
     rounds: int,
 ) -> AllWidths:
-    """Return widths that save as much as those at the start, at no more loss on held-out windows.
+    """Return widths that save as much as those at the start, at no more loss on the windows that judge.
 
     Args:
         measurements: of the dense model.
         start: widths that meet the budget.
         savings: what widths save in the unit of the budget.
         neighbours: which widths may be exchanged.
+        parts: of the calibration windows.
         refit: how output projections are refitted when the plan is applied.
         rounds: how often exchanges are looked for.
 
@@ -104,7 +92,7 @@ def refined(
 
     def measured(widths: AllWidths, *, around: bool) -> Point:
         others = neighbours.of(widths, savings.dense) if around else {}
-        return _measured(measurements, widths, others, refit)
+        return _measured(measurements, parts, widths, others, refit)
 
     best, least = measured(start, around=rounds > 0), 0.0
     seen = {start}
@@ -114,7 +102,7 @@ def refined(
             break
         seen.add(proposal)
         found = measured(proposal, around=left > 0)
-        if found.loss < best.loss:
+        if found.judged < best.judged:
             best = found
         else:
             least = max(_LEAST, _MORE * least)
@@ -155,22 +143,23 @@ def exchange(point: Point, savings: Savings, least: float = 0.0) -> AllWidths:
 
 
 def _measured(
-    measurements: Measurements, widths: AllWidths, others: Mapping[int, Sequence[Widths]], refit: Refit
+    measurements: Measurements, parts: Parts, widths: AllWidths, others: Mapping[int, Sequence[Widths]], refit: Refit
 ) -> Point:
     """Return the losses at these widths, from the disk if they were measured before."""
-    decoder, windows, options = measurements.decoder, measurements.need_windows(), measurements.options
+    decoder, options = measurements.decoder, measurements.options
     place = (str(decoder.module.dtype), decoder.device.type, options.batch_size, decoder.fingerprint)
+    texts = [parts.fitted.fingerprint, parts.searched.fingerprint, parts.judged.fingerprint]
     asked = [_numbers(widths), [(block, _numbers(found)) for block, found in others.items()]]
-    key = digest(_FORMAT, place, windows.fingerprint, asked, refit.repair, refit.ridge, refit.target)
+    key = digest(_FORMAT, place, texts, asked, refit.repair, refit.ridge, refit.target)
     path = cache_folder("widths", "around", f"{key}.json")
     trials = [(block, one) for block, found in others.items() for one in found]
     known: list[float] | None = from_main_process(_read(path, len(trials)))
     if known is None:
-        loss, found = losses_around(decoder, windows, widths, others, BrainSurgeon(), refit=refit, options=options)
-        known = from_main_process([loss, *(found[trial] for trial in trials)])
+        found = losses_around(decoder, parts, widths, others, BrainSurgeon(), refit=refit, options=options)
+        known = from_main_process([found.loss, found.judged, *(found.others[trial] for trial in trials)])
         if is_main_process():
             replace_file(path, json.dumps(known) + "\n")
-    return Point(widths, known[0], dict(zip(trials, known[1:], strict=True)))
+    return Point(widths, known[0], known[1], dict(zip(trials, known[2:], strict=True)))
 
 
 def _numbers(widths: Sequence[Widths]) -> list[tuple[int, ...]]:
@@ -185,4 +174,4 @@ def _read(path: Path, trials: int) -> list[float] | None:
         found = [float(one) for one in _RECORD.json(path)]
     except (InputError, TypeError, ValueError):
         return None
-    return found if len(found) == trials + 1 else None
+    return found if len(found) == trials + 2 else None

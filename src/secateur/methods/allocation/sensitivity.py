@@ -46,9 +46,14 @@ def judging_windows(windows: Windows, tokens: int = TOKENS) -> Windows:
     """Return the windows that no repair is fitted on, shortened to about this many tokens in all."""
     held_out = folds_of(windows).held_out
     some = windows.some(held_out.nonzero().flatten().tolist()) if bool(held_out.any()) else windows
-    length = min(some.seq_len, max(2, tokens // len(some)))
-    mask = None if some.mask is None else some.mask[:, :length]
-    return replace(some, tokens=some.tokens[:, :length], mask=mask)
+    return shortened(some, tokens)
+
+
+def shortened(windows: Windows, tokens: int) -> Windows:
+    """Return the beginnings of windows, about this many tokens in all."""
+    length = min(windows.seq_len, max(2, tokens // len(windows)))
+    mask = None if windows.mask is None else windows.mask[:, :length]
+    return replace(windows, tokens=windows.tokens[:, :length], mask=mask)
 
 
 @torch.no_grad()
