@@ -106,6 +106,8 @@ def test_settings_that_an_engine_needs(bundled):
     assert settings_for("vllm", bundled, "obs-width", whole) == whole, "attention goes as a whole, as DeciLM's may"
     assert settings_for("vllm", bundled, "obs-width", whole, tensor_parallel=3)["heads"] == "never"
     assert settings_for("vllm", bundled, "slicegpt", {}) == {"head": "whole"}
+    with pytest.raises(InputError, match="--for vllm: needs attention=whole, not groups"):
+        settings_for("vllm", bundled, "obs-width", whole | {"attention": "groups"})
     assert settings_for("llama.cpp", bundled, "flap", {}) == {}
     assert settings_for("vllm", bundled, "wanda-sp", {}, tensor_parallel=3) == {"heads": "never", "rounding": 192}
     with pytest.raises(InputError, match="--for vllm: needs heads=never, not even"):

@@ -13,12 +13,12 @@ from secateur.calibration.folds import folds_of
 from secateur.calibration.ridge import UNJUDGED
 from secateur.errors import InputError, ModelError
 from secateur.methods.allocation import database
-from secateur.methods.allocation.database import open_database
+from secateur.methods.allocation.database import Database, open_database
 from secateur.methods.allocation.frontier import Option, best_choices
-from secateur.methods.allocation.levels import Levels, levels_of, measure_levels
+from secateur.methods.allocation.levels import Levels, levels_by_branch, levels_of, measure_levels
 from secateur.methods.allocation.savings import Savings
 from secateur.methods.allocation.sensitivity import Reaction, judging_windows
-from secateur.methods.allocation.widths import allocations, expected_losses
+from secateur.methods.allocation.widths import allocations, convex_rises, expected_losses
 from secateur.methods.budget import Budget
 from secateur.methods.method import Measurements
 from secateur.models.anatomy import find
@@ -27,7 +27,7 @@ from secateur.surgery.width.target import width_sizes
 from tiny_models import build
 
 WINDOWS = draw_windows(windows=8)
-WRITER = "mlp.down_proj"
+WRITERS = {"heads": "self_attn.o_proj", "channels": "mlp.down_proj"}
 
 
 @pytest.fixture(autouse=True)
@@ -92,35 +92,37 @@ def test_the_order_of_removal_begins_with_what_greedy_removal_takes():
         assert set(order[: 6 - keep].tolist()) == set((~stay).nonzero().flatten().tolist())
 
 
-def inputs_of(block):
-    """What enters an MLP's output projection, window after window, and the residual stream that leaves the block."""
+def inputs_of(block, part):
+    """What enters an output projection, window after window, and the residual stream that leaves the block."""
     module, seen = build("llama", blocks=4), {}
     layer = module.model.layers[block]
-    find(layer, WRITER).register_forward_pre_hook(lambda _, args: seen.update(inputs=args[0]))
+    find(layer, WRITERS[part]).register_forward_pre_hook(lambda _, args: seen.update(inputs=args[0]))
     layer.register_forward_hook(lambda _m, _a, out: seen.update(leaves=out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
         module(WINDOWS.tokens)
-    return seen["inputs"].double(), seen["leaves"].double(), find(layer, WRITER).weight.detach().double()
+    return seen["inputs"].double(), seen["leaves"].double(), find(layer, WRITERS[part]).weight.detach().double()
 
 
-def levels(decoder):
-    return list(measure_levels(decoder, WINDOWS, range(4), 8))
+def levels(decoder, groups=()):
+    found = measure_levels(decoder, WINDOWS, levels_by_branch(decoder, range(4), 8, groups))
+    return [one for measured in found for one in measured]
 
 
-def opened(decoder, free=range(4), windows=WINDOWS, attention=(0, 1, 2, 3)):
-    return open_database(Measurements(decoder, windows), free, 8, attention)
+def opened(decoder, free=range(4), windows=WINDOWS, attention=(0, 1, 2, 3), **more):
+    return open_database(Measurements(decoder, windows), free, 8, attention, **more)
 
 
-def test_errors_are_those_of_a_ridge_regression_on_held_out_windows(tiny):
+@pytest.mark.parametrize("part", WRITERS)
+def test_errors_are_those_of_a_ridge_regression_on_held_out_windows(tiny, part):
     """Straight line: fit on three windows of four, judge on the fourth, every token relative to the stream."""
-    mlp, (writer,) = levels(tiny("llama", blocks=4))[1]
-    assert mlp.block == 1
-    inputs, leaves, weight = inputs_of(1)
+    found = levels(tiny("llama", blocks=4), groups=[1])
+    mlp, (writer,) = next(one for one in found if (one[0].block, one[0].part) == (1, part))
+    inputs, leaves, weight = inputs_of(1, part)
     held_out = folds_of(WINDOWS).held_out
     assert held_out.any()
     heavy = 1 / leaves.square().mean(-1)
     stay = (writer != 0).any(dim=0)
-    assert int(stay.sum()) == mlp.keep[mlp.probe]
+    assert int(stay.sum()) == mlp.keep[mlp.probe] * {"heads": 16, "channels": 1}[part]
     x, w = inputs[~held_out].flatten(0, 1), heavy[~held_out].flatten()
     gram = (x * w[:, None]).T @ x
     ridge = UNJUDGED * gram.diagonal().mean() * torch.eye(int(stay.sum()), dtype=torch.float64)
@@ -144,15 +146,18 @@ def test_levels_go_from_all_to_none():
 
 def test_reactions_are_the_loss_of_models_changed_in_one_mlp(tiny):
     decoder = tiny("llama", blocks=4)
-    found = opened(decoder)
+    found = opened(decoder, attention=(1, 3), single=True)
     judged = judging_windows(WINDOWS)
     assert judged.tokens.tolist() == WINDOWS.tokens[folds_of(WINDOWS).held_out].tolist()
     dense = plain_loss(build("llama", blocks=4), judged)
-    for (mlp, (writer,)), reaction in zip(levels(decoder), found.reactions, strict=True):
+    for (one, (writer,)), reaction in zip(levels(decoder, groups=(1, 3)), found.reactions, strict=True):
         for weight, measured in ((writer, reaction.probe), (torch.zeros_like(writer), reaction.removed)):
+            if measured is None:
+                assert one.part == "heads", "what attention costs depends on what is gone"
+                continue
             module = build("llama", blocks=4)
             with torch.no_grad():
-                find(module.model.layers[mlp.block], WRITER).weight.copy_(weight)
+                find(module.model.layers[one.block], WRITERS[one.part]).weight.copy_(weight)
             assert plain_loss(module, judged) - dense == pytest.approx(measured, abs=1e-5)
 
 
@@ -178,28 +183,87 @@ def test_attention_goes_in_the_order_of_what_it_costs_given_what_is_gone(tiny):
 
 
 @pytest.mark.parametrize(
-    ("reaction", "expected"),
+    ("removed", "expected"),
     [
-        (Reaction(0.5, 2.0), (0, 0.25, 0.5, 1.0, 2.0)),
-        (Reaction(0.5, 8.0), (0, 0.125, 0.5, 2.0, 8.0)),
-        (Reaction(0.5, 0.4), (0, 0.25, 0.5, 0.5, 0.5)),
+        (2.0, (0, 0.25, 0.5, 1.0, 2.0)),
+        (8.0, (0, 0.125, 0.5, 2.0, 8.0)),
+        (0.4, (0, 0.25, 0.5, 0.5, 0.5)),
     ],
     ids=["linear", "quadratic", "noise"],
 )
-def test_expected_losses_go_through_what_was_measured(reaction, expected):
-    mlp = Levels(0, (8, 6, 4, 2, 0), (0.0, 0.1, 0.2, 0.4, 0.8), 2)
-    found = expected_losses(mlp, reaction)
+def test_expected_losses_go_through_what_was_measured(removed, expected):
+    mlp = Levels(0, "channels", (8, 6, 4, 2, 0), (0.0, 0.1, 0.2, 0.4, 0.8), 2)
+    found = expected_losses(mlp, 0.5, removed)
     assert (found[2], found[4]) == pytest.approx((expected[2], expected[4]))
-    if reaction.removed > reaction.probe:
+    if removed > 0.5:
         assert found == pytest.approx(expected)
     assert list(found) == sorted(found)
-    assert expected_losses(mlp, Reaction(-0.1, -0.2))[-1] < 1e-3, "noise below nothing counts as nothing"
+    assert expected_losses(mlp, -0.1, -0.2)[-1] < 1e-3, "noise below nothing counts as nothing"
 
 
 def test_all_or_none():
-    mlp = Levels(0, (8, 0), (0.0, 3.0), 1)
-    assert expected_losses(mlp, Reaction(0.7, 0.7)) == (0.0, 0.7)
-    assert expected_losses(mlp, Reaction(-0.1, -0.1)) == (0.0, 0.0)
+    mlp = Levels(0, "channels", (8, 0), (0.0, 3.0), 1)
+    assert expected_losses(mlp, 0.7, 0.7) == (0.0, 0.7)
+    assert expected_losses(mlp, -0.1, -0.1) == (0.0, 0.0)
+
+
+def test_rises_that_never_fall():
+    assert convex_rises((1.0, 3.0, 6.0)) == (1.0, 2.0, 3.0)
+    assert convex_rises((0.5, 0.6, 3.0, 3.1, 9.0)) == pytest.approx((0.3, 0.3, 1.25, 1.25, 5.9))
+    assert convex_rises(()) == ()
+
+
+def test_single_groups_against_all_choices(tiny):
+    """Attention without a place in the order keeps a group; the other may go, at what that cost in the order."""
+    decoder = tiny("llama", blocks=4)
+    groups = [Levels(block, "heads", (2, 1, 0), (0.0, 0.2, 0.8), 1) for block in (1, 2)]
+    mlps = [Levels(block, "channels", (24, 8, 0), (0.0, 0.3, 0.9), 1) for block in range(4)]
+    worth = [Reaction(0.04, None), Reaction(0.01, None), *(Reaction(0.1 + block, 2.0 + block) for block in range(4))]
+    measured = Database((*groups, *mlps), tuple(worth), attention=(2,), lost=(0.16,))
+    savings = Savings(decoder, width_sizes(decoder, stock=False), Budget("remove", 0.2))
+    cost = {
+        (1, 1): 0.04,
+        (2, 1): 0.01,
+        (2, 0): 0.16,
+        **{(block, "mlp", keep): loss for block in range(4) for keep, loss in ((8, 0.1 + block), (0, 2.0 + block))},
+    }
+
+    def price(widths):
+        attention = sum(cost[block, own.groups] for block, own in enumerate(widths) if own.groups < 2)
+        return attention + sum(
+            cost[block, "mlp", own.channels] for block, own in enumerate(widths) if own.channels < 24
+        )
+
+    dense = savings.dense
+    every = [
+        tuple(
+            own.model_copy(update={"channels": channels, "groups": {1: one, 2: two}.get(block, own.groups)})
+            for block, (own, channels) in enumerate(zip(dense, narrow, strict=True))
+        )
+        for one in (2, 1)
+        for two in (2, 1, 0)
+        for narrow in itertools.product((24, 8, 0), repeat=4)
+    ]
+    found = allocations(measured, savings)
+    assert any(own.groups == 1 for widths in found for own in widths)
+    saved = {
+        widths: sum(savings.of(b, groups=w.groups, channels=w.channels) for b, w in enumerate(widths))
+        for widths in every
+    }
+    for widths in found[::7]:
+        best = min(price(one) for one in every if saved[one] >= saved[widths])
+        assert price(widths) == pytest.approx(best)
+
+
+def test_single_groups_go(tiny):
+    decoder = tiny("llama", blocks=4)
+    settings = {"allocation": "global", "attention": "groups", "rounding": 8}
+    plan = make_plan(decoder, method="obs-width", texts=WINDOWS, settings=settings, remove=0.3)
+    assert 1 in {one.groups for one in plan.steps[0].widths}
+    pruned = prune(decoder, plan, texts=WINDOWS)
+    assert pruned.parameter_count == plan.parameters_after
+    with pytest.raises(InputError, match="attention=groups is of allocation=global"):
+        make_plan(decoder, method="obs-width", texts=WINDOWS, remove=0.2, settings={"attention": "groups"})
 
 
 def test_measured_once(tiny, monkeypatch):
@@ -208,7 +272,12 @@ def test_measured_once(tiny, monkeypatch):
     monkeypatch.setattr(database, "measure_levels", None)
     monkeypatch.setattr(database, "reactions", None)
     assert opened(decoder) == first
-    for other in ({"windows": draw_windows(windows=8, seed=1)}, {"free": range(3)}, {"attention": ()}):
+    for other in (
+        {"windows": draw_windows(windows=8, seed=1)},
+        {"free": range(3)},
+        {"attention": ()},
+        {"single": True},
+    ):
         with pytest.raises(TypeError):
             opened(decoder, **other)
 
@@ -219,33 +288,33 @@ def test_an_interrupted_measurement_goes_on(tiny, monkeypatch, tmp_path):
 
     def killed(*given, **more):
         for one in true_levels(*given, **more):
-            if one[0].block == 2:
+            if one[0][0].block == 2:
                 raise KeyboardInterrupt
             yield one
 
     def counted(*given, **more):
         for one in true_levels(*given, **more):
-            blocks.append(one[0].block)
+            blocks.append(one[0][0].block)
             yield one
 
     monkeypatch.setattr(database, "measure_levels", killed)
     with pytest.raises(KeyboardInterrupt):
-        opened(decoder)
+        opened(decoder, single=True)
     monkeypatch.setattr(database, "measure_levels", counted)
-    found = opened(decoder)
+    found = opened(decoder, single=True)
     assert blocks == [2, 3]
-    assert list(found.mlps) == [one for one, _ in levels(decoder)]
+    assert list(found.branches) == [one for one, _ in levels(decoder, groups=range(4))]
     assert not list(tmp_path.rglob("block-*")), "what is measured needs them no more"
 
 
-@pytest.mark.parametrize("damage", ["", "{}", "[1, 2]", '{"mlps": [{}], "reactions": []}'])
+@pytest.mark.parametrize("damage", ["", "{}", "[1, 2]", '{"branches": [{}], "reactions": []}'])
 def test_damaged_measurements_are_made_again(tiny, damage, tmp_path):
     decoder = tiny("llama", blocks=4)
     first = opened(decoder)
     (file,) = tmp_path.rglob("levels.json")
     file.write_text(damage)
     assert opened(decoder) == first
-    assert json.loads(file.read_text())["mlps"]
+    assert json.loads(file.read_text())["branches"]
 
 
 @pytest.mark.parametrize("heads", ["last", "never"])
@@ -269,7 +338,7 @@ def test_amounts_are_met(tiny, heads, amount):
 def test_cheaper_mlps_give_more(tiny):
     decoder = tiny("llama", blocks=4)
     measured = opened(decoder)
-    worth = [Reaction(0.001, 0.002) if one.block == 2 else Reaction(1.0, 2.0) for one in measured.mlps]
+    worth = [Reaction(0.001, 0.002) if one.block == 2 else Reaction(1.0, 2.0) for one in measured.branches]
     sizes = width_sizes(decoder, stock=False)
     savings = Savings(decoder, sizes, Budget("remove", 0.07))
     dear = dataclasses.replace(measured, reactions=tuple(worth), lost=tuple(5.0 for _ in measured.lost))

@@ -24,7 +24,7 @@ from secateur.surgery.width.target import dense_widths, width_sizes
 WINDOWS = draw_windows(windows=8)
 PARTS = Parts.of(WINDOWS)
 REFIT = Refit(target="dense")
-NEAR = Neighbours(dict.fromkeys(range(4), (24, 16, 8, 0)), (1, 2, 3))
+NEAR = Neighbours({"channels": dict.fromkeys(range(4), (24, 16, 8, 0)), "groups": dict.fromkeys((1, 2, 3), (2, 0))})
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +32,13 @@ def _cache(monkeypatch, tmp_path):
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
 
 
-def at(decoder, *channels, without=()):
-    """These channels in each block, and no attention in some."""
+def at(decoder, *channels, without=(), single=()):
+    """These channels in each block, and no attention in some, or a single group."""
     dense = dense_widths(decoder)
     return tuple(
-        one.model_copy(update={"channels": count, "groups": 0 if block in without else one.groups})
+        one.model_copy(
+            update={"channels": count, "groups": 0 if block in without else 1 if block in single else one.groups}
+        )
         for block, (one, count) in enumerate(zip(dense, channels, strict=True))
     )
 
@@ -71,11 +73,12 @@ def test_no_window_compares_and_judges():
 @pytest.mark.parametrize("skeleton", [False, True])
 def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(tiny, skeleton):
     decoder, measured = tiny("llama", blocks=4), tiny("llama", skeleton=skeleton, blocks=4)
-    widths = at(decoder, 16, 8, 24, 16, without=[2])
+    widths = at(decoder, 16, 8, 24, 16, without=[2], single=[3])
     others = {
+        0: at(decoder, 16, 8, 24, 16, single=[0])[:1],
         1: at(decoder, 16, 16, 24, 16)[1:2],
         2: (*at(decoder, 16, 8, 24, 16)[2:3], *at(decoder, 16, 8, 8, 16, without=[2])[2:3]),
-        3: at(decoder, 16, 8, 24, 0)[3:],
+        3: (*at(decoder, 16, 8, 24, 0, single=[3])[3:], *at(decoder, 16, 8, 24, 16)[3:]),
     }
     point = losses_around(measured, PARTS, widths, others, BrainSurgeon(), refit=REFIT)
     pruned, found = applied(decoder, widths), point.others
@@ -86,7 +89,7 @@ def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(ti
         changed = tuple(own if index == block else one for index, one in enumerate(widths))
         mixed, other = copy.deepcopy(pruned), applied(decoder, changed)
         mixed.model.layers[block].mlp = other.model.layers[block].mlp
-        if own.groups != widths[block].groups:  # attention comes back, the MLP stays as it was fitted without
+        if own.groups != widths[block].groups:  # attention changes, the MLP stays as it was fitted
             mixed.model.layers[block] = other.model.layers[block]
             mixed.model.layers[block].mlp = copy.deepcopy(pruned.model.layers[block].mlp)
         assert plain_loss(mixed, PARTS.searched) == pytest.approx(loss, abs=1e-5), (block, own)
@@ -97,7 +100,7 @@ def test_the_loss_is_that_of_the_model_a_plan_makes(tiny, family):
     """Branches in parallel, and experts."""
     decoder = tiny(family)
     half = [max(8, one.channels // 16 * 8) for one in dense_widths(decoder)]
-    widths = at(decoder, *half, without=[2])
+    widths = at(decoder, *half, without=[2], single=[1])
     found = losses_around(decoder, PARTS, widths, {}, BrainSurgeon(), refit=REFIT)
     assert found.loss == pytest.approx(plain_loss(applied(decoder, widths), PARTS.searched), abs=1e-4)
 
@@ -108,7 +111,7 @@ def test_the_best_of_all_exchanges(tiny, seed):
     savings = Savings(decoder, width_sizes(decoder, stock=False), Budget("remove", 0.2))
     widths = at(decoder, 16, 16, 8, 16, without=[3])
     generator = torch.Generator().manual_seed(seed)
-    near = NEAR.of(widths, savings.dense)
+    near = NEAR.of(widths)
     losses = {(block, one): 2 + float(torch.randn(1, generator=generator)) for block in near for one in near[block]}
     found = exchange(Point(widths, 2.0, 2.0, losses), savings)
 

@@ -44,9 +44,9 @@ def settings_for(
     """Return a method's settings, restricted so that an engine runs the result.
 
     vLLM wants as many query heads in every block that has attention, so where blocks may differ the heads stay, or go
-    all together (`allocation=global`) if the result is a Llama in the layout of Nemotron-NAS. It wants an output head
-    that reads the whole hidden state. Split over processes, it wants numbers that they divide: the heads stay, and
-    channels are rounded.
+    all together (`allocation=global` with `attention=whole`) if the result is a Llama in the layout of Nemotron-NAS. It
+    wants an output head that reads the whole hidden state. Split over processes, it wants numbers that they divide: the
+    heads stay, and channels are rounded.
 
     Args:
         engine: the engine; None does not restrict.
@@ -72,6 +72,8 @@ def settings_for(
         uneven = (name == "flap" or "protect_first" in fields) and not whole
         if "heads" in fields and ((engine == "vllm" and uneven) or tensor_parallel > 1):
             _settle(found, own, "heads", "never", engine)
+        elif engine == "vllm" and _named(found, own, "attention") == "groups":
+            _settle(found, own, "attention", "whole", engine)
         if "rounding" in fields and "heads" in fields and tensor_parallel > 1:
             given = _named(found, own, "rounding")
             multiple = rounding_for(decoder, range(decoder.block_count), None if given is None else int(given))

@@ -18,7 +18,7 @@ from pydantic import Field, PositiveFloat
 
 from secateur.calibration.walk import open_store
 from secateur.errors import InputError
-from secateur.methods.allocation.savings import AllWidths, Savings
+from secateur.methods.allocation.savings import NAMES, AllWidths, Savings
 from secateur.methods.allocation.sensitivity import judging_windows
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget, already
@@ -30,7 +30,6 @@ from secateur.plan.width import width_work
 from secateur.plan.work import Work
 from secateur.scores.divergence import Distance, OutputChange
 from secateur.scores.removal import Branch, Measure
-from secateur.surgery.width.coupling import Part
 from secateur.surgery.width.target import dense_widths, names_every_block, require_width_prunable, width_sizes
 
 _JUDGED = 2048
@@ -70,10 +69,6 @@ class StandInSettings(BranchSettings):
     ridge: PositiveFloat | Literal["auto"] = Field(
         "auto", description="regularisation toward the original weights; by default chosen on held-out windows"
     )
-
-
-NAMES: dict[Part, str] = {"heads": "groups", "channels": "channels"}
-"""What is 0 among the widths of a block without a branch."""
 
 
 def present_branches(dense: Sequence[Widths], free: range) -> list[Branch]:

@@ -307,10 +307,13 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
     multiple = rounding_for(decoder, free, settings.rounding)
     attention = _removable_attention(decoder, free) if settings.heads != "never" else []
     parts = Parts.of(measurements.need_windows()) if settings.refine else None
-    database, savings = open_database(measurements, free, multiple, attention), Savings(decoder, sizes, budget)
+    single = settings.attention == "groups"
+    database = open_database(measurements, free, multiple, attention, single=single)
+    savings = Savings(decoder, sizes, budget)
     widths = savings.meet(allocations(database, savings))
     if parts is not None:
-        near = Neighbours({one.block: one.keep for one in database.mlps}, attention)
+        groups = {block: (savings.dense[block].groups, 0) for block in attention} | database.levels("heads")
+        near = Neighbours({"channels": database.levels("channels"), "groups": groups})
         refit = Refit(repair=settings.repair, ridge=settings.ridge, target=settings.target)
         widths = refined(measurements, widths, savings, near, parts=parts, refit=refit, rounds=settings.refine)
     return (

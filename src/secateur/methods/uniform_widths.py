@@ -235,7 +235,7 @@ class EvenSettings(WidthSettings):
     heads: Heads = Field(
         "last",
         description="heads go once a quarter of the channels is left (last), like the channels (even), or never; with "
-        "allocation=global those of some blocks, all together (last), or never",
+        "allocation=global those of some blocks (last), or never",
     )
     target: Target = Field(
         "dense",
@@ -263,6 +263,11 @@ class SurgeonSettings(EvenSettings):
         "uniform",
         description="all blocks get the same widths, or each its own, down to none, by what the loss makes of it",
     )
+    attention: Literal["whole", "groups"] = Field(
+        "whole",
+        description="with allocation=global: attention of a block goes as a whole, or by single key/value groups; then "
+        "blocks have different numbers of heads, which fewer engines read",
+    )
     refine: int = Field(
         0,
         ge=0,
@@ -274,6 +279,8 @@ class SurgeonSettings(EvenSettings):
         found = super().own_amount()
         if self.allocation == "global" and self.heads == "even":
             raise InputError("heads=even is of uniform widths; with allocation=global say last or never.")
+        if self.allocation == "uniform" and self.attention == "groups":
+            raise InputError("attention=groups is of allocation=global; for uniform widths say heads=even or groups=N.")
         if found is not None and self.allocation == "global":
             raise InputError(f"{found.knob}: sets uniform widths; with allocation=global ask for an amount (--remove).")
         return found

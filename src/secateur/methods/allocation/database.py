@@ -7,7 +7,7 @@ finished; the next one goes on from there.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ from safetensors.torch import save
 from secateur.distributed import from_main_process, is_main_process
 from secateur.errors import InputError
 from secateur.files import cache_folder, replace_file
-from secateur.methods.allocation.levels import Levels, Writers, measure_levels
+from secateur.methods.allocation.levels import Keep, Levels, Writers, levels_by_branch, measure_levels
 from secateur.methods.allocation.sensitivity import Reaction, judging_windows, reactions
 from secateur.methods.greedy import lazily
 from secateur.methods.method import Measurements
 from secateur.reading import MIB, FileKind
 from secateur.scores.removal import Branch
+from secateur.surgery.width.coupling import Part
 from secateur.versions import digest
 
-_FORMAT = 3
+_FORMAT = 4
 _MOST_LOST = 1.0
 """Nats after which no more attention is tried."""
 _RECORD = FileKind("measurements of widths", 64 * MIB)
@@ -37,19 +38,25 @@ class Database:
     """What was measured.
 
     Attributes:
-        mlps: levels of the MLPs of the free blocks.
+        branches: levels of the MLPs of the free blocks, and of attention where single key/value groups may go.
         reactions: of the loss to each, in the same order.
         attention: blocks in the order in which their attention goes.
         lost: loss in nats without the first 1, 2, 3, … of them.
     """
 
-    mlps: tuple[Levels, ...]
+    branches: tuple[Levels, ...]
     reactions: tuple[Reaction, ...]
     attention: tuple[int, ...] = ()
     lost: tuple[float, ...] = ()
 
+    def levels(self, part: Part) -> dict[int, Keep]:
+        """Return the units that may stay in each block, of one part."""
+        return {one.block: one.keep for one in self.branches if one.part == part}
 
-def open_database(measurements: Measurements, free: Sequence[int], multiple: int, attention: Sequence[int]) -> Database:
+
+def open_database(
+    measurements: Measurements, free: Sequence[int], multiple: int, attention: Sequence[int], *, single: bool = False
+) -> Database:
     """Read the measurements of a model on its windows, or make and keep them.
 
     Args:
@@ -57,6 +64,7 @@ def open_database(measurements: Measurements, free: Sequence[int], multiple: int
         free: blocks that may lose something.
         multiple: channels stay in multiples of this.
         attention: blocks whose attention may go.
+        single: whether single key/value groups of it may go.
 
     Raises:
         InputError: there are no windows, or the cache cannot be written.
@@ -64,25 +72,28 @@ def open_database(measurements: Measurements, free: Sequence[int], multiple: int
     """
     decoder, windows = measurements.decoder, measurements.need_windows()
     place = (str(decoder.module.dtype), decoder.device.type, measurements.options.batch_size)
-    key = digest(_FORMAT, decoder.fingerprint, place, windows.fingerprint, list(free), multiple, list(attention))
+    key = digest(
+        _FORMAT, decoder.fingerprint, place, windows.fingerprint, list(free), multiple, list(attention), single
+    )
     folder = cache_folder("widths", key)
     found: Database | None = from_main_process(_read(folder / "levels.json"))
     if found is None:
-        found = from_main_process(_measured(measurements, free, multiple, attention, folder))
+        levels = levels_by_branch(decoder, free, multiple, attention if single else ())
+        found = from_main_process(_measured(measurements, levels, attention, folder))
     return found
 
 
 def _measured(
-    measurements: Measurements, free: Sequence[int], multiple: int, attention: Sequence[int], folder: Path
+    measurements: Measurements, levels: Mapping[Branch, Keep], attention: Sequence[int], folder: Path
 ) -> Database:
     decoder, windows, options = measurements.decoder, measurements.need_windows(), measurements.options
     blocks = _Blocks(folder)
-    for levels, writers in measure_levels(decoder, windows, free, multiple, blocks, options=options):
-        blocks.add(levels, writers)
-    mlps = [blocks.levels(index) for index in free if index in blocks]
-    worth = reactions(decoder, windows, mlps, blocks.writers, options=options)
+    for measured in measure_levels(decoder, windows, levels, blocks, options=options):
+        blocks.add(measured)
+    branches = [one for block in dict.fromkeys(block for block, _ in levels) for one in blocks.levels(block)]
+    worth = reactions(decoder, windows, branches, blocks.writers, options=options)
     order, lost = attention_chain(measurements, attention) if attention else ((), ())
-    found = Database(tuple(mlps), tuple(worth), order, lost)
+    found = Database(tuple(branches), tuple(worth), order, lost)
     if is_main_process():
         replace_file(folder / "levels.json", json.dumps(asdict(found)) + "\n")
         blocks.drop()
@@ -109,11 +120,11 @@ def attention_chain(measurements: Measurements, removable: Sequence[int]) -> tup
 
 
 class _Blocks:
-    """A file for each block with the levels of its MLP and its output projections at the level between."""
+    """A file for each block with the levels of its branches and their output projections at the level between."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._known: dict[int, Levels] = {}
+        self._known: dict[int, tuple[Levels, ...]] = {}
 
     def __contains__(self, block: int) -> bool:
         if block not in self._known:
@@ -122,18 +133,21 @@ class _Blocks:
                 self._known[block] = read
         return block in self._known
 
-    def add(self, levels: Levels, writers: Writers) -> None:
-        tensors = {str(number): writer for number, writer in enumerate(writers)}
+    def add(self, measured: Sequence[tuple[Levels, Writers]]) -> None:
+        levels = tuple(one for one, _ in measured)
+        path = self._path(levels[0].block)
+        tensors = {f"{one.part}.{number}": w for one, writers in measured for number, w in enumerate(writers)}
         if is_main_process():
-            replace_file(self._path(levels.block), save(tensors, {"levels": json.dumps(asdict(levels))}))
-        self._known[levels.block] = levels
+            replace_file(path, save(tensors, {"levels": json.dumps([asdict(one) for one in levels])}))
+        self._known[levels[0].block] = levels
 
-    def levels(self, block: int) -> Levels:
+    def levels(self, block: int) -> tuple[Levels, ...]:
         return self._known[block]
 
     def writers(self, levels: Levels) -> Writers:
         with safe_open(self._path(levels.block), framework="pt") as file:
-            return tuple(file.get_tensor(str(number)) for number in range(len(list(file.keys()))))
+            count = sum(name.startswith(f"{levels.part}.") for name in file.keys())  # noqa: SIM118 - not a dict
+            return tuple(file.get_tensor(f"{levels.part}.{number}") for number in range(count))
 
     def drop(self) -> None:
         for path in self._folder.glob("block-*.safetensors"):
@@ -144,16 +158,16 @@ class _Blocks:
 
 
 def _levels(row: dict[str, Any]) -> Levels:
-    return Levels(row["block"], tuple(row["keep"]), tuple(row["errors"]), row["probe"])
+    return Levels(row["block"], row["part"], tuple(row["keep"]), tuple(row["errors"]), row["probe"])
 
 
-def _levels_in(path: Path) -> Levels | None:
+def _levels_in(path: Path) -> tuple[Levels, ...] | None:
     """Read the levels of a block; None if there is no file, or a damaged one."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return _levels(json.loads(file.metadata()["levels"]))
+            return tuple(_levels(row) for row in json.loads(file.metadata()["levels"]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -164,8 +178,8 @@ def _read(path: Path) -> Database | None:
         return None
     try:
         found = _RECORD.json(path)
-        mlps = tuple(_levels(row) for row in found["mlps"])
+        branches = tuple(_levels(row) for row in found["branches"])
         worth = tuple(Reaction(**row) for row in found["reactions"])
-        return Database(mlps, worth, tuple(found["attention"]), tuple(found["lost"]))
+        return Database(branches, worth, tuple(found["attention"]), tuple(found["lost"]))
     except (InputError, KeyError, TypeError):
         return None

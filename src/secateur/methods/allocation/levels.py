@@ -1,16 +1,16 @@
-"""The widths that the MLP of each block can be given, with the error that each leaves after repair.
+"""The widths that attention and the MLP of each block can be given, with the error that each leaves after repair.
 
 Kurtic et al. 2023, "ZipLM: Inference-Aware Structured Pruning of Language Models" (NeurIPS): greedy removal by optimal
 brain surgery gives all widths of a layer in one pass, as prefixes of one order. Errors are those of the repaired output
 projection on windows held out of the fit, each token relative to the residual stream that leaves the block, so that
 errors of different blocks can be compared. Everything is measured on the dense model.
 
-Legend: W = output projection (out, n); level = number of channels that stay, down to none.
+Legend: W = output projection (out, n); level = number of channels, or of key/value groups, that stay, down to none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,9 +23,13 @@ from secateur.calibration.walk import open_store, stored_start, through_block
 from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
+from secateur.plan.steps import Widths
 from secateur.run_options import DEFAULTS, RunOptions
+from secateur.scores.removal import Branch
 from secateur.scores.unit_scores import removal_order
+from secateur.surgery.width.coupling import Part
 from secateur.surgery.width.inputs import measure_inputs, writer_weights
+from secateur.surgery.width.pruning import units_of
 
 _BATCHES = 128
 """How often costs are recomputed while all units of a projection are removed."""
@@ -35,25 +39,46 @@ _MOST = 12
 
 @dataclass(frozen=True)
 class Levels:
-    """The widths that one MLP can be given.
+    """The widths that one branch can be given.
 
     Attributes:
         block: its block.
-        keep: channels that stay at each level, from all to none.
+        part: attention or MLP.
+        keep: key/value groups or channels that stay at each level, from all to none.
         errors: error at each level, as a share of the residual stream, squared; 0 for the first.
         probe: a level between, whose loss is measured; the last if there is none between.
     """
 
     block: int
+    part: Part
     keep: tuple[int, ...]
     errors: tuple[float, ...]
     probe: int
 
 
-def levels_of(channels: int, multiple: int) -> tuple[int, ...]:
-    """Return the levels of an MLP, from all channels to none, those between in multiples."""
-    apart = max(1, round(channels / _MOST / multiple)) * multiple
-    return (channels, *reversed(range(apart, channels, apart)), 0)
+def levels_of(units: int, multiple: int) -> tuple[int, ...]:
+    """Return the levels of a branch, from all units to none, those between in multiples."""
+    apart = max(1, round(units / _MOST / multiple)) * multiple
+    return (units, *reversed(range(apart, units, apart)), 0)
+
+
+def levels_by_branch(decoder: Decoder, free: Sequence[int], multiple: int, groups: Sequence[int]) -> dict[Branch, Keep]:
+    """Return the levels of the MLPs of the free blocks, and of attention in blocks that may lose single groups.
+
+    Args:
+        decoder: the dense model.
+        free: blocks whose MLP may lose channels.
+        multiple: channels stay in multiples of this.
+        groups: blocks whose attention may lose single key/value groups; with one, there is nothing between.
+    """
+    found: dict[Branch, Keep] = {}
+    for block in free:
+        widths = block_widths(decoder, block)
+        if block in groups and widths.groups > 1:
+            found[block, "heads"] = levels_of(widths.groups, 1)
+        if widths.channels:
+            found[block, "channels"] = levels_of(widths.channels, multiple)
+    return found
 
 
 class Known(Protocol):
@@ -63,6 +88,7 @@ class Known(Protocol):
         """Return whether this block was measured."""
 
 
+Keep = tuple[int, ...]
 Writers = tuple[torch.Tensor, ...]
 """W of each expert (one if there are none), zeros in the removed columns; float32."""
 
@@ -71,22 +97,20 @@ Writers = tuple[torch.Tensor, ...]
 def measure_levels(
     decoder: Decoder,
     windows: Windows,
-    free: Sequence[int],
-    multiple: int,
+    levels: Mapping[Branch, Keep],
     known: Known = (),
     *,
     options: RunOptions = DEFAULTS,
-) -> Iterator[tuple[Levels, Writers]]:
-    """Measure the levels of the MLPs of the free blocks, on the dense model.
+) -> Iterator[list[tuple[Levels, Writers]]]:
+    """Measure the levels of branches on the dense model, block by block.
 
     With each comes its output projection at the level between. Blocks in `known` are not measured again.
 
     Raises:
         NumericsError: NaN or infinity on the way.
     """
-    widths = {index: block_widths(decoder, index) for index in free if index not in known}
-    wanted = {index: levels_of(one.channels, multiple) for index, one in widths.items() if one.channels}
-    last = max(wanted, default=-1) + 1
+    wanted = {branch: keep for branch, keep in levels.items() if branch[0] not in known}
+    last = max((block for block, _ in wanted), default=-1) + 1
     if not last:
         return
     folds = folds_of(windows)
@@ -96,34 +120,38 @@ def measure_levels(
         batches = stored_start(decoder, windows, store, options.batch_size)
         for index in options.progress(range(last), "measuring widths block by block", last):
             with decoder.block(index):
-                if index not in wanted:
+                parts = [part for block, part in wanted if block == index]
+                if not parts:
                     through_block(decoder, index, batches, store)
                     continue
-                sums = measure_inputs(decoder, index, ["channels"], batches, store, folds, advance=True)
-                weights = writer_weights(decoder, index, "channels")
-                yield _measured(index, wanted[index], weights, sums["channels"], scale)
+                sums = measure_inputs(decoder, index, parts, batches, store, folds, advance=True)
+                yield [_measured(decoder, (index, part), wanted[index, part], sums[part], scale) for part in parts]
 
 
 def _measured(
-    block: int, levels: tuple[int, ...], weights: list[torch.Tensor], sums: list[InputSums], scale: float
+    decoder: Decoder, branch: Branch, levels: Keep, sums: list[InputSums], scale: float
 ) -> tuple[Levels, Writers]:
-    """Return the levels of an MLP, or of all experts alike, and W at the level between."""
-    probe = len(levels) // 2
+    """Return the levels of attention or an MLP, or of all experts alike, and W at the level between."""
+    block, part = branch
+    dense = block_widths(decoder, block)
+    units, _ = units_of(part, dense, Widths(groups=0, queries=max(1, dense.queries), channels=0))
+    probe, each = len(levels) // 2, units.shape[2]
     errors, writers = torch.zeros(len(levels), dtype=torch.float64), []
-    for weight, one in zip(weights, sums, strict=True):
+    for weight, one in zip(writer_weights(decoder, block, part), sums, strict=True):
         weight = weight.to(one.total.device)
         assert one.moments is not None
         assert one.fitted is not None
-        units = torch.arange(weight.shape[1], device=weight.device)[None, :, None]
-        order = removal_order(weight, one.moments.gram, units, batch=max(1, weight.shape[1] // _BATCHES))
-        fits = nested_fits(weight, one.fitted, one.held_out or one.fitted, order.flip(0), levels[1:])
+        units = units.to(weight.device)
+        order = removal_order(weight, one.moments.gram, units, batch=max(1, units.shape[1] // _BATCHES))
+        inputs, counts = units[0, order.flip(0)].flatten(), [each * keep for keep in levels]
+        fits = nested_fits(weight, one.fitted, one.held_out or one.fitted, inputs, counts[1:])
         for place, (fitted, error) in enumerate(fits, start=1):
             errors[place] += error / scale
             if place == probe:
                 writer = torch.zeros_like(weight)
-                writer[:, order.flip(0)[: levels[place]]] = fitted
+                writer[:, inputs[: counts[place]]] = fitted
                 writers.append(writer.float().cpu().contiguous())
-    return Levels(block, levels, tuple(errors.cummax(dim=0).values.tolist()), probe), tuple(writers)
+    return Levels(block, part, levels, tuple(errors.cummax(dim=0).values.tolist()), probe), tuple(writers)
 
 
 def nested_fits(

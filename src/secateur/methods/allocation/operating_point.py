@@ -31,7 +31,7 @@ from secateur.plan.steps import Widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.width.coupling import Kept, Part, couplings_of, without_units
 from secateur.surgery.width.inputs import holding, measure_inputs, of_dense, silenced, writes_stream
-from secateur.surgery.width.pruning import Choose, Refit, parts_to_measure, refitted
+from secateur.surgery.width.pruning import Choose, Refit, Refitted, parts_to_measure, refitted
 
 JUDGED = 2048
 """Tokens on which changes are compared, about."""
@@ -40,8 +40,9 @@ _PART = 8
 
 Trial = tuple[int, Widths]
 """A block with other widths."""
+Edits = dict[str, torch.Tensor]
 Others = Mapping[int, Sequence[Widths]]
-"""Other widths of blocks, that differ in the channels, or in having attention at all."""
+"""Other widths of blocks, that differ in the channels or in the key/value groups."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def losses_around(
     Args:
         decoder: the dense model.
         parts: of the calibration windows.
-        widths: what each block keeps; attention as it is, or none.
+        widths: what each block keeps.
         others: other widths of each block, one at a time.
-        choose: decides which channels remain.
+        choose: decides which units remain.
         refit: how output projections are refitted.
         options: windows per batch, progress.
 
@@ -157,16 +158,21 @@ class _Walk:
 
     def through(self, index: int, keep: Widths, others: Sequence[Widths]) -> None:
         """Run block `index`, its weights loaded."""
-        sums = self._measure(index, keep, others)
-        narrow_first = sorted({keep, *others}, key=lambda one: (one.channels, one.groups))
-        edits = {widths: self._edits(index, widths, sums) for widths in narrow_first}
+        for batch in self._batches:
+            if of_dense(batch) in self.store:
+                self.store.put(of_dense(batch), step(self.decoder, index, batch, self.store.get(of_dense(batch))))
+        every = (keep, *others)
+        attention = self._attention(index, keep, sorted({one.groups for one in every}))
+        before = {} if self.decoder.anatomy.parallel and keep.groups else attention[keep.groups]
+        mlps = self._mlps(index, keep, sorted({one.channels for one in every}), before)
         for widths in others:
-            self._advance(index, None, (index, widths), edits[widths])
+            self._advance(index, None, (index, widths), attention[widths.groups] | mlps[widths.channels])
         if not keep.is_empty:
+            own = attention[keep.groups] | mlps[keep.channels]
             models: list[Model] = [*self.trials, None, _JUDGED]
             for model in models:
-                self._advance(index, model, model, edits[keep])
-            with holding(self.decoder.block_list[index], edits[keep]):
+                self._advance(index, model, model, own)
+            with holding(self.decoder.block_list[index], own):
                 through_block(self.decoder, index, self._batches, self.store)
         self.trials += [(index, widths) for widths in others]
 
@@ -174,33 +180,50 @@ class _Walk:
         """Return the loss of one of the models, in nats; final norm and head are loaded."""
         return mean_loss_of(self.decoder, ((one, self.store.get(_key(one, model))) for one in self._batches_of(model)))
 
-    def _measure(self, index: int, keep: Widths, others: Sequence[Widths]) -> dict[Part, list[InputSums]]:
-        """Sum up the inputs of an MLP that some of these widths narrow, with the attention that the block keeps."""
-        for batch in self._batches:
-            if of_dense(batch) in self.store:
-                self.store.put(of_dense(batch), step(self.decoder, index, batch, self.store.get(of_dense(batch))))
+    def _attention(self, index: int, keep: Widths, counts: Sequence[int]) -> dict[int, Edits]:
+        """Return the parameters of a block's attention with these numbers of key/value groups, few first."""
         dense = block_widths(self.decoder, index)
-        narrow = next((one for one in (keep, *others) if 0 < one.channels < dense.channels), None)
-        if narrow is None:
-            return {}
-        with holding(self.decoder.block_list[index], self._attention(index, keep)):
-            return measure_inputs(
-                self.decoder, index, _mlp_parts(self.decoder, index, narrow), self._batches, self.store, self._folds
-            )
+        found: dict[int, Edits] = {dense.groups: {}}
+        if 0 in counts and dense.groups:
+            found[0] = silenced(self.decoder, index, "heads")
+        between = [count for count in counts if 0 < count < dense.groups]
+        if between:
+            before = silenced(self.decoder, index, "channels") if dense.channels > keep.channels == 0 else {}
+            sums = self._sums(index, ["heads"], before)
+            for count in between:
+                own = keep.model_copy(update={"groups": count})
+                found[count] = self._refitted(index, "heads", sums, own).parameters
+        return found
 
-    def _edits(self, index: int, keep: Widths, sums: Mapping[Part, list[InputSums]]) -> dict[str, torch.Tensor]:
-        """Return the parameters of a block with these widths."""
-        edits, dense = self._attention(index, keep), block_widths(self.decoder, index)
-        if dense.channels > keep.channels == 0:
-            return edits | silenced(self.decoder, index, "channels")
-        kept = Kept.all_of(dense)
-        for part in _mlp_parts(self.decoder, index, keep):
-            found = refitted(self.decoder, index, part, sums[part], keep, self.choose, refit=self.refit)
-            kept.note(part, found.chosen)
-            edits |= found.parameters
-        return edits | self._narrower(index, edits, kept)
+    def _mlps(self, index: int, keep: Widths, counts: Sequence[int], before: Edits) -> dict[int, Edits]:
+        """Return the parameters of a block's MLP with these numbers of channels, few first, after its attention."""
+        dense = block_widths(self.decoder, index)
+        found: dict[int, Edits] = {dense.channels: {}}
+        if 0 in counts and dense.channels:
+            found[0] = silenced(self.decoder, index, "channels")
+        between = [count for count in counts if 0 < count < dense.channels]
+        if between:
+            narrow = keep.model_copy(update={"channels": between[0]})
+            parts: list[Part] = [part for part in parts_to_measure(narrow, dense) if part != "heads"]
+            sums = self._sums(index, parts, before)
+            for count in between:
+                kept, edits = Kept.all_of(dense), dict[str, torch.Tensor]()
+                for part in parts:
+                    own = self._refitted(index, part, sums, keep.model_copy(update={"channels": count}))
+                    kept.note(part, own.chosen)
+                    edits |= own.parameters
+                found[count] = edits | self._narrower(index, edits, kept)
+        return found
 
-    def _narrower(self, index: int, edits: Mapping[str, torch.Tensor], kept: Kept) -> dict[str, torch.Tensor]:
+    def _sums(self, index: int, parts: list[Part], before: Edits) -> dict[Part, list[InputSums]]:
+        """Sum up the inputs of output projections of a block with other parameters."""
+        with holding(self.decoder.block_list[index], before):
+            return measure_inputs(self.decoder, index, parts, self._batches, self.store, self._folds)
+
+    def _refitted(self, index: int, part: Part, sums: Mapping[Part, list[InputSums]], keep: Widths) -> Refitted:
+        return refitted(self.decoder, index, part, sums[part], keep, self.choose, refit=self.refit)
+
+    def _narrower(self, index: int, edits: Edits, kept: Kept) -> dict[str, torch.Tensor]:
         """Return an MLP without the channels that go, so that it runs faster; nothing if its modules count them."""
         block, family = self.decoder.block_list[index], self.decoder.anatomy.family
         named = couplings_of(block, family, block_widths(self.decoder, index))
@@ -210,12 +233,7 @@ class _Walk:
         there = dict(block.named_parameters())
         return without_units({name: edits.get(name, there[name]) for name in of_mlp}, of_mlp, kept)
 
-    def _attention(self, index: int, keep: Widths) -> dict[str, torch.Tensor]:
-        gone = block_widths(self.decoder, index).groups > keep.groups
-        assert not gone or not keep.groups, "attention stays or goes as a whole"
-        return silenced(self.decoder, index, "heads") if gone else {}
-
-    def _advance(self, index: int, before: Model, after: Model, edits: Mapping[str, torch.Tensor]) -> None:
+    def _advance(self, index: int, before: Model, after: Model, edits: Edits) -> None:
         """Advance the states of one model; they become those of another."""
         with holding(self.decoder.block_list[index], edits):
             for batch in self._batches_of(before):
@@ -224,10 +242,6 @@ class _Walk:
 
     def _batches_of(self, model: Model) -> list[Batch]:
         return self._judged if model == _JUDGED else self._searched
-
-
-def _mlp_parts(decoder: Decoder, index: int, keep: Widths) -> list[Part]:
-    return [part for part in parts_to_measure(keep, block_widths(decoder, index)) if part != "heads"]
 
 
 def _key(batch: Batch, model: Model) -> tuple[str, int, Model]:

@@ -45,23 +45,20 @@ class Neighbours:
     """Which widths may be exchanged.
 
     Attributes:
-        levels: channels that the MLP of each block may have, from all to none.
-        attention: blocks whose attention may go or come back.
+        levels: for each kind of width the units that may stay in a block, from all to none.
     """
 
-    levels: Mapping[int, Sequence[int]]
-    attention: Sequence[int]
+    levels: Mapping[str, Mapping[int, Sequence[int]]]
 
-    def of(self, widths: AllWidths, dense: AllWidths) -> dict[int, list[Widths]]:
-        """Return the other widths of each block: its MLP a level wider or narrower, its attention changed."""
+    def of(self, widths: AllWidths) -> dict[int, list[Widths]]:
+        """Return the other widths of each block: its MLP or its attention a level wider or narrower."""
         found: dict[int, list[Widths]] = {}
-        for block, levels in self.levels.items():
-            place = min(range(len(levels)), key=lambda one: abs(levels[one] - widths[block].channels))
-            near = [levels[one] for one in (place - 1, place + 1) if 0 <= one < len(levels)]
-            found[block] = [widths[block].model_copy(update={"channels": one}) for one in near]
-        for block in self.attention:
-            other = 0 if widths[block].groups else dense[block].groups
-            found.setdefault(block, []).append(widths[block].model_copy(update={"groups": other}))
+        for name, of_block in self.levels.items():
+            for block, levels in of_block.items():
+                own = widths[block]
+                place = min(range(len(levels)), key=lambda one: abs(levels[one] - getattr(own, name)))
+                near = [levels[one] for one in (place - 1, place + 1) if 0 <= one < len(levels)]
+                found.setdefault(block, []).extend(own.model_copy(update={name: one}) for one in near)
         return found
 
 
@@ -91,7 +88,7 @@ def refined(
     """
 
     def measured(widths: AllWidths, *, around: bool) -> Point:
-        others = neighbours.of(widths, savings.dense) if around else {}
+        others = neighbours.of(widths) if around else {}
         return _measured(measurements, parts, widths, others, refit)
 
     best, least = measured(start, around=rounds > 0), 0.0

@@ -8,8 +8,11 @@ from secateur.methods.budget import Budget, choose_size
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import Widths, WidthSizes
 from secateur.plan.width import units_of
+from secateur.surgery.width.coupling import Part
 
 AllWidths = tuple[Widths, ...]
+NAMES: dict[Part, str] = {"heads": "groups", "channels": "channels"}
+"""The width of a block that is 0 without this branch."""
 
 
 class Savings:

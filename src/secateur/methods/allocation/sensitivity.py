@@ -1,4 +1,4 @@
-"""How much the loss reacts to a narrower MLP: each is pruned or removed alone, all else stays dense.
+"""How much the loss reacts to a narrower branch: each is pruned or removed alone, all else stays dense.
 
 All these models are walked together, block after block: one that differs from the dense model at block b shares its
 states below b, and each block's weights are read once for all of them.
@@ -31,15 +31,15 @@ Edits = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Reaction:
-    """By how many nats the loss rises if one MLP alone is changed.
+    """By how many nats the loss rises if one branch alone is changed.
 
     Attributes:
         probe: at its level between.
-        removed: without it.
+        removed: without it; None for attention, whose absence costs more the more of it is gone elsewhere.
     """
 
     probe: float
-    removed: float
+    removed: float | None
 
 
 def judging_windows(windows: Windows, tokens: int = TOKENS) -> Windows:
@@ -60,48 +60,48 @@ def shortened(windows: Windows, tokens: int) -> Windows:
 def reactions(
     decoder: Decoder,
     windows: Windows,
-    mlps: Sequence[Levels],
+    branches: Sequence[Levels],
     writers: Callable[[Levels], Writers],
     *,
     options: RunOptions = DEFAULTS,
 ) -> list[Reaction]:
-    """Measure the loss with each MLP alone at its level between, and removed, on held-out windows.
+    """Measure the loss with each branch alone at its level between, and each MLP alone removed, on held-out windows.
 
     Args:
         decoder: the dense model.
         windows: calibration windows.
-        mlps: their levels.
+        branches: their levels.
         writers: returns the output projection of one at the level between; read when its block is walked.
         options: windows per batch, progress.
 
     Raises:
         NumericsError: NaN or infinity on the way.
     """
-    place_of = {one.block: place for place, one in enumerate(mlps)}
-    trials = [(place, removed) for place in range(len(mlps)) for removed in (False, True)]
+    trials = [(place, False) for place in range(len(branches))]
+    trials += [(place, True) for place, one in enumerate(branches) if one.part == "channels"]
     with open_store(decoder) as store:
         batches = stored_start(
             decoder, judging_windows(windows), store, options.batch_size, key=lambda batch: (batch.index, None)
         )
         count = decoder.block_count
-        for index in options.progress(range(count), "measuring what each MLP is worth", count):
+        for index in options.progress(range(count), "measuring what each branch is worth", count):
             with decoder.block(index):
                 for trial in trials:
-                    if mlps[trial[0]].block < index:
+                    one, removed = branches[trial[0]], trial[1]
+                    if one.block < index:
                         _advance(decoder, index, batches, store, (trial, trial), {})
-                if index in place_of:
-                    place = place_of[index]
-                    at_probe = _with_writers(decoder, index, writers(mlps[place]))
-                    _advance(decoder, index, batches, store, (None, (place, False)), at_probe)
-                    silent = silenced(decoder, index, "channels")
-                    _advance(decoder, index, batches, store, (None, (place, True)), silent)
+                    elif one.block == index:
+                        edits = (
+                            silenced(decoder, index, one.part) if removed else _with_writers(decoder, one, writers(one))
+                        )
+                        _advance(decoder, index, batches, store, (None, trial), edits)
                 _advance(decoder, index, batches, store, (None, None), {})
         losses: dict[Trial, float] = {}
         with decoder.outer():
             for which in (None, *trials):
                 losses[which] = mean_loss_of(decoder, ((one, store.get((one.index, which))) for one in batches))
-    base = losses[None]
-    return [Reaction(losses[place, False] - base, losses[place, True] - base) for place in range(len(mlps))]
+    rises = {trial: loss - losses[None] for trial, loss in losses.items()}
+    return [Reaction(rises[place, False], rises.get((place, True))) for place in range(len(branches))]
 
 
 Trial = tuple[int, bool] | None
@@ -122,10 +122,10 @@ def _advance(
             store.put((batch.index, after), step(decoder, index, batch, store.get((batch.index, before))))
 
 
-def _with_writers(decoder: Decoder, index: int, writers: Writers) -> Edits:
-    """Return the output projections of an MLP under the block's names."""
-    name = writer_of(decoder, index, "channels")
-    found = find(decoder.block_list[index], name)
+def _with_writers(decoder: Decoder, branch: Levels, writers: Writers) -> Edits:
+    """Return the output projections of a branch under the block's names."""
+    name = writer_of(decoder, branch.block, branch.part)
+    found = find(decoder.block_list[branch.block], name)
     if isinstance(found, nn.Parameter):
         return {name: torch.stack(writers).to(found)}
     writer = writers[0].T if isinstance(found, Conv1D) else writers[0]
