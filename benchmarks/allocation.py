@@ -28,6 +28,7 @@ from secateur.run_options import DEFAULTS
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("obs-width", {}),
     "global": ("obs-width", {"allocation": "global"}),
+    "groups": ("obs-width", {"allocation": "global", "attention": "groups"}),
     "refined": ("obs-width", {"allocation": "global", "refine": 2}),
     "branches": ("branches", {}),
     "branches-without-repair": ("branches", {"repair": False}),

@@ -307,12 +307,11 @@ def test_an_interrupted_measurement_goes_on(tiny, monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("block-*")), "what is measured needs them no more"
 
 
-@pytest.mark.parametrize("damage", ["", "{}", "[1, 2]", '{"branches": [{}], "reactions": []}'])
-def test_damaged_measurements_are_made_again(tiny, damage, tmp_path):
+def test_damaged_measurements_are_made_again(tiny, tmp_path):
     decoder = tiny("llama", blocks=4)
     first = opened(decoder)
     (file,) = tmp_path.rglob("levels.json")
-    file.write_text(damage)
+    file.write_text('{"branches": [{}], "reactions": []}')
     assert opened(decoder) == first
     assert json.loads(file.read_text())["branches"]
 

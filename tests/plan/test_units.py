@@ -10,6 +10,7 @@ from secateur.methods.planning import model_ref
 from secateur.plan.plan import ModelRef, Plan
 from secateur.plan.step import Sizes, Step
 from secateur.plan.units import Removal, UnitKind, summary
+from secateur.plan.width import BlockSizes, Widths, WidthSizes
 from secateur.reporting.blocks import picture
 from tiny_models import VARIANTS
 
@@ -174,3 +175,14 @@ def test_units_of_every_family(name, tiny):
         for heads, groups in zip(units[UnitKind.QUERY_HEAD], units[UnitKind.KEY_VALUE_GROUP], strict=True)
     )
     assert (UnitKind.EXPERT in units) == bool(decoder.anatomy.family.router)
+
+
+def test_a_block_that_was_empty_before_stays():
+    dense = [Widths(groups=0, queries=1, channels=0), *(Widths(groups=2, queries=1, channels=8),) * 2]
+    sizes = WidthSizes(
+        blocks=tuple(BlockSizes(dense=one, group=2, query=2, channel=3, fixed=5) for one in dense), other=7
+    )
+    widths = (*dense[:2], dense[0])
+    assert sizes.kept_blocks(widths) == (0, 1)
+    after = sizes.sizes_at(widths)
+    assert (after.blocks, after.units[UnitKind.CHANNEL]) == ((5, 5 + 2 * 2 + 2 * 2 + 8 * 3), (0, 8))

@@ -10,19 +10,19 @@ Kurtic et al. 2023, "ZipLM: Inference-Aware Structured Pruning of Language Model
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter
 
-from secateur.errors import InputError, ModelError
+from secateur.errors import ModelError
 from secateur.evaluation.timing import BlockTimes, Request
-from secateur.files import cache_folder, replace_file
+from secateur.files import cache_folder
 from secateur.methods.cost import AS_DENSE, SpeedModel, Weigh, by_size
+from secateur.methods.records import recorded
 from secateur.methods.sample_models import BLOCKS, Sample, ratio, time_samples
 from secateur.modeling import SecateurConfig
 from secateur.models.decoder import Decoder
@@ -32,14 +32,12 @@ from secateur.models.widths import unit_counts
 from secateur.plan.step import Units
 from secateur.plan.steps import Widths
 from secateur.plan.units import UnitKind
-from secateur.reading import MIB, FileKind
 from secateur.surgery.width.target import dense_widths, folded_at, with_widths
 from secateur.versions import digest
 
 _FORMAT = 1
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Widths of the MLP that are timed, as shares of the full one."""
-_RECORD = FileKind("measured times", MIB)
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class BranchTimes:
         no_attention: without attention.
     """
 
-    mlp: tuple[float, ...]
+    mlp: Annotated[tuple[float, ...], Field(min_length=len(_SHARES), max_length=len(_SHARES))]
     no_attention: float
 
     def share(self, groups: float, channels: float) -> float:
@@ -101,11 +99,7 @@ def branch_times(decoder: Decoder, request: Request) -> BranchTimes:
     place = (decoder.device.type, device, torch.get_num_threads(), str(decoder.module.dtype))
     key = digest(_FORMAT, config.to_json_string(), place, asdict(request))
     path = cache_folder("times", f"{key}.json")
-    found = _read(path)
-    if found is None:
-        found = _measured(decoder, config, request)
-        replace_file(path, json.dumps(asdict(found)) + "\n")
-    return found
+    return recorded(path, TypeAdapter(BranchTimes), lambda: _measured(decoder, config, request))
 
 
 def _measured(decoder: Decoder, config: SecateurConfig, request: Request) -> BranchTimes:
@@ -121,15 +115,3 @@ def _measured(decoder: Decoder, config: SecateurConfig, request: Request) -> Bra
     shares = [ratio([(sum(row[place].blocks), sum(row[0].blocks)) for row in rounds]) for place in range(len(wide) + 1)]
     rising = np.minimum(1.0, np.maximum.accumulate(shares[-2::-1]))  # noise must not make the narrower one the slower
     return BranchTimes(tuple(rising.tolist()), shares[-1])
-
-
-def _read(path: Path) -> BranchTimes | None:
-    """Read a table measured before; None if there is none, or it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        found = _RECORD.json(path)
-        mlp = tuple(float(one) for one in found["mlp"])
-        return BranchTimes(mlp, float(found["no_attention"])) if len(mlp) == len(_SHARES) else None
-    except (InputError, KeyError, TypeError, ValueError):
-        return None

@@ -118,7 +118,7 @@ class BranchTarget:
         tried: list[AllWidths] = []
         for gone in series:
             widths = without(self.dense, gone)
-            if all(one.is_empty for one in widths):
+            if all(one.is_empty for one in widths):  # also where a block that was empty before would remain
                 break
             tried.append(widths)
             if self._budget.aim == "own":

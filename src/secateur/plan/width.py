@@ -90,9 +90,14 @@ class WidthSizes(BaseModel):
     blocks: tuple[BlockSizes, ...]
     other: int
 
-    def sizes_at(self, widths: tuple[Widths, ...]) -> Sizes:
+    def kept_blocks(self, widths: Sequence[Widths]) -> tuple[int, ...]:
+        """Return the blocks that do not go as a whole at these widths."""
+        pairs = enumerate(zip(self.blocks, widths, strict=True))
+        return tuple(block for block, (sizes, own) in pairs if not sizes.goes_at(own))
+
+    def sizes_at(self, widths: Sequence[Widths]) -> Sizes:
         """Count parameters and units at these widths, of the blocks that remain."""
-        left = [(one, own) for one, own in zip(self.blocks, widths, strict=True) if not one.goes_at(own)]
+        left = [(self.blocks[block], widths[block]) for block in self.kept_blocks(widths)]
         return Sizes(tuple(one.parameters_at(own) for one, own in left), self.other, units_of(own for _, own in left))
 
 
@@ -173,16 +178,14 @@ class PruneWidth(Step):
                 raise InputError(
                     f"the plan keeps fewer groups in block {block} and fewer queries in each; only one of them may go."
                 )
-        gone = self._gone()
-        kept = tuple(block for block in range(count) if block not in gone)
         if all(keep.is_empty for keep in self.widths):
             raise InputError("the plan leaves nothing in any block; keep some groups or channels.")
-        return kept
+        return self.sizes.kept_blocks(self.widths)
 
     def _gone(self) -> tuple[int, ...]:
         """Return the blocks that go as a whole."""
-        pairs = zip(self.sizes.blocks, self.widths, strict=True)
-        return tuple(block for block, (sizes, keep) in enumerate(pairs) if sizes.goes_at(keep))
+        kept = self.sizes.kept_blocks(self.widths)
+        return tuple(block for block in range(len(self.widths)) if block not in kept)
 
     def sizes_after(self, sizes: Sizes) -> Sizes:
         """Return the sizes of the pruned model."""

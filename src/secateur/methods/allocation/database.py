@@ -6,23 +6,21 @@ finished; the next one goes on from there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from secateur.distributed import from_main_process, is_main_process
-from secateur.errors import InputError
 from secateur.files import cache_folder, replace_file
 from secateur.methods.allocation.levels import Keep, Levels, Writers, levels_by_branch, measure_levels
 from secateur.methods.allocation.sensitivity import Reaction, judging_windows, reactions
 from secateur.methods.greedy import lazily
 from secateur.methods.method import Measurements
-from secateur.reading import MIB, FileKind
+from secateur.methods.records import recorded
 from secateur.scores.removal import Branch
 from secateur.surgery.width.coupling import Part
 from secateur.versions import digest
@@ -30,7 +28,6 @@ from secateur.versions import digest
 _FORMAT = 4
 _MOST_LOST = 1.0
 """Nats after which no more attention is tried."""
-_RECORD = FileKind("measurements of widths", 64 * MIB)
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,10 @@ class Database:
     def levels(self, part: Part) -> dict[int, Keep]:
         """Return the units that may stay in each block, of one part."""
         return {one.block: one.keep for one in self.branches if one.part == part}
+
+
+_DATABASE = TypeAdapter(Database)
+_LEVELS = TypeAdapter(tuple[Levels, ...])
 
 
 def open_database(
@@ -76,28 +77,23 @@ def open_database(
         _FORMAT, decoder.fingerprint, place, windows.fingerprint, list(free), multiple, list(attention), single
     )
     folder = cache_folder("widths", key)
-    found: Database | None = from_main_process(_read(folder / "levels.json"))
-    if found is None:
-        levels = levels_by_branch(decoder, free, multiple, attention if single else ())
-        found = from_main_process(_measured(measurements, levels, attention, folder))
+    levels = levels_by_branch(decoder, free, multiple, attention if single else ())
+    blocks = _Blocks(folder)
+    found = recorded(folder / "levels.json", _DATABASE, lambda: _measured(measurements, levels, attention, blocks))
+    blocks.drop()
     return found
 
 
 def _measured(
-    measurements: Measurements, levels: Mapping[Branch, Keep], attention: Sequence[int], folder: Path
+    measurements: Measurements, levels: Mapping[Branch, Keep], attention: Sequence[int], blocks: _Blocks
 ) -> Database:
     decoder, windows, options = measurements.decoder, measurements.need_windows(), measurements.options
-    blocks = _Blocks(folder)
     for measured in measure_levels(decoder, windows, levels, blocks, options=options):
         blocks.add(measured)
     branches = [one for block in dict.fromkeys(block for block, _ in levels) for one in blocks.levels(block)]
     worth = reactions(decoder, windows, branches, blocks.writers, options=options)
     order, lost = attention_chain(measurements, attention) if attention else ((), ())
-    found = Database(tuple(branches), tuple(worth), order, lost)
-    if is_main_process():
-        replace_file(folder / "levels.json", json.dumps(asdict(found)) + "\n")
-        blocks.drop()
-    return found
+    return Database(tuple(branches), tuple(worth), order, lost)
 
 
 def attention_chain(measurements: Measurements, removable: Sequence[int]) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -138,7 +134,7 @@ class _Blocks:
         path = self._path(levels[0].block)
         tensors = {f"{one.part}.{number}": w for one, writers in measured for number, w in enumerate(writers)}
         if is_main_process():
-            replace_file(path, save(tensors, {"levels": json.dumps([asdict(one) for one in levels])}))
+            replace_file(path, save(tensors, {"levels": _LEVELS.dump_json(levels).decode()}))
         self._known[levels[0].block] = levels
 
     def levels(self, block: int) -> tuple[Levels, ...]:
@@ -150,15 +146,12 @@ class _Blocks:
             return tuple(file.get_tensor(f"{levels.part}.{number}") for number in range(count))
 
     def drop(self) -> None:
-        for path in self._folder.glob("block-*.safetensors"):
+        """Remove the files; finished measurements need them no more."""
+        for path in self._folder.glob("block-*.safetensors") if is_main_process() else ():
             path.unlink(missing_ok=True)
 
     def _path(self, block: int) -> Path:
         return self._folder / f"block-{block}.safetensors"
-
-
-def _levels(row: dict[str, Any]) -> Levels:
-    return Levels(row["block"], row["part"], tuple(row["keep"]), tuple(row["errors"]), row["probe"])
 
 
 def _levels_in(path: Path) -> tuple[Levels, ...] | None:
@@ -167,19 +160,6 @@ def _levels_in(path: Path) -> tuple[Levels, ...] | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return tuple(_levels(row) for row in json.loads(file.metadata()["levels"]))
+            return _LEVELS.validate_json(file.metadata()["levels"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _read(path: Path) -> Database | None:
-    """Read finished measurements; None if there are none, or they are damaged."""
-    if not path.exists():
-        return None
-    try:
-        found = _RECORD.json(path)
-        branches = tuple(_levels(row) for row in found["branches"])
-        worth = tuple(Reaction(**row) for row in found["reactions"])
-        return Database(branches, worth, tuple(found["attention"]), tuple(found["lost"]))
-    except (InputError, KeyError, TypeError):
         return None

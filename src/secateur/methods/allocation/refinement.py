@@ -13,22 +13,21 @@ size and judge by the loss; their exchanges are drawn at random, and their model
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated
 
-from secateur.distributed import from_main_process, is_main_process
-from secateur.errors import InputError
-from secateur.files import cache_folder, replace_file
+from pydantic import Field, TypeAdapter
+
+from secateur.files import cache_folder
 from secateur.methods.allocation.frontier import Option, best_choices
 from secateur.methods.allocation.operating_point import Parts, Point, losses_around
 from secateur.methods.allocation.savings import AllWidths, Savings
 from secateur.methods.allocation.widths import without_empty
 from secateur.methods.apply_widths import BrainSurgeon
 from secateur.methods.method import Measurements
+from secateur.methods.records import recorded
 from secateur.plan.steps import Widths
-from secateur.reading import MIB, FileKind
 from secateur.surgery.width.pruning import Refit
 from secateur.versions import digest
 
@@ -37,7 +36,6 @@ _LEAST = 0.002
 """Nats that a change must promise after one round brought nothing."""
 _MORE = 3.0
 """How many times as much after each further one."""
-_RECORD = FileKind("measurements of widths", 16 * MIB)
 
 
 @dataclass(frozen=True)
@@ -150,25 +148,16 @@ def _measured(
     key = digest(_FORMAT, place, texts, asked, refit.repair, refit.ridge, refit.target)
     path = cache_folder("widths", "around", f"{key}.json")
     trials = [(block, one) for block, found in others.items() for one in found]
-    known: list[float] | None = from_main_process(_read(path, len(trials)))
-    if known is None:
+
+    def losses() -> list[float]:
         found = losses_around(decoder, parts, widths, others, BrainSurgeon(), refit=refit, options=options)
-        known = from_main_process([found.loss, found.judged, *(found.others[trial] for trial in trials)])
-        if is_main_process():
-            replace_file(path, json.dumps(known) + "\n")
-    return Point(widths, known[0], known[1], dict(zip(trials, known[2:], strict=True)))
+        return [found.loss, found.judged, *(found.others[trial] for trial in trials)]
+
+    count = len(trials) + 2
+    kind = TypeAdapter(Annotated[list[float], Field(min_length=count, max_length=count)])
+    loss, judged, *changed = recorded(path, kind, losses)
+    return Point(widths, loss, judged, dict(zip(trials, changed, strict=True)))
 
 
 def _numbers(widths: Sequence[Widths]) -> list[tuple[int, ...]]:
     return [(one.groups, one.queries, one.channels) for one in widths]
-
-
-def _read(path: Path, trials: int) -> list[float] | None:
-    """Read losses measured before; None if there are none, or they are damaged."""
-    if not path.exists():
-        return None
-    try:
-        found = [float(one) for one in _RECORD.json(path)]
-    except (InputError, TypeError, ValueError):
-        return None
-    return found if len(found) == trials + 2 else None

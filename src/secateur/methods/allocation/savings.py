@@ -44,7 +44,7 @@ class Savings:
         """Return the cost of the model with these widths."""
         sizes = self.sizes.sizes_at(widths)
         cost = self._budget.cost
-        return sizes.total if cost is None else cost.weigh(kept_blocks(widths), sizes.total, sizes.units)
+        return sizes.total if cost is None else cost.weigh(self.sizes.kept_blocks(widths), sizes.total, sizes.units)
 
     def meet(self, path: Sequence[AllWidths]) -> AllWidths:
         """Return the widths among several that meet the budget.
@@ -53,10 +53,5 @@ class Savings:
             InputError: it is out of reach.
         """
         after = [self.sizes.sizes_at(one) for one in path]
-        kept, units = [kept_blocks(one) for one in path], [one.units for one in after]
+        kept, units = [self.sizes.kept_blocks(one) for one in path], [one.units for one in after]
         return path[choose_size(self._budget, [one.total for one in after], self._total, kept, units)]
-
-
-def kept_blocks(widths: Sequence[Widths]) -> list[int]:
-    """Return the blocks in which something is left."""
-    return [block for block, own in enumerate(widths) if not own.is_empty]
