@@ -21,6 +21,9 @@ import torch
 from secateur.calibration.inputs import InputSums
 from secateur.calibration.ridge import RIDGE, strength
 
+_SPARSE = 7 / 8
+"""Share of the inputs in W and H⁻¹ below which those that are gone are left out of them."""
+
 
 def fluctuation(weight: torch.Tensor, sums: InputSums) -> torch.Tensor:
     """Return the score of FLAP, `Var(x_j) · ‖W_:,j‖²`, (n,)."""
@@ -103,15 +106,23 @@ def _losing(
     heavy.diagonal().add_(strength(gram, ridge))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(heavy))
     del heavy
-    groups, each, _ = units.shape
-    stay = torch.ones(groups, each, dtype=torch.bool, device=weight.device)
-    while int(stay.sum()) > keep * groups:
-        costs = _costs(weight, inverse, units).masked_fill(~stay, torch.inf)
+    stay = torch.ones(units.shape[:2], dtype=torch.bool, device=weight.device)
+    inputs = torch.arange(weight.shape[1], device=weight.device)
+    place = inputs.clone()
+    costs = torch.full(stay.shape, torch.inf, dtype=weight.dtype, device=weight.device)
+    while int(stay.sum()) > keep * len(units):
+        costs.fill_(torch.inf)
+        costs[stay] = _costs(weight, inverse, place[units[stay]])
         costs[stay.sum(dim=1) <= keep] = torch.inf
         gone = _cheapest(costs, stay.sum(dim=1) - keep, batch)
         stay.view(-1)[gone] = False
         yield gone
-        forget(weight, inverse, units.flatten(0, 1)[gone].flatten())
+        forget(weight, inverse, place[units.flatten(0, 1)[gone].flatten()])
+        left = stay.sum() * units.shape[2]
+        if left < _SPARSE * len(inputs):
+            inputs = units[stay].flatten().sort().values
+            rows, place[inputs] = place[inputs], torch.arange(len(inputs), device=weight.device)
+            weight, inverse = weight[:, rows], inverse[rows][:, rows]
 
 
 def _cheapest(costs: torch.Tensor, allowance: torch.Tensor, batch: int) -> torch.Tensor:
@@ -123,16 +134,12 @@ def _cheapest(costs: torch.Tensor, allowance: torch.Tensor, batch: int) -> torch
 
 
 def _costs(weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """Return `tr(W_S ([H⁻¹]_SS)⁻¹ W_Sᵀ)` of every unit, (P, U); 0 for those already removed."""
-    if units.shape[2] == 1:
-        flat = units[..., 0]
+    """Return `tr(W_S ([H⁻¹]_SS)⁻¹ W_Sᵀ)` of every unit, for the inputs of each (U, C); (U,)."""
+    if units.shape[1] == 1:
+        flat = units[:, 0]
         return weight.square().sum(dim=0)[flat] / inverse.diagonal()[flat].clamp_min(1e-300)
-    flat = units.flatten(0, 1)
-    blocks = inverse[flat[:, :, None], flat[:, None, :]]
-    gone = blocks.diagonal(dim1=1, dim2=2).sum(dim=1) == 0
-    blocks[gone] = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
-    own = weight.T[flat]
-    return (own * torch.linalg.solve(blocks, own)).sum(dim=(1, 2)).view(units.shape[:2])
+    own = weight.T[units]
+    return (own * torch.linalg.solve(inverse[units[:, :, None], units[:, None, :]], own)).sum(dim=(1, 2))
 
 
 def forget(weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> None:

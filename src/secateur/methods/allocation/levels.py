@@ -144,43 +144,56 @@ def _measured(
         units = units.to(weight.device)
         order = removal_order(weight, one.moments.gram, units, batch=max(1, units.shape[1] // _BATCHES))
         inputs, counts = units[0, order.flip(0)].flatten(), [each * keep for keep in levels]
-        fits = nested_fits(weight, one.fitted, one.held_out or one.fitted, inputs, counts[1:])
-        for place, (fitted, error) in enumerate(fits, start=1):
-            errors[place] += error / scale
-            if place == probe:
-                writer = torch.zeros_like(weight)
-                writer[:, inputs[: counts[place]]] = fitted
-                writers.append(writer.float().cpu().contiguous())
+        fits = nested_fits(weight, one.fitted, one.held_out or one.fitted, inputs)
+        errors += torch.tensor([fits.error(count) for count in counts], dtype=torch.float64) / scale
+        writer = torch.zeros_like(weight)
+        writer[:, inputs[: counts[probe]]] = fits.weight(counts[probe])
+        writers.append(writer.float().cpu().contiguous())
     return Levels(block, part, levels, tuple(errors.cummax(dim=0).values.tolist()), probe), tuple(writers)
 
 
-def nested_fits(
-    weight: torch.Tensor, fitted: Moments, held_out: Moments, order: torch.Tensor, counts: Sequence[int]
-) -> Iterator[tuple[torch.Tensor, float]]:
-    """Refit a projection to the first 1, 2, 3, … of its inputs, and yield each fit with its error on held-out tokens.
+@dataclass(frozen=True)
+class NestedFits:
+    """A projection refitted to the first 1, 2, 3, … of its inputs in some order.
 
-    With the inputs in this order the Cholesky factor of G + λI has that of every smaller one as its corner, so one
-    factor serves all:
+    Attributes:
+        factor: Cholesky factor L of G + λI, (n, n).
+        turned: Lᵀ Wᵀ, (n, out).
+        missing: P ∘ (Lᵀ Wᵀ)(Lᵀ Wᵀ)ᵀ with P = L⁻¹ H L⁻ᵀ, (n, n).
+    """
 
-        W'_K (G_KK + λI) = W G_:K + λ W_K,    error = tr W H Wᵀ − 2 tr W'_K H_K: Wᵀ + tr W'_K H_KK W'_Kᵀ.
+    factor: torch.Tensor
+    turned: torch.Tensor
+    missing: torch.Tensor
+
+    def weight(self, count: int) -> torch.Tensor:
+        """Return W'_K for the first `count` inputs K, (out, K)."""
+        corner = self.factor[:count, :count].T
+        return torch.linalg.solve_triangular(corner, self.turned[:count], upper=True).T
+
+    def error(self, count: int) -> float:
+        """Return Σ w ‖W x − W'_K x_K‖² over the held-out tokens, for the first `count` inputs K."""
+        return float(self.missing[count:, count:].sum())
+
+
+def nested_fits(weight: torch.Tensor, fitted: Moments, held_out: Moments, order: torch.Tensor) -> NestedFits:
+    """Refit a projection to the first 1, 2, 3, … of its inputs: W'_K (G_KK + λI) = W G_:K + λ W_K.
+
+    With the inputs in this order the Cholesky factor of G + λI = L Lᵀ has that of every smaller one as its corner, so
+    W'_K = [W L]_K L_KK⁻¹, and what it misses is [W L]_R L⁻¹ x at the others R. So one factor serves all, and the error
+    of each is the sum of a corner of one matrix.
 
     Args:
         weight: W, (out, n), float64.
         fitted: sums G over the tokens of the fit.
         held_out: sums H over the tokens that evaluate it.
         order: the inputs, those that stay longest first, (n,).
-        counts: how many of them each fit reads.
-
-    Yields:
-        W'_K, (out, K), the inputs in that order, and Σ w ‖W x − W'_K x_K‖².
     """
-    gram, held = (one.gram[order][:, order] for one in (fitted, held_out))
-    turned, ridge = weight[:, order].T, strength(fitted.gram, UNJUDGED)
-    right, wanted = torch.addmm(turned, gram, turned, beta=ridge), held @ turned
-    gram.diagonal().add_(ridge)
+    gram = fitted.gram[order][:, order]
+    gram.diagonal().add_(strength(fitted.gram, UNJUDGED))
     factor = torch.linalg.cholesky(gram)
-    whole = float(torch.sum(turned * wanted))
-    for count in counts:
-        found = torch.cholesky_solve(right[:count], factor[:count, :count])
-        missed = torch.sum((held[:count, :count] @ found - 2 * wanted[:count]) * found)
-        yield found.T, whole + float(missed)
+    del gram
+    turned = factor.T @ weight[:, order].T
+    half = torch.linalg.solve_triangular(factor, held_out.gram[order][:, order], upper=False)
+    missing = torch.linalg.solve_triangular(factor, half.T, upper=False)
+    return NestedFits(factor, turned, missing.mul_(turned @ turned.T))
