@@ -257,18 +257,27 @@ def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidd
 
 
 _decide_evenly_by_surgeon = decide_evenly("obs-width", "brain-surgeon")
-_DATABASE = Work(forwards=8.0, losses=1.0, sums=2.0, fits=8.0, orders=3.0)
-_JUDGED = 1 / 8
-"""Share of the tokens on which losses are measured, about."""
+_DATABASE = Work(forwards=1.0, sums=1.0, fits=1.2, orders=2.0)
+_TRIALS = 4
+"""Models per block whose loss is measured for the database, about: half of an MLP, none, and attention twice."""
+_MEASURED, _JUDGED = 1 / 16, 1 / 8
+"""Shares of the tokens on which losses are measured, for the database and in refinement, about."""
 
 
 def _surgeon_forwards(blocks: int, _gone: int, settings: SurgeonSettings) -> Work:
-    """Return the cost of the database and of refining: each round prunes, and runs three models per block halfway."""
+    """Return the cost of the database and of refining, in which each round prunes and runs other models."""
     if settings.allocation == "uniform":
         return Work()
+    single = settings.attention == "groups"
     pruned = _even_work(settings, "brain-surgeon")
-    compared = Work(3 * blocks / 2 * _JUDGED, losses=3 * blocks * _JUDGED)
-    return _DATABASE + settings.refine * (pruned + compared) + pruned * bool(settings.refine)
+    found = _DATABASE + _compared((_TRIALS + single) * blocks * _MEASURED)
+    compared = _compared((3 + single) * blocks * _JUDGED)
+    return found + settings.refine * (pruned + compared) + pruned * bool(settings.refine)
+
+
+def _compared(models: float) -> Work:
+    """Return the work of models that share the blocks below the change: half of them, and the head."""
+    return Work(models / 2, losses=models)
 
 
 def _removable_attention(decoder: Decoder, free: range) -> list[int]:
