@@ -14,7 +14,7 @@ import time
 import warnings
 from typing import Any
 
-from common import keep
+from common import LENGTH, keep, texts_that_judge
 from transformers.utils import logging
 
 import secateur
@@ -38,7 +38,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "2ssp": ("2ssp", {}),
 }
 DEFAULT = ("uniform@0.2", "global@0.2", "uniform@0.3", "global@0.3", "branches@0.15", "shortgpt@0.15")
-LENGTH, JUDGED = 512, 8
 
 
 def main(model: str, wikitext: str, *cases: str) -> None:
@@ -47,11 +46,7 @@ def main(model: str, wikitext: str, *cases: str) -> None:
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", SecateurWarning)
     dense = secateur.open_model(model)
-    named = {"wikitext": wikitext, "prose": "python-docs", "code": "python-stdlib"}
-    texts = {
-        name: windows_for(dense, source, windows=JUDGED, seq_len=LENGTH, split="held-out")
-        for name, source in named.items()
-    }
+    texts = texts_that_judge(dense, wikitext)
     windows = windows_for(dense, None, windows=32, seq_len=LENGTH)
 
     def read(decoder: Decoder) -> dict[str, float]:

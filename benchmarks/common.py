@@ -16,10 +16,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from secateur import open_model
+from secateur.data.texts import windows_for
 from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.versions import versions
 
+LENGTH, JUDGED = 512, 8
+"""Tokens in a window, and windows of each text that judges a real model."""
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -41,6 +44,15 @@ def random_llama(width: int = 768, blocks: int = 12, vocabulary: int = 8192) -> 
 def random_windows(count: int, length: int = 512, vocabulary: int = 8192) -> Windows:
     """Draw windows of random tokens, seeded."""
     return Windows.of(torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0)))
+
+
+def texts_that_judge(decoder: Decoder, wikitext: str) -> dict[str, Windows]:
+    """Read held-out windows of WikiText-2, which the default calibration has no part of, of prose, and of code."""
+    named = {"wikitext": wikitext, "prose": "python-docs", "code": "python-stdlib"}
+    return {
+        name: windows_for(decoder, source, windows=JUDGED, seq_len=LENGTH, split="held-out")
+        for name, source in named.items()
+    }
 
 
 Times = dict[str, list[tuple[float, float]]]

@@ -153,6 +153,28 @@ def allocation() -> str:
     return markdown(("", *(f"{amount:.0%}" for amount in amounts)), rows)
 
 
+def stand_ins() -> str:
+    """Put branches without and with low-rank pairs in their place beside each other."""
+    rows = []
+    for one in recorded("stand_ins"):
+        asked, found = one["setting"], one["found"]
+        ranks = sorted(found["ranks"])
+        each = [f"{value:.3f}" for value in (*(found["ratios"][source] for source in SOURCES), found["geometric_mean"])]
+        rows.append(
+            [
+                asked["model"],
+                per_cent(asked["remove"], 0),
+                asked["stand_ins"],
+                str(found["branches"]),
+                f"{ranks[0]} to {ranks[-1]}" if ranks[-1] else "–",
+                per_cent(found["removed"]),
+                *each,
+            ]
+        )
+    head = ("model", "asked", "in place of branches", "branches", "ranks", "removed", *SOURCES.values(), "mean")
+    return markdown(head, rows)
+
+
 def released(removed: str) -> str:
     """Put methods written plainly from their papers beside secateur's at one share of the parameters."""
     records = recorded("released_methods")

@@ -13,6 +13,7 @@
 * `released SHARE`: methods written plainly from their papers beside secateur's;
 * `profile MODEL`: where the time of each method goes;
 * `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches;
+* `stand-ins`: what low-rank pairs in place of branches are worth;
 * `experts`: what fewer experts cost a small trained mixture; `families`: what works on which family.
 
 Where something was measured several times, the last line counts.
@@ -253,6 +254,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "healed": real_tables.healed,
     "ablation": real_tables.ablation,
     "allocation": real_tables.allocation,
+    "stand-ins": real_tables.stand_ins,
     "released": real_tables.released,
     "profile": real_tables.profile,
     "experts": experts,
