@@ -5,8 +5,8 @@
 `branches` chooses what goes. Then, block after block: a removed branch gets a pair of matrices of some rank that reads
 what it read, fitted by ridge regression to what it wrote in the dense model plus what the states lack, cut to its rank
 along the principal directions of what it predicts; ridge and rank by the error on held-out windows. Above the first cut
-every MLP is refitted to the dense states, as `branches` does. A last case spends what the pairs cost on branches that
-stay. One line per case goes to `results/stand_ins.jsonl`. For Llamas in memory.
+every MLP is refitted to the dense states, as `branches` does. The last case is `obs-width` with `allocation=global` at
+as many parameters as with pairs. One line per case goes to `results/stand_ins.jsonl`. For Llamas in memory.
 """
 
 from __future__ import annotations
@@ -54,32 +54,59 @@ def main(model: str, wikitext: str, *shares: str) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", SecateurWarning)
-    decoder = secateur.open_model(model)
-    texts = texts_that_judge(decoder, wikitext)
-    windows = windows_for(decoder, None, windows=32, seq_len=LENGTH)
-    dense = {name: perplexity(decoder, one, DEFAULTS) for name, one in texts.items()}
+    bench = Bench(model, wikitext)
     for share in shares or ("0.15", "0.25"):
-        pairs_cost = 0
-        for name, ranks in (("none", NONE), ("low-rank", RANKS), ("none, as many parameters", NONE)):
-            amount = float(share) - pairs_cost / decoder.parameter_count
-            plan = secateur.make_plan(decoder, method="branches", texts=windows, remove=amount)
-            gone = removed(decoder, plan.steps[0].widths)
-            with ExitStack() as edits:
-                pairs = stand_in(decoder, windows, gone, ranks, edits)
-                after = {source: perplexity(decoder, one, DEFAULTS) for source, one in texts.items()}
-            ratios = {source: after[source] / dense[source] for source in texts}
-            pairs_cost = sum(first.numel() + second.numel() for first, second in pairs.values())
-            keep(
-                "stand_ins",
-                {"model": model.rpartition("/")[2], "remove": float(share), "stand_ins": name},
-                {
-                    "branches": len(gone),
-                    "ranks": [len(first) for first, _ in pairs.values()],
-                    "removed": round(1 - (plan.parameters_after + pairs_cost) / decoder.parameter_count, 4),
-                    "ratios": {source: round(value, 4) for source, value in ratios.items()},
-                    "geometric_mean": round(math.prod(ratios.values()) ** (1 / len(ratios)), 4),
-                },
-            )
+        for name, ranks in (("none", NONE), ("low-rank", RANKS)):
+            left = bench.branches(float(share), name, ranks)
+        bench.widths(float(share), left)
+
+
+class Bench:
+    """A model with the texts that it is calibrated on and judged by."""
+
+    def __init__(self, model: str, wikitext: str) -> None:
+        """Read them, and measure the dense model."""
+        self._name, self._decoder = model.rpartition("/")[2], secateur.open_model(model)
+        self._texts = texts_that_judge(self._decoder, wikitext)
+        self._windows = windows_for(self._decoder, None, windows=32, seq_len=LENGTH)
+        self._dense = self._read(self._decoder)
+
+    def branches(self, share: float, name: str, ranks: Sequence[int]) -> int:
+        """Remove branches with pairs of these ranks in their place; return how many parameters are left."""
+        decoder = self._decoder
+        plan = secateur.make_plan(decoder, method="branches", texts=self._windows, remove=share)
+        gone = removed(decoder, plan.steps[0].widths)
+        with ExitStack() as edits:
+            pairs = stand_in(decoder, self._windows, gone, ranks, edits)
+            after = self._read(decoder)
+        left = plan.parameters_after + sum(first.numel() + second.numel() for first, second in pairs.values())
+        used = [len(first) for first, _ in pairs.values()]
+        self._keep(share, name, left, after, {"branches": len(gone), "ranks": used})
+        return left
+
+    def widths(self, share: float, parameters: int) -> None:
+        """Give every block its own widths instead, at as many parameters."""
+        plan = secateur.make_plan(
+            self._decoder,
+            method="obs-width",
+            texts=self._windows,
+            settings={"allocation": "global"},
+            target_params=parameters,
+        )
+        pruned = secateur.prune(self._decoder, plan, texts=self._windows)
+        self._keep(share, "widths instead", pruned.parameter_count, self._read(pruned), {"branches": 0, "ranks": [0]})
+
+    def _read(self, decoder: Decoder) -> dict[str, float]:
+        return {source: perplexity(decoder, one, DEFAULTS) for source, one in self._texts.items()}
+
+    def _keep(self, share: float, name: str, left: int, after: dict[str, float], found: dict[str, Any]) -> None:
+        ratios = {source: after[source] / self._dense[source] for source in after}
+        found |= {
+            "removed": round(1 - left / self._decoder.parameter_count, 4),
+            "ratios": {source: round(value, 4) for source, value in ratios.items()},
+            "geometric_mean": round(math.prod(ratios.values()) ** (1 / len(ratios)), 4),
+        }
+        keep("stand_ins", {"model": self._name, "remove": share, "stand_ins": name}, found)
 
 
 def removed(decoder: Decoder, widths: Sequence[Any]) -> list[Branch]:
