@@ -128,7 +128,8 @@ def main() -> None:
     names = given.families or decoders()
     for name in names:
         wanted = [one for one in given.methods.split(",") if given.again or one not in found.get(name, {})]
-        if not wanted and not given.again:
+        refused = "open" in found.get(name, {}) and found[name]["open"] != "ok"
+        if (refused or not wanted) and not given.again:
             continue
         result = limited(name, wanted, default=given.again or "default" not in found.get(name, {}))
         found[name] = {**found.get(name, {}), **result}
