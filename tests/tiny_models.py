@@ -229,6 +229,17 @@ _MIXTURES = (
 _OTHERS = (
     _row("apertus", **_GROUPED),
     _row("persimmon", **_PLAIN),
+    _row(  # as E2B: inputs of its own for each block, shared keys and values, and MLPs of two widths
+        "gemma4_text",
+        **_WIDE_HEADS,
+        global_head_dim=24,
+        sliding_window=WINDOW,
+        layer_types=_full_every(2),
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=lambda blocks: blocks // 2 - 1,
+        use_double_wide_mlp=True,
+    ),
 )
 
 VARIANTS: dict[str, TinyModel] = {

@@ -7,7 +7,7 @@ found. Paths of projections and norms are relative to a block, all others to the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,6 +109,14 @@ class Family:
     """Pairs of configuration entries (p, o): block i is of a kind where i mod p = o."""
     cycles: tuple[str, ...] = ()
     """Configuration entries with the kinds of the first blocks, which repeat for all others."""
+    kv_shared: str | None = None
+    """Configuration entry with the number of last blocks that use the keys and values of an earlier block: of the last
+    one before them of the same layer type."""
+    last_layer_type: str | None = None
+    """The layer type of the last block, whatever the configuration says."""
+    packed: tuple[tuple[str, int], ...] = ()
+    """Parameters outside the blocks that hold a part for each block, and the axis along which the parts follow each
+    other."""
     depth_scales: tuple[str, ...] = ()
     """Configuration entries that the stock code divides by the square root of the number of blocks."""
     fixed_blocks: tuple[int, ...] = ()
@@ -123,6 +131,8 @@ class Family:
     """Projection whose queries the stock code scales by the block's index."""
     streams: int = 1
     """How many residual streams a block passes on (hyper-connections: Zhu et al. 2024, arXiv:2409.19606)."""
+    streams_first: bool = False
+    """Whether the streams are the first axis of what it passes on."""
     light_blocks: bool = False
     """Whether some blocks may lack attention or an MLP."""
     detected: bool = False
@@ -182,6 +192,12 @@ def set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> None:
         holder._buffers[leaf] = value
     else:
         holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def parts_of(tensor: torch.Tensor, axis: int, count: int, kept: Sequence[int]) -> torch.Tensor:
+    """Return the parts of some blocks of a tensor that holds one for each of `count` blocks along an axis."""
+    parts = tensor.unflatten(axis, (count, -1))
+    return parts.index_select(axis, torch.tensor(kept, device=tensor.device)).flatten(axis, axis + 1)
 
 
 def saved_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

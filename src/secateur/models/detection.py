@@ -24,6 +24,7 @@ from secateur.models.depth import config_with_blocks, reason_to_keep, with_block
 from secateur.models.expert_structure import with_experts
 from secateur.models.forward import capture, logits, run_block
 from secateur.models.head_structure import with_heads
+from secateur.models.packed import packed_parameters
 from secateur.models.shrinking import FAILURES, divisors, shrunken
 from secateur.models.structure import with_mlp
 from secateur.ownership import scratch
@@ -38,6 +39,7 @@ _INDEX_SETTINGS = ("mlp_only_layers",)
 _COUNTS = re.compile(r"dense_replace|dense_layers|layer_start_index|max_window_layers|hash_layers")
 _BLOCK_COUNTS = ("num_blocks",)
 _LAST_NUMBERS = re.compile(r"layer_end_index")
+_KV_SHARED = ("num_kv_shared_layers",)
 _DEPTH_SCALES = ("scale_depth",)
 _PROVED: dict[str, Family] = {}
 """Rows that were verified in this process, by configuration."""
@@ -80,10 +82,15 @@ def _detected(config: Any, *, trust_remote_code: bool) -> Family:
     tiny, kept = _tiny_copy(config, family, module, trust_remote_code=trust_remote_code)
     with _trial("its blocks cannot be run at all"):
         values = _returned_values(_proof_decoder(tiny, family))
-    family = replace(family, tuple_output=values > 0)
+    family = replace(
+        family,
+        tuple_output=values > 0,
+        packed=packed_parameters(tiny, family, trust_remote_code=trust_remote_code),
+    )
     passed_on = f": they pass on {values} values, not the residual stream alone" if values > _WITH_WEIGHTS else ""
     with _trial(f"its blocks cannot be run one by one{passed_on}"):
-        family = replace(family, streams=_streams(_proof_decoder(tiny, family)))
+        streams, first = _streams(_proof_decoder(tiny, family))
+        family = replace(family, streams=streams, streams_first=first)
         trial = _proof_decoder(tiny, family)
         failed = _prove(trial, trust_remote_code=trust_remote_code)
     family = with_mlp(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
@@ -164,9 +171,24 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
         last_numbers=tuple(name for name in settings if _LAST_NUMBERS.search(name)),
         periods=() if any("type" in name for name in listed) else tuple(_periods(settings)),
         cycles=tuple(_cycles(config)),
+        last_layer_type=_last_layer_type(config),
+        kv_shared=next((name for name in _KV_SHARED if settings.get(name)), None),
         depth_scales=tuple(name for name in _DEPTH_SCALES if name in settings),
         detected=True,
     )
+
+
+def _last_layer_type(config: Any) -> str | None:
+    """Return the layer type of the last block, if the configuration sets it to this whatever it is given."""
+    kinds: list[str] = list(getattr(config, "layer_types", None) or [])
+    given = next((kind for kind in kinds if kind != kinds[-1]), None)
+    if given is None:
+        return None
+    try:
+        read = type(config).from_dict(config.to_dict() | {"layer_types": [*kinds[:-1], given]})
+    except FAILURES:
+        return None
+    return kinds[-1] if read.layer_types[-1] == kinds[-1] else None
 
 
 def _periods(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -251,7 +273,8 @@ def _built(config: Any, *, trust_remote_code: bool) -> PreTrainedModel:
     if numbers > _LARGEST_TRIAL:
         raise ModelError(f"with {config.num_hidden_layers} blocks it has {numbers:,} parameters, too many for a trial")
     torch.manual_seed(0)
-    module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).float().eval()
+    own = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}  # buffers must not be rounded to another
+    module = AutoModelForCausalLM.from_config(config, **own).float().eval()
     with torch.no_grad():
         module(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
     return module
@@ -290,21 +313,23 @@ def _tokens(decoder: Decoder) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _streams(decoder: Decoder) -> int:
-    """Return how many residual streams the blocks pass on.
+def _streams(decoder: Decoder) -> tuple[int, bool]:
+    """Return how many residual streams the blocks pass on, and whether these are the first axis.
 
     Raises:
         ModelError: what they pass on has another shape.
     """
     tokens = _tokens(decoder)
     entering = capture(decoder, tokens)[0]
+    if entering.shape[1:] == (*tokens.shape, decoder.hidden_size):
+        return len(entering), True
     streams, rest = divmod(entering.shape[-1], decoder.hidden_size)
     if entering.shape[:-1] != tokens.shape or streams < 1 or rest:
         raise ModelError(
             f"its blocks pass on states of the shape {tuple(entering.shape)}, not residual streams of "
             f"{decoder.hidden_size} directions for each of {tokens.shape[1]} tokens"
         )
-    return streams
+    return streams, False
 
 
 @torch.no_grad()

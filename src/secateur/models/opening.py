@@ -162,7 +162,7 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
     if thin or quantised:
         module = empty_model(config, arithmetic, place, trust_remote_code=trusted)
         if here:
-            shards = Shards.of(folder, family.blocks, place, quantised)
+            shards = Shards.of(folder, resolve(module, family), place, quantised)
         else:
             shards = Shards(folder, family.blocks, device=place)
         if skeleton is None:

@@ -117,8 +117,8 @@ def _smaller(name: str, value: Any, divisor: int) -> Any:
         return min(value, _WINDOW)
     if name.endswith("chunk_size"):
         return min(value, _CHUNK)
-    if divisor == 1:
-        return value
+    if divisor == 1 or value == 0:
+        return value  # 0 says that there is no such part
     if _EXPERTS.search(name):
         return min(value, _MOST_EXPERTS)
     if CHOSEN.search(name):

@@ -56,5 +56,6 @@ def inside_wrapper(family: Family, module: PreTrainedModel) -> Family:
         blocks=moved(family.blocks),
         embeddings=tuple(map(moved, family.embeddings)),
         final=tuple(map(moved, family.final)),
+        packed=tuple((moved(name), axis) for name, axis in family.packed),
         head=names[id(head)],
     )
