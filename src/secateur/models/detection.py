@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.errors import ModelError, first_line
-from secateur.models.anatomy import Family, count_parameters, find, resolve
+from secateur.models.anatomy import Family, count_parameters, find, resolve, text_config
 from secateur.models.decoder import Decoder
 from secateur.models.depth import config_with_blocks, reason_to_keep, with_blocks
 from secateur.models.expert_structure import with_experts
@@ -27,6 +27,7 @@ from secateur.models.head_structure import with_heads
 from secateur.models.packed import packed_parameters
 from secateur.models.shrinking import FAILURES, divisors, shrunken
 from secateur.models.structure import with_mlp
+from secateur.models.wrappers import auto_class
 from secateur.ownership import scratch
 
 _FEWEST, _EACH, _MOST = 4, 2, 12
@@ -52,7 +53,7 @@ def detect(config: Any, source: str, *, trust_remote_code: bool = False) -> Fami
     Raises:
         ModelError: the guess or the check failed; the message says at which step.
     """
-    kind, described = config.model_type, config.to_json_string(use_diff=False)
+    kind, described = text_config(config).model_type, config.to_json_string(use_diff=False)
     if described in _PROVED and not trust_remote_code:
         return _PROVED[described]
     try:
@@ -77,8 +78,8 @@ def _trial(impossible: str) -> Iterator[None]:
 
 def _detected(config: Any, *, trust_remote_code: bool) -> Family:
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    family = _guess(module, config)
+        module = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    family = _guess(module, text_config(config))
     tiny, kept = _tiny_copy(config, family, module, trust_remote_code=trust_remote_code)
     with _trial("its blocks cannot be run at all"):
         values = _returned_values(_proof_decoder(tiny, family))
@@ -147,14 +148,15 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
             f"its configuration counts {count} blocks, and no list in the model holds as many (the longest holds "
             f"{max(found.values(), default=0)}), so they are not one stack of which some can be left out."
         )
-    shortest = min(lists, key=lambda name: name.count("."))
     names = {id(part): name for name, part in module.named_modules()}
+    tower = names[id(module.get_input_embeddings())].rpartition(".")[0]  # other towers of a wrapper have blocks, too
+    nearest = min(lists, key=lambda name: (not name.startswith(f"{tower}."), name.count(".")))
     settings, listed = config.to_dict(), tuple(_lists_per_layer(config))
     if module.get_output_embeddings() is None:
         raise ModelError("it has no head that predicts tokens.")
     return Family(
         model_type=config.model_type,
-        blocks=shortest,
+        blocks=nearest,
         embeddings=(names[id(module.get_input_embeddings())],),
         final=(),
         head=names[id(module.get_output_embeddings())],
@@ -243,7 +245,7 @@ def _tiny_copy(
         except (*FAILURES, ModelError) as error:
             failures.append(error)
             continue
-        for divisor in divisors(config):
+        for divisor in divisors(text_config(config)):
             try:
                 tiny = _built(shrunken(short, divisor), trust_remote_code=trust_remote_code)
                 if (found := len(find(tiny, family.blocks))) != len(kept):
@@ -269,12 +271,13 @@ def _choices(kinds: Sequence[Kind]) -> Iterator[list[int]]:
 
 def _built(config: Any, *, trust_remote_code: bool) -> PreTrainedModel:
     with torch.device("meta"):
-        numbers = count_parameters(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        numbers = count_parameters(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
     if numbers > _LARGEST_TRIAL:
-        raise ModelError(f"with {config.num_hidden_layers} blocks it has {numbers:,} parameters, too many for a trial")
+        blocks = text_config(config).num_hidden_layers
+        raise ModelError(f"with {blocks} blocks it has {numbers:,} parameters, too many for a trial")
     torch.manual_seed(0)
     own = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}  # buffers must not be rounded to another
-    module = AutoModelForCausalLM.from_config(config, **own).float().eval()
+    module = auto_class(config).from_config(config, **own).float().eval()
     with torch.no_grad():
         module(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
     return module
@@ -392,7 +395,7 @@ def _walk(decoder: Decoder, tokens: torch.Tensor, left_out: int | None) -> torch
 def _reloaded(module: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedModel:
     with scratch("detection") as folder:
         module.save_pretrained(folder)
-        again, report = AutoModelForCausalLM.from_pretrained(
+        again, report = auto_class(module.config).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
         )
     if report["missing_keys"] or report["unexpected_keys"]:

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from secateur.models.anatomy import Family, entry, find, present, set_parameter
+from secateur.models.anatomy import Family, entry, find, present, set_parameter, text_config
 from secateur.models.decoder import Decoder
 from secateur.models.shrinking import FAILURES
 from secateur.models.structure import same_logits, take_buffers
+from secateur.models.wrappers import auto_class
 
 _IN, _OUT = ("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "dense")
 _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
@@ -101,12 +102,13 @@ def _rows(heads: _Heads) -> tuple[int, ...]:
 
 def _with_fewer(decoder: Decoder, heads: _Heads, *, trust_remote_code: bool) -> PreTrainedModel:
     """Return a model without weights that has fewer heads of the same size."""
-    config = copy.deepcopy(decoder.module.config)
+    whole = copy.deepcopy(decoder.module.config)
+    config = text_config(whole)
     config.head_dim = heads.size
     config.num_attention_heads, config.num_key_value_heads = heads.groups * heads.queries, heads.groups
     config.validate()
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(whole).from_config(whole, trust_remote_code=trust_remote_code)
 
 
 def _filled(small: PreTrainedModel, family: Family, decoder: Decoder) -> PreTrainedModel | None:

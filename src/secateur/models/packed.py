@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.errors import ModelError
-from secateur.models.anatomy import Family, parts_of
+from secateur.models.anatomy import Family, parts_of, text_config
 from secateur.models.depth import config_with_blocks
 from secateur.models.shrinking import FAILURES
+from secateur.models.wrappers import auto_class
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ def packed_parameters(
     module: PreTrainedModel, family: Family, *, trust_remote_code: bool
 ) -> tuple[tuple[str, int], ...]:
     """Return the parameters outside the blocks that lack a part in a model with one block less, and the axis."""
-    count = module.config.num_hidden_layers
+    count = text_config(module.config).num_hidden_layers
     whole = _outside(module, family)
     for gone in range(count):
         try:
             config = config_with_blocks(module.config, family, [index for index in range(count) if index != gone])
             with torch.device("meta"):
-                shorter = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+                shorter = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         except (*FAILURES, ModelError):
             continue
         left = _outside(shorter, family)

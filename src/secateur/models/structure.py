@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.models.anatomy import (
@@ -34,6 +34,7 @@ from secateur.models.anatomy import (
 from secateur.models.decoder import Decoder
 from secateur.models.forward import capture, run_block
 from secateur.models.shrinking import FAILURES
+from secateur.models.wrappers import auto_class
 
 _SIZES = re.compile(r"intermediate|inner|ffn|feed_forward|dff|dim_ff|mlp")
 _STEP, _NARROWEST = 8, 16
@@ -138,7 +139,7 @@ def with_setting(
     config = copy.deepcopy(decoder.module.config)
     setattr(text_config(config), setting, value)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _followers(
