@@ -19,7 +19,7 @@ from secateur.errors import ModelError
 
 NormKind = Literal["rms", "rms-plus-one", "layernorm"]
 NormOrder = Literal["pre", "post", "sandwich"]
-QkvLayout = Literal["separate", "stacked", "per-group"]
+QkvLayout = Literal["separate", "stacked", "per-group", "by-unit"]
 MlpLayout = Literal["gate-up", "stacked", "plain"]
 Positions = Literal["rope", "rope-interleaved", "learned", "learned-unpadded", "alibi"]
 
@@ -40,10 +40,13 @@ class Family:
     parallel: bool | str = False
     """Whether attention and MLP run in parallel on one residual; a string names the configuration flag that decides."""
     qkv: QkvLayout = "separate"
-    """Layout of query, key and value rows in attention's input projection: three projections, stacked in one, or for
-    each key/value head its queries, its key and its value."""
+    """Layout of query, key and value rows in attention's input projection: three projections, stacked in one, for each
+    key/value head its queries, its key and its value, or any number of projections and other parameters, each with as
+    many rows for every head (gates, sinks, latent attention)."""
     attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     """Projections of attention; none, here and below, where the rows and columns of a head cannot be told."""
+    key_value_in: tuple[str, ...] = ()
+    """Those of them that have rows for key/value heads, not query heads, where they are of the layout by-unit."""
     attention_out: tuple[str, ...] = ("self_attn.o_proj",)
     attention_norms: tuple[str, ...] = ()
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")

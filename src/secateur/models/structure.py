@@ -142,6 +142,20 @@ def with_setting(
         return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
+def changed_axes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
+    """Return the axis along which each tensor has another length; None where tensors come, go or change along two."""
+    if before.keys() != after.keys():
+        return None
+    found = {}
+    for name, old in before.items():
+        changed = [axis for axis, (one, other) in enumerate(zip(old, after[name], strict=True)) if one != other]
+        if len(changed) > 1:
+            return None
+        if changed:
+            found[name] = changed[0]
+    return found
+
+
 def _followers(
     decoder: Decoder, setting: str, shapes: Mapping[str, tuple[int, ...]], smaller: PreTrainedModel
 ) -> Size | None:

@@ -113,7 +113,8 @@ def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
         if len(heads) > 1 or not family.free_heads:
             return None
         groups, queries = next(iter(heads))
-        config.head_dim = dense[0].head_size
+        if family.qkv != "by-unit":  # else the size of a head does not follow from their number
+            config.head_dim = dense[0].head_size
         config.num_attention_heads, config.num_key_value_heads = groups * queries, groups
     try:
         config.validate()
