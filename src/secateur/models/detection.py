@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ _DEPTH_SCALES = ("scale_depth",)
 _PROVED: dict[str, Family] = {}
 """Rows that were verified in this process, by configuration."""
 _PERIOD = "_layer_period"
+_LONGEST_QUOTE = 100
+"""Characters of another library's message in a reason."""
 
 
 def detect(config: Any, source: str, *, trust_remote_code: bool = False) -> Family:
@@ -360,8 +363,8 @@ def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> dict[int, st
             if reason_to_keep(decoder.config, decoder.anatomy.family, [left_out]) is None:
                 _prove_without(decoder, left_out, tokens, trust_remote_code=trust_remote_code)
         except (*FAILURES, ModelError) as error:
-            known = isinstance(error, ModelError)
-            failed[left_out] = str(error) if known else f"a model without it cannot be built ({first_line(error)})"
+            known, said = isinstance(error, ModelError), shorten(first_line(error), _LONGEST_QUOTE, placeholder=" …")
+            failed[left_out] = str(error) if known else f"a model without it cannot be built ({said})"
     return failed
 
 
@@ -379,8 +382,7 @@ def _prove_without(decoder: Decoder, left_out: int, tokens: torch.Tensor, *, tru
     again = _reloaded(shorter, trust_remote_code=trust_remote_code)(input_ids=tokens, use_cache=False)
     if not _close(again.logits, expected):
         raise ModelError(
-            f"a model without block {left_out} computes something else than one that skips it, so its blocks depend on "
-            "their place"
+            "a model without it computes something else than one that skips it, so its blocks depend on their place"
         )
 
 
