@@ -16,8 +16,11 @@ SHARED = ("shared_in", "shared_out")
 MATRIX_PARTS = ("attention_in", "attention_out", "mlp_in", "mlp_out", "router", *SHARED)
 BLOCK_PARTS = (*MATRIX_PARTS, "norms", "attention_norms")
 _WITH_GATES = ("linear_attn", "mlp.shared_expert.gate_", "mlp.shared_expert.up_", "mlp.shared_expert_gate")
+_LATENT = ("self_attn.q_a_", "self_attn.kv_a_")
 UNKNOWN = {
-    "deepseek_v3": ("self_attn.q_a_", "self_attn.kv_a_"),
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "qwen3_5_text": ("linear_attn",),
     "qwen3_next": _WITH_GATES,
     "qwen3_5_moe_text": _WITH_GATES,
 }
@@ -29,6 +32,7 @@ ASKING = {
     "phi": {"qk_layernorm": True},
     "stablelm": {"qk_layernorm": True},
     "cohere": {"use_qk_norm": True},
+    "deepseek_v2": {"q_lora_rank": None},
     "deepseek_v3": {"q_lora_rank": None},
 }
 

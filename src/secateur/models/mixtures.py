@@ -92,6 +92,7 @@ MIXTURES = (
         per_layer_lists=("layer_types",),
         leading_counts=("first_k_dense_replace", "max_window_layers"),
     ),
+    replace(_LATENT, model_type="deepseek_v2"),
     replace(_LATENT, model_type="deepseek_v3"),
     replace(
         _ROUTED,
