@@ -86,12 +86,14 @@ ENCODERS = [
 """Encoders with a head that predicts tokens, decoders of encoder-decoders, and Reformer, which needs whole chunks."""
 
 HYBRID = (["linear_attention"] * 3 + ["full_attention"]) * 2
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 3}
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 SHARED = ["linear_attention", "hybrid"] * 4
 GIVEN: dict[str, dict[str, Any]] = {
     "arcee": {"num_attention_heads": 20},
     "bamba": {"attn_layer_indices": [1, 4]},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
-    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 3},
+    "cohere_compass_text": ALTERNATING | {"rope_parameters": dict.fromkeys(set(ALTERNATING["layer_types"]), ROPE)},
     "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0}},
     "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "greedy", "n_routed_experts": 64, "q_lora_rank": None},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
@@ -99,7 +101,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "glm4_moe": {"head_dim": 128},
     "gpt_neo": {"num_layers": BLOCKS, "attention_types": [[["global", "local"], BLOCKS // 2]]},
     "falcon": {"num_attention_heads": 64, "hidden_size": 4096},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": ALTERNATING | {"num_kv_shared_layers": 2},
+    "gemma4_text": ALTERNATING | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True},
     "gpt_neox": {"hidden_size": 4096, "num_attention_heads": 32},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -128,7 +131,8 @@ def main() -> None:
     names = given.families or decoders()
     for name in names:
         wanted = [one for one in given.methods.split(",") if given.again or one not in found.get(name, {})]
-        if not wanted and not given.again:
+        refused = "open" in found.get(name, {}) and found[name]["open"] != "ok"
+        if (refused or not wanted) and not given.again:
             continue
         result = limited(name, wanted, default=given.again or "default" not in found.get(name, {}))
         found[name] = {**found.get(name, {}), **result}

@@ -203,22 +203,23 @@ _LLAMA_SHAPED = (
 _ROUTED = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 _GROUPS = {**_ROUTED, "n_routed_experts": 4, "n_shared_experts": 2, "n_group": 1, "topk_group": 1}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-_GATED_DELTA = {
+_LINEAR = {
     **_WIDE_HEADS,
-    **_ROUTED,
-    "num_experts": 4,
-    "shared_expert_intermediate_size": 40,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "layer_types": lambda blocks: ["linear_attention" if i % 2 else "full_attention" for i in range(blocks)],
 }
+_GATED_DELTA = {**_LINEAR, **_ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 40}
+_HYBRIDS = (_row("qwen3_5_text", **_LINEAR),)
+"""Dense families with blocks of several kinds."""
 _MIXTURES = (
     _row("olmoe", **_GROUPED, num_experts=4, num_experts_per_tok=2),
     _row("granitemoe", **_GROUPED, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.7),
     _row("glm4_moe", **_WIDE_HEADS, **_GROUPS, first_k_dense_replace=2, use_qk_norm=True),
     _row("dots1", **_WIDE_HEADS, **_GROUPS, first_k_dense_replace=2),
+    _row("deepseek_v2", **_PLAIN, **_GROUPS, **_LATENT, num_key_value_heads=4, first_k_dense_replace=2),
     _row("deepseek_v3", **_PLAIN, **_GROUPS, **_LATENT, num_key_value_heads=4, first_k_dense_replace=2),
     _row("gpt_oss", **_WIDE_HEADS, **_SLIDING, num_local_experts=4, num_experts_per_tok=2),
     _row("qwen3_next", **_GATED_DELTA),
@@ -229,14 +230,27 @@ _MIXTURES = (
 _OTHERS = (
     _row("apertus", **_GROUPED),
     _row("persimmon", **_PLAIN),
+    _row(  # as E2B: inputs of its own for each block, shared keys and values, and MLPs of two widths
+        "gemma4_text",
+        **_WIDE_HEADS,
+        global_head_dim=24,
+        sliding_window=WINDOW,
+        layer_types=_full_every(2),
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=lambda blocks: blocks // 2 - 1,
+        use_double_wide_mlp=True,
+    ),
 )
 
 VARIANTS: dict[str, TinyModel] = {
-    row.name: row for row in (*_CANONICAL, *_VARIATIONS, *_LLAMA_SHAPED, *_MIXTURES, *_OTHERS)
+    row.name: row for row in (*_CANONICAL, *_VARIATIONS, *_LLAMA_SHAPED, *_HYBRIDS, *_MIXTURES, *_OTHERS)
 }
-FAMILIES: tuple[str, ...] = tuple(row.name for row in (*_CANONICAL, *_LLAMA_SHAPED, *_MIXTURES))  # one per row
+FAMILIES: tuple[str, ...] = tuple(
+    row.name for row in (*_CANONICAL, *_LLAMA_SHAPED, *_HYBRIDS, *_MIXTURES)
+)  # one per row
 MIXED: tuple[str, ...] = tuple(row.name for row in _MIXTURES)
-LLAMA_SHAPED: tuple[str, ...] = tuple(row.name for row in _LLAMA_SHAPED)
+LLAMA_SHAPED: tuple[str, ...] = tuple(row.name for row in (*_LLAMA_SHAPED, *_HYBRIDS))
 AFTER_NORM = ("gemma2", "gemma3_text", "olmo2", "hyperclovax", "olmo3", "exaone4", "glm4")
 """Families with a norm between their branches and the residual stream."""
 OTHER_FAMILIES: tuple[str, ...] = tuple(row.name for row in _OTHERS)  # real, but not among the supported ones
@@ -249,6 +263,7 @@ UNSLICEABLE: tuple[str, ...] = (
     "nemotron",
     "hunyuan_v1_dense",
     "cohere2",
+    "qwen3_5_text",
     *(name for name in MIXED if name != "granitemoe"),
     *OTHER_FAMILIES,
 )

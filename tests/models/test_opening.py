@@ -517,14 +517,6 @@ def test_quantised_weights_of_no_named_method(folder):
         open_model(folder)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
-def test_shared_keys_and_values(folder, model_type):
-    config = {"model_type": model_type, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="share keys and values"):
-        open_model(folder)
-
-
 @pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
 def test_a_decoder_without_a_language_head(kind, folder):
     module = kind(build("llama", blocks=2).config)

@@ -83,7 +83,8 @@ def test_the_factor_of_what_enters_the_stream_is_found(model_type, settings, ent
     [
         ("qwen2_moe", {**ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 24}, True),
         ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, False),  # a norm runs over all heads together
-        ("gpt_oss", {**ROUTED, "num_local_experts": 4, "head_dim": 8}, False),  # a sink beside each head
+        ("gpt_oss", {**ROUTED, "num_local_experts": 4, "head_dim": 8}, True),  # a sink beside each head
+        ("flint", {}, True),
     ],
 )
 def test_heads_are_found_where_a_trial_proves_them(model_type, settings, known, tmp_path):

@@ -20,6 +20,7 @@ from secateur.calibration.statistics import device_with_float64
 from secateur.calibration.walk import Batch, loss_sum
 from secateur.models.anatomy import experts_per_token
 from secateur.models.decoder import Decoder
+from secateur.models.depth import first_sharing
 from secateur.models.forward import capture, run_block
 from secateur.models.widths import block_widths
 from secateur.plan.work import Work
@@ -63,7 +64,8 @@ class Timing:
         """Prepare for windows of this length; nothing is measured yet."""
         self._decoder, self._seq_len = decoder, seq_len
         self._home = device_with_float64(decoder.device)
-        self._middle = decoder.block_count // 2
+        alone = first_sharing(decoder.config, decoder.anatomy.family)
+        self._middle = min(decoder.block_count // 2, alone - 1)
 
     def seconds(self, work: Work, tokens: int) -> float:
         """Return the wall time of work over so many tokens."""

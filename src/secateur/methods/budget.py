@@ -204,7 +204,12 @@ def _exactly(count: int, candidates: Iterable[tuple[int, ...]], most: int) -> tu
         raise InputError(
             f"blocks={count}: at most {most} blocks can be removed (some are protected, and one must remain)."
         )
-    return next(found for found in candidates if len(found) == count)
+    most = 0
+    for found in candidates:
+        if len(found) == count:
+            return found
+        most = max(most, len(found))
+    raise InputError(f"blocks={count}: this method can remove at most {most} here; others must stay, or are protected.")
 
 
 def already(budget: Budget, total: float) -> str:

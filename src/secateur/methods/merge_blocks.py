@@ -40,7 +40,7 @@ from secateur.methods.method import Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import MergeBlocks, Rule
 from secateur.scores.merge_similarity import Merged, MergeProbe
-from secateur.surgery.depth.blocks import require_one_basis
+from secateur.surgery.depth.blocks import can_go, require_one_basis
 from secateur.surgery.depth.merging import alike, merge_windows, shares_for
 
 _ALL, _NONE = -1.0, 1.0
@@ -192,6 +192,7 @@ def decide(measurements: Measurements, settings: MergeSettings, budget: Budget) 
     free = settings.free_blocks(decoder.block_count)
     lows = range(free.start, max(free.start, free.stop - 1))
     fitting = {low for low in lows if alike(decoder, low, across_types=settings.across_types)}
+    fitting &= {low for low in lows if can_go(decoder, (low + 1,))}
     if not fitting:
         raise InputError(_nothing_to_merge(decoder, lows))
     windows = measurements.need_windows()

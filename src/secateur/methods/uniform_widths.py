@@ -19,7 +19,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.plan.amount import read_fraction
 from secateur.plan.steps import Target, Widths
-from secateur.surgery.width.target import dense_widths, reason_against_heads, stock_config, width_sizes
+from secateur.surgery.width.target import all_widths, dense_widths, reason_against_heads, stock_config, width_sizes
 
 AllWidths = tuple[Widths, ...]
 Heads = Literal["last", "even", "never"]
@@ -72,6 +72,9 @@ class Candidates:
             raise InputError(f"all {decoder.block_count} blocks are protected; lower protect_first or protect_last.")
         self._decoder, self._free = decoder, free
         self._dense = dense_widths(decoder)
+        self._mixed = [bool(one.experts) for one in all_widths(decoder)]
+        inner = {kind: [self._dense[b].channels for b in free if self._mixed[b] == kind] for kind in (False, True)}
+        self._narrowest = {kind: min(filter(None, found), default=0) for kind, found in inner.items()}
         self.multiple = rounding_for(decoder, free, rounding)
         self._way: Heads = "never" if reason_against_heads(decoder) else heads
         self.stock = stock_config(decoder, self._at(0.5, self.multiple)) is not None
@@ -110,13 +113,14 @@ class Candidates:
         )
 
     def _at(self, fraction: float, multiple: int) -> AllWidths:
-        """Return the widths when this fraction of the channels is removed."""
-        return tuple(
-            one.model_copy(update={"channels": rounded((1 - fraction) * one.channels, one.channels, multiple)})
-            if block in self._free
-            else one
-            for block, one in enumerate(self._dense)
-        )
+        """Return the widths when this fraction of the channels is removed; multiples of the narrowest MLP stay so."""
+        widths = list(self._dense)
+        for block in self._free:
+            dense, narrowest = widths[block].channels, self._narrowest[self._mixed[block]]
+            base = dense if narrowest == 0 or dense % narrowest else narrowest
+            left = rounded((1 - fraction) * base, base, multiple) * (dense // base if base else 1)
+            widths[block] = widths[block].model_copy(update={"channels": left})
+        return tuple(widths)
 
     def ratio(self, fraction: float) -> AllWidths:
         """Return the widths when this fraction of the channels is removed, and of the heads as `heads="even"` says."""

@@ -7,7 +7,7 @@ found. Paths of projections and norms are relative to a block, all others to the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from secateur.errors import ModelError
 
 NormKind = Literal["rms", "rms-plus-one", "layernorm"]
 NormOrder = Literal["pre", "post", "sandwich"]
-QkvLayout = Literal["separate", "stacked", "per-group"]
+QkvLayout = Literal["separate", "stacked", "per-group", "by-unit"]
 MlpLayout = Literal["gate-up", "stacked", "plain"]
 Positions = Literal["rope", "rope-interleaved", "learned", "learned-unpadded", "alibi"]
 
@@ -40,10 +40,13 @@ class Family:
     parallel: bool | str = False
     """Whether attention and MLP run in parallel on one residual; a string names the configuration flag that decides."""
     qkv: QkvLayout = "separate"
-    """Layout of query, key and value rows in attention's input projection: three projections, stacked in one, or for
-    each key/value head its queries, its key and its value."""
+    """Layout of query, key and value rows in attention's input projection: three projections, stacked in one, for each
+    key/value head its queries, its key and its value, or any number of projections and other parameters, each with as
+    many rows for every head (gates, sinks, latent attention)."""
     attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     """Projections of attention; none, here and below, where the rows and columns of a head cannot be told."""
+    key_value_in: tuple[str, ...] = ()
+    """Those of them that have rows for key/value heads, not query heads, where they are of the layout by-unit."""
     attention_out: tuple[str, ...] = ("self_attn.o_proj",)
     attention_norms: tuple[str, ...] = ()
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
@@ -109,6 +112,14 @@ class Family:
     """Pairs of configuration entries (p, o): block i is of a kind where i mod p = o."""
     cycles: tuple[str, ...] = ()
     """Configuration entries with the kinds of the first blocks, which repeat for all others."""
+    kv_shared: str | None = None
+    """Configuration entry with the number of last blocks that use the keys and values of an earlier block: of the last
+    one before them of the same layer type."""
+    last_layer_type: str | None = None
+    """The layer type of the last block, whatever the configuration says."""
+    packed: tuple[tuple[str, int], ...] = ()
+    """Parameters outside the blocks that hold a part for each block, and the axis along which the parts follow each
+    other."""
     depth_scales: tuple[str, ...] = ()
     """Configuration entries that the stock code divides by the square root of the number of blocks."""
     fixed_blocks: tuple[int, ...] = ()
@@ -123,6 +134,8 @@ class Family:
     """Projection whose queries the stock code scales by the block's index."""
     streams: int = 1
     """How many residual streams a block passes on (hyper-connections: Zhu et al. 2024, arXiv:2409.19606)."""
+    streams_first: bool = False
+    """Whether the streams are the first axis of what it passes on."""
     light_blocks: bool = False
     """Whether some blocks may lack attention or an MLP."""
     detected: bool = False
@@ -182,6 +195,12 @@ def set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> None:
         holder._buffers[leaf] = value
     else:
         holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def parts_of(tensor: torch.Tensor, axis: int, count: int, kept: Sequence[int]) -> torch.Tensor:
+    """Return the parts of some blocks of a tensor that holds one for each of `count` blocks along an axis."""
+    parts = tensor.unflatten(axis, (count, -1))
+    return parts.index_select(axis, torch.tensor(kept, device=tensor.device)).flatten(axis, axis + 1)
 
 
 def saved_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -133,10 +133,20 @@ class Decoder:
         return self.parameter_count * self.saved_dtype.itemsize
 
     def block_parameter_counts(self) -> tuple[int, ...]:
-        """Number of parameters of each block; what several blocks share belongs to none, as it stays without one."""
+        """Number of parameters that go with each block.
+
+        What several blocks share belongs to none, as it stays without one; of what is packed block by block outside
+        the blocks, each owns its part.
+        """
         own = [{id(one): one.numel() for one in block.parameters()} for block in self.block_list]
         holders = Counter(one for block in own for one in block)
-        return tuple(sum(size for one, size in block.items() if holders[one] == 1) for block in own)
+        packed = self.packed_parameters // self.block_count
+        return tuple(packed + sum(size for one, size in block.items() if holders[one] == 1) for block in own)
+
+    @property
+    def packed_parameters(self) -> int:
+        """Number of parameters outside the blocks that hold a part for each block."""
+        return sum(find(self.module, name).numel() for name, _ in self.anatomy.family.packed)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:

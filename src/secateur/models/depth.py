@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import ModelError
-from secateur.models.anatomy import Family, text_config
+from secateur.models.anatomy import Family, parts_of, text_config
 
 
 def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
@@ -39,6 +39,8 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
         count = getattr(config, name, None)
         if isinstance(count, int):
             setattr(edited, name, sum(i < count for i in kept))
+    if family.kv_shared:
+        setattr(edited, family.kv_shared, sum(i >= first_sharing(config, family) for i in kept))
     for name in family.block_numbers:
         listed_numbers = set(getattr(config, name))
         setattr(edited, name, [new for new, old in enumerate(kept) if old in listed_numbers])
@@ -65,6 +67,12 @@ def config_with_blocks(config: Any, family: Family, kept: Sequence[int]) -> Any:
     if own:
         edited.per_layer_config = {new: own[old] for new, old in enumerate(kept) if old in own}
     return whole
+
+
+def first_sharing(config: Any, family: Family) -> int:
+    """Return the number of the first block that uses keys and values of an earlier one; if none does, of blocks."""
+    text = text_config(config)
+    return int(text.num_hidden_layers - (getattr(text, family.kv_shared) if family.kv_shared else 0))
 
 
 def settings_of_blocks(config: Any) -> dict[int, dict[str, Any]]:
@@ -123,6 +131,15 @@ def reason_to_keep(config: Any, family: Family, gone: Collection[int]) -> str | 
     kinds = getattr(text_config(config), "layer_types", None)
     if not isinstance(kinds, list | tuple) or len(kinds) != text_config(config).num_hidden_layers:
         return None
+    first = first_sharing(config, family)
+    for kind in dict.fromkeys(kinds[first:]):
+        source = max(index for index in range(first) if kinds[index] == kind)
+        readers = [index for index in range(first, len(kinds)) if kinds[index] == kind and index not in gone]
+        if source in gone and readers:
+            return f"block {source} must stay: block {readers[0]} uses its keys and values"
+    last = max((index for index in range(len(kinds)) if index not in gone), default=0)
+    if family.last_layer_type not in (None, kinds[last]):
+        return f"block {last} cannot become the last one, which is always of the kind {family.last_layer_type}"
     mixing = ["attention" if "attention" in kind and kind != "linear_attention" else kind for kind in kinds]
     left = {kind for index, kind in enumerate(mixing) if index not in gone}
     lost = sorted(set(mixing) - left - _NO_MIXING)
@@ -132,17 +149,24 @@ def reason_to_keep(config: Any, family: Family, gone: Collection[int]) -> str | 
 def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) -> PreTrainedModel:
     """Return a model that keeps only these blocks and shares the old model's tensors."""
     config = config_with_blocks(module.config, family, kept)
+    before = text_config(module.config).num_hidden_layers
     with torch.device("meta"):
         new = type(module)._from_config(config, dtype=module.dtype)
     old_modules = dict(module.named_modules(remove_duplicate=False))  # activations may be one module for all
+    packed = dict(family.packed)
     for name, holder in new.named_modules():
         source = old_modules.get(_name_before(name, family.blocks, kept))
-        if source is None or not _same_shapes(source, holder):
+        parameters = {} if source is None else dict(source._parameters)
+        for leaf, tensor in parameters.items():
+            axis = packed.get(f"{name}.{leaf}")
+            if axis is not None and tensor is not None and len(kept) < before:
+                parameters[leaf] = nn.Parameter(parts_of(tensor, axis, before, kept), requires_grad=False)
+        if source is None or type(source) is not type(holder) or _shapes(parameters) != _shapes(holder._parameters):
             raise ModelError(
                 f"no configuration of '{module.config.model_type}' describes the model that keeps just these blocks "
                 f"({name} would be of another kind)."
             )
-        holder._parameters.update({leaf: source._parameters[leaf] for leaf in holder._parameters})
+        holder._parameters.update(parameters)
         holder._buffers.update({leaf: source._buffers[leaf] for leaf in holder._buffers})
     new.tie_weights()
     new.generation_config = copy.deepcopy(module.generation_config)
@@ -153,11 +177,8 @@ def with_blocks(module: PreTrainedModel, family: Family, kept: Sequence[int]) ->
     return new.eval()
 
 
-def _same_shapes(old: nn.Module, new: nn.Module) -> bool:
-    def shapes(holder: nn.Module) -> dict[str, Any]:
-        return {leaf: getattr(one, "shape", None) for leaf, one in holder._parameters.items()}
-
-    return type(old) is type(new) and shapes(old) == shapes(new)
+def _shapes(parameters: Mapping[str, torch.Tensor | None]) -> dict[str, Any]:
+    return {leaf: None if one is None else one.shape for leaf, one in parameters.items()}
 
 
 def _name_before(name: str, blocks: str, kept: Sequence[int]) -> str:

@@ -11,21 +11,24 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.errors import ModelError, first_line
-from secateur.models.anatomy import Family, count_parameters, find, resolve
+from secateur.models.anatomy import Family, count_parameters, find, resolve, text_config
 from secateur.models.decoder import Decoder
 from secateur.models.depth import config_with_blocks, reason_to_keep, with_blocks
 from secateur.models.expert_structure import with_experts
 from secateur.models.forward import capture, logits, run_block
 from secateur.models.head_structure import with_heads
+from secateur.models.packed import packed_parameters
 from secateur.models.shrinking import FAILURES, divisors, shrunken
 from secateur.models.structure import with_mlp
+from secateur.models.wrappers import auto_class
 from secateur.ownership import scratch
 
 _FEWEST, _EACH, _MOST = 4, 2, 12
@@ -38,10 +41,13 @@ _INDEX_SETTINGS = ("mlp_only_layers",)
 _COUNTS = re.compile(r"dense_replace|dense_layers|layer_start_index|max_window_layers|hash_layers")
 _BLOCK_COUNTS = ("num_blocks",)
 _LAST_NUMBERS = re.compile(r"layer_end_index")
+_KV_SHARED = ("num_kv_shared_layers",)
 _DEPTH_SCALES = ("scale_depth",)
 _PROVED: dict[str, Family] = {}
 """Rows that were verified in this process, by configuration."""
 _PERIOD = "_layer_period"
+_LONGEST_QUOTE = 100
+"""Characters of another library's message in a reason."""
 
 
 def detect(config: Any, source: str, *, trust_remote_code: bool = False) -> Family:
@@ -50,7 +56,7 @@ def detect(config: Any, source: str, *, trust_remote_code: bool = False) -> Fami
     Raises:
         ModelError: the guess or the check failed; the message says at which step.
     """
-    kind, described = config.model_type, config.to_json_string(use_diff=False)
+    kind, described = text_config(config).model_type, config.to_json_string(use_diff=False)
     if described in _PROVED and not trust_remote_code:
         return _PROVED[described]
     try:
@@ -75,15 +81,20 @@ def _trial(impossible: str) -> Iterator[None]:
 
 def _detected(config: Any, *, trust_remote_code: bool) -> Family:
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    family = _guess(module, config)
+        module = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    family = _guess(module, text_config(config))
     tiny, kept = _tiny_copy(config, family, module, trust_remote_code=trust_remote_code)
     with _trial("its blocks cannot be run at all"):
         values = _returned_values(_proof_decoder(tiny, family))
-    family = replace(family, tuple_output=values > 0)
+    family = replace(
+        family,
+        tuple_output=values > 0,
+        packed=packed_parameters(tiny, family, trust_remote_code=trust_remote_code),
+    )
     passed_on = f": they pass on {values} values, not the residual stream alone" if values > _WITH_WEIGHTS else ""
     with _trial(f"its blocks cannot be run one by one{passed_on}"):
-        family = replace(family, streams=_streams(_proof_decoder(tiny, family)))
+        streams, first = _streams(_proof_decoder(tiny, family))
+        family = replace(family, streams=streams, streams_first=first)
         trial = _proof_decoder(tiny, family)
         failed = _prove(trial, trust_remote_code=trust_remote_code)
     family = with_mlp(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
@@ -140,14 +151,15 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
             f"its configuration counts {count} blocks, and no list in the model holds as many (the longest holds "
             f"{max(found.values(), default=0)}), so they are not one stack of which some can be left out."
         )
-    shortest = min(lists, key=lambda name: name.count("."))
     names = {id(part): name for name, part in module.named_modules()}
+    tower = names[id(module.get_input_embeddings())].rpartition(".")[0]  # other towers of a wrapper have blocks, too
+    nearest = min(lists, key=lambda name: (not name.startswith(f"{tower}."), name.count(".")))
     settings, listed = config.to_dict(), tuple(_lists_per_layer(config))
     if module.get_output_embeddings() is None:
         raise ModelError("it has no head that predicts tokens.")
     return Family(
         model_type=config.model_type,
-        blocks=shortest,
+        blocks=nearest,
         embeddings=(names[id(module.get_input_embeddings())],),
         final=(),
         head=names[id(module.get_output_embeddings())],
@@ -164,9 +176,24 @@ def _guess(module: PreTrainedModel, config: Any) -> Family:
         last_numbers=tuple(name for name in settings if _LAST_NUMBERS.search(name)),
         periods=() if any("type" in name for name in listed) else tuple(_periods(settings)),
         cycles=tuple(_cycles(config)),
+        last_layer_type=_last_layer_type(config),
+        kv_shared=next((name for name in _KV_SHARED if settings.get(name)), None),
         depth_scales=tuple(name for name in _DEPTH_SCALES if name in settings),
         detected=True,
     )
+
+
+def _last_layer_type(config: Any) -> str | None:
+    """Return the layer type of the last block, if the configuration sets it to this whatever it is given."""
+    kinds: list[str] = list(getattr(config, "layer_types", None) or [])
+    given = next((kind for kind in kinds if kind != kinds[-1]), None)
+    if given is None:
+        return None
+    try:
+        read = type(config).from_dict(config.to_dict() | {"layer_types": [*kinds[:-1], given]})
+    except FAILURES:
+        return None
+    return kinds[-1] if read.layer_types[-1] == kinds[-1] else None
 
 
 def _periods(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -221,7 +248,7 @@ def _tiny_copy(
         except (*FAILURES, ModelError) as error:
             failures.append(error)
             continue
-        for divisor in divisors(config):
+        for divisor in divisors(text_config(config)):
             try:
                 tiny = _built(shrunken(short, divisor), trust_remote_code=trust_remote_code)
                 if (found := len(find(tiny, family.blocks))) != len(kept):
@@ -247,11 +274,13 @@ def _choices(kinds: Sequence[Kind]) -> Iterator[list[int]]:
 
 def _built(config: Any, *, trust_remote_code: bool) -> PreTrainedModel:
     with torch.device("meta"):
-        numbers = count_parameters(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        numbers = count_parameters(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
     if numbers > _LARGEST_TRIAL:
-        raise ModelError(f"with {config.num_hidden_layers} blocks it has {numbers:,} parameters, too many for a trial")
+        blocks = text_config(config).num_hidden_layers
+        raise ModelError(f"with {blocks} blocks it has {numbers:,} parameters, too many for a trial")
     torch.manual_seed(0)
-    module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).float().eval()
+    own = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}  # buffers must not be rounded to another
+    module = auto_class(config).from_config(config, **own).float().eval()
     with torch.no_grad():
         module(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
     return module
@@ -290,21 +319,23 @@ def _tokens(decoder: Decoder) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _streams(decoder: Decoder) -> int:
-    """Return how many residual streams the blocks pass on.
+def _streams(decoder: Decoder) -> tuple[int, bool]:
+    """Return how many residual streams the blocks pass on, and whether these are the first axis.
 
     Raises:
         ModelError: what they pass on has another shape.
     """
     tokens = _tokens(decoder)
     entering = capture(decoder, tokens)[0]
+    if entering.shape[1:] == (*tokens.shape, decoder.hidden_size):
+        return len(entering), True
     streams, rest = divmod(entering.shape[-1], decoder.hidden_size)
     if entering.shape[:-1] != tokens.shape or streams < 1 or rest:
         raise ModelError(
             f"its blocks pass on states of the shape {tuple(entering.shape)}, not residual streams of "
             f"{decoder.hidden_size} directions for each of {tokens.shape[1]} tokens"
         )
-    return streams
+    return streams, False
 
 
 @torch.no_grad()
@@ -332,8 +363,8 @@ def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> dict[int, st
             if reason_to_keep(decoder.config, decoder.anatomy.family, [left_out]) is None:
                 _prove_without(decoder, left_out, tokens, trust_remote_code=trust_remote_code)
         except (*FAILURES, ModelError) as error:
-            known = isinstance(error, ModelError)
-            failed[left_out] = str(error) if known else f"a model without it cannot be built ({first_line(error)})"
+            known, said = isinstance(error, ModelError), shorten(first_line(error), _LONGEST_QUOTE, placeholder=" …")
+            failed[left_out] = str(error) if known else f"a model without it cannot be built ({said})"
     return failed
 
 
@@ -351,8 +382,7 @@ def _prove_without(decoder: Decoder, left_out: int, tokens: torch.Tensor, *, tru
     again = _reloaded(shorter, trust_remote_code=trust_remote_code)(input_ids=tokens, use_cache=False)
     if not _close(again.logits, expected):
         raise ModelError(
-            f"a model without block {left_out} computes something else than one that skips it, so its blocks depend on "
-            "their place"
+            "a model without it computes something else than one that skips it, so its blocks depend on their place"
         )
 
 
@@ -367,7 +397,7 @@ def _walk(decoder: Decoder, tokens: torch.Tensor, left_out: int | None) -> torch
 def _reloaded(module: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedModel:
     with scratch("detection") as folder:
         module.save_pretrained(folder)
-        again, report = AutoModelForCausalLM.from_pretrained(
+        again, report = auto_class(module.config).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
         )
     if report["missing_keys"] or report["unexpected_keys"]:

@@ -8,7 +8,7 @@ and with its experts in another order, together with all that belongs to them, i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +21,7 @@ from secateur.models.anatomy import Family, find, saved_tensors
 from secateur.models.decoder import Decoder
 from secateur.models.experts import experts_path
 from secateur.models.shrinking import CHOSEN, FAILURES
-from secateur.models.structure import ALLOWED, with_setting
+from secateur.models.structure import ALLOWED, changed_axes, with_setting
 
 _GROUPS = ("n_group", "topk_group")
 """Configuration entries with the number of groups of experts, and of those that a token may choose from."""
@@ -96,24 +96,10 @@ def _counts(decoder: Decoder, experts: Sequence[str], each: int, *, trust_remote
             larger = with_setting(decoder, setting, value + each, trust_remote_code=trust_remote_code)
         except FAILURES:
             continue
-        axes = _longer(before, {name: one.shape for name, one in saved_tensors(larger)})
+        axes = changed_axes(before, {name: one.shape for name, one in saved_tensors(larger)})
         inside = axes is not None and all(name.startswith(f"{decoder.anatomy.family.blocks}.") for name in axes)
         if axes and inside and all(f"{path}.down_proj" in axes for path in experts):
             yield _Count(setting, value, value + each, axes)
-
-
-def _longer(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
-    """Return the axis along which each tensor is longer; None where other tensors are there, or it is longer twice."""
-    if before.keys() != after.keys():
-        return None
-    found = {}
-    for name, old in before.items():
-        changed = [axis for axis, (one, other) in enumerate(zip(old, after[name], strict=True)) if one != other]
-        if len(changed) > 1:
-            return None
-        if changed:
-            found[name] = changed[0]
-    return found
 
 
 def _router(module: nn.Module, family: Family, count: _Count, experts: Sequence[str]) -> tuple[str, ...]:

@@ -175,6 +175,16 @@ _ROWS = (
         logits_divisor="logits_scaling",
     ),
     replace(_LLAMA, model_type="gemma", norm="rms-plus-one"),
+    replace(
+        _LLAMA,
+        model_type="qwen3_5_text",
+        norm="rms-plus-one",
+        qkv="by-unit",
+        key_value_in=("self_attn.k_proj", "self_attn.v_proj"),
+        attention_norms=_QK_NORMS,
+        light_blocks=True,
+        per_layer_lists=("layer_types",),
+    ),
     replace(_SANDWICH, model_type="gemma2"),
     replace(_SANDWICH, model_type="gemma3_text", attention_norms=_QK_NORMS),
     replace(

@@ -18,7 +18,6 @@ from yaml import YAMLError
 
 from secateur.errors import InputError, ModelError, first_line
 from secateur.models import gguf
-from secateur.models.anatomy import text_config
 from secateur.models.config_limits import refuse_impossible
 from secateur.models.quantised import READABLE, quantised_by
 from secateur.models.shards import INDEX, files_in_index
@@ -225,8 +224,6 @@ def refuse_config(config: Any, source: str, *, original: str | None = None, dequ
             f"{source}: the weights are quantised ({method}). Prune the unquantised checkpoint"
             f"{f', {original},' if original else ' (or dequantise this one)'} and quantise the result."
         )
-    if getattr(text_config(config), "num_kv_shared_layers", 0):
-        raise ModelError(f"{source}: blocks of '{kind}' share keys and values; removing one would break the others.")
     names = getattr(config, "architectures", None) or []
     if names and not wrapped and not any("CausalLM" in name or "LMHead" in name for name in names):
         raise ModelError(

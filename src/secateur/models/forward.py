@@ -4,13 +4,13 @@ The model is called once with a recorder in place of every block's `forward`; a 
 its input. Only the embeddings need weights for that, and it works for masks, rotary tables and position biases that
 differ from block to block, where passing block 0's arguments to all blocks would not.
 
-Where a block passes on several residual streams, (batch, positions, streams, d), they are side by side in the last axis
-of the hidden states here, (batch, positions, streams · d).
+Where a block passes on several residual streams, (batch, positions, streams, d) or (streams, batch, positions, d), they
+are side by side in the last axis of the hidden states here, (batch, positions, streams · d).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,15 +32,26 @@ class Call:
         args: those by position.
         kwargs: those by name.
         streams: the shape (streams, d) of the hidden states of a token; empty where they are one axis.
+        streams_first: whether the block takes them with the streams as the first axis.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     streams: tuple[int, ...] = ()
+    streams_first: bool = False
 
 
 _PLAIN = 3
 """Axes of hidden states that are one stream: batch, positions, d."""
+
+
+def _side_by_side(hidden: torch.Tensor, *, first: bool) -> torch.Tensor:
+    return (hidden.permute(1, 2, 0, 3) if first else hidden).flatten(2)
+
+
+def _apart(hidden: torch.Tensor, streams: tuple[int, ...], *, first: bool) -> torch.Tensor:
+    found = hidden.unflatten(-1, streams)
+    return found.permute(2, 0, 1, 3).contiguous() if first else found
 
 
 class _Stop(Exception):
@@ -62,14 +73,15 @@ def capture(
     """
     calls: list[Call] = []
     first: list[torch.Tensor] = []
-    last = decoder.block_count - 1
+    last, leading = decoder.block_count - 1, decoder.anatomy.family.streams_first
 
     def recorder(index: int) -> Callable[..., Any]:
         def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            streams = tuple(hidden.shape[2:]) if hidden.shape[:2] == tokens.shape and hidden.dim() > _PLAIN else ()
+            several = hidden.dim() > _PLAIN and hidden.shape[leading : 2 + leading] == tokens.shape
+            streams = (*hidden.shape[:leading], *hidden.shape[2 + leading :]) if several else ()
             if index == 0:
-                first.append(hidden.flatten(2) if streams else hidden)
-            calls.append(Call(args, kwargs, streams))
+                first.append(_side_by_side(hidden, first=leading) if streams else hidden)
+            calls.append(Call(args, kwargs, streams, leading))
             if index == last:
                 raise _Stop
             return _as_block_output(decoder, hidden)
@@ -92,13 +104,13 @@ def run_block(
     `weights` replace the block's own parameters by name.
     """
     if call.streams:
-        hidden = hidden.unflatten(-1, call.streams)
+        hidden = _apart(hidden, call.streams, first=call.streams_first)
     if weights is None:
         output = block(hidden, *call.args, **call.kwargs)
     else:
         output = functional_call(block, dict(weights), (hidden, *call.args), call.kwargs)
     result: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
-    return result.flatten(2) if call.streams else result
+    return _side_by_side(result, first=call.streams_first) if call.streams else result
 
 
 def logits(
@@ -155,7 +167,7 @@ def require_finite(hidden: torch.Tensor, where: str, mask: torch.Tensor | None =
 def same_calls(left: Sequence[Call], right: Sequence[Call]) -> bool:
     """Return whether two batches call the blocks with the same arguments, so that one copy serves both."""
     return len(left) == len(right) and all(
-        _same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(left, right, strict=True)
+        _same((a.args, *a.kwargs.items()), (b.args, *b.kwargs.items())) for a, b in zip(left, right, strict=True)
     )
 
 
@@ -164,6 +176,8 @@ def _same(left: Any, right: Any) -> bool:
         return True
     if type(left) is not type(right):
         return False
+    if isinstance(left, MutableMapping) and not left:
+        return False  # blocks fill it, with keys and values for others, so every batch needs its own
     if isinstance(left, torch.Tensor):
         return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, tuple | list):
@@ -186,9 +200,13 @@ def _as_block_output(decoder: Decoder, hidden: torch.Tensor) -> Any:
 def _blocks_giving(decoder: Decoder, hidden: torch.Tensor) -> Iterator[None]:
     """Make every block return these hidden states, so that only what follows the blocks is computed."""
 
+    family = decoder.anatomy.family
+    streams = (family.streams, hidden.shape[-1] // family.streams)
+
     def stub(_: int) -> Callable[..., Any]:
         def passed_on(entering: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
-            return _as_block_output(decoder, hidden.view(entering.shape) if entering.dim() > _PLAIN else hidden)
+            several = entering.dim() > _PLAIN
+            return _as_block_output(decoder, _apart(hidden, streams, first=family.streams_first) if several else hidden)
 
         return passed_on
 

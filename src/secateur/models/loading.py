@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import ModelError, first_line
@@ -28,10 +29,17 @@ def empty_model(config: Any, dtype: torch.dtype, device: torch.device, *, trust_
         for name, buffer in holder._buffers.items():
             if buffer is not None:
                 holder._buffers[name] = torch.empty_like(buffer, device=device)
-    for holder in reversed(list(module.modules())):  # a module may fill the buffers of those inside it
-        module._init_weights(holder)
+    _fill_buffers(module, module)
     module.tie_weights()
     return module
+
+
+def _fill_buffers(holder: nn.Module, owner: PreTrainedModel) -> None:
+    """Let the innermost model around each module fill its buffers; a module may fill those of the ones inside it."""
+    owner = holder if isinstance(holder, PreTrainedModel) else owner
+    for part in holder.children():
+        _fill_buffers(part, owner)
+    owner._init_weights(holder)
 
 
 def whole_model(

@@ -24,6 +24,7 @@ _WITH_DENSE = replace(
 )
 
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_KEYS_VALUES = ("self_attn.k_proj", "self_attn.v_proj")
 
 _DEEPSEEK = replace(
     _WITH_DENSE,
@@ -38,14 +39,24 @@ _DEEPSEEK = replace(
 _GATED_DELTA = replace(
     _ROUTED,
     norm="rms-plus-one",
-    attention_in=(),
-    attention_out=(),
+    qkv="by-unit",
+    key_value_in=_KEYS_VALUES,
+    attention_norms=_QK_NORMS,
+    light_blocks=True,
     shared_out=("mlp.shared_expert.down_proj",),
     expert_size="moe_intermediate_size",
     expert_counts=("num_experts",),
     per_layer_lists=("layer_types",),
 )
 """Linear attention in most blocks; the query projection of the others holds a gate beside each head."""
+
+_LATENT = replace(
+    _DEEPSEEK,
+    qkv="by-unit",
+    attention_in=("self_attn.q_proj", "self_attn.q_b_proj", "self_attn.kv_b_proj"),
+    key_value_in=("self_attn.kv_b_proj",),
+)
+"""Latent attention: keys and values of all heads are read from one projection, and queries perhaps from another."""
 
 MIXTURES = (
     _ROUTED,
@@ -81,12 +92,14 @@ MIXTURES = (
         per_layer_lists=("layer_types",),
         leading_counts=("first_k_dense_replace", "max_window_layers"),
     ),
-    replace(_DEEPSEEK, model_type="deepseek_v3", attention_in=(), attention_out=()),
+    replace(_LATENT, model_type="deepseek_v2"),
+    replace(_LATENT, model_type="deepseek_v3"),
     replace(
         _ROUTED,
         model_type="gpt_oss",
-        attention_in=(),
-        attention_out=(),
+        qkv="by-unit",
+        attention_in=("self_attn.q_proj", *_KEYS_VALUES, "self_attn.sinks"),
+        key_value_in=_KEYS_VALUES,
         router=("mlp.router",),
         per_layer_lists=("layer_types",),
     ),

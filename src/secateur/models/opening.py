@@ -44,7 +44,7 @@ from secateur.models.quantised import (
     without_quantisation,
 )
 from secateur.models.shards import Shards, holds_own_head, open_shard, shard_files, stored_tensors
-from secateur.models.wrappers import auto_class, inside_wrapper
+from secateur.models.wrappers import after_images, auto_class, inside_wrapper, opens_alone
 from secateur.reading import MIB, FileKind, from_json
 
 _RECORD = FileKind(
@@ -162,7 +162,7 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
     if thin or quantised:
         module = empty_model(config, arithmetic, place, trust_remote_code=trusted)
         if here:
-            shards = Shards.of(folder, family.blocks, place, quantised)
+            shards = Shards.of(folder, resolve(module, family), place, quantised)
         else:
             shards = Shards(folder, family.blocks, device=place)
         if skeleton is None:
@@ -279,13 +279,14 @@ def _wrap(module: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool) -
 
 def _family(config: Any, source: str, *, trust_remote_code: bool) -> Family:
     text = text_config(config)
-    known = FAMILIES.get(text.model_type)
-    family = known or detect(text, source, trust_remote_code=trust_remote_code)
+    if text.model_type not in FAMILIES and text is not config and not opens_alone(text):
+        return after_images(detect(config, source, trust_remote_code=trust_remote_code), config)
+    family = FAMILIES.get(text.model_type) or detect(text, source, trust_remote_code=trust_remote_code)
     if text is config:
         return family
     with torch.device("meta"):
         module = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    return inside_wrapper(family, module)
+    return after_images(inside_wrapper(family, module), config)
 
 
 def _name_own_head(module: PreTrainedModel, family: Family) -> None:

@@ -36,7 +36,8 @@ from transformers.utils import logging
 
 from secateur.errors import ModelError
 from secateur.files import require_room
-from secateur.models.anatomy import Family, saved_tensors, set_parameter
+from secateur.models.anatomy import Anatomy, Family, saved_tensors, set_parameter
+from secateur.models.packed import Packed
 from secateur.models.quantised import Quantisation
 from secateur.ownership import scratch_folder
 from secateur.reading import MIB, FileKind, from_json
@@ -156,6 +157,7 @@ class Shards:
         edited: by number in the checkpoint (or `OUTER`), weights that replace the checkpoint's, in any number of
             pieces.
         quantised: how the checkpoint's weights are quantised; None if they are not.
+        packed: which parts of the parameters outside the blocks that are packed block by block are read.
     """
 
     folder: Path
@@ -165,11 +167,14 @@ class Shards:
     device: torch.device = field(default=torch.device("cpu"))
     edited: Mapping[int, tuple[EditedPart, ...]] = field(default_factory=dict)
     quantised: Quantisation | None = None
+    packed: Packed = field(default_factory=Packed)
 
     @classmethod
-    def of(cls, folder: Path, blocks: str, device: torch.device, quantised: Quantisation | None = None) -> Shards:
+    def of(cls, folder: Path, anatomy: Anatomy, device: torch.device, quantised: Quantisation | None = None) -> Shards:
         """Open a checkpoint folder whose weights will be loaded to a device; reads headers only."""
-        return cls(folder, blocks, files=tuple(shard_files(folder)), device=device, quantised=quantised)
+        packed = Packed(dict(anatomy.family.packed), anatomy.block_count)
+        files = tuple(shard_files(folder))
+        return cls(folder, anatomy.family.blocks, None, files, device, quantised=quantised, packed=packed)
 
     @cached_property
     def keys(self) -> dict[int, dict[str, Path]]:
@@ -187,8 +192,8 @@ class Shards:
 
     def select(self, kept: Iterable[int]) -> Shards:
         """Return the shards of a model that keeps only these blocks (numbers in this model)."""
-        current = self.kept
-        return replace(self, kept=tuple(current[i] if current else i for i in kept))
+        current, kept = self.kept, tuple(kept)
+        return replace(self, kept=tuple(current[i] if current else i for i in kept), packed=self.packed.select(kept))
 
     def with_part(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Shards:
         """Return shards in which block `index` (number in this model, or `OUTER`) is read from these tensors instead.
@@ -245,7 +250,8 @@ class Shards:
         files = self.keys[stored]
         handles = {file: open_shard(file) for file in sorted(set(files.values()))}
         slices = ((self._renumber(key, stored, index), handles[file].get_slice(key)) for key, file in files.items())
-        yield from self.quantised.dequantised(slices) if self.quantised else slices
+        read = self.quantised.dequantised(slices) if self.quantised else slices
+        yield from self.packed.cut(read) if index == OUTER else read
 
     def _buffers(self, module: PreTrainedModel, stored: int, index: int) -> dict[str, Any]:
         """Open the buffers of an edited block that the checkpoint holds, for edits that change parameters only."""

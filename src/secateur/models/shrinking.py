@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from secateur.models.anatomy import text_config
 from secateur.models.depth import settings_of_blocks
 
 FAILURES = (
@@ -76,7 +77,8 @@ def shrunken(config: Any, divisor: int) -> Any:
             setattr(tiny, name, small)
     for name, part in vars(config).items():
         if isinstance(part, PreTrainedConfig):
-            setattr(tiny, name, _shallow(shrunken(part, divisor)))
+            small = shrunken(part, divisor)
+            setattr(tiny, name, small if part is text_config(config) else _shallow(small))
     if own := settings_of_blocks(config):
         tiny.per_layer_config = {index: _all_smaller(entries, divisor) for index, entries in own.items()}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -117,8 +119,8 @@ def _smaller(name: str, value: Any, divisor: int) -> Any:
         return min(value, _WINDOW)
     if name.endswith("chunk_size"):
         return min(value, _CHUNK)
-    if divisor == 1:
-        return value
+    if divisor == 1 or value == 0:
+        return value  # 0 says that there is no such part
     if _EXPERTS.search(name):
         return min(value, _MOST_EXPERTS)
     if CHOSEN.search(name):

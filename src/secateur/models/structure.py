@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.models.anatomy import (
@@ -34,6 +34,7 @@ from secateur.models.anatomy import (
 from secateur.models.decoder import Decoder
 from secateur.models.forward import capture, run_block
 from secateur.models.shrinking import FAILURES
+from secateur.models.wrappers import auto_class
 
 _SIZES = re.compile(r"intermediate|inner|ffn|feed_forward|dff|dim_ff|mlp")
 _STEP, _NARROWEST = 8, 16
@@ -138,7 +139,21 @@ def with_setting(
     config = copy.deepcopy(decoder.module.config)
     setattr(text_config(config), setting, value)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def changed_axes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
+    """Return the axis along which each tensor has another length; None where tensors come, go or change along two."""
+    if before.keys() != after.keys():
+        return None
+    found = {}
+    for name, old in before.items():
+        changed = [axis for axis, (one, other) in enumerate(zip(old, after[name], strict=True)) if one != other]
+        if len(changed) > 1:
+            return None
+        if changed:
+            found[name] = changed[0]
+    return found
 
 
 def _followers(

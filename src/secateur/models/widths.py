@@ -122,11 +122,11 @@ def cache_numbers(decoder: Decoder) -> tuple[int, ...]:
 
     The output rows of attention's input projections that are not queries are keys and values, and there are as many
     query rows as the output projection has inputs. A block without attention caches nothing. Where the projections are
-    not known, as in a family that is only detected, the configuration is trusted; linear attention has a state of one
+    not known, or other rows are among them, the configuration is trusted; linear attention has a state of one
     size instead, whatever the context.
     """
     family, config = decoder.anatomy.family, decoder.config
-    if not family.attention_out:
+    if not family.attention_out or family.qkv == "by-unit":
         kinds = getattr(config, "layer_types", None) or [""] * decoder.block_count
         return tuple(0 if kind == "linear_attention" else _configured(config) for kind in kinds)
     spread = family.cache_spread is not None and bool(getattr(config, family.cache_spread, False))

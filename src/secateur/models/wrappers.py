@@ -25,6 +25,24 @@ def is_causal(config: Any) -> bool:
     return text_config(config) is config and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
+def opens_alone(config: Any) -> bool:
+    """Return whether transformers has a causal decoder with this configuration, apart from any wrapper around it."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def after_images(family: Family, config: Any) -> Family:
+    """Return the row of a decoder in which blocks stay after which a wrapper adds features of images.
+
+    These are added after the first, the second, … block (DeepStack: Meng et al. 2024, arXiv:2406.04334).
+    """
+    vision = getattr(config, "vision_config", None)
+    added = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    if not added:
+        return family
+    fixed = tuple(sorted({*range(added), *family.fixed_blocks}))
+    return replace(family, fixed_blocks=fixed, fixed_reason="features of images are added after it")
+
+
 def auto_class(config: Any) -> Any:
     """Return the class of transformers that opens a model with this configuration."""
     return AutoModelForImageTextToText if is_wrapper(config) else AutoModelForCausalLM
@@ -56,5 +74,6 @@ def inside_wrapper(family: Family, module: PreTrainedModel) -> Family:
         blocks=moved(family.blocks),
         embeddings=tuple(map(moved, family.embeddings)),
         final=tuple(map(moved, family.final)),
+        packed=tuple((moved(name), axis) for name, axis in family.packed),
         head=names[id(head)],
     )

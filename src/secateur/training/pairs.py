@@ -20,6 +20,7 @@ from secateur.calibration.store import StateStore
 from secateur.calibration.walk import Batch, open_store, stored_start, through_block
 from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
+from secateur.models.depth import first_sharing
 from secateur.models.forward import Call, capture, run_block
 from secateur.plan.steps import Span
 from secateur.run_options import DEFAULTS, RunOptions
@@ -173,9 +174,10 @@ class PairRegression(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of squared errors at real tokens, and the number of values summed."""
         (decoder,), (low, high) = self._dense, self.window
+        alone = high < first_sharing(decoder.config, decoder.anatomy.family)  # else earlier blocks compute keys, values
         with torch.no_grad():
             hidden, calls = capture(decoder, tokens, mask)
-            if entering is None or leaving is None:
+            if entering is None or leaving is None or not alone:
                 entering, leaving = self._states(decoder, hidden, calls)
             entering, leaving = (one.to(hidden.device).float() for one in (entering, leaving))
             if self.folded:

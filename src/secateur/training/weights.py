@@ -184,7 +184,8 @@ def _linear_layers(decoder: Decoder) -> Iterator[str]:
     family = decoder.anatomy.family
     named = (*family.attention_in, *family.attention_out, *family.mlp_in, *family.mlp_out)
     for index, block in enumerate(decoder.block_list):
-        found = present(block, named) if family.attention_out else block.named_modules()
+        known = family.attention_out and family.qkv != "by-unit"
+        found = present(block, named) if known else block.named_modules()
         for name, module in found:
             if isinstance(module, nn.Linear | Conv1D):
                 yield f"{decoder.anatomy.block_path(index)}.{name}"

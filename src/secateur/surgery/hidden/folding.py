@@ -63,7 +63,7 @@ def _reason_against(anatomy: Anatomy, config: Any, module: nn.Module) -> str | N
         return "it is already in secateur's own form; cut the dense model by more instead"
     if family.detected:
         return f"{family.model_type} is not among the families known exactly (secateur families)"
-    if not family.attention_out:
+    if not family.attention_out or family.qkv == "by-unit":
         return "it is not known which rows and columns of its attention belong to a head"
     if any(next(present(block, family.shared_out), None) for block in find(module, family.blocks)):
         return "each token passes an expert of its own beside the routed ones"

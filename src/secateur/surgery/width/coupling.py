@@ -91,7 +91,7 @@ def couplings_of(block: nn.Module, family: Family, widths: BlockWidths) -> Coupl
     """Return what the slices of each tensor of a block that has units belong to; other tensors are left out.
 
     Args:
-        block: a block with the names of the family; shapes are not read.
+        block: a block with the names of the family; of the layout by-unit, rows are counted.
         family: its row.
         widths: its widths before pruning.
     """
@@ -99,14 +99,16 @@ def couplings_of(block: nn.Module, family: Family, widths: BlockWidths) -> Coupl
     found: Couplings = {}
     query = torch.arange(heads).repeat_interleave(size)
     group = torch.arange(heads, heads + groups).repeat_interleave(size)
-    if family.qkv == "separate":
+    queries_keys_values = list(present(block, family.attention_in))
+    if family.qkv == "by-unit":
+        readers = [_by_unit(name, module, family, widths) for name, module in queries_keys_values]
+    elif family.qkv == "separate":
         readers = [query, group, group]
     elif family.qkv == "stacked":
         readers = [torch.cat([query, group, group])]
     else:
         own, shared = query.view(groups, -1), group.view(groups, -1)
         readers = [torch.cat([own, shared, shared], dim=1).flatten()]
-    queries_keys_values = list(present(block, family.attention_in))
     for (name, module), labels in zip(queries_keys_values, readers, strict=bool(queries_keys_values)):
         found |= _reader(block, name, module, "heads", labels)
     for name, module in present(block, family.attention_out):
@@ -119,6 +121,13 @@ def couplings_of(block: nn.Module, family: Family, widths: BlockWidths) -> Coupl
         wide = widths.shared * widths.channels
         found |= _mlp_couplings(block, family, family.shared_in, family.shared_out, "shared", wide)
     return found
+
+
+def _by_unit(name: str, module: Any, family: Family, widths: BlockWidths) -> torch.Tensor:
+    """Return the unit of each row of a projection, or of a parameter, with as many rows for every head."""
+    first, count = (widths.heads, widths.groups) if name in family.key_value_in else (0, widths.heads)
+    rows = len(module if isinstance(module, nn.Parameter) else module.weight)
+    return torch.arange(first, first + count).repeat_interleave(rows // count)
 
 
 def _mlp_couplings(
@@ -139,6 +148,8 @@ def _mlp_couplings(
 
 def _reader(block: nn.Module, name: str, module: Any, part: Part, labels: torch.Tensor) -> Couplings:
     """Return the couplings of a projection whose outputs are units: linear, a tensor of all experts, or a list."""
+    if isinstance(module, nn.Parameter) and part == "heads":
+        return {name: Coupling(part, 0, labels)}
     if isinstance(module, nn.Parameter):
         own = {name: Coupling(part, 2 if holds_transposed(owner_of(block, name)) else 1, labels, None)}
         bias = f"{name}_bias"

@@ -101,9 +101,11 @@ def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
         }
         if all(old == new for old, new in pairs):
             continue
-        if len(pairs) > 1 or name is None:
+        old_base, new_base = min(pairs)  # some blocks may be so many times as wide, all by one entry
+        alike = all(old % old_base == 0 and new * old_base == old * new_base for old, new in pairs)
+        if name is None or not alike or (len(pairs) > 1 and not isinstance(getattr(config, name), int)):
             return None
-        width = next(iter(pairs))[1] * (1 if experts else family.inner_scale)
+        width = new_base * (1 if experts else family.inner_scale)
         for entry, value in ((name, width), *family.resized):
             setattr(config, entry, value)
     heads = {(new.groups, new.queries) for new in widths if new.groups}
@@ -111,7 +113,8 @@ def stock_config(decoder: Decoder, widths: Sequence[Widths]) -> Any | None:
         if len(heads) > 1 or not family.free_heads:
             return None
         groups, queries = next(iter(heads))
-        config.head_dim = dense[0].head_size
+        if family.qkv != "by-unit":  # else the size of a head does not follow from their number
+            config.head_dim = dense[0].head_size
         config.num_attention_heads, config.num_key_value_heads = groups * queries, groups
     try:
         config.validate()
@@ -174,7 +177,8 @@ def width_sizes(decoder: Decoder, *, stock: bool, bias: bool = False) -> WidthSi
     if stock:
         blocks, family = list(decoder.block_list), decoder.anatomy.family
         outside = decoder.parameter_count - sum(decoder.block_parameter_counts())
-        found = [_block_sizes(block, family, one) for block, one in zip(blocks, widths, strict=True)]
+        beside = decoder.packed_parameters // decoder.block_count
+        found = [_block_sizes(block, family, one, beside) for block, one in zip(blocks, widths, strict=True)]
         return WidthSizes(blocks=tuple(found), other=outside)
     config = folded_at(decoder, dense_widths(decoder), bias=bias)
     first = {one: widths.index(one) for one in widths}
@@ -186,7 +190,8 @@ def width_sizes(decoder: Decoder, *, stock: bool, bias: bool = False) -> WidthSi
     return WidthSizes(blocks=tuple(kinds[one] for one in widths), other=rows * config.hidden_size + stream.other_fixed)
 
 
-def _block_sizes(block: nn.Module, family: Family, widths: BlockWidths) -> BlockSizes:
+def _block_sizes(block: nn.Module, family: Family, widths: BlockWidths, beside: int = 0) -> BlockSizes:
+    """Count the parameters of a block by unit; `beside` are outside of it and go with it."""
     couplings = couplings_of(block, family, widths)
     counted = dict.fromkeys(("query", "group", "channel"), 0)
     fixed = dict.fromkeys(("attention", "mlp"), 0)
@@ -207,7 +212,8 @@ def _block_sizes(block: nn.Module, family: Family, widths: BlockWidths) -> Block
         dense=Widths(groups=widths.groups, queries=widths.queries, channels=widths.channels),
         **counted,
         **fixed,
-        fixed=count_parameters(block)
+        fixed=beside
+        + count_parameters(block)
         - widths.heads * counted["query"]
         - widths.groups * counted["group"]
         - widths.channels * counted["channel"],
