@@ -171,7 +171,7 @@ def test_units_of_every_family(name, tiny):
         return
     assert {len(counts) for counts in units.values()} == {decoder.block_count}
     assert all(
-        heads % groups == 0
+        heads % groups == 0 if groups else not heads  # a block may have linear attention instead
         for heads, groups in zip(units[UnitKind.QUERY_HEAD], units[UnitKind.KEY_VALUE_GROUP], strict=True)
     )
     assert (UnitKind.EXPERT in units) == bool(decoder.anatomy.family.router)

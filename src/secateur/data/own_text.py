@@ -37,19 +37,31 @@ FEWEST_KINDS = 5
 PROMPTS = (
     "",
     "Hello!",
-    "Tell me something interesting.",
     "Explain something you know well.",
     "Write a short story.",
     "Give me an example, step by step.",
     "Write a short program.",
-    "What should I know about this?",
+    "Write an article for an encyclopedia.",
+    "Write the biography of a person.",
+    "Tell me about the history of a place.",
+    "Write a news report.",
+    "Explain how something works, in detail.",
+    "Write a review.",
+    "Write an essay about a topic of your choice.",
+    "Describe an animal or a plant.",
+    "Write a letter.",
+    "Summarise a book or a film.",
 )
-"""What the user says if the chat template needs a user: about nothing in particular."""
+"""What the user says if the chat template needs a user: kinds of text rather than subjects.
+
+Asked for little more than to say something, a model writes like an assistant, and what is repaired on that is worse on
+articles.
+"""
 
 _LONGEST_BEGINNING = 65_536
 """Characters that a chat template may write around a short question; system prompts have a tenth of that."""
 
-_VERSION = 1  # of the generation: part of the name under which its text is cached
+_VERSION = 2  # of the generation: part of the name under which its text is cached
 
 
 @dataclass(frozen=True)
