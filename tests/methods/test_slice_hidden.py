@@ -181,7 +181,7 @@ def test_target_params_stays_below(bundled):
 @pytest.mark.parametrize(
     ("amount", "says"),
     [
-        ({"remove": 0.95}, "unreachable"),
+        ({"remove": 0.99}, "unreachable"),
         ({"target_params": 100}, "unreachable"),
         ({"target_params": "90M"}, "has only"),
         ({"blocks": 2}, "does not count in blocks"),
