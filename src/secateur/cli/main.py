@@ -61,8 +61,8 @@ COMMANDS = {
 SPINS = "10000"
 """How often a thread of GNU OpenMP, which PyTorch has on Linux, looks for more work before it sleeps.
 
-By default that takes milliseconds at every meeting of threads. On a machine with other busy processes they wait for
-each other's time slices meanwhile, and small decompositions take hundreds of times as long.
+By default that takes milliseconds at every meeting of threads, which on a machine with other busy processes are wasted
+again and again (benchmarks/busy_machine.py).
 """
 
 SHARED = ("score", "plan", "prune", "heal")
