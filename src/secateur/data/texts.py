@@ -119,7 +119,7 @@ Count = int | Literal["auto"] | None
 
 DEFAULT_SEQ_LEN = 512
 ROWS_PER_INPUT = 32
-"""Tokens per input of the widest projection: on SmolLM2-135M, three times as many as 10 take a third off the excess."""
+"""Tokens per input of the widest projection: three times 10 take a quarter off the excess of SmolLM2-135M."""
 FEWEST, MOST = 32, 128
 """The smallest and largest number of windows that `auto` takes."""
 

@@ -123,6 +123,7 @@ def slice_by_principal_directions(
         NumericsError: NaN or infinity on the way.
     """
     every = [width for width in widths for _ in range(points_per_block(decoder))]
+    narrower = head_width if head_width < decoder.hidden_size else None
     assembly = empty_sliced(decoder, [*every, head_width], [True] * len(every))
     windows = share_of(windows)
     with open_store(decoder) as store:
@@ -134,15 +135,15 @@ def slice_by_principal_directions(
         walk = _Pass(assembly, store, batches, signals)
         kept = [imprint_of(first)]
         for index in options.progress(range(decoder.block_count), "slicing block by block", decoder.block_count):
-            following = widths[index + 1] if index + 1 < len(widths) else None
-            first = _slice_block(walk, index, first, widths[index], following or head_width)
+            first = _slice_block(walk, index, first, widths[index], (*widths, narrower)[index + 1])
             assembly.finish(index)
             kept.append(imprint_of(first))
-        put_head(assembly, first)
+        read_by_head = None if narrower is None else first
+        put_head(assembly, read_by_head)
         assembly.finish(OUTER)
         sliced = assembly.result(sliced_fingerprint(kept))
         with sliced.outer():
-            return sliced, mean_loss_of(sliced, _final_states(walk, first), shared=True)
+            return sliced, mean_loss_of(sliced, _final_states(walk, read_by_head), shared=True)
 
 
 Imprint = tuple[int, list[float]]
@@ -182,9 +183,9 @@ def empty_sliced(
     return Assembly(dense, config, _FAMILY, stored)
 
 
-def _slice_block(walk: _Pass, index: int, first: Directions, width: int, following: int) -> Directions:
+def _slice_block(walk: _Pass, index: int, first: Directions, width: int, following: int | None) -> Directions:
     """Slice one block; return the directions that the next block (or the head) reads."""
-    assembly, ends = walk.assembly, index + 1 == walk.assembly.dense.block_count
+    assembly = walk.assembly
     where = assembly.block_path(index)
     with assembly.dense.block(index):
         weights = folded_block(assembly.dense, index)
@@ -203,13 +204,13 @@ def _slice_block(walk: _Pass, index: int, first: Directions, width: int, followi
         assembly.put(where, rotate_readers(weights, first, attention=False))
         del weights
         leaving = walk.through(first, lambda sliced, batch: attention(sliced, batch) + mlp(sliced, batch))
-        middle = last = _next_directions(leaving, following, head=ends)
+        middle = last = _next_directions(leaving, following)
         second = first
     else:
         second = middle = principal_directions(walk.through(first, attention))[:, :width]
         assembly.put(where, rotate_readers(weights, middle, attention=False))
         del weights
-        last = _next_directions(walk.through(middle, mlp), following, head=ends)
+        last = _next_directions(walk.through(middle, mlp), following)
         assembly.put(where, {"attn_shortcut.weight": (first.T @ middle).T})
     assembly.put(where, rotate_writers(writers, middle, attention=True))
     assembly.put(where, rotate_writers(writers, last, attention=False))
@@ -217,16 +218,18 @@ def _slice_block(walk: _Pass, index: int, first: Directions, width: int, followi
     return last
 
 
-def _next_directions(covariance: torch.Tensor, width: int, *, head: bool) -> Directions:
-    """Return the directions of the next point; a head that reads all of them reads the dense coordinates."""
-    if head and width == len(covariance):
-        return torch.eye(width, dtype=torch.float64, device=covariance.device)
+def _next_directions(covariance: torch.Tensor, width: int | None) -> Directions:
+    """Return the directions of the next point; a whole head (width None) reads the dense coordinates."""
+    if width is None:
+        return torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
     return principal_directions(covariance)[:, :width]
 
 
-def _final_states(walk: _Pass, directions: Directions) -> Iterator[tuple[Batch, torch.Tensor]]:
-    kept = directions.to(walk.assembly.dense.device, walk.assembly.dense.module.dtype)
+def _final_states(walk: _Pass, directions: Directions | None) -> Iterator[tuple[Batch, torch.Tensor]]:
+    dense = walk.assembly.dense
     for batch in walk.batches:
-        hidden = walk.store.get(batch.index) @ kept
+        hidden = walk.store.get(batch.index)
+        if directions is not None:
+            hidden = hidden @ directions.to(dense.device, dense.module.dtype)
         require_finite(hidden, "the output of the last block", batch.mask)
         yield batch, hidden
