@@ -46,11 +46,13 @@ def random_windows(count: int, length: int = 512, vocabulary: int = 8192) -> Win
     return Windows.of(torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0)))
 
 
-def texts_that_judge(decoder: Decoder, wikitext: str) -> dict[str, Windows]:
+def texts_that_judge(
+    decoder: Decoder, wikitext: str, *, windows: int = JUDGED, seq_len: int = LENGTH
+) -> dict[str, Windows]:
     """Read held-out windows of WikiText-2, which the default calibration has no part of, of prose, and of code."""
     named = {"wikitext": wikitext, "prose": "python-docs", "code": "python-stdlib"}
     return {
-        name: windows_for(decoder, source, windows=JUDGED, seq_len=LENGTH, split="held-out")
+        name: windows_for(decoder, source, windows=windows, seq_len=seq_len, split="held-out")
         for name, source in named.items()
     }
 

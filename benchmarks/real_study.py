@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, keep, peak
+from common import LENGTH, RESULTS, keep, peak, texts_that_judge
 from transformers.utils import logging
 
 import secateur
@@ -64,7 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "flap, repair=false": ("flap", {"repair": False}),
 }
 SHARES = (0.2, 0.1, 0.3)
-LENGTH, JUDGED = 512, 16
+JUDGED = 16
 NAME = "real_study"
 MODEL = {"model": "SmolLM2-135M-Instruct Q4_1, dequantised"}
 DENSE = {"case": "dense"} | MODEL
@@ -165,11 +165,8 @@ def known(setting: dict[str, Any]) -> dict[str, Any] | None:
 
 def read(model: Decoder, wikitext: Path) -> dict[str, float]:
     """Return the perplexity on each source."""
-    found = {}
-    for name, source in {"wikitext": str(wikitext), "prose": "python-docs", "code": "python-stdlib"}.items():
-        windows = windows_for(model, source, windows=JUDGED, seq_len=LENGTH, split="held-out")
-        found[name] = round(perplexity(model, windows, DEFAULTS), 4)
-    return found
+    texts = texts_that_judge(model, str(wikitext), windows=JUDGED)
+    return {name: round(perplexity(model, windows, DEFAULTS), 4) for name, windows in texts.items()}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import plain_methods
-from common import RESULTS, keep, peak
+from common import LENGTH, RESULTS, keep, peak, texts_that_judge
 from plain_methods import parameters
 
 import secateur
@@ -27,7 +27,7 @@ from secateur.models.decoder import Decoder
 
 OURS = {"optipfair": "obs-width"}
 """What secateur offers instead, where it is not the method of the same name."""
-LENGTH, JUDGED = 512, 16
+JUDGED = 16
 NAME = "released_methods"
 
 
@@ -97,11 +97,8 @@ def measure(given: argparse.Namespace, side: str, case: str | None) -> None:
 
 def losses(dense: Decoder, module: Any, given: argparse.Namespace) -> dict[str, float]:
     """Return the mean next-token loss on each source, in nats."""
-    found = {}
-    for name, source in {"wikitext": str(given.wikitext), "prose": "python-docs", "code": "python-stdlib"}.items():
-        windows = windows_for(dense, source, windows=JUDGED, seq_len=given.length, split="held-out")
-        found[name] = round(plain_methods.mean_loss(module, windows.tokens), 5)
-    return found
+    texts = texts_that_judge(dense, str(given.wikitext), windows=JUDGED, seq_len=given.length)
+    return {name: round(plain_methods.mean_loss(module, windows.tokens), 5) for name, windows in texts.items()}
 
 
 if __name__ == "__main__":
