@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from secateur.errors import InputError
 from secateur.ownership import litter, owned_name, remove, remove_litter
 
 _SPARE_BYTES = 1 << 30
+_ADVISED = 128 << 10
+"""Bytes asked for at a time: of more Linux reads no further than the read-ahead of the disk, by default this much."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
@@ -126,6 +129,21 @@ def require_room(folder: Path, needed: int, what: str) -> None:
     """
     if shutil.disk_usage(folder).free < needed + _SPARE_BYTES:
         raise OSError(errno.ENOSPC, f"no space left for {what}; set TMPDIR to a larger disk")
+
+
+def read_ahead(file: Path, places: Iterable[tuple[int, int]]) -> None:
+    """Ask the system to read parts of a file, from byte to byte, while something else is computed.
+
+    They come to the system's page cache, from where they are read without a wait. Where the system takes no such
+    advice, they are read when they are needed.
+    """
+    advise = getattr(os, "posix_fadvise", None)
+    if advise is None:
+        return
+    with contextlib.suppress(OSError), file.open("rb") as opened:  # reading it for good says what is wrong
+        for begin, end in places:
+            for first in range(begin, end, _ADVISED):
+                advise(opened.fileno(), first, min(_ADVISED, end - first), os.POSIX_FADV_WILLNEED)
 
 
 def is_full_disk(error: BaseException | None) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from secateur.errors import ModelError
 from secateur.models.opening import open_model
-from secateur.models.shards import INDEX, files_in_index
+from secateur.models.shard_files import INDEX, files_in_index
 from tiny_models import save_tiny
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import torch
 
-from secateur.files import require_room
+from secateur.files import read_ahead, require_room
 from secateur.ownership import scratch_folder
 
 _SHARE_OF_MEMORY = 0.25
@@ -71,6 +71,7 @@ class StateStore:
             return tensor.to(device)
         path, shape, dtype, device = self._files[key]
         data = np.fromfile(path, dtype=np.float32)
+        read_ahead(self._file(int(path.stem) + 1), [(0, data.nbytes)])  # walks read in the order of writing
         return torch.from_numpy(data).view(shape).to(device=device, dtype=dtype)
 
     def drop(self, key: Hashable) -> None:
@@ -89,11 +90,15 @@ class StateStore:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
+    def _file(self, number: int) -> Path:
+        assert self._folder is not None, "nothing was written yet"
+        return self._folder / f"{number}.f32"
+
     def _write(self, tensor: torch.Tensor) -> Path:
         if self._folder is None:
             self._folder = scratch_folder("states")
         require_room(self._folder, 4 * tensor.numel(), "hidden states (fewer windows need less)")
-        path = self._folder / f"{self._written}.f32"
+        path = self._file(self._written)
         self._written += 1
         numbers = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
         try:

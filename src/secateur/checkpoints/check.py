@@ -23,7 +23,7 @@ from secateur.models.fetch import has_safetensors
 from secateur.models.fingerprint import of_folder
 from secateur.models.forward import capture, logits, run_block
 from secateur.models.opening import history_of, open_model
-from secateur.models.shards import stored_tensors
+from secateur.models.shard_files import stored_tensors
 from secateur.models.wrappers import auto_class
 from secateur.ownership import scratch
 from secateur.plan.plan import blocks_kept_by, plans_in

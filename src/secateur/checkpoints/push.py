@@ -18,7 +18,7 @@ from secateur.errors import InputError, ModelError, SecateurWarning, first_line
 from secateur.evaluation.results import read_results
 from secateur.models import fingerprint
 from secateur.models.fetch import HUB_NAME
-from secateur.models.shards import open_shard, shard_files
+from secateur.models.shard_files import open_shard, shard_files
 
 _CARD = "README.md"
 

@@ -24,7 +24,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.dtypes import dtype_named
 from secateur.models.gguf import RECORD
 from secateur.models.opening import open_model
-from secateur.models.shards import holds_mtp
+from secateur.models.shard_files import holds_mtp
 from secateur.ownership import scratch
 from secateur.plan.plan import plans_in
 from secateur.surgery.uneven import against_decilm, as_decilm

@@ -178,6 +178,8 @@ class Decoder:
             return
         self.shards.load(self.module, index, without)
         self._held[index] = without
+        if index != OUTER:
+            self.shards.read_ahead(index + 1)
         try:
             yield
         finally:

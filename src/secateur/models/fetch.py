@@ -20,7 +20,7 @@ from secateur.errors import InputError, ModelError, first_line
 from secateur.models import gguf
 from secateur.models.config_limits import refuse_impossible
 from secateur.models.quantised import READABLE, quantised_by
-from secateur.models.shards import INDEX, files_in_index
+from secateur.models.shard_files import INDEX, files_in_index
 from secateur.models.wrappers import is_causal, is_wrapper
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")

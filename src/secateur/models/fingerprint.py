@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from secateur.models.shards import open_shard, shard_files
+from secateur.models.shard_files import open_shard, shard_files
 
 _SAMPLE = 1 << 20
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from secateur.errors import ModelError, first_line
 from secateur.models.anatomy import find
-from secateur.models.shards import OUTER, Shards, shard_files
+from secateur.models.shard_files import shard_files
+from secateur.models.shards import OUTER, Shards
 from secateur.models.wrappers import auto_class
 
 

@@ -43,7 +43,8 @@ from secateur.models.quantised import (
     quantisation_of,
     without_quantisation,
 )
-from secateur.models.shards import Shards, holds_own_head, open_shard, shard_files, stored_tensors
+from secateur.models.shard_files import holds_own_head, open_shard, shard_files, stored_tensors
+from secateur.models.shards import Shards
 from secateur.models.wrappers import after_images, auto_class, inside_wrapper, opens_alone
 from secateur.reading import MIB, FileKind, from_json
 
