@@ -22,7 +22,7 @@ from secateur.scores.unit_scores import (
     cheapest_to_lose,
     fluctuation,
     magnitude,
-    removal_order,
+    order_by_surgeon,
     weighted_norm,
 )
 from secateur.surgery.depth.blocks import keep_blocks
@@ -32,7 +32,7 @@ from secateur.surgery.width.target import width_sizes
 _TOKENS_PER_INPUT = 16
 """With fewer calibration tokens than this per input of a projection, its repair generalises badly to other texts."""
 _OBS_BATCHES = 128
-"""How often costs are recomputed while all units of a projection would be removed."""
+"""How often costs are recomputed while all units of several groups would be removed."""
 
 
 @applies(PruneWidth)
@@ -53,7 +53,7 @@ def apply(measurements: Measurements, step: PruneWidth) -> Applied:
         decoder,
         measurements.need_windows(),
         step.widths,
-        _chooser(measurements, step.choose),
+        _chooser(measurements, step),
         stock=step.stock,
         refit=Refit(
             repair=step.repair,
@@ -92,12 +92,12 @@ _SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {
 }
 
 
-def _chooser(measurements: Measurements, choose: Choice) -> Choose:
+def _chooser(measurements: Measurements, step: PruneWidth) -> Choose:
     """Create the function that decides which units remain."""
-    if choose == "brain-surgeon":
-        return BrainSurgeon()
-    if choose in _SCORES:
-        score = _SCORES[choose]
+    if step.choose == "brain-surgeon":
+        return BrainSurgeon(step.candidates)
+    if step.choose in _SCORES:
+        score = _SCORES[step.choose]
 
         def by_score(
             _: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /
@@ -129,12 +129,20 @@ def _of_head_units(scores: torch.Tensor, dense: BlockWidths, *, groups: int) -> 
 class BrainSurgeon:
     """Chooses greedily; the ridge stays small: that of the repair would lose channels on which few tokens rely.
 
+    Channels that go are among those of smallest mean size: one that others replace on the calibration texts may be
+    missed on texts of another kind.
+
     The order in which the units of one group go is kept until another projection is asked for, so that several widths
     of the same one cost little more than the narrowest.
     """
 
-    def __init__(self) -> None:
-        """Start without an order."""
+    def __init__(self, candidates: float | None = None) -> None:
+        """Start without an order.
+
+        Args:
+            candidates: channels that may go, those of smallest mean size, as a multiple of those that go; None: all.
+        """
+        self._candidates = candidates
         self._place: Place | None = None
         self._order = torch.zeros(0, dtype=torch.int64)
 
@@ -142,14 +150,13 @@ class BrainSurgeon:
         self, place: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /
     ) -> torch.Tensor:
         """Mark `keep` units of each group, (P, U) bool."""
-        moments = sums.moments
-        assert moments is not None
         groups, each = units.shape[:2]
-        batch = max(1, groups * each // _OBS_BATCHES)
         if groups > 1:
-            return cheapest_to_lose(weight, moments.gram, units, keep, batch=batch)
+            assert sums.moments is not None, "greedy removal needs the Gram matrix"
+            batch = max(1, groups * each // _OBS_BATCHES)
+            return cheapest_to_lose(weight, sums.moments.gram, units, keep, batch=batch)
         if place != self._place or len(self._order) < each - keep:
-            self._order = removal_order(weight, moments.gram, units, keep, batch=batch)
+            self._order = order_by_surgeon(weight, sums, units, keep, candidates=self._candidates)
             self._place = place
         stay = torch.ones(1, each, dtype=torch.bool, device=weight.device)
         stay[0, self._order[: each - keep]] = False

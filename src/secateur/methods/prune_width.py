@@ -99,6 +99,8 @@ def decide_evenly(name: str, choose: Choice) -> Callable[[Measurements, EvenSett
 def _step(name: str, choose: Choice, settings: WidthSettings, **more: Any) -> PruneWidth:
     """Return the step of a method with its settings, and how it repairs."""
     recorded = settings.model_dump(exclude_none=True)
+    if isinstance(settings, SurgeonSettings):
+        more["candidates"] = settings.candidates
     return PruneWidth(
         method=name, settings=recorded, choose=choose, repair=settings.repair, ridge=settings.ridge, **more
     )
@@ -317,14 +319,16 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
     attention = _removable_attention(decoder, free) if settings.heads != "never" else []
     parts = Parts.of(measurements.need_windows()) if settings.refine else None
     single = settings.attention == "groups"
-    database = open_database(measurements, free, multiple, attention, single=single)
+    few = settings.candidates
+    database = open_database(measurements, free, multiple, attention, single=single, candidates=few)
     savings = Savings(decoder, sizes, budget)
     widths = savings.meet(allocations(database, savings))
     if parts is not None:
         groups = {block: (savings.dense[block].groups, 0) for block in attention} | database.levels("heads")
         near = Neighbours({"channels": database.levels("channels"), "groups": groups})
         refit = Refit(repair=settings.repair, ridge=settings.ridge, target=settings.target)
-        widths = refined(measurements, widths, savings, near, parts=parts, refit=refit, rounds=settings.refine)
+        rounds = settings.refine
+        widths = refined(measurements, widths, savings, near, parts=parts, refit=refit, rounds=rounds, candidates=few)
     return (
         _step(
             "obs-width",

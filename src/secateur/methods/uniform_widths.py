@@ -263,6 +263,13 @@ class EvenSettings(WidthSettings):
 class SurgeonSettings(EvenSettings):
     """Settings of `obs-width`."""
 
+    candidates: float = Field(
+        2.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="channels that go are among this many times as many, those of smallest mean size; what remains may "
+        "fail to stand in for a large one on other texts",
+    )
     allocation: Literal["uniform", "global"] = Field(
         "uniform",
         description="all blocks get the same widths, or each its own, down to none, by what the loss makes of it",

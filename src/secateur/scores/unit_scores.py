@@ -21,6 +21,8 @@ import torch
 from secateur.calibration.inputs import InputSums
 from secateur.calibration.ridge import RIDGE, strength
 
+_BATCHES = 128
+"""How often costs are recomputed while all units of one group would be removed."""
 _SPARSE = 7 / 8
 """Share of the inputs in W and H⁻¹ below which those that are gone are left out of them."""
 
@@ -90,16 +92,59 @@ def removal_order(
     *,
     batch: int = 8,
     ridge: float = RIDGE,
+    after: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the numbers of the units of one group, (1, U, C), in the order in which greedy removal takes them.
 
     The first U − k of them are what `cheapest_to_lose` removes to keep k. Arguments as there; (U − keep,).
+
+    Args:
+        after: for each unit, how many go, those of its own batch included, before it may, (U,): see `after_smaller`.
     """
-    return torch.cat(list(_losing(weight, gram, units, keep, batch, ridge)))
+    return torch.cat(list(_losing(weight, gram, units, keep, batch, ridge, after)))
+
+
+def after_smaller(sizes: torch.Tensor, candidates: float) -> torch.Tensor:
+    """Return how many units must go before each may, (U,), so that greedy removal has few candidates at a time.
+
+    Of n units removed all are among the `candidates` · n smallest. What others can replace on the calibration texts
+    they may fail to replace on texts of another kind; that is no great loss where little was.
+
+    Args:
+        sizes: of the units, (U,).
+        candidates: at least 1.
+    """
+    ranks = torch.empty_like(sizes)
+    ranks[sizes.argsort(stable=True)] = torch.arange(len(sizes), dtype=sizes.dtype, device=sizes.device)
+    return ranks / candidates
+
+
+def order_by_surgeon(
+    weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int = 0, *, candidates: float | None = None
+) -> torch.Tensor:
+    """Return the order in which greedy removal takes the units of one group, (1, U, C), as `removal_order` does.
+
+    Args:
+        weight: W, (out, n), float64.
+        sums: over its inputs, with the Gram matrix.
+        units: inputs of each unit.
+        keep: units to keep.
+        candidates: units of one input that go are among the smallest, this many times as many; None: among all.
+    """
+    assert sums.moments is not None, "greedy removal needs the Gram matrix"
+    after = None if candidates is None or units.shape[2] > 1 else after_smaller(sums.magnitudes, candidates)
+    batch = max(1, units.shape[1] // _BATCHES)
+    return removal_order(weight, sums.moments.gram, units, keep, batch=batch, after=after)
 
 
 def _losing(
-    weight: torch.Tensor, gram: torch.Tensor, units: torch.Tensor, keep: int, batch: int, ridge: float
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    units: torch.Tensor,
+    keep: int,
+    batch: int,
+    ridge: float,
+    after: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the flat indices of the units removed together, batch after batch, until `keep` of each group are left."""
     weight, heavy = weight.clone(), gram.clone()
@@ -114,6 +159,8 @@ def _losing(
         costs.fill_(torch.inf)
         costs[stay] = _costs(weight, inverse, place[units[stay]])
         costs[stay.sum(dim=1) <= keep] = torch.inf
+        if after is not None:
+            costs[:, after >= int((~stay).sum()) + batch] = torch.inf
         gone = _cheapest(costs, stay.sum(dim=1) - keep, batch)
         stay.view(-1)[gone] = False
         yield gone

@@ -1,5 +1,7 @@
 """Closed-form repair and the greedy choice, against plain least squares and plain inverses in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from secateur.calibration.folds import folds_of
 from secateur.calibration.inputs import InputSums
 from secateur.calibration.ridge import GRID, RIDGE, UNJUDGED, strength
 from secateur.data.windows import Windows
-from secateur.scores.unit_scores import cheapest_to_lose, forget
+from secateur.scores.unit_scores import cheapest_to_lose, forget, order_by_surgeon
 from secateur.surgery.width.repair import choose_fit, described, rewritten
 
 STAY = torch.tensor([True, False, True, True, False, True, True, False])
@@ -89,8 +91,11 @@ def test_what_is_forgotten_leaves_the_inverse_of_the_rest():
     torch.testing.assert_close(repaired, rewritten(weight, summed(x), STAY, repair=True, bias=False)[0])
 
 
-def greedy_by_hand(weight, gram, units, keep):
-    """One unit after the other: the one whose absence, all others making up for it, costs least."""
+def greedy_by_hand(weight, gram, units, keep, candidates=None):
+    """One unit after the other: the one whose absence, all others making up for it, costs least.
+
+    `candidates` lists the units of the only group that may be the first to go, the second, and so on.
+    """
     heavy = gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     gone = {group: [] for group in range(len(units))}
 
@@ -108,7 +113,7 @@ def greedy_by_hand(weight, gram, units, keep):
             for group in gone
             if len(gone[group]) < len(units[0]) - keep
             for one in range(len(units[0]))
-            if one not in gone[group]
+            if one not in gone[group] and (candidates is None or one in candidates[len(gone[group])])
         ]
         group, one = min(free, key=lambda at: cost([*before, *units[at[0]][at[1]]]))
         gone[group].append(one)
@@ -127,6 +132,37 @@ def test_the_greedy_choice_by_hand(units, keep):
     x, weight = inputs(), drawn(5, 8, seed=2)
     found = cheapest_to_lose(weight, x.T @ x, torch.tensor(units), keep, batch=1)
     assert found.tolist() == greedy_by_hand(weight, x.T @ x, units, keep)
+
+
+@pytest.mark.parametrize("many", [1.0, 1.5, 2.0])
+def test_the_greedy_choice_among_the_smallest_by_hand(many):
+    x, weight = inputs(), drawn(5, 8, seed=2)
+    x[:, 5] *= 10
+    weight[:, 5] *= 1e-3  # large, and cheap to lose
+    sums, units = summed(x), torch.arange(8).view(1, 8, 1)
+    sizes = sum(part.abs().mean(dim=0).square() for part in x.split(17))
+    smallest = sizes.argsort().tolist()
+    found = order_by_surgeon(weight, sums, units, 3, candidates=many).tolist()
+    candidates = [smallest[: math.ceil(many * (gone + 1))] for gone in range(5)]
+    stay = greedy_by_hand(weight, x.T @ x, units.tolist(), 3, candidates)[0]
+    assert sorted(found) == [one for one in range(8) if not stay[one]]
+    assert all(set(found[:gone]) <= set(smallest[: math.ceil(many * gone)]) for gone in range(1, 6))
+    assert found[0] != 5
+    assert order_by_surgeon(weight, sums, units, 7).tolist() == [5]
+
+
+def test_many_candidates_are_all():
+    x, weight = inputs(), drawn(5, 8, seed=2)
+    units = torch.arange(8).view(1, 8, 1)
+    every = order_by_surgeon(weight, summed(x), units, 1)
+    assert torch.equal(order_by_surgeon(weight, summed(x), units, 1, candidates=8.0), every)
+
+
+def test_heads_have_no_candidates():
+    x, weight = inputs(), drawn(5, 8, seed=2)
+    units = torch.arange(8).view(1, 4, 2)
+    every = order_by_surgeon(weight, summed(x), units)
+    assert torch.equal(order_by_surgeon(weight, summed(x), units, candidates=1.0), every)
 
 
 def test_batches_take_no_more_than_may_go():

@@ -56,7 +56,13 @@ _LEVELS = TypeAdapter(tuple[Levels, ...])
 
 
 def open_database(
-    measurements: Measurements, free: Sequence[int], multiple: int, attention: Sequence[int], *, single: bool = False
+    measurements: Measurements,
+    free: Sequence[int],
+    multiple: int,
+    attention: Sequence[int],
+    *,
+    single: bool = False,
+    candidates: float | None = None,
 ) -> Database:
     """Read the measurements of a model on its windows, or make and keep them.
 
@@ -66,6 +72,7 @@ def open_database(
         multiple: channels stay in multiples of this.
         attention: blocks whose attention may go.
         single: whether single key/value groups of it may go.
+        candidates: channels that go are among the smallest, this many times as many; None: among all.
 
     Raises:
         InputError: there are no windows, or the cache cannot be written.
@@ -74,21 +81,37 @@ def open_database(
     decoder, windows = measurements.decoder, measurements.need_windows()
     place = (str(decoder.module.dtype), decoder.device.type, measurements.options.batch_size)
     key = digest(
-        _FORMAT, decoder.fingerprint, place, windows.fingerprint, list(free), multiple, list(attention), single
+        _FORMAT,
+        decoder.fingerprint,
+        place,
+        windows.fingerprint,
+        list(free),
+        multiple,
+        list(attention),
+        single,
+        candidates,
     )
     folder = cache_folder("widths", key)
     levels = levels_by_branch(decoder, free, multiple, attention if single else ())
     blocks = _Blocks(folder)
-    found = recorded(folder / "levels.json", _DATABASE, lambda: _measured(measurements, levels, attention, blocks))
+
+    def measured() -> Database:
+        return _measured(measurements, levels, attention, blocks, candidates)
+
+    found = recorded(folder / "levels.json", _DATABASE, measured)
     blocks.drop()
     return found
 
 
 def _measured(
-    measurements: Measurements, levels: Mapping[Branch, Keep], attention: Sequence[int], blocks: _Blocks
+    measurements: Measurements,
+    levels: Mapping[Branch, Keep],
+    attention: Sequence[int],
+    blocks: _Blocks,
+    candidates: float | None,
 ) -> Database:
     decoder, windows, options = measurements.decoder, measurements.need_windows(), measurements.options
-    for measured in measure_levels(decoder, windows, levels, blocks, options=options):
+    for measured in measure_levels(decoder, windows, levels, blocks, candidates=candidates, options=options):
         blocks.add(measured)
     branches = [one for block in dict.fromkeys(block for block, _ in levels) for one in blocks.levels(block)]
     worth = reactions(decoder, windows, branches, blocks.writers, options=options)

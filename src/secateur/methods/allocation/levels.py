@@ -26,13 +26,11 @@ from secateur.models.widths import block_widths
 from secateur.plan.steps import Widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.removal import Branch
-from secateur.scores.unit_scores import removal_order
+from secateur.scores.unit_scores import order_by_surgeon
 from secateur.surgery.width.coupling import Part
 from secateur.surgery.width.inputs import measure_inputs, writer_weights
 from secateur.surgery.width.pruning import units_of
 
-_BATCHES = 128
-"""How often costs are recomputed while all units of a projection are removed."""
 _MOST = 12
 """Maximum number of levels between all and none, about."""
 
@@ -100,11 +98,13 @@ def measure_levels(
     levels: Mapping[Branch, Keep],
     known: Known = (),
     *,
+    candidates: float | None = None,
     options: RunOptions = DEFAULTS,
 ) -> Iterator[list[tuple[Levels, Writers]]]:
     """Measure the levels of branches on the dense model, block by block.
 
-    With each comes its output projection at the level between. Blocks in `known` are not measured again.
+    With each comes its output projection at the level between. Blocks in `known` are not measured again. `candidates`
+    is that of `order_by_surgeon`.
 
     Raises:
         NumericsError: NaN or infinity on the way.
@@ -125,11 +125,19 @@ def measure_levels(
                     through_block(decoder, index, batches, store)
                     continue
                 sums = measure_inputs(decoder, index, parts, batches, store, folds, advance=True)
-                yield [_measured(decoder, (index, part), wanted[index, part], sums[part], scale) for part in parts]
+                yield [
+                    _measured(decoder, (index, part), wanted[index, part], sums[part], scale, candidates)
+                    for part in parts
+                ]
 
 
 def _measured(
-    decoder: Decoder, branch: Branch, levels: Keep, sums: list[InputSums], scale: float
+    decoder: Decoder,
+    branch: Branch,
+    levels: Keep,
+    sums: list[InputSums],
+    scale: float,
+    candidates: float | None,
 ) -> tuple[Levels, Writers]:
     """Return the levels of attention or an MLP, or of all experts alike, and W at the level between."""
     block, part = branch
@@ -139,10 +147,9 @@ def _measured(
     errors, writers = torch.zeros(len(levels), dtype=torch.float64), []
     for weight, one in zip(writer_weights(decoder, block, part), sums, strict=True):
         weight = weight.to(one.total.device)
-        assert one.moments is not None
         assert one.fitted is not None
         units = units.to(weight.device)
-        order = removal_order(weight, one.moments.gram, units, batch=max(1, units.shape[1] // _BATCHES))
+        order = order_by_surgeon(weight, one, units, candidates=candidates)
         inputs, counts = units[0, order.flip(0)].flatten(), [each * keep for keep in levels]
         fits = nested_fits(weight, one.fitted, one.held_out or one.fitted, inputs)
         errors += torch.tensor([fits.error(count) for count in counts], dtype=torch.float64) / scale

@@ -69,6 +69,7 @@ def refined(
     parts: Parts,
     refit: Refit,
     rounds: int,
+    candidates: float | None = None,
 ) -> AllWidths:
     """Return widths that save as much as those at the start, at no more loss on the windows that judge.
 
@@ -80,6 +81,7 @@ def refined(
         parts: of the calibration windows.
         refit: how output projections are refitted when the plan is applied.
         rounds: how often exchanges are looked for.
+        candidates: channels that go are among the smallest, this many times as many; None: among all.
 
     Raises:
         NumericsError: NaN or infinity on the way.
@@ -87,7 +89,7 @@ def refined(
 
     def measured(widths: AllWidths, *, around: bool) -> Point:
         others = neighbours.of(widths) if around else {}
-        return _measured(measurements, parts, widths, others, refit)
+        return _measured(measurements, parts, widths, others, refit, candidates)
 
     best, least = measured(start, around=rounds > 0), 0.0
     seen = {start}
@@ -138,19 +140,25 @@ def exchange(point: Point, savings: Savings, least: float = 0.0) -> AllWidths:
 
 
 def _measured(
-    measurements: Measurements, parts: Parts, widths: AllWidths, others: Mapping[int, Sequence[Widths]], refit: Refit
+    measurements: Measurements,
+    parts: Parts,
+    widths: AllWidths,
+    others: Mapping[int, Sequence[Widths]],
+    refit: Refit,
+    candidates: float | None,
 ) -> Point:
     """Return the losses at these widths, from the disk if they were measured before."""
     decoder, options = measurements.decoder, measurements.options
     place = (str(decoder.module.dtype), decoder.device.type, options.batch_size, decoder.fingerprint)
     texts = [parts.fitted.fingerprint, parts.searched.fingerprint, parts.judged.fingerprint]
     asked = [_numbers(widths), [(block, _numbers(found)) for block, found in others.items()]]
-    key = digest(_FORMAT, place, texts, asked, refit.repair, refit.ridge, refit.target)
+    key = digest(_FORMAT, place, texts, asked, refit.repair, refit.ridge, refit.target, candidates)
     path = cache_folder("widths", "around", f"{key}.json")
     trials = [(block, one) for block, found in others.items() for one in found]
 
     def losses() -> list[float]:
-        found = losses_around(decoder, parts, widths, others, BrainSurgeon(), refit=refit, options=options)
+        choose = BrainSurgeon(candidates)
+        found = losses_around(decoder, parts, widths, others, choose, refit=refit, options=options)
         return [found.loss, found.judged, *(found.others[trial] for trial in trials)]
 
     count = len(trials) + 2
