@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from common import keep
+from common import CODE, keep
 
 import secateur
 from secateur.data.texts import windows_for
@@ -22,8 +22,8 @@ FINE = {"depth": "none,replaceme", "width": "none,obs-width", "obs-width.roundin
 def main(amounts: list[float], settings: dict[str, Any], windows: int = 32) -> None:
     """Search at 20, 30 and 40 % of all parameters; calibration and held-out modules are disjoint."""
     model = secateur.open_model("bundled")
-    calibration = windows_for(model, None, windows=windows)
-    held_out = windows_for(model, None, windows=64, split="held-out")
+    calibration = windows_for(model, CODE, windows=windows)
+    held_out = windows_for(model, CODE, windows=64, split="held-out")
     dense = secateur.evaluate(model, texts=held_out)[0].value
     for amount in amounts:
         wall, processor = time.perf_counter(), time.process_time()

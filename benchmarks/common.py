@@ -23,6 +23,8 @@ from secateur.versions import versions
 
 LENGTH, JUDGED = 512, 8
 """Tokens in a window, and windows of each text that judges a real model."""
+CODE = "python-stdlib"
+"""What the bundled model was trained on, and is calibrated and read on here."""
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from common import keep
+from common import CODE, keep
 
 import secateur
 from secateur.data.texts import windows_for
@@ -41,8 +41,8 @@ def main(only: list[str], windows: int = 32, amounts: tuple[int, ...] = (2, 3, 4
     Methods that drop the same blocks leave the same model, which is healed once.
     """
     model = secateur.open_model("bundled")
-    calibration = windows_for(model, None, windows=windows)
-    held_out = windows_for(model, None, windows=64, split="held-out")
+    calibration = windows_for(model, CODE, windows=windows)
+    held_out = windows_for(model, CODE, windows=64, split="held-out")
     scores = secateur.score(model, texts=calibration, kinds=("cosine", "angular", "magnitude", "perplexity", "taylor"))
     dense = secateur.evaluate(model, texts=held_out)[0].value
     seen: dict[tuple[int, ...], tuple[float, float]] = {}

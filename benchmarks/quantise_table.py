@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import keep
+from common import CODE, keep
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
@@ -30,8 +30,8 @@ CASES: list[tuple[str | None, dict[str, Any]]] = [
 def main(windows: int = 32) -> None:
     """Prune, save, quantise, and measure the same held-out windows before and after."""
     model = secateur.open_model("bundled")
-    calibration = windows_for(model, None, windows=windows)
-    held_out = windows_for(model, None, windows=64, split="held-out")
+    calibration = windows_for(model, CODE, windows=windows)
+    held_out = windows_for(model, CODE, windows=64, split="held-out")
     for method, amount in CASES:
         with tempfile.TemporaryDirectory() as scratch:
             pruned, removed = model, 0.0

@@ -8,14 +8,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from common import keep
+from common import CODE, keep
 
 import secateur
 from secateur.data.texts import windows_for
 from secateur.errors import InputError
 
-CODE = "python-stdlib"
-"""What the bundled model was trained on."""
 AMOUNTS = (0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
 SOME = (0.15, 0.25, 0.35)
 CASES: list[tuple[str, dict[str, Any], tuple[float, ...]]] = [

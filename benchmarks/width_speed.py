@@ -1,25 +1,31 @@
-"""`obs-width` against what it cannot do without: two plain forwards, the Gram products, an inverse and a solution each.
+"""`obs-width`, `wanda-sp` and `score` against what they cannot do without.
 
-Without heads to take out, a block is run twice: to measure its MLP, and once edited.
+    python benchmarks/width_speed.py [MODEL TEXT [WINDOWS [ROUNDS]]]
+
+The floor of `obs-width` is two plain forwards, the Gram products, and an inverse and a solution per block; that of
+`wanda-sp` without repair two forwards, that of `score` one. Without a model a random Llama reads random tokens. A block
+is run to measure its MLP, once edited, and where states are to come back to those of the dense model once more.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
-from common import compare, interleaved, keep, random_llama, random_windows
+from common import LENGTH, compare, interleaved, keep, random_llama, random_windows
 
 import secateur
 from secateur.calibration.inputs import InputSums
 from secateur.calibration.walk import batch_size_for, mean_loss
+from secateur.data.texts import windows_for
 from secateur.data.windows import Windows
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 
 
-def floor(model: Decoder, windows: Windows, kept: int) -> None:
-    """Run the model twice; build, invert and solve with one Gram matrix in every block."""
-    for _ in range(2):
-        mean_loss(model, windows)
+def solved(model: Decoder, windows: Windows, kept: int) -> None:
+    """Build, invert and solve with one Gram matrix in every block."""
     channels = block_widths(model, 0).channels
     inputs = torch.randn(batch_size_for(model, windows) * windows.seq_len, channels)
     owner = torch.zeros(len(inputs), dtype=torch.long)
@@ -33,21 +39,39 @@ def floor(model: Decoder, windows: Windows, kept: int) -> None:
         torch.linalg.solve(gram[:kept, :kept], torch.randn(kept, model.hidden_size, dtype=torch.float64))
 
 
-def main(windows: int = 8, length: int = 512, kept: int = 1536, rounds: int = 1) -> None:
-    """Time both in turn; a quarter of 2048 channels goes."""
-    model = random_llama()
-    read = random_windows(windows, length)
-    plan = secateur.make_plan(model, method="obs-width", texts=read, settings={"ffn": kept})
-    seconds = interleaved(
+def main(name: str = "", text: str = "", windows: int = 8, rounds: int = 1) -> None:
+    """Time all in turn; a quarter of the channels goes."""
+    model = secateur.open_model(name) if name else random_llama()
+    read = windows_for(model, text, windows=windows, seq_len=LENGTH) if name else random_windows(windows)
+    channels = block_widths(model, 0).channels
+    kept = channels * 3 // 4
+    cut = {
+        method: secateur.make_plan(model, method=method, texts=read, settings={"ffn": kept} | settings)
+        for method, settings in (("obs-width", {}), ("wanda-sp", {"repair": False}))
+    }
+
+    def forwards() -> None:
+        mean_loss(model, read)
+
+    times = interleaved(
         {
-            "obs_width": lambda: secateur.prune(model, plan, texts=read),
-            "floor": lambda: floor(model, read, kept),
+            "obs_width": lambda: secateur.prune(model, cut["obs-width"], texts=read),
+            "wanda_sp": lambda: secateur.prune(model, cut["wanda-sp"], texts=read),
+            "score": lambda: secateur.score(model, texts=read),
+            "forward": forwards,
+            "solved": lambda: solved(model, read, kept),
         },
         rounds,
+        warm=False,
     )
-    setting = {"windows": windows, "seq_len": length, "width": 768, "blocks": 12, "kept": kept, "rounds": rounds}
-    keep("width_speed", setting, compare(seconds, "obs_width", "floor"))
+    forward, rest = times["forward"], times["solved"]
+    times["two_forwards"] = [(2 * wall, 2 * processor) for wall, processor in forward]
+    times["floor"] = [(2 * a + c, 2 * b + d) for (a, b), (c, d) in zip(forward, rest, strict=True)]
+    setting = {"model": Path(name).stem if name else "random", "windows": windows, "seq_len": LENGTH, "rounds": rounds}
+    setting |= {"blocks": model.block_count, "channels": channels, "kept": kept}
+    pairs = {"obs_width": "floor", "wanda_sp": "two_forwards", "score": "forward"}
+    keep("width_speed", setting, {of: compare(times, of, to) for of, to in pairs.items()})
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))

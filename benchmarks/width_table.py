@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from common import keep
+from common import CODE, keep
 
 import secateur
 from secateur.data.texts import windows_for
@@ -37,8 +37,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def main(only: list[str], windows: int = 32) -> None:
     """Remove 16, 24 and 31 % of all parameters; calibration and held-out modules are disjoint."""
     model = secateur.open_model("bundled")
-    calibration = windows_for(model, None, windows=windows)
-    held_out = windows_for(model, None, windows=64, split="held-out")
+    calibration = windows_for(model, CODE, windows=windows)
+    held_out = windows_for(model, CODE, windows=64, split="held-out")
     dense = secateur.evaluate(model, texts=held_out)[0].value
     for method, settings in [case for case in CASES if not only or case[0] in only]:
         for amount in AMOUNTS:
