@@ -140,7 +140,7 @@ class BrainSurgeon:
         """Start without an order.
 
         Args:
-            candidates: channels that may go, those of smallest mean size, as a multiple of those that go; None: all.
+            candidates: channels that may go, those of smallest mean size, as a share of all; None: all.
         """
         self._candidates = candidates
         self._place: Place | None = None

@@ -264,11 +264,11 @@ class SurgeonSettings(EvenSettings):
     """Settings of `obs-width`."""
 
     candidates: float = Field(
-        2.0,
-        ge=1,
-        allow_inf_nan=False,
-        description="channels that go are among this many times as many, those of smallest mean size; what remains may "
-        "fail to stand in for a large one on other texts",
+        0.5,
+        gt=0,
+        le=1,
+        description="channels that go are among the smallest, this share of all (or half as many more than go): what "
+        "remains may fail to stand in for a large one on other texts; 1 is all",
     )
     allocation: Literal["uniform", "global"] = Field(
         "uniform",

@@ -132,8 +132,7 @@ class PruneWidth(Step):
     Attributes:
         widths: what each block keeps.
         choose: what decides which units of a block are removed.
-        candidates: channels that a greedy choice removes are among the smallest, this many times as many; None: among
-            all.
+        candidates: channels that a greedy choice removes are among the smallest, this share of all; None: among all.
         stock: the result keeps its architecture, a stock one unless it has the modelling file; else it gets that.
         repair: refit output projections by least squares, where that is better on held-out windows.
         ridge: ridge of that fit; "auto" is chosen on held-out windows.
@@ -150,7 +149,7 @@ class PruneWidth(Step):
     measures: ClassVar[bool] = True
     widths: tuple[Widths, ...]
     choose: Choice
-    candidates: float | None = Field(None, ge=1, allow_inf_nan=False)
+    candidates: float | None = Field(None, gt=0, le=1)
     stock: bool
     repair: bool = True
     ridge: float | Literal["auto"] = "auto"

@@ -23,6 +23,8 @@ from secateur.calibration.ridge import RIDGE, strength
 
 _BATCHES = 128
 """How often costs are recomputed while all units of one group would be removed."""
+_ROOM = 1.5
+"""Candidates of greedy removal for each unit that goes, at least."""
 _SPARSE = 7 / 8
 """Share of the inputs in W and H⁻¹ below which those that are gone are left out of them."""
 
@@ -104,19 +106,20 @@ def removal_order(
     return torch.cat(list(_losing(weight, gram, units, keep, batch, ridge, after)))
 
 
-def after_smaller(sizes: torch.Tensor, candidates: float) -> torch.Tensor:
-    """Return how many units must go before each may, (U,), so that greedy removal has few candidates at a time.
+def after_smaller(sizes: torch.Tensor, share: float) -> torch.Tensor:
+    """Return how many units must go before each may, (U,), so that greedy removal leaves the largest alone.
 
-    Of n units removed all are among the `candidates` · n smallest. What others can replace on the calibration texts
-    they may fail to replace on texts of another kind; that is no great loss where little was.
+    All units of which n are removed are among the smallest: a share of all, or half as many more than n if that is
+    more. What others can replace on the calibration texts they may fail to replace on texts of another kind; that is no
+    great loss where little was.
 
     Args:
         sizes: of the units, (U,).
-        candidates: at least 1.
+        share: of all units; 1 leaves none alone.
     """
     ranks = torch.empty_like(sizes)
     ranks[sizes.argsort(stable=True)] = torch.arange(len(sizes), dtype=sizes.dtype, device=sizes.device)
-    return ranks / candidates
+    return torch.where(ranks < share * len(sizes), 0.0, ranks / _ROOM)
 
 
 def order_by_surgeon(
@@ -129,7 +132,8 @@ def order_by_surgeon(
         sums: over its inputs, with the Gram matrix.
         units: inputs of each unit.
         keep: units to keep.
-        candidates: units of one input that go are among the smallest, this many times as many; None: among all.
+        candidates: units of one input that go are among the smallest, this share of all: see `after_smaller`; None:
+            among all.
     """
     assert sums.moments is not None, "greedy removal needs the Gram matrix"
     after = None if candidates is None or units.shape[2] > 1 else after_smaller(sums.magnitudes, candidates)

@@ -72,7 +72,7 @@ def open_database(
         multiple: channels stay in multiples of this.
         attention: blocks whose attention may go.
         single: whether single key/value groups of it may go.
-        candidates: channels that go are among the smallest, this many times as many; None: among all.
+        candidates: channels that go are among the smallest, this share of all; None: among all.
 
     Raises:
         InputError: there are no windows, or the cache cannot be written.

@@ -81,7 +81,7 @@ def refined(
         parts: of the calibration windows.
         refit: how output projections are refitted when the plan is applied.
         rounds: how often exchanges are looked for.
-        candidates: channels that go are among the smallest, this many times as many; None: among all.
+        candidates: channels that go are among the smallest, this share of all; None: among all.
 
     Raises:
         NumericsError: NaN or infinity on the way.
