@@ -55,6 +55,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "heads": ({}, {}),
     "reap": ({}, {}),
     "slicegpt": ({"slice": 0.25}, {}),
+    "stock-slicing": ({"slice": 0.25}, {}),
 }
 """Methods with amount and settings: `heads` is `obs-width` with half of the heads; `reap` keeps as few as it can."""
 DROPS = ("shortgpt", "sleb", "streamline")
