@@ -33,13 +33,11 @@ class Stream:
             with the axis of these that runs along the stream.
         writers: the tensors that write to it, biases included, and their axis along it.
         tables: matrices of embeddings (rows, directions).
-        eps: the configuration entry with the eps of these norms and of no others; None if there is none.
     """
 
     readers: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
     writers: tuple[tuple[str, int], ...]
     tables: tuple[str, ...]
-    eps: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

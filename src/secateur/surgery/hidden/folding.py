@@ -52,6 +52,8 @@ def refuse_unsliceable(decoder: Decoder, refusal: str = CANNOT_SLICE) -> None:
     """
     reason = reason_against(decoder)
     if reason:
+        if refusal == CANNOT_SLICE and reason_against_one_basis(decoder) is None:
+            reason += "; one basis may do (stock-slicing)"
         raise UnfoldableError(decoder.source, refusal, reason)
 
 

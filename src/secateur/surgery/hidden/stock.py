@@ -1,8 +1,8 @@
 """Slice hidden states with one basis for the whole model and a stock architecture (docs/methods/stock-slicing.md).
 
 With the same P everywhere, residual connections need no matrices and a smaller `hidden_size` describes the result. A
-stock RMSNorm divides by √(Σ x²/d + eps) over the d kept directions, the dense norm by √(Σ x²/D + eps). With weight
-√(D/d) and eps·D/d, the stock norm equals the dense one.
+stock RMSNorm divides by √(Σ x²/d + eps) over the d kept directions, the dense norm by √(Σ x²/D + eps). What writes to
+the stream is scaled by √(d/D) and the norms by √(D/d), so that the stock norm equals the dense one.
 
 Legend: D = dense width, d = kept width, P (D, d) = kept orthonormal directions, M (D, d) = replacement of P in the
 input weights of a layer: W ← W M. M = P is a plain slice; see `Reconstruction` for a better M.
@@ -46,9 +46,6 @@ def config_of_width(decoder: Decoder, width: int) -> Any:
     if getattr(config, "widths", None):
         config.widths = [width] * len(config.widths)
     config.tie_word_embeddings = False
-    eps = stream_of(decoder).eps
-    if eps is not None:
-        setattr(config, eps, getattr(config, eps) * decoder.hidden_size / width)
     config.validate()
     return config
 
@@ -63,9 +60,10 @@ def width_step(decoder: Decoder, rounding: int) -> int | None:
     Raises:
         ModelError: the hidden states cannot be rotated at all.
     """
-    if decoder.anatomy.family.stream is None:
+    family = decoder.anatomy.family
+    if family.stream is None:
         refuse_unsliceable(decoder)
-    if decoder.anatomy.family.norm == "layernorm":
+    if family.norm == "layernorm" or (family.stream is None and not family.free_heads):
         return None
     for step in (rounding, math.lcm(rounding, int(entry(decoder.config, "num_attention_heads") or 1))):
         largest = (decoder.hidden_size - 1) // step * step
@@ -131,20 +129,21 @@ class StockSlicing:
         family, width = decoder.anatomy.family, directions.shape[1]
         self._dense, self._directions = decoder, directions
         self._assembly = Assembly(decoder, config_of_width(decoder, width), family)
+        self._writing = directions * math.sqrt(width / decoder.hidden_size)
         self._scale = math.sqrt(decoder.hidden_size / width) - (family.norm == "rms-plus-one")
 
     @torch.no_grad()
     def block(self, index: int, readings: Sequence[Directions]) -> None:
         """Slice block `index`, whose dense weights are present, with M of each of its reading points."""
         where = self._assembly.block_path(index)
-        self._assembly.put(where, _block(self._dense, index, self._directions, readings, self._scale))
+        self._assembly.put(where, _block(self._dense, index, self._writing, readings, self._scale))
         self._assembly.finish(index)
 
     @torch.no_grad()
     def finish(self, reading: Directions) -> Decoder:
         """Slice embeddings and head, the latter with M, and give the model."""
         with self._dense.outer(head=False):
-            found = _tables(self._assembly, self._directions, self._scale)
+            found = _tables(self._assembly, self._writing, self._scale)
         self._assembly.put("", found)
         self._assembly.finish(OUTER)
         with self._dense.outer(table=False):
@@ -154,9 +153,7 @@ class StockSlicing:
         return self._assembly.result(sliced_fingerprint([imprint_of(self._directions)]))
 
 
-def _block(
-    decoder: Decoder, index: int, directions: Directions, readings: Sequence[Directions], scale: float
-) -> Tensors:
+def _block(decoder: Decoder, index: int, writing: Directions, readings: Sequence[Directions], scale: float) -> Tensors:
     family, stream, block = decoder.anatomy.family, stream_of(decoder), decoder.block_list[index]
     found: Tensors = dict(block.named_parameters())
     norms = [(norm, dict(readers)) for norm, readers in stream.readers if find(block, norm) is not None]
@@ -164,24 +161,24 @@ def _block(
         norm = find(block, name)
         for reader, tensor in present(block, tuple(axes)):
             found[reader] = along(tensor, axes[reader], _reader(norm, family.norm, reading))
-        found[f"{name}.weight"] = torch.full((directions.shape[1],), scale)
+        found[f"{name}.weight"] = torch.full((writing.shape[1],), scale)
     axes = dict(stream.writers)
     for name, tensor in present(block, tuple(axes)):
-        found[name] = along(tensor, axes[name], lambda rows: times(rows, directions))
+        found[name] = along(tensor, axes[name], lambda rows: times(rows, writing))
     return found
 
 
-def _tables(assembly: Assembly, directions: Directions, scale: float) -> Tensors:
+def _tables(assembly: Assembly, writing: Directions, scale: float) -> Tensors:
     family = assembly.dense.anatomy.family
     embed, own = (find(one.module, family.embeddings[0]) for one in (assembly.dense, assembly.decoder))
 
     def turned(rows: torch.Tensor) -> torch.Tensor:
-        found = times(rows, directions)
+        found = times(rows, writing)
         return found * (embed.embed_scale / own.embed_scale).to(found) if hasattr(embed, "embed_scale") else found
 
     tables = {name: find(assembly.dense.module, name) for name in stream_of(assembly.dense).tables}
     found = {name: by_rows(table, turned, assembly.stored) for name, table in tables.items()}
-    return found | {f"{family.final[0]}.weight": torch.full((directions.shape[1],), scale)}
+    return found | {f"{family.final[0]}.weight": torch.full((writing.shape[1],), scale)}
 
 
 def _head(assembly: Assembly, reading: Directions) -> Tensors:

@@ -21,12 +21,10 @@ def stream_of(decoder: Decoder) -> Stream:
     readers: dict[str, dict[str, int]] = {}
     for norm, names in zip((family.norms[0], family.norms[-1]), reading, strict=True):
         readers.setdefault(norm, {}).update(_all(blocks, names, writes=False))
-    normed_heads = any(next(present(block, family.attention_norms), None) for block in blocks)
     return Stream(
         readers=tuple((norm, tuple(found.items())) for norm, found in readers.items()),
         writers=tuple(_all(blocks, (*family.attention_out, *family.mlp_out), writes=True).items()),
         tables=(f"{family.embeddings[0]}.weight",),
-        eps=None if normed_heads else "rms_norm_eps",
     )
 
 

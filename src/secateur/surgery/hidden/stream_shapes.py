@@ -6,7 +6,6 @@ to it, and others that read from it through a norm, which is seen while the copy
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -65,6 +64,11 @@ def row_with_stream(copy_of: Decoder) -> Family:
     """
     family = copy_of.anatomy.family
     head = f"{family.head}.weight"
+    if any(
+        isinstance(one, nn.LayerNorm) and copy_of.hidden_size in one.normalized_shape
+        for one in copy_of.module.modules()
+    ):
+        raise MisunderstoodError("its norms subtract a mean, which is not that of fewer directions")
     axes = _axes(copy_of)
     _draw(copy_of, axes)
     seen = _watched(copy_of, axes)
@@ -92,7 +96,6 @@ def row_with_stream(copy_of: Decoder) -> Family:
             readers=tuple((norm, tuple(readers[norm])) for norm in order),
             writers=tuple((path, role.axis) for path, role in inside.items() if role.kind == "writer"),
             tables=tuple(path for path, role in outside.items() if role.kind == "table"),
-            eps=_eps_entry(copy_of, (*order, final)),
         ),
     )
 
@@ -250,7 +253,7 @@ def _kind_of_norms(copy_of: Decoder, paths: Sequence[str]) -> NormKind:
         kinds: tuple[NormKind, ...] = ("rms", "rms-plus-one")
         alike = [one for one in kinds if torch.allclose(normed, _normed(states, norm, one), rtol=1e-3, atol=1e-3)]
         if not alike or getattr(norm, "bias", None) is not None:
-            raise MisunderstoodError(f"its norm `{name}` does not only divide by the root mean square")
+            raise MisunderstoodError(f"its norm `{_path(copy_of, name)}` does not only divide by the root mean square")
         found.add(alike[0])
     if len(found) > 1:
         raise MisunderstoodError("its norms differ in kind")
@@ -259,27 +262,3 @@ def _kind_of_norms(copy_of: Decoder, paths: Sequence[str]) -> NormKind:
 
 def _normed(states: torch.Tensor, norm: nn.Module, kind: NormKind) -> torch.Tensor:
     return scaled_by_norm(unit_scale(states, norm_eps(norm)), norm, kind)
-
-
-def _eps_entry(copy_of: Decoder, norms: Sequence[str]) -> str | None:
-    """Return the configuration entry with the eps of just these norms."""
-    eps, before = norm_eps(find(copy_of.module, norms[-1])), _epsilons(copy_of.module)
-    expected = {name for name in before if _path(copy_of, name) in norms}
-    for setting, value in copy_of.config.to_dict().items():
-        if type(value) is not float or value != eps:
-            continue
-        config = copy.deepcopy(copy_of.config)
-        setattr(config, setting, 2 * eps)
-        with torch.device("meta"):
-            after = _epsilons(auto_class(config).from_config(config))
-        if {name for name in before if after[name] != before[name]} == expected:
-            return setting
-    return None
-
-
-def _epsilons(module: nn.Module) -> dict[str, float]:
-    return {
-        name: norm_eps(one)
-        for name, one in module.named_modules()
-        if hasattr(one, "variance_epsilon") or hasattr(one, "eps")
-    }

@@ -63,7 +63,7 @@ def _tried(decoder: Decoder) -> Family | str:
     try:
         with torch.random.fork_rng(devices=[]):
             tiny, _ = tiny_copy(decoder.module.config, family, decoder.module, trust_remote_code=False)
-            provisional = replace(family, stream=Stream((), (), (), None))
+            provisional = replace(family, stream=Stream((), (), ()))
             found = row_with_stream(trial_decoder(tiny, provisional))
             _prove(trial_decoder(tiny, found))
     except MisunderstoodError as error:
