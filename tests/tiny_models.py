@@ -220,7 +220,7 @@ def _kinds(*names: str) -> Callable[[int], list[str]]:
 
 
 _STATES = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8}
-_SHORT = {**_GROUPED, "layer_types": _kinds("conv", "conv", "full_attention")}
+_SHORT = {**_GROUPED, "layer_types": _kinds("conv", "full_attention", "conv")}
 _MULTIPLIERS = {
     "embedding_multiplier": 2.0,
     "lm_head_multiplier": 0.5,
