@@ -165,8 +165,6 @@ def _draw(copy_of: Decoder, axes: dict[str, int]) -> None:
         noise = torch.randn(tensor.shape, generator=generator)
         if tensor.dim() == 1:
             tensor.add_(0.2 * noise)
-        elif isinstance(owner_of(copy_of.module, name), nn.Embedding):
-            tensor.copy_(noise)  # large beside eps, which some configurations cannot name for these norms alone
         else:
             tensor.copy_(noise / tensor.shape[-1] ** 0.5)
 
