@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from oracles import draw_tokens, forward, no_real_parameters, pad, walk, walks
 from secateur.errors import ModelError
-from secateur.models.depth import _place_of, config_with_blocks
+from secateur.models.depth import _place_of, config_with_blocks, reason_to_keep
 from secateur.models.families import FAMILIES
 from secateur.models.opening import open_model
 from secateur.surgery.depth.blocks import keep_blocks
@@ -94,6 +94,23 @@ def test_without_blocks(name, tiny, shortened, tmp_path):
     assert torch.equal(forward(decoder.module, tokens), before)
     assert decoder.config.to_json_string() == config
     assert decoder.block_count == len(decoder.block_list) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "kind"),
+    [
+        ("bamba", (1, 4, 7), "attention"),
+        ("jamba", (1,), "attention"),
+        ("lfm2_moe", (1, 4, 7), "attention"),
+        ("nemotron_h", (2, 6), "attention"),
+        ("nemotron_h", (0, 4), "linear_attention"),
+    ],
+)
+def test_the_last_block_of_a_kind_of_mixing_stays(name, gone, kind, tiny):
+    decoder = tiny(name, skeleton=True)
+    config, family = decoder.config, decoder.anatomy.family
+    assert reason_to_keep(config, family, gone) == f"the last block of the kind {kind} must stay"
+    assert reason_to_keep(config, family, gone[:-1]) is None
 
 
 @pytest.mark.parametrize("name", VARIANTS)
