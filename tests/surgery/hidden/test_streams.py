@@ -97,16 +97,13 @@ def test_a_cut_of_another_form_is_saved_as_one_of_its_family(small, tmp_path):
         make_plan(decoder, method="slicegpt", slicing=0.25, texts=windows)
 
 
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-
-
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         ("minimax", "what its norm `input_layernorm` gives is not only read by projections"),
         ("jamba", r"an inner size follows from the hidden size \(that of `mamba.A_log`\)"),
         ("lfm2", r"an inner size follows from the hidden size \(that of `conv.in_proj.weight`\)"),
-        ("bamba", "no smaller hidden size .*Mamba head state do not match the model intermediate_size"),
+        ("bamba", r"an inner size follows from the hidden size \(that of `mamba.conv1d.weight`\)"),
         ("gemma2", "a norm stands between its branches and the residual stream"),
         ("cohere2", "only its sliding attention has rotary positions"),
         ("gemma4_text", "`model.per_layer_model_projection.weight` stands between its embeddings and its blocks"),
@@ -121,6 +118,20 @@ def test_a_refusal_says_what_is_not_understood(model, reason, small, request):
         decoder = open_model(of_type(model, num_hidden_layers=BLOCKS))
     with pytest.raises(ModelError, match=f"the hidden size of this model cannot be sliced: .*{reason}"):
         with_stream(decoder)
+
+
+def test_sizes_of_state_spaces_that_a_model_has_not_follow_its_hidden_size(tmp_path):
+    attention = {"num_hidden_layers": 2, "layer_types": ["attention"] * 2, "num_local_experts": 0}
+    decoder = with_stream(open_model(of_type("granitemoehybrid", **attention, mamba_n_heads=16)))
+    windows = draw_windows()
+    assert width_step(decoder, 4) == 8, "of which 16 heads make up twice the hidden size"
+    sliced = slice_with_shared_bases(decoder, windows, basis(), stock=True, reconstruct=False)
+    sliced.module.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert again.config.mamba_d_head * 16 == again.config.mamba_expand * KEPT
+    found = forward(again, windows.tokens)
+    assert torch.equal(found, forward(sliced.module, windows.tokens))
+    assert float((found - forward(projected(decoder, basis()), windows.tokens)).abs().max() / found.abs().max()) < 1e-5
 
 
 def test_heads_that_a_configuration_ties_to_the_hidden_size_need_the_modelling_file(small):

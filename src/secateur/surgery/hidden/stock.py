@@ -31,6 +31,9 @@ from secateur.surgery.hidden.folding import refuse_unsliceable, scaled_by_norm
 from secateur.surgery.hidden.own_bases import imprint_of, sliced_fingerprint
 from secateur.surgery.hidden.stream_of_row import head_size, stream_of
 
+_HEADS = ("num_attention_heads", "mamba_n_heads", "mamba_expand")
+"""Configuration entries with numbers of heads that the hidden size, or its expansion, may have to be a multiple of."""
+
 
 def config_of_width(decoder: Decoder, width: int) -> Any:
     """Return the configuration of the same architecture with another hidden size; heads keep their size.
@@ -46,12 +49,27 @@ def config_of_width(decoder: Decoder, width: int) -> Any:
     if getattr(config, "widths", None):
         config.widths = [width] * len(config.widths)
     config.tie_word_embeddings = False
-    config.validate()
+    try:
+        config.validate()
+    except (StrictDataclassError, ValueError):
+        if not _states_follow(decoder.config):
+            raise
+        config.mamba_d_head = config.mamba_expand * width // config.mamba_n_heads
+        config.validate()
     return config
 
 
+def _states_follow(config: Any) -> bool:
+    """Return whether the heads of state spaces together are as wide as a multiple of the hidden size.
+
+    Some configurations require this also of a model without state spaces, where it holds nothing (Granite 4).
+    """
+    expansion, count, size = (entry(config, name) for name in ("mamba_expand", "mamba_n_heads", "mamba_d_head"))
+    return bool(expansion and count and size) and expansion * config.hidden_size == count * size
+
+
 def width_step(decoder: Decoder, rounding: int) -> int | None:
-    """Return what kept widths must be multiples of: `rounding`, and the heads if the configuration requires it.
+    """Return what kept widths must be multiples of: `rounding`, and numbers of heads if the configuration requires it.
 
     Return None if no stock model can represent sliced states: a stock LayerNorm subtracts the mean over the kept
     directions, which is not the mean over all, and some configurations tie the hidden size to other sizes (Phi-3 with
@@ -65,7 +83,9 @@ def width_step(decoder: Decoder, rounding: int) -> int | None:
         refuse_unsliceable(decoder)
     if family.norm == "layernorm" or (family.stream is None and not family.free_heads):
         return None
-    for step in (rounding, math.lcm(rounding, int(entry(decoder.config, "num_attention_heads") or 1))):
+    heads, states, expansion = (int(entry(decoder.config, name) or 1) for name in _HEADS)
+    counts = (heads, states // math.gcd(states, expansion))
+    for step in (rounding, *(math.lcm(rounding, count) for count in counts), math.lcm(rounding, *counts)):
         largest = (decoder.hidden_size - 1) // step * step
         if largest > 0 and _allowed(decoder, largest):
             return step
