@@ -55,6 +55,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "heads": ({}, {}),
     "reap": ({}, {}),
     "slicegpt": ({"slice": 0.25}, {}),
+    "stock-slicing": ({"slice": 0.25}, {}),
 }
 """Methods with amount and settings: `heads` is `obs-width` with half of the heads; `reap` keeps as few as it can."""
 DROPS = ("shortgpt", "sleb", "streamline")
@@ -284,6 +285,8 @@ def cut(method: str, dense: Path, out: Path) -> None:
         settings = {"experts": fewest_experts(decoder)}
     name = "obs-width" if method == "heads" else method
     plan = make_plan(decoder, method=name, **amount, texts=windows, settings=settings)
+    if method == "stock-slicing" and not all(getattr(step, "stock", False) for step in plan.steps):
+        raise ModelError("no stock model can hold its sliced states; the modelling file can")
     pruned = prune(decoder, plan, texts=windows)
     assert pruned.parameter_count < decoder.parameter_count, "nothing was removed"
     save(pruned, out, check=False)

@@ -15,6 +15,7 @@ COLUMNS = {
     "heads": "heads",
     "experts": "reap",
     "slicing": "slicegpt",
+    "stock slicing": "stock-slicing",
 }
 """Heads of the columns, each with the run whose result it shows."""
 

@@ -212,7 +212,30 @@ _LINEAR = {
     "layer_types": lambda blocks: ["linear_attention" if i % 2 else "full_attention" for i in range(blocks)],
 }
 _GATED_DELTA = {**_LINEAR, **_ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 40}
-_HYBRIDS = (_row("qwen3_5_text", **_LINEAR),)
+
+
+def _kinds(*names: str) -> Callable[[int], list[str]]:
+    """Kinds of blocks that repeat."""
+    return lambda blocks: [names[i % len(names)] for i in range(blocks)]
+
+
+_STATES = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_SHORT = {**_GROUPED, "layer_types": _kinds("conv", "full_attention", "conv")}
+_MULTIPLIERS = {
+    "embedding_multiplier": 2.0,
+    "lm_head_multiplier": 0.5,
+    "attention_in_multiplier": 0.8,
+    "attention_out_multiplier": 0.7,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.6,
+    "mlp_multipliers": [0.9, 0.7],
+}
+_HYBRIDS = (
+    _row("qwen3_5_text", **_LINEAR),
+    _row("falcon_h1", **_WIDE_HEADS, **_STATES, **_MULTIPLIERS, mamba_d_ssm=48),
+    _row("bamba", **_GROUPED, **_STATES, attn_layer_indices=lambda blocks: [i for i in range(blocks) if i % 3 == 1]),
+    _row("lfm2", **_SHORT),
+)
 """Dense families with blocks of several kinds."""
 _MIXTURES = (
     _row("olmoe", **_GROUPED, num_experts=4, num_experts_per_tok=2),
@@ -222,6 +245,37 @@ _MIXTURES = (
     _row("deepseek_v2", **_PLAIN, **_GROUPS, **_LATENT, num_key_value_heads=4, first_k_dense_replace=2),
     _row("deepseek_v3", **_PLAIN, **_GROUPS, **_LATENT, num_key_value_heads=4, first_k_dense_replace=2),
     _row("gpt_oss", **_WIDE_HEADS, **_SLIDING, num_local_experts=4, num_experts_per_tok=2),
+    _row("ernie4_5_moe", **_GROUPED, moe_intermediate_size=24, moe_num_experts=4, moe_k=2, moe_layer_start_index=2),
+    _row("hunyuan_v1_moe", **_WIDE_HEADS, num_experts=4, moe_topk=2),
+    _row("minimax", **_WIDE_HEADS, num_local_experts=4, layer_types=_kinds("linear_attention", "full_attention")),
+    _row("llama4_text", **_WIDE_HEADS, num_local_experts=4, intermediate_size_mlp=40, interleave_moe_layer_step=2),
+    _row(
+        "nemotron_h",
+        **_WIDE_HEADS,
+        moe_intermediate_size=48,
+        num_experts_per_tok=2,
+        n_routed_experts=4,
+        moe_shared_expert_intermediate_size=40,
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        n_groups=2,
+        ssm_state_size=8,
+        layer_types=_kinds("linear_attention", "moe", "full_attention", "mlp"),
+    ),
+    _row(
+        "jamba",
+        **_GROUPED,
+        num_experts=8,
+        num_experts_per_tok=2,
+        expert_layer_period=16,
+        expert_layer_offset=2,
+        attn_layer_period=16,
+        attn_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    ),
+    _row("lfm2_moe", **_SHORT, **_ROUTED, num_experts=4, num_dense_layers=2),
     _row("qwen3_next", **_GATED_DELTA),
     _row("qwen3_5_moe_text", **_GATED_DELTA),
 )
@@ -263,11 +317,11 @@ UNSLICEABLE: tuple[str, ...] = (
     "nemotron",
     "hunyuan_v1_dense",
     "cohere2",
-    "qwen3_5_text",
+    *(row.name for row in _HYBRIDS),
     *(name for name in MIXED if name != "granitemoe"),
     *OTHER_FAMILIES,
 )
-"""Models whose hidden states cannot be rotated."""
+"""Models that the modelling file for sliced ones cannot hold, or whose hidden states cannot be rotated."""
 
 
 def build(name: str, *, blocks: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -28,7 +28,7 @@ def test_every_family_answers_and_its_cache_is_known_from_shapes(name):
     assert lap.cache_bytes == 2 * 6 * 4 * sum(cache_numbers(decoder))
     assert min(lap.prefill, lap.decode) > 0
     assert lap.first >= lap.prefill
-    spans = [12 if kind == "full_attention" else 8 for kind in getattr(decoder.config, "layer_types", None) or ()]
+    spans = [8 if kind == "sliding_attention" else 12 for kind in getattr(decoder.config, "layer_types", None) or ()]
     if spans:
         assert cache_size(decoder, 12) == tuple(map(int.__mul__, cache_numbers(decoder), spans))
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from oracles import draw_tokens, forward, no_real_parameters, pad, walk, walks
 from secateur.errors import ModelError
-from secateur.models.depth import _place_of, config_with_blocks
+from secateur.models.depth import _place_of, config_with_blocks, reason_to_keep
 from secateur.models.families import FAMILIES
 from secateur.models.opening import open_model
 from secateur.surgery.depth.blocks import keep_blocks
@@ -96,6 +96,23 @@ def test_without_blocks(name, tiny, shortened, tmp_path):
     assert decoder.block_count == len(decoder.block_list) == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "gone", "kind"),
+    [
+        ("bamba", (1, 4, 7), "attention"),
+        ("jamba", (1,), "attention"),
+        ("lfm2_moe", (1, 4, 7), "attention"),
+        ("nemotron_h", (2, 6), "attention"),
+        ("nemotron_h", (0, 4), "linear_attention"),
+    ],
+)
+def test_the_last_block_of_a_kind_of_mixing_stays(name, gone, kind, tiny):
+    decoder = tiny(name, skeleton=True)
+    config, family = decoder.config, decoder.anatomy.family
+    assert reason_to_keep(config, family, gone) == f"the last block of the kind {kind} must stay"
+    assert reason_to_keep(config, family, gone[:-1]) is None
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_shorter_model_shares_its_tensors(name, tiny, shortened):
     decoder, cut = tiny(name), shortened(name)
@@ -110,6 +127,10 @@ def test_the_shorter_model_shares_its_tensors(name, tiny, shortened):
     assert not cut.module.training
 
 
+TOLD_POSITIONS = ("bamba", "minimax")
+"""transformers 5.23 counts the positions of new tokens from 0 here, unless it is told them, as `generate` does."""
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_shorter_model_continues_from_a_cache(name, shortened):
@@ -118,8 +139,9 @@ def test_the_shorter_model_continues_from_a_cache(name, shortened):
     whole = forward(module, tokens)
     cache = None
     found = []
-    for part in (tokens[:, :11], tokens[:, 11:12], tokens[:, 12:13], tokens[:, 13:]):
-        result = module(input_ids=part, past_key_values=cache, use_cache=True)
+    for first, last in ((0, 11), (11, 12), (12, 13), (13, 14)):
+        told = {"position_ids": torch.arange(first, last).expand(2, -1)} if name in TOLD_POSITIONS else {}
+        result = module(input_ids=tokens[:, first:last], past_key_values=cache, use_cache=True, **told)
         cache = result.past_key_values
         found.append(result.logits)
     torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=1e-4, atol=1e-4)

@@ -16,15 +16,32 @@ SHARED = ("shared_in", "shared_out")
 MATRIX_PARTS = ("attention_in", "attention_out", "mlp_in", "mlp_out", "router", *SHARED)
 BLOCK_PARTS = (*MATRIX_PARTS, "norms", "attention_norms")
 _WITH_GATES = ("linear_attn", "mlp.shared_expert.gate_", "mlp.shared_expert.up_", "mlp.shared_expert_gate")
+_STATE_SPACE = (
+    "mixer.in_proj",
+    "mixer.conv1d",
+    "mixer.out_proj",
+    "mixer.norm",
+    "mixer.A_log",
+    "mixer.D",
+    "mixer.dt_bias",
+)
 _LATENT = ("self_attn.q_a_", "self_attn.kv_a_")
 UNKNOWN = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "qwen3_5_text": ("linear_attn",),
+    "falcon_h1": ("mamba.",),
+    "bamba": ("mamba.",),
+    "jamba": ("mamba.",),
+    "lfm2": ("conv.",),
+    "lfm2_moe": ("conv.",),
+    "nemotron_h": (*_STATE_SPACE, "mixer.shared_experts.up_"),
+    "minimax": ("self_attn.",),
     "qwen3_next": _WITH_GATES,
     "qwen3_5_moe_text": _WITH_GATES,
 }
-"""How parameters begin that a row does not name: latent or linear attention, an expert of its own width."""
+"""How parameters begin that a row does not name: latent or linear attention, state spaces, convolutions, an expert of
+its own width."""
 OUTER_PARTS = ("embeddings", "final")
 
 # Parts of attention that a configuration has to ask for; no variant of tiny_models does.
@@ -73,7 +90,7 @@ def parameters_under(module, names):
     for name, part in present(module, names):
         if isinstance(part, nn.Parameter):
             found |= {name, f"{name}_bias"} if find(module, f"{name}_bias") is not None else {name}
-        else:
+        elif isinstance(part, nn.Module):  # else a buffer
             found |= {f"{name}.{leaf}" for leaf, _ in part.named_parameters()}
     return found
 

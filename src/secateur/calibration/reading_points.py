@@ -1,7 +1,8 @@
 """The points where the residual stream is read, with the states and loss gradients there.
 
 Points are numbered in order: attention and MLP of each block (one point if they run in parallel), and last the head.
-The state at a point is the stream before the norm that reads it.
+Where blocks have other branches, there are as many points for each as a block has norms before branches at most. The
+state at a point is the stream before the norm that reads it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ Visit = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 def points_per_block(decoder: Decoder) -> int:
     """Return the reading points per block: one if attention and MLP run in parallel, otherwise two."""
+    if decoder.anatomy.family.stream is not None:
+        return max(len(reading_norms(decoder, block)) for block in decoder.block_list)
     return 1 if decoder.anatomy.parallel else 2
+
+
+def reading_norms(decoder: Decoder, block: nn.Module) -> list[nn.Module]:
+    """Return the norms at the reading points of a block, in the order of the points."""
+    family = decoder.anatomy.family
+    if family.stream is not None:
+        return [norm for _, norm in present(block, tuple(name for name, _ in family.stream.readers))]
+    return [norm for _, norm in present(block, family.norms)][: points_per_block(decoder)]
 
 
 @torch.no_grad()
@@ -63,8 +74,8 @@ def visit_reading_points(
                     shown(points * index, hidden, batch)
                     with inputs_of(norms_within(decoder, block)) as entering:
                         store.put(batch.index, step(decoder, index, batch, hidden))
-                    for middle in entering:
-                        shown(points * index + 1, middle, batch)
+                    for place, middle in enumerate(entering, start=1):
+                        shown(points * index + place, middle, batch)
                 after_block(index)
         for batch in batches:
             shown(points * decoder.block_count, store.get(batch.index), batch)
@@ -94,8 +105,8 @@ def visit_gradients(decoder: Decoder, windows: Windows, visit: Visit, *, options
             with decoder.block(index) as block, torch.enable_grad():
                 for batch in batches:
                     within = back_through(decoder, index, batch, kept, entering=norms_within(decoder, block))
-                    for gradient in within:
-                        shown(points * index + 1, gradient, batch)
+                    for place, gradient in enumerate(within, start=1):
+                        shown(points * index + place, gradient, batch)
                     shown(points * index, kept.get(("gradient", batch.index)), batch)
 
 
@@ -124,6 +135,5 @@ def centred(decoder: Decoder, states: torch.Tensor) -> torch.Tensor:
 
 
 def norms_within(decoder: Decoder, block: nn.Module) -> list[nn.Module]:
-    """Return the norm between attention and MLP of a sequential block; a parallel one has none."""
-    found = [norm for _, norm in present(block, decoder.anatomy.family.norms)]
-    return found[1:2] if points_per_block(decoder) == 2 else []
+    """Return the norms at the reading points of a block other than its input."""
+    return reading_norms(decoder, block)[1:]

@@ -52,8 +52,6 @@ def write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byte
 def _parts(decoder: Decoder, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the weights outside the blocks, then those of each block, named as in a checkpoint."""
     module = decoder.module
-    if decoder.is_skeleton and hasattr(module, "_weight_conversions"):
-        del module._weight_conversions  # a partial load leaves only the conversions *it* used; writing needs all
     blocks = f"{decoder.anatomy.family.blocks}."
     stays = float32_names(module, dtype, decoder.folder if dtype == decoder.saved_dtype else None)
     once = {name for name, _ in saved_tensors(module)}  # what several blocks share is with the first of them

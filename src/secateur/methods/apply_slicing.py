@@ -11,6 +11,7 @@ from secateur.surgery.hidden.invariance import require_invariance
 from secateur.surgery.hidden.own_bases import slice_by_principal_directions
 from secateur.surgery.hidden.shared_basis import find_bases, find_coordinates, slice_with_shared_bases
 from secateur.surgery.hidden.stock import stock_stream_sizes
+from secateur.surgery.hidden.stream_trial import with_stream
 
 
 @applies(SliceHidden)
@@ -21,11 +22,12 @@ def apply(measurements: Measurements, step: SliceHidden) -> Decoder:
         InputError: the step was made for a model of another shape.
         ModelError: the family cannot be sliced.
     """
-    decoder = measurements.decoder
+    decoder = with_stream(measurements.decoder) if step.stock else measurements.decoder
     sizes = stock_stream_sizes(decoder) if step.stock else stream_sizes(folded_config(decoder))
     if sizes != step.sizes:
         raise InputError("this slicing step was made for a model of another shape; make a new plan for this one.")
-    require_invariance(decoder)
+    if decoder.anatomy.family.stream is None:  # else the trial that found it has shown this
+        require_invariance(decoder)
     windows = measurements.need_windows()
     if step.bases is None:
         return slice_by_principal_directions(

@@ -48,6 +48,7 @@ from secateur.plan.steps import AnyStep, Choice, PruneWidth
 from secateur.plan.width import width_work
 from secateur.plan.work import Work
 from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
+from secateur.surgery.hidden.stream_trial import with_stream
 from secateur.surgery.uneven import becomes_decilm
 from secateur.surgery.width.pruning import Refit
 from secateur.surgery.width.target import (
@@ -238,6 +239,7 @@ def decide_minitron(measurements: Measurements, settings: MinitronSettings, budg
 
 
 def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidden:
+    decoder = with_stream(decoder)
     step = width_step(decoder, 8)
     if step is None:
         raise ModelError(

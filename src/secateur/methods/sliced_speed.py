@@ -23,6 +23,7 @@ from secateur.models.depth import config_with_blocks
 from secateur.models.families import FAMILIES
 from secateur.surgery.hidden.folding import folded_config, stream_sizes
 from secateur.surgery.hidden.stock import config_of_width, stock_stream_sizes, width_step
+from secateur.surgery.hidden.stream_trial import with_stream
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 """Widths that are timed, as fractions of the full one."""
@@ -46,6 +47,7 @@ def speed_with_shared_bases(settings: Any) -> SpeedModel:
     """Return how models run that have one basis, or a few: stock ones where there can be one."""
 
     def speed_model(decoder: Decoder, times: BlockTimes) -> Weigh:
+        decoder = with_stream(decoder) if settings.bases == 1 else decoder
         step = width_step(decoder, settings.rounding) if settings.bases == 1 else None
         if step is None:
             widths = [_rounded(share, decoder.hidden_size) for share in _SHARES]

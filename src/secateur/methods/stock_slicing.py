@@ -21,6 +21,7 @@ from secateur.plan.work import Work
 from secateur.surgery.hidden.folding import folded_config, stream_sizes
 from secateur.surgery.hidden.shared_basis import find_borders
 from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
+from secateur.surgery.hidden.stream_trial import with_stream
 
 _MISSED = 0.02
 """Share of the parameters by which an amount may be missed without a warning."""
@@ -59,6 +60,8 @@ def decide_shared(measurements: Measurements, settings: StockSettings, budget: B
         raise InputError(f"bases={settings.bases}: the model has only {decoder.block_count} blocks.")
     if budget.is_zero:
         return ()
+    if settings.bases == 1:
+        decoder = with_stream(decoder)
     step_of_stock = width_step(decoder, settings.rounding) if settings.bases == 1 else None
     stock = step_of_stock is not None
     sizes = stock_stream_sizes(decoder) if stock else stream_sizes(folded_config(decoder))

@@ -24,6 +24,22 @@ MlpLayout = Literal["gate-up", "stacked", "plain"]
 Positions = Literal["rope", "rope-interleaved", "learned", "learned-unpadded", "alibi"]
 
 
+@dataclass(frozen=True)
+class Stream:
+    """What lies along the residual stream: tensors by their names, in a block or, tables, in the model.
+
+    Attributes:
+        readers: the norms before branches in the order of their calls, each with the tensors that read from it, and
+            with the axis of these that runs along the stream.
+        writers: the tensors that write to it, biases included, and their axis along it.
+        tables: matrices of embeddings (rows, directions).
+    """
+
+    readers: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+    writers: tuple[tuple[str, int], ...]
+    tables: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture as data. Parts that only some configurations have may be missing from a block."""
@@ -136,6 +152,9 @@ class Family:
     """How many residual streams a block passes on (hyper-connections: Zhu et al. 2024, arXiv:2409.19606)."""
     streams_first: bool = False
     """Whether the streams are the first axis of what it passes on."""
+    stream: Stream | None = None
+    """What reads the residual stream and what writes to it, where a trial has found it; the fields above say it of
+    families that have attention and an MLP of the usual form."""
     light_blocks: bool = False
     """Whether some blocks may lack attention or an MLP."""
     detected: bool = False

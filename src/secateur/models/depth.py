@@ -128,7 +128,7 @@ def reason_to_keep(config: Any, family: Family, gone: Collection[int]) -> str | 
             )
         except ModelError as error:
             return str(error).removesuffix(".")
-    kinds = getattr(text_config(config), "layer_types", None)
+    kinds = getattr(text_config(config), "layer_types", None) or getattr(text_config(config), "layers_block_type", None)
     if not isinstance(kinds, list | tuple) or len(kinds) != text_config(config).num_hidden_layers:
         return None
     first = first_sharing(config, family)

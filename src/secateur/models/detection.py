@@ -19,22 +19,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import ModelError, first_line
-from secateur.models.anatomy import Family, count_parameters, find, resolve, text_config
+from secateur.models.anatomy import Family, find, text_config
 from secateur.models.decoder import Decoder
-from secateur.models.depth import config_with_blocks, reason_to_keep, with_blocks
+from secateur.models.depth import reason_to_keep, with_blocks
 from secateur.models.expert_structure import with_experts
 from secateur.models.forward import capture, logits, run_block
 from secateur.models.head_structure import with_heads
 from secateur.models.packed import packed_parameters
-from secateur.models.shrinking import FAILURES, divisors, shrunken
+from secateur.models.shrinking import FAILURES
 from secateur.models.structure import with_mlp
+from secateur.models.trial_copies import Kind, built_of, tiny_copy, trial_decoder, trial_tokens
 from secateur.models.wrappers import auto_class
 from secateur.ownership import scratch
 
-_FEWEST, _EACH, _MOST = 4, 2, 12
-"""Blocks of a trial copy: at least so many, two of each kind, and no more than that."""
-_LARGEST_TRIAL = 50_000_000
-"""Most parameters of a trial copy."""
 _WITH_WEIGHTS = 2
 """Values that a block may return: the residual stream, and attention weights."""
 _INDEX_SETTINGS = ("mlp_only_layers",)
@@ -83,9 +80,9 @@ def _detected(config: Any, *, trust_remote_code: bool) -> Family:
     with torch.device("meta"):
         module = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     family = _guess(module, text_config(config))
-    tiny, kept = _tiny_copy(config, family, module, trust_remote_code=trust_remote_code)
+    tiny, kept = tiny_copy(config, family, module, trust_remote_code=trust_remote_code)
     with _trial("its blocks cannot be run at all"):
-        values = _returned_values(_proof_decoder(tiny, family))
+        values = _returned_values(trial_decoder(tiny, family))
     family = replace(
         family,
         tuple_output=values > 0,
@@ -93,14 +90,14 @@ def _detected(config: Any, *, trust_remote_code: bool) -> Family:
     )
     passed_on = f": they pass on {values} values, not the residual stream alone" if values > _WITH_WEIGHTS else ""
     with _trial(f"its blocks cannot be run one by one{passed_on}"):
-        streams, first = _streams(_proof_decoder(tiny, family))
+        streams, first = _streams(trial_decoder(tiny, family))
         family = replace(family, streams=streams, streams_first=first)
-        trial = _proof_decoder(tiny, family)
+        trial = trial_decoder(tiny, family)
         failed = _prove(trial, trust_remote_code=trust_remote_code)
-    family = with_mlp(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
-    family = with_heads(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
-    family = with_experts(family, trial, _tokens(trial), trust_remote_code=trust_remote_code)
-    kinds = [_kind(block) for block in find(module, family.blocks)]
+    family = with_mlp(family, trial, trial_tokens(trial), trust_remote_code=trust_remote_code)
+    family = with_heads(family, trial, trial_tokens(trial), trust_remote_code=trust_remote_code)
+    family = with_experts(family, trial, trial_tokens(trial), trust_remote_code=trust_remote_code)
+    kinds = [built_of(block) for block in find(module, family.blocks)]
     return replace(family, **_fixed(failed, kept, kinds, only_depth=not family.mlp_out))
 
 
@@ -123,21 +120,6 @@ def _fixed(
     if only_depth and len(fixed) == len(kinds):
         raise ModelError(reason)
     return {"fixed_blocks": fixed, "fixed_reason": reason.removesuffix(".")}
-
-
-Kind = tuple[tuple[str, str, tuple[int, ...]], ...]
-"""What a block is built of: paths, classes and shapes of its parameters."""
-
-
-def _kind(block: nn.Module) -> Kind:
-    return tuple(
-        (
-            path,
-            type(part).__name__,
-            tuple(shape for one in part._parameters.values() if one is not None for shape in one.shape),
-        )
-        for path, part in block.named_modules()
-    )
 
 
 def _guess(module: PreTrainedModel, config: Any) -> Family:
@@ -237,67 +219,6 @@ def _lists(config: Any) -> Iterator[tuple[str, list[Any]]]:
             yield name, value
 
 
-def _tiny_copy(
-    config: Any, family: Family, module: PreTrainedModel, *, trust_remote_code: bool
-) -> tuple[PreTrainedModel, list[int]]:
-    """Build a small copy with a few blocks of each kind; return it and the numbers of these blocks."""
-    failures = []
-    for kept in _choices([_kind(block) for block in find(module, family.blocks)]):
-        try:
-            short = config_with_blocks(config, family, kept)
-        except (*FAILURES, ModelError) as error:
-            failures.append(error)
-            continue
-        for divisor in divisors(text_config(config)):
-            try:
-                tiny = _built(shrunken(short, divisor), trust_remote_code=trust_remote_code)
-                if (found := len(find(tiny, family.blocks))) != len(kept):
-                    raise ModelError(f"with num_hidden_layers = {len(kept)} it has {found} blocks")
-                return tiny, kept
-            except (*FAILURES, ModelError) as error:
-                failures.append(error)
-    raise ModelError(f"no small copy of it can be built ({type(failures[0]).__name__}: {first_line(failures[0])})")
-
-
-def _choices(kinds: Sequence[Kind]) -> Iterator[list[int]]:
-    """Yield blocks for the copy: some of every kind, spread over the model; the last; the first."""
-    each = {kind: [index for index, one in enumerate(kinds) if one == kind] for kind in kinds}
-    most = max(1, _MOST // len(each))
-    chosen = {index for found in each.values() for index in found[: min(most, max(_EACH, _FEWEST // len(each)))]}
-    for index in range(len(kinds)):
-        if len(chosen) < min(_FEWEST, len(kinds)):
-            chosen.add(index)
-    yield sorted(chosen)
-    yield list(range(len(kinds)))[-_FEWEST:]
-    yield list(range(len(kinds)))[:_FEWEST]
-
-
-def _built(config: Any, *, trust_remote_code: bool) -> PreTrainedModel:
-    with torch.device("meta"):
-        numbers = count_parameters(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
-    if numbers > _LARGEST_TRIAL:
-        blocks = text_config(config).num_hidden_layers
-        raise ModelError(f"with {blocks} blocks it has {numbers:,} parameters, too many for a trial")
-    torch.manual_seed(0)
-    own = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}  # buffers must not be rounded to another
-    module = auto_class(config).from_config(config, **own).float().eval()
-    with torch.no_grad():
-        module(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
-    return module
-
-
-def _proof_decoder(module: PreTrainedModel, family: Family) -> Decoder:
-    return Decoder(
-        module=module,
-        tokenizer=None,
-        anatomy=resolve(module, family),
-        source=f"a tiny {family.model_type}",
-        folder=None,
-        fingerprint="",
-        saved_dtype=torch.float32,
-    )
-
-
 @torch.no_grad()
 def _returned_values(decoder: Decoder) -> int:
     """Run block 0 to learn how many values its blocks return in a tuple or list; 0 for a tensor alone."""
@@ -307,15 +228,10 @@ def _returned_values(decoder: Decoder) -> int:
         lambda _m, _a, output: seen.append(len(output) if isinstance(output, tuple | list) else 0)
     )
     try:
-        decoder.module(input_ids=_tokens(decoder), use_cache=False)
+        decoder.module(input_ids=trial_tokens(decoder), use_cache=False)
     finally:
         handle.remove()
     return seen[0]
-
-
-def _tokens(decoder: Decoder) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1, int(decoder.config.vocab_size), (2, 12), generator=generator)
 
 
 @torch.no_grad()
@@ -325,7 +241,7 @@ def _streams(decoder: Decoder) -> tuple[int, bool]:
     Raises:
         ModelError: what they pass on has another shape.
     """
-    tokens = _tokens(decoder)
+    tokens = trial_tokens(decoder)
     entering = capture(decoder, tokens)[0]
     if entering.shape[1:] == (*tokens.shape, decoder.hidden_size):
         return len(entering), True
@@ -345,7 +261,7 @@ def _prove(decoder: Decoder, *, trust_remote_code: bool = False) -> dict[int, st
     Raises:
         ModelError: the model cannot be run block by block.
     """
-    tokens = _tokens(decoder)
+    tokens = trial_tokens(decoder)
     whole = decoder.module(input_ids=tokens, use_cache=False).logits
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % int(decoder.config.vocab_size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from secateur.models.anatomy import Family
+from secateur.models.hybrids import HYBRIDS
 from secateur.models.mixtures import MIXTURES
 
 _LLAMA = Family(model_type="llama")
@@ -303,6 +304,7 @@ _ROWS = (
         unsliceable=(("model_type", "cohere2", "only its sliding attention has rotary positions"),),
     ),
     *MIXTURES,
+    *HYBRIDS,
     replace(
         _LLAMA,
         model_type="secateur",

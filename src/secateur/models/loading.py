@@ -102,6 +102,4 @@ def filled(module: PreTrainedModel, shards: Shards) -> PreTrainedModel:
     """
     for part in (OUTER, *range(len(find(module, shards.blocks)))):
         shards.load(module, part)
-    if hasattr(module, "_weight_conversions"):
-        del module._weight_conversions  # those of the last part only; writing needs all
     return module

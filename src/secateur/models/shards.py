@@ -213,6 +213,8 @@ def _convert(module: PreTrainedModel, slices: dict[str, Any], device: torch.devi
     )
     with _quiet():
         report, _ = convert_and_load_state_dict_in_model(module, slices, settings, None)
+    if hasattr(module, "_weight_conversions"):
+        del module._weight_conversions  # those that this part took; writing another part may need others
     return min(report.mismatched_keys) if report.mismatched_keys else None
 
 

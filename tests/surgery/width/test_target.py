@@ -114,10 +114,11 @@ def test_nothing_removed_is_the_same_model(tiny):
 )
 def test_families_whose_heads_may_be_narrower_than_the_stream(name):
     """`free_heads` is what the family's code makes of a configuration with two heads of 8 in a stream of 32."""
-    config, family = VARIANTS[name].config(2), FAMILIES[name]
+    config, family = VARIANTS[name].config(4), FAMILIES[name]
     config.head_dim, config.num_attention_heads, config.num_key_value_heads = 8, 2, 1
     module = empty_model(config, torch.float32, torch.device("cpu"), trust_remote_code=False)
-    writer = next(present(find(module, family.blocks)[0], family.attention_out))[1]
+    blocks = find(module, family.blocks)
+    writer = next(one for block in blocks for _, one in present(block, family.attention_out))
     inputs = writer.weight.shape[0 if isinstance(writer, Conv1D) else 1]
     assert family.free_heads == (inputs == 16)
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
 from secateur.modeling import SecateurConfig, mlp_traits
-from secateur.models.anatomy import Anatomy, find, present, residual_factor
+from secateur.models.anatomy import find, present, residual_factor
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.plan.steps import StreamSizes
@@ -50,25 +50,44 @@ def refuse_unsliceable(decoder: Decoder, refusal: str = CANNOT_SLICE) -> None:
     Raises:
         UnfoldableError: `refusal`, with the reason.
     """
-    reason = _reason_against(decoder.anatomy, decoder.config, decoder.module)
+    reason = reason_against(decoder)
     if reason:
+        if refusal == CANNOT_SLICE and reason_against_one_basis(decoder) is None:
+            reason += "; one basis may do (stock-slicing)"
         raise UnfoldableError(decoder.source, refusal, reason)
 
 
-def _reason_against(anatomy: Anatomy, config: Any, module: nn.Module) -> str | None:
-    family = anatomy.family
-    if config is not module.config:
+def reason_against(decoder: Decoder) -> str | None:
+    """Return why a model cannot be brought into the canonical form, as a clause, or None."""
+    return _against_rotation(decoder) or _against_form(decoder)
+
+
+def reason_against_one_basis(decoder: Decoder) -> str | None:
+    """Return why a model cannot be rotated in its own architecture, as far as its row says it, or None."""
+    family = decoder.anatomy.family
+    known = family.norm == "layernorm" and not family.detected
+    return _against_rotation(decoder) or (_against_form(decoder) if known else None)
+
+
+def _against_rotation(decoder: Decoder) -> str | None:
+    family = decoder.anatomy.family
+    if decoder.is_wrapped:
         return "it is inside a multimodal wrapper, whose other parts need its architecture and its hidden size"
     if family.model_type == SecateurConfig.model_type:
         return "it is already in secateur's own form; cut the dense model by more instead"
+    if family.order != "pre" and not family.detected:
+        return "a norm stands between its branches and the residual stream, and does not commute with a rotation"
+    return None
+
+
+def _against_form(decoder: Decoder) -> str | None:
+    family, config, module = decoder.anatomy.family, decoder.config, decoder.module
     if family.detected:
         return f"{family.model_type} is not among the families known exactly (secateur families)"
     if not family.attention_out or family.qkv == "by-unit":
         return "it is not known which rows and columns of its attention belong to a head"
     if any(next(present(block, family.shared_out), None) for block in find(module, family.blocks)):
         return "each token passes an expert of its own beside the routed ones"
-    if family.order != "pre":
-        return "a norm stands between its branches and the residual stream, and does not commute with a rotation"
     for name, value, reason in family.unsliceable:
         if getattr(config, name, None) == value:
             return reason

@@ -12,15 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from secateur.calibration.folds import folds_of
-from secateur.calibration.reading_points import Visit, points_per_block, visit_gradients, visit_reading_points
+from secateur.calibration.reading_points import (
+    Visit,
+    points_per_block,
+    reading_norms,
+    visit_gradients,
+    visit_reading_points,
+)
 from secateur.calibration.statistics import device_with_float64
 from secateur.data.windows import Windows
-from secateur.models.anatomy import find, present
+from secateur.models.anatomy import find
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.hidden.directions import (
@@ -139,8 +145,8 @@ def slice_with_shared_bases(
     points, head = points_per_block(decoder), points_per_block(decoder) * decoder.block_count
     if not reconstruct:
         for index in range(decoder.block_count):
-            with decoder.block(index):
-                target.block(index, [bases.of_block(index)] * points)
+            with decoder.block(index) as block:
+                target.block(index, [bases.of_block(index)] * len(reading_norms(decoder, block)))
         return target.finish(bases.directions[-1])
     eps = norm_eps(find(decoder.module, decoder.anatomy.family.final[0]))
     fits: dict[int, Reconstruction] = {}
@@ -152,7 +158,8 @@ def slice_with_shared_bases(
         fits[point].update(states, folds.weight[window], folds.held_out[window])
 
     def after_block(index: int) -> None:
-        target.block(index, [fits.pop(points * index + one).reading() for one in range(points)])
+        norms = reading_norms(decoder, decoder.block_list[index])
+        target.block(index, [fits.pop(points * index + one).reading() for one in range(len(norms))])
 
     visit_reading_points(decoder, windows, visit, after_block=after_block, options=options)
     return target.finish(fits.pop(head).reading())
@@ -211,7 +218,7 @@ def find_coordinates(decoder: Decoder, windows: Windows, width: int, *, options:
     def visit(point: int, states: torch.Tensor, _: torch.Tensor) -> None:
         if point >= points * decoder.block_count:
             return
-        norms = [norm for _, norm in present(decoder.block_list[point // points], family.norms)]
+        norms: list[Any] = [*reading_norms(decoder, decoder.block_list[point // points])]
         scale = norms[point % points].weight.to(states.device, torch.float32) + (family.norm == "rms-plus-one")
         sizes.add_((unit_scale(states.float()) * scale).abs().sum(dim=0).cpu().double())
 
