@@ -28,6 +28,8 @@ from secateur.run_options import DEFAULTS
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("obs-width", {}),
     "global": ("obs-width", {"allocation": "global"}),
+    "uniform, candidates=1": ("obs-width", {"candidates": 1}),
+    "global, candidates=1": ("obs-width", {"allocation": "global", "candidates": 1}),
     "groups": ("obs-width", {"allocation": "global", "attention": "groups"}),
     "refined": ("obs-width", {"allocation": "global", "refine": 2}),
     "branches": ("branches", {}),

@@ -60,6 +60,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "obs-width, allocation=global": ("obs-width", {"allocation": "global"}),
     "auto": ("auto", {}),
     "obs-width, repair=false": ("obs-width", {"repair": False}),
+    "obs-width, candidates=1": ("obs-width", {"candidates": 1}),
+    "obs-width, candidates=1, repair=false": ("obs-width", {"candidates": 1, "repair": False}),
     "wanda-sp, repair=false": ("wanda-sp", {"repair": False}),
     "flap, repair=false": ("flap", {"repair": False}),
 }
