@@ -17,7 +17,6 @@ from profile_methods import random_model
 
 import secateur
 from secateur.data.windows import Windows
-from secateur.models import shard_files
 from secateur.models.shards import Shards
 
 SHAPE, VOCABULARY = "llama-1b", 128256
@@ -26,7 +25,6 @@ SHAPE, VOCABULARY = "llama-1b", 128256
 def dropped() -> None:
     """Drop the page cache."""
     Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
-    shard_files._places.cache_clear()
 
 
 def main(windows: int = 2, length: int = 256, rounds: int = 3) -> None:

@@ -24,7 +24,7 @@ from secateur.versions import versions
 LENGTH, JUDGED = 512, 8
 """Tokens in a window, and windows of each text that judges a real model."""
 CODE = "python-stdlib"
-"""What the bundled model was trained on, and is calibrated and read on here."""
+"""Code: one of the kinds that judge a real model, and what the bundled one was trained, calibrated and read on."""
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -52,7 +52,7 @@ def texts_that_judge(
     decoder: Decoder, wikitext: str, *, windows: int = JUDGED, seq_len: int = LENGTH
 ) -> dict[str, Windows]:
     """Read held-out windows of WikiText-2, which the default calibration has no part of, of prose, and of code."""
-    named = {"wikitext": wikitext, "prose": "python-docs", "code": "python-stdlib"}
+    named = {"wikitext": wikitext, "prose": "python-docs", "code": CODE}
     return {
         name: windows_for(decoder, source, windows=windows, seq_len=seq_len, split="held-out")
         for name, source in named.items()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common import RESULTS, keep
+from common import CODE, RESULTS, keep
 
 import secateur
 from secateur.data.texts import windows_for
@@ -33,12 +33,12 @@ def main(words: list[str]) -> None:
     ]
     amounts = [int(word) for word in words if word.isdecimal()] or list(TOKENS)
     model = secateur.open_model("bundled")
-    held_out = windows_for(model, "python-stdlib", windows=64, split="held-out")
+    held_out = windows_for(model, CODE, windows=64, split="held-out")
     dense = secateur.evaluate(model, texts=held_out)[0].value
     for name in cuts:
         pruned, removed = model, 0.0
         if name != "dense":
-            plan = secateur.make_plan(model, method=name, remove=0.25, texts="python-stdlib", settings=CUTS[name])
+            plan = secateur.make_plan(model, method=name, remove=0.25, texts=CODE, settings=CUTS[name])
             pruned, removed = secateur.prune(model, plan), plan.removed_fraction
         before = secateur.evaluate(pruned, texts=held_out)[0].value
         for tokens in amounts:
@@ -49,7 +49,7 @@ def main(words: list[str]) -> None:
                 healed = secateur.heal(
                     pruned,
                     by=recipe,
-                    texts="python-stdlib",
+                    texts=CODE,
                     tokens=tokens,
                     teacher=model if HEALING_RECIPES[recipe].teacher else None,
                 )

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import keep
+from common import CODE, keep
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.calibration.folds import EVERY
@@ -30,7 +30,6 @@ from secateur.scores.unit_scores import best_units, cheapest_to_lose
 LENGTH = 512
 EVALUATED = 8
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
-CODE = "python-stdlib"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from safetensors import safe_open
 
 from oracles import draw_tokens, walk
 from secateur.calibration.store import StateStore
-from secateur.models import shard_files
+from secateur.models.opening import open_model
 from secateur.surgery.depth.blocks import keep_blocks
+from tiny_models import build
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice about files")
 
@@ -40,8 +41,9 @@ def stored(file, names):
 
 
 def test_it_asks_for_the_bytes_of_the_tensors(tiny, advised):
-    file, names = next((file, names) for file, names in files_of_block(tiny("llama", skeleton=True), 1))
-    shard_files.read_tensors_ahead(file, names)
+    model = tiny("llama", skeleton=True)
+    (file, names), *_ = files_of_block(model, 1)
+    model.shards.read_ahead(1)
     assert sum(map(len, advised)) == sum(map(len, stored(file, names)))
     assert all(any(one in found for found in advised) for one in stored(file, names))
 
@@ -54,6 +56,16 @@ def test_each_block_is_asked_for_while_the_one_before_runs(tiny, advised):
         advised.clear()
     with model.block(2):
         assert not advised, "there is no block after the last"
+
+
+def test_another_checkpoint_in_the_place_of_one_that_was_read(tmp_path, advised):
+    for blocks in (2, 4):
+        build("llama", blocks=blocks).save_pretrained(tmp_path)
+        model = open_model(tmp_path, skeleton=True)
+        advised.clear()
+        with model.block(blocks - 2):
+            (file, names), *_ = files_of_block(model, blocks - 1)
+            assert all(any(one in found for found in advised) for one in stored(file, names))
 
 
 def test_a_system_that_takes_no_advice_reads_all_the_same(tiny, monkeypatch):

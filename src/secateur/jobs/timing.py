@@ -24,7 +24,7 @@ from secateur.models.depth import first_sharing
 from secateur.models.forward import capture, run_block
 from secateur.models.widths import block_widths
 from secateur.plan.work import Work
-from secateur.scores.unit_scores import removal_order
+from secateur.scores.unit_scores import order_by_surgeon
 from secateur.surgery.hidden.directions import Covariance, principal_directions, times
 from secateur.surgery.width.repair import choose_fit, rewritten
 
@@ -125,10 +125,9 @@ class Timing:
         """Greedy orders of the inputs of the MLPs' output projections."""
 
         def order(weight: torch.Tensor, sums: InputSums) -> None:
-            assert sums.fitted is not None
             width = weight.shape[1]
             units = torch.arange(width, device=weight.device)[None, :, None]
-            removal_order(weight, sums.fitted.gram, units, math.ceil((1 - _CUT) * width), batch=max(1, width // 128))
+            order_by_surgeon(weight, sums, units, math.ceil((1 - _CUT) * width))
 
         return self._solved(order)
 

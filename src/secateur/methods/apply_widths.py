@@ -18,6 +18,7 @@ from secateur.plan.steps import Choice, PruneWidth
 from secateur.scores.taylor import taylor_by_unit
 from secateur.scores.unit_scores import (
     activation_norm,
+    batch_for,
     best_units,
     cheapest_to_lose,
     fluctuation,
@@ -31,8 +32,6 @@ from secateur.surgery.width.target import width_sizes
 
 _TOKENS_PER_INPUT = 16
 """With fewer calibration tokens than this per input of a projection, its repair generalises badly to other texts."""
-_OBS_BATCHES = 128
-"""How often costs are recomputed while all units of several groups would be removed."""
 
 
 @applies(PruneWidth)
@@ -152,9 +151,9 @@ class BrainSurgeon:
         """Mark `keep` units of each group, (P, U) bool."""
         groups, each = units.shape[:2]
         if groups > 1:
-            assert sums.moments is not None, "greedy removal needs the Gram matrix"
-            batch = max(1, groups * each // _OBS_BATCHES)
-            return cheapest_to_lose(weight, sums.moments.gram, units, keep, batch=batch)
+            moments = sums.moments
+            assert moments is not None, "greedy removal needs the Gram matrix"
+            return cheapest_to_lose(weight, moments.gram, units, keep, batch=batch_for(units))
         if place != self._place or len(self._order) < each - keep:
             self._order = order_by_surgeon(weight, sums, units, keep, candidates=self._candidates)
             self._place = place

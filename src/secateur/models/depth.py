@@ -121,15 +121,14 @@ def reason_to_keep(config: Any, family: Family, gone: Collection[int]) -> str | 
     held = sorted(set(gone) & set(family.fixed_blocks))
     if held:
         return f"block {held[0]} must stay: {family.fixed_reason}"
+    own = text_config(config)
     if family.periods:
         try:
-            config_with_blocks(
-                config, family, [i for i in range(text_config(config).num_hidden_layers) if i not in gone]
-            )
+            config_with_blocks(config, family, [i for i in range(own.num_hidden_layers) if i not in gone])
         except ModelError as error:
             return str(error).removesuffix(".")
-    kinds = getattr(text_config(config), "layer_types", None) or getattr(text_config(config), "layers_block_type", None)
-    if not isinstance(kinds, list | tuple) or len(kinds) != text_config(config).num_hidden_layers:
+    kinds = getattr(own, "layer_types", None) or getattr(own, "layers_block_type", None)
+    if not isinstance(kinds, list | tuple) or len(kinds) != own.num_hidden_layers:
         return None
     first = first_sharing(config, family)
     for kind in dict.fromkeys(kinds[first:]):

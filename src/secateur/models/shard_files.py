@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import ModelError
-from secateur.files import read_ahead
 from secateur.models.anatomy import Family
 from secateur.reading import MIB, FileKind, from_json
 
@@ -129,14 +127,7 @@ def open_shard(file: Path) -> safe_open:
         raise ModelError(f"{file}: damaged or incomplete weights ({error}); copy the file again.") from error
 
 
-def read_tensors_ahead(file: Path, names: Iterable[str]) -> None:
-    """Ask the system to read these tensors of a safetensors file while something else is computed."""
-    places = _places(file)
-    read_ahead(file, _joined(sorted(places[name] for name in names)))
-
-
-@functools.lru_cache(maxsize=256)
-def _places(file: Path) -> dict[str, tuple[int, int]]:
+def places_in(file: Path) -> dict[str, tuple[int, int]]:
     """Return where the bytes of each tensor of a safetensors file begin and end."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
@@ -149,10 +140,10 @@ def _places(file: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def _joined(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join sorted ranges that touch."""
+def joined(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join ranges that touch; in order."""
     found: list[tuple[int, int]] = []
-    for begin, end in places:
+    for begin, end in sorted(places):
         if found and begin <= found[-1][1]:
             found[-1] = (found[-1][0], max(end, found[-1][1]))
         else:

@@ -35,11 +35,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from secateur.errors import ModelError
-from secateur.files import require_room
+from secateur.files import read_ahead, require_room
 from secateur.models.anatomy import Anatomy, saved_tensors, set_parameter
 from secateur.models.packed import Packed
 from secateur.models.quantised import Quantisation
-from secateur.models.shard_files import open_shard, read_tensors_ahead, shard_files, stored_tensors
+from secateur.models.shard_files import joined, open_shard, places_in, shard_files, stored_tensors
 from secateur.ownership import scratch_folder
 
 OUTER = -1
@@ -90,6 +90,11 @@ class Shards:
                     match = number.search(key)
                     groups.setdefault(int(match.group(1)) if match else OUTER, {})[key] = file
         return groups
+
+    @cached_property
+    def _places(self) -> dict[Path, dict[str, tuple[int, int]]]:
+        """Return where in its file each tensor stands."""
+        return {file: places_in(file) for file in self.files}
 
     def select(self, kept: Iterable[int]) -> Shards:
         """Return the shards of a model that keeps only these blocks (numbers in this model)."""
@@ -143,11 +148,11 @@ class Shards:
         stored = self._stored(index)
         if stored in self.edited:
             return
-        names: dict[Path, list[str]] = {}
+        wanted: dict[Path, list[tuple[int, int]]] = {}
         for key, file in self.keys.get(stored, {}).items():
-            names.setdefault(file, []).append(key)
-        for file, wanted in names.items():
-            read_tensors_ahead(file, wanted)
+            wanted.setdefault(file, []).append(self._places[file][key])
+        for file, places in wanted.items():
+            read_ahead(file, joined(places))
 
     def _slices(self, module: PreTrainedModel, stored: int, index: int) -> Iterator[tuple[str, Any]]:
         """Open the tensors of a part by their names in this model, without reading them yet."""

@@ -22,7 +22,7 @@ from secateur.calibration.inputs import InputSums
 from secateur.calibration.ridge import RIDGE, strength
 
 _BATCHES = 128
-"""How often costs are recomputed while all units of one group would be removed."""
+"""How often costs are recomputed while all units would be removed."""
 _ROOM = 1.5
 """Candidates of greedy removal for each unit that goes, at least."""
 _SPARSE = 7 / 8
@@ -135,10 +135,15 @@ def order_by_surgeon(
         candidates: units of one input that go are among the smallest, this share of all: see `after_smaller`; None:
             among all.
     """
-    assert sums.moments is not None, "greedy removal needs the Gram matrix"
+    moments = sums.moments
+    assert moments is not None, "greedy removal needs the Gram matrix"
     after = None if candidates is None or units.shape[2] > 1 else after_smaller(sums.magnitudes, candidates)
-    batch = max(1, units.shape[1] // _BATCHES)
-    return removal_order(weight, sums.moments.gram, units, keep, batch=batch, after=after)
+    return removal_order(weight, moments.gram, units, keep, batch=batch_for(units), after=after)
+
+
+def batch_for(units: torch.Tensor) -> int:
+    """Return how many of the units (P, U, C) greedy removal takes before costs are recomputed."""
+    return max(1, units.shape[:2].numel() // _BATCHES)
 
 
 def _losing(
