@@ -284,11 +284,16 @@ def _span(pairs: list[tuple[int, int]]) -> str:
     return f"{low if low == high else f'{low} to {high}'} of {max(dense for _, dense in pairs)}"
 
 
+_EXCHANGED = 0.3
+"""Time of the MLP's output projection, as a share of that of its block, about."""
+
+
 def width_work(choose: Choice, target: Target = "block", *, repair: bool = True, heads: bool = False) -> Work:
     """Return the work of width pruning.
 
-    Each block is run to measure attention if some of its heads go, to measure its MLP and once edited, and once more
-    for the dense states if they are the target; Taylor scores take a pass forward and one back before that.
+    Each block is run to measure attention if some of its heads go, to measure its MLP, and for the dense states if they
+    are the target. There the MLP's output projection alone is run once edited, where memory has room for its inputs
+    (`surgery/width/exchange.py`); elsewhere the block is. Taylor scores take a pass forward and one back before that.
 
     Args:
         choose: what decides which units remain.
@@ -297,5 +302,5 @@ def width_work(choose: Choice, target: Target = "block", *, repair: bool = True,
         heads: whether heads go.
     """
     greedy, taylor = choose == "brain-surgeon", choose == "taylor"
-    forwards = 2.0 + heads + (repair and target == "dense") + 4.0 * taylor
+    forwards = 2.0 + heads + _EXCHANGED * (repair and target == "dense") + 4.0 * taylor
     return Work(forwards, losses=3.0 * taylor, sums=float(repair or greedy), fits=float(repair), orders=float(greedy))

@@ -5,7 +5,7 @@ Legend: W (out, n) an output projection of n inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -86,10 +86,11 @@ def measure_inputs(
     folds: Folds | None = None,
     *,
     advance: bool = False,
+    run: Callable[[Batch], torch.Tensor] | None = None,
 ) -> dict[Part, list[InputSums]]:
     """Run block `index`, its weights loaded, on the states in the store, and sum up the inputs of output projections.
 
-    With `advance` the states it makes take the place of those in the store.
+    With `advance` the states it makes take the place of those in the store. `run` is another way to run it on a batch.
 
     With `folds` also what a fit reads, including what the output of a dense MLP lacks if the store has the states that
     leave the block of the dense model: a token has weight 1 / ‖h‖² there, h being the residual stream that leaves the
@@ -105,7 +106,7 @@ def measure_inputs(
                 part: hooks.enter_context(capturing_inputs(block, writer_of(decoder, index, part), batch, len(into)))
                 for part, into in sums.items()
             }
-            hidden = step(decoder, index, batch, store.get(batch.index))
+            hidden = step(decoder, index, batch, store.get(batch.index)) if run is None else run(batch)
         if advance:
             store.put(batch.index, hidden)
         own = None if folds is None else folds.slice(first, len(batch.tokens))

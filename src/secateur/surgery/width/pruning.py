@@ -21,7 +21,7 @@ from secateur.calibration.folds import Folds, folds_of
 from secateur.calibration.inputs import InputSums
 from secateur.calibration.ridge import Ridge
 from secateur.calibration.store import StateStore
-from secateur.calibration.walk import Batch, open_store, step, stored_start, through_block
+from secateur.calibration.walk import Batch, open_store, step, stored_start
 from secateur.data.windows import Windows
 from secateur.models.anatomy import find
 from secateur.models.decoder import Decoder
@@ -29,6 +29,7 @@ from secateur.models.widths import BlockWidths, block_widths
 from secateur.plan.steps import Target, Widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.surgery.width.coupling import Kept, Part
+from secateur.surgery.width.exchange import Exchange
 from secateur.surgery.width.inputs import (
     holding,
     measure_inputs,
@@ -202,13 +203,18 @@ class _Block:
             if of_dense(batch) in self.store:
                 dense_state = step(self.decoder, self.index, batch, self.store.get(of_dense(batch)))
                 self.store.put(of_dense(batch), dense_state)
+        once = follows_dense and ["channels"] in stages and Exchange.possible(self.decoder, self.index)
+        exchange = Exchange(self.decoder, self.index, self.store)
         for parts in stages:
+            run = exchange.run if once and parts == ["channels"] else None
             with holding(self.block, edits):
-                measured = measure_inputs(self.decoder, self.index, parts, self.batches, self.store, self.folds)
+                measured = measure_inputs(
+                    self.decoder, self.index, parts, self.batches, self.store, self.folds, run=run
+                )
             for part, sums in measured.items():
                 edits |= self._edit(part, sums, choose, kept)
+        exchange.advance(edits, self.batches)
         with holding(self.block, edits):
-            through_block(self.decoder, self.index, self.batches, self.store)
             self.target.block(self.index, kept)
 
     @property
