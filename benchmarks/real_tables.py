@@ -12,6 +12,7 @@ SOURCES = {"wikitext": "WikiText-2", "prose": "prose", "code": "code"}
 """What real models are judged on, as results name it and as tables do."""
 STUDIED = 32
 """Windows of calibration of the study in the tables."""
+TASK = "stdlib-cloze"
 HEALED = 20_000
 """Tokens of healing in the table of the study."""
 _RUINED, _LARGEST = 1000, 99.0
@@ -57,29 +58,38 @@ def study(removed: str) -> str:
     """Put the methods beside each other at one share: ratios by source, after healing too, seconds and memory."""
     records = [one for one in recorded("real_study") if one["setting"].get("remove") == float(removed)]
     healed = {one["setting"]["case"]: one["found"] for one in records if _is_plain(one["setting"].get("healing"))}
+    right = _answered(float(removed))
     rows = []
     for one in records:
         found, case = one["found"], one["setting"]["case"]
-        if "healing" in one["setting"] or one["setting"]["windows"] != STUDIED:
+        if not _is_cut(one["setting"]) or one["setting"]["windows"] != STUDIED:
             continue
         if "refused" in found:
-            rows.append((math.inf, [_case(case), "refused", *[""] * 7]))
+            rows.append((math.inf, [_case(case), "refused", *[""] * 8]))
             continue
         healed_mean = number(healed[case]["geometric_mean"] if case in healed else None)
         cost = [f"{found['seconds']:.0f} s", f"{found['peak_bytes'] / 2**30:.1f} GiB"]
         rows.append(
             (
                 found["geometric_mean"],
-                [_case(case), per_cent(found["removed"]), *_by_source(found), healed_mean, *cost],
+                [
+                    _case(case) + _length(one["setting"]),
+                    per_cent(found["removed"]),
+                    *_by_source(found),
+                    healed_mean,
+                    number(right.get(case)),
+                    *cost,
+                ],
             )
         )
-    head = ("method", "removed", *SOURCES.values(), "mean", "mean, healed", "time", "peak memory")
+    rows += [(0.0, ["dense", "", *["1"] * 4, "", number(value), "", ""]) for value in _answered(0.0).values()]
+    head = ("method", "removed", *SOURCES.values(), "mean", "mean, healed", f"`{TASK}`", "time", "peak memory")
     return markdown(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 
 def calibrated() -> str:
     """List the cuts that were calibrated on several numbers of windows."""
-    records = [one for one in recorded("real_study") if "healing" not in one["setting"] and "ratios" in one["found"]]
+    records = [one for one in recorded("real_study") if _is_cut(one["setting"]) and "ratios" in one["found"]]
     counts: dict[tuple[str, float], set[int]] = {}
     for one in records:
         counts.setdefault((one["setting"]["case"], one["setting"]["remove"]), set()).add(one["setting"]["windows"])
@@ -100,7 +110,7 @@ def healed() -> str:
     before = {
         (one["setting"]["case"], one["setting"].get("remove")): one["found"]
         for one in records
-        if "healing" not in one["setting"] and one["setting"].get("windows") == STUDIED and "ratios" in one["found"]
+        if _is_cut(one["setting"]) and one["setting"].get("windows") == STUDIED and "ratios" in one["found"]
     }
     rows = []
     for one in records:
@@ -115,6 +125,25 @@ def healed() -> str:
         rows.append([label, *how, was, *_by_source(one["found"]), f"{one['found']['seconds']:.0f} s"])
     rows.sort(key=lambda row: row[0])
     return markdown(("cut", "recipe", "tokens", "texts", "mean before", *SOURCES.values(), "mean", "time"), rows)
+
+
+def _is_cut(setting: Record) -> bool:
+    """Return whether a cut was judged as it is, neither healed nor asked."""
+    return "healing" not in setting and "questions" not in setting
+
+
+def _answered(removed: float) -> dict[str, float]:
+    """Return the accuracy of the cuts at one share that were asked; at 0 that of the dense model."""
+    return {
+        one["setting"]["case"]: one["found"][TASK]
+        for one in recorded("real_study")
+        if "questions" in one["setting"] and one["setting"]["remove"] == removed
+    }
+
+
+def _length(setting: Record) -> str:
+    """Name the length of the windows, where it is not that of the others."""
+    return f", windows of {setting['seq_len']}" if "seq_len" in setting else ""
 
 
 def _is_plain(healing: Record | None) -> bool:
