@@ -1,10 +1,11 @@
-"""`obs-width`, `wanda-sp` and `score` against what they cannot do without.
+"""`obs-width`, `wanda-sp` and `score` against what they cannot do without, and a chosen ridge against a given one.
 
     python benchmarks/width_speed.py [MODEL TEXT [WINDOWS [ROUNDS]]]
 
 The floor of `obs-width` is two plain forwards, the Gram products, and an inverse and a solution per block; that of
 `wanda-sp` without repair two forwards, that of `score` one. Without a model a random Llama reads random tokens. A block
-is run to measure its MLP, once edited, and where states are to come back to those of the dense model once more.
+is run to measure its MLP, and where states are to come back to those of the dense model once more; then its MLP's
+output projection is run once edited.
 """
 
 from __future__ import annotations
@@ -45,9 +46,15 @@ def main(name: str = "", text: str = "", windows: int = 8, rounds: int = 1) -> N
     read = windows_for(model, text, windows=windows, seq_len=LENGTH) if name else random_windows(windows)
     channels = block_widths(model, 0).channels
     kept = channels * 3 // 4
+    cases = {"obs_width": {}, "given_ridge": {"ridge": 0.1}, "wanda_sp": {"repair": False}}
     cut = {
-        method: secateur.make_plan(model, method=method, texts=read, settings={"ffn": kept} | settings)
-        for method, settings in (("obs-width", {}), ("wanda-sp", {"repair": False}))
+        case: secateur.make_plan(
+            model,
+            method="wanda-sp" if case == "wanda_sp" else "obs-width",
+            texts=read,
+            settings={"ffn": kept} | settings,
+        )
+        for case, settings in cases.items()
     }
 
     def forwards() -> None:
@@ -55,8 +62,7 @@ def main(name: str = "", text: str = "", windows: int = 8, rounds: int = 1) -> N
 
     times = interleaved(
         {
-            "obs_width": lambda: secateur.prune(model, cut["obs-width"], texts=read),
-            "wanda_sp": lambda: secateur.prune(model, cut["wanda-sp"], texts=read),
+            **{case: lambda plan=plan: secateur.prune(model, plan, texts=read) for case, plan in cut.items()},
             "score": lambda: secateur.score(model, texts=read),
             "forward": forwards,
             "solved": lambda: solved(model, read, kept),
@@ -69,8 +75,8 @@ def main(name: str = "", text: str = "", windows: int = 8, rounds: int = 1) -> N
     times["floor"] = [(2 * a + c, 2 * b + d) for (a, b), (c, d) in zip(forward, rest, strict=True)]
     setting = {"model": Path(name).stem if name else "random", "windows": windows, "seq_len": LENGTH, "rounds": rounds}
     setting |= {"blocks": model.block_count, "channels": channels, "kept": kept}
-    pairs = {"obs_width": "floor", "wanda_sp": "two_forwards", "score": "forward"}
-    keep("width_speed", setting, {of: compare(times, of, to) for of, to in pairs.items()})
+    pairs = (("obs_width", "floor"), ("obs_width", "given_ridge"), ("wanda_sp", "two_forwards"), ("score", "forward"))
+    keep("width_speed", setting, {f"{of}/{to}": compare(times, of, to) for of, to in pairs})
 
 
 if __name__ == "__main__":
