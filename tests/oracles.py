@@ -96,6 +96,13 @@ def plain_loss(module, windows):
     return float(losses[predictions(windows.tokens, windows.mask)].mean())
 
 
+def plain_divergence(dense, module, windows):
+    """Mean over real tokens of Σ p log(p / q), p being the predictions of the dense module, in float64."""
+    p, q = (forward(one, windows.tokens, windows.mask).double().softmax(dim=-1) for one in (dense, module))
+    each = (p * (p / q).log()).sum(dim=-1)
+    return float((each if windows.mask is None else each[windows.mask]).mean())
+
+
 def loss_without(decoder, gone, windows):
     """Loss of the model from which these blocks were physically taken out."""
     kept = [index for index in range(decoder.block_count) if index not in gone]

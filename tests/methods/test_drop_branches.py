@@ -16,7 +16,7 @@ from secateur.models.anatomy import find
 from secateur.models.opening import open_model
 from secateur.models.widths import cache_numbers, unit_counts
 from secateur.plan.units import UnitKind
-from secateur.scores.divergence import angle, js_divergence
+from secateur.scores.divergence import angle, js_divergence, kl_divergence
 from secateur.scores.removal import RemovalProbe
 from secateur.surgery.width.target import dense_widths
 from tiny_models import build
@@ -111,6 +111,10 @@ def test_distances_of_distributions():
     left, right = torch.tensor([[0.0, -40.0]]), torch.tensor([[-40.0, 0.0]])
     assert js_divergence(left, left).item() == pytest.approx(0)
     assert js_divergence(left, right).item() == pytest.approx(torch.log(torch.tensor(2.0)).item())
+    even = torch.zeros(1, 2)
+    assert kl_divergence(even, even).item() == pytest.approx(0)
+    assert kl_divergence(left, even).item() == pytest.approx(torch.log(torch.tensor(2.0)).item())
+    assert kl_divergence(even, left).item() == pytest.approx(20 - torch.log(torch.tensor(2.0)).item())
     assert angle(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item() == pytest.approx(0.5)
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from oracles import draw_windows, plain_loss
+from oracles import draw_windows, plain_divergence
 from secateur import make_plan, prune
 from secateur.errors import InputError
 from secateur.methods.allocation import refinement
@@ -81,9 +81,9 @@ def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(ti
         3: (*at(decoder, 16, 8, 24, 0, single=[3])[3:], *at(decoder, 16, 8, 24, 16)[3:]),
     }
     point = losses_around(measured, PARTS, widths, others, BrainSurgeon(), refit=REFIT)
-    pruned, found = applied(decoder, widths), point.others
-    assert point.loss == pytest.approx(plain_loss(pruned, PARTS.searched), abs=1e-5)
-    assert point.judged == pytest.approx(plain_loss(pruned, PARTS.judged), abs=1e-5)
+    dense, pruned, found = decoder.module, applied(decoder, widths), point.others
+    assert point.loss == pytest.approx(plain_divergence(dense, pruned, PARTS.searched), abs=1e-5)
+    assert point.judged == pytest.approx(plain_divergence(dense, pruned, PARTS.judged), abs=1e-5)
     assert set(found) == {(block, one) for block, choices in others.items() for one in choices}
     for (block, own), loss in found.items():
         changed = tuple(own if index == block else one for index, one in enumerate(widths))
@@ -92,7 +92,7 @@ def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(ti
         if own.groups != widths[block].groups:  # attention changes, the MLP stays as it was fitted
             mixed.model.layers[block] = other.model.layers[block]
             mixed.model.layers[block].mlp = copy.deepcopy(pruned.model.layers[block].mlp)
-        assert plain_loss(mixed, PARTS.searched) == pytest.approx(loss, abs=1e-5), (block, own)
+        assert plain_divergence(dense, mixed, PARTS.searched) == pytest.approx(loss, abs=1e-5), (block, own)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
@@ -102,18 +102,20 @@ def test_the_loss_is_that_of_the_model_a_plan_makes(tiny, family):
     half = [max(8, one.channels // 16 * 8) for one in dense_widths(decoder)]
     widths = at(decoder, *half, without=[2], single=[1])
     found = losses_around(decoder, PARTS, widths, {}, BrainSurgeon(), refit=REFIT)
-    assert found.loss == pytest.approx(plain_loss(applied(decoder, widths), PARTS.searched), abs=1e-4)
+    pruned = applied(decoder, widths)
+    assert found.loss == pytest.approx(plain_divergence(decoder.module, pruned, PARTS.searched), abs=1e-4)
 
 
+@pytest.mark.parametrize("mended", [0.0, 0.3])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_best_of_all_exchanges(tiny, seed):
+def test_the_best_of_all_exchanges(tiny, seed, mended):
     decoder = tiny("llama", blocks=4)
     savings = Savings(decoder, width_sizes(decoder, stock=False), Budget("remove", 0.2))
     widths = at(decoder, 16, 16, 8, 16, without=[3])
     generator = torch.Generator().manual_seed(seed)
     near = NEAR.of(widths)
     losses = {(block, one): 2 + float(torch.randn(1, generator=generator)) for block in near for one in near[block]}
-    found = exchange(Point(widths, 2.0, 2.0, losses), savings)
+    found = exchange(Point(widths, 2.0, 2.0, losses), savings, mended=mended)
 
     def expected(choice):
         total = 0.0
@@ -121,7 +123,7 @@ def test_the_best_of_all_exchanges(tiny, seed):
             for name in ("channels", "groups"):
                 if getattr(one, name) != getattr(widths[block], name):
                     alone = widths[block].model_copy(update={name: getattr(one, name)})
-                    total += losses[block, alone] - 2
+                    total += (losses[block, alone] - 2) * (1 - mended) ** (3 - block)
         return total
 
     values = [

@@ -28,7 +28,7 @@ from secateur.models.decoder import Decoder
 from secateur.plan.steps import PruneWidth, Widths
 from secateur.plan.width import width_work
 from secateur.plan.work import Work
-from secateur.scores.divergence import Distance, OutputChange
+from secateur.scores.divergence import Between, OutputChange, angle, js_divergence
 from secateur.scores.removal import Branch, Measure
 from secateur.surgery.width.target import dense_widths, names_every_block, require_width_prunable, width_sizes
 
@@ -36,6 +36,7 @@ _JUDGED = 2048
 """Tokens on which the branches of `branches` are compared, about."""
 _AGAIN = 8
 """Candidates measured again after each removal, about."""
+_BETWEEN: dict[str, Between] = {"js": js_divergence, "angular": angle}
 
 
 class BranchSettings(Settings):
@@ -57,7 +58,7 @@ class GreedySettings(BranchSettings):
 class FinerCutSettings(GreedySettings):
     """Settings of `finercut`."""
 
-    distance: Distance = Field(
+    distance: Literal["js", "angular"] = Field(
         "js", description="between predictions: Jensen-Shannon divergence, or the angle between the logits"
     )
 
@@ -196,7 +197,8 @@ def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budg
         NumericsError: NaN or infinity while measuring.
     """
     with open_store(measurements.decoder) as one, open_store(measurements.decoder) as other:
-        measures = OutputChange(one, settings.distance), OutputChange(other, settings.distance)
+        between = _BETWEEN[settings.distance]
+        measures = OutputChange(one, between), OutputChange(other, between)
         return _greedy_step("finercut", measurements, settings, budget, measures)
 
 

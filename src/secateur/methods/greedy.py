@@ -51,7 +51,12 @@ def greedy_work(blocks: int, candidates: int, rounds: float, screen: float) -> W
 
 
 def lazily(
-    measurements: Measurements, candidates: Sequence[Any], size: Callable[[Any], float], *, name: str = "branch"
+    measurements: Measurements,
+    candidates: Sequence[Any],
+    size: Callable[[Any], float],
+    *,
+    measure: Measure = mean_loss_of,
+    name: str = "branch",
 ) -> Iterator[tuple[tuple[Any, ...], float]]:
     """Yield 1, 2, 3, … of the candidates, in order of removal, and the loss in nats without them.
 
@@ -63,6 +68,7 @@ def lazily(
         measurements: of the model.
         candidates: blocks or branches.
         size: what a candidate saves.
+        measure: what counts as the loss.
         name: what a candidate is called, for progress.
 
     Raises:
@@ -71,7 +77,7 @@ def lazily(
     """
     decoder, options = measurements.decoder, measurements.options
     with open_store(decoder) as store:
-        probe = RemovalProbe(decoder, measurements.need_windows(), store, options.batch_size)
+        probe = RemovalProbe(decoder, measurements.need_windows(), store, options.batch_size, measure=measure)
         dense = now = probe.loss(())
         trials = options.progress(list(candidates), f"leaving out each {name}", len(candidates))
         price = {one: (probe.loss((one,)) - dense) / size(one) for one in trials}

@@ -25,7 +25,7 @@ from secateur.methods.allocation.database import open_database
 from secateur.methods.allocation.operating_point import Parts
 from secateur.methods.allocation.refinement import Neighbours, refined
 from secateur.methods.allocation.savings import Savings
-from secateur.methods.allocation.widths import allocations
+from secateur.methods.allocation.widths import allocations, mended_by
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget
 from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
@@ -324,11 +324,11 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
     few = settings.candidates
     database = open_database(measurements, free, multiple, attention, single=single, candidates=few)
     savings = Savings(decoder, sizes, budget)
-    widths = savings.meet(allocations(database, savings))
+    refit = Refit(repair=settings.repair, ridge=settings.ridge, target=settings.target)
+    widths = savings.meet(allocations(database, savings, mended_by(decoder, refit)))
     if parts is not None:
         groups = {block: (savings.dense[block].groups, 0) for block in attention} | database.levels("heads")
         near = Neighbours({"channels": database.levels("channels"), "groups": groups})
-        refit = Refit(repair=settings.repair, ridge=settings.ridge, target=settings.target)
         rounds = settings.refine
         widths = refined(measurements, widths, savings, near, parts=parts, refit=refit, rounds=rounds, candidates=few)
     return (

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from secateur.calibration.walk import open_store
 from secateur.distributed import from_main_process, is_main_process
 from secateur.files import cache_folder, replace_file
 from secateur.methods.allocation.levels import Keep, Levels, Writers, levels_by_branch, measure_levels
@@ -21,11 +22,12 @@ from secateur.methods.allocation.sensitivity import Reaction, judging_windows, r
 from secateur.methods.greedy import lazily
 from secateur.methods.method import Measurements
 from secateur.methods.records import recorded
+from secateur.scores.divergence import OutputChange, kl_divergence
 from secateur.scores.removal import Branch
 from secateur.surgery.width.coupling import Part
 from secateur.versions import digest
 
-_FORMAT = 4
+_FORMAT = 5
 _MOST_LOST = 1.0
 """Nats after which no more attention is tried."""
 
@@ -36,9 +38,9 @@ class Database:
 
     Attributes:
         branches: levels of the MLPs of the free blocks, and of attention where single key/value groups may go.
-        reactions: of the loss to each, in the same order.
+        reactions: of the predictions to each, in the same order.
         attention: blocks in the order in which their attention goes.
-        lost: loss in nats without the first 1, 2, 3, … of them.
+        lost: what is lost, in nats, without the first 1, 2, 3, … of them.
     """
 
     branches: tuple[Levels, ...]
@@ -120,7 +122,7 @@ def _measured(
 
 
 def attention_chain(measurements: Measurements, removable: Sequence[int]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Return blocks in the order in which their attention goes at the least loss, and the loss in nats after each.
+    """Return blocks in the order in which their attention goes at the least loss, and what is lost after each, in nats.
 
     What one attention costs depends on which others are gone: each alone is cheap, most of them together ruin a model.
     The order ends where more than one nat is lost, and one attention always stays.
@@ -130,11 +132,13 @@ def attention_chain(measurements: Measurements, removable: Sequence[int]) -> tup
     candidates: list[Branch] = [(index, "heads") for index in removable]
     order: list[int] = []
     lost: list[float] = []
-    for gone, loss in lazily(judged, candidates, lambda _: 1.0, name="attention"):
-        if len(gone) == decoder.block_count or loss > _MOST_LOST:
-            break
-        order.append(gone[-1][0])
-        lost.append(max(loss, lost[-1] if lost else 0.0))
+    with open_store(decoder) as store:
+        change = OutputChange(store, kl_divergence)
+        for gone, loss in lazily(judged, candidates, lambda _: 1.0, measure=change, name="attention"):
+            if len(gone) == decoder.block_count or loss > _MOST_LOST:
+                break
+            order.append(gone[-1][0])
+            lost.append(max(loss, lost[-1] if lost else 0.0))
     return tuple(order), tuple(lost)
 
 

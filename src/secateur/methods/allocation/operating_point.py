@@ -1,4 +1,6 @@
-"""The loss of a model pruned to given widths, and by how much it changes if one block alone has others.
+"""What a model pruned to given widths has lost, and by how much that changes if one block alone has others.
+
+It is measured in nats, as the Kullback–Leibler divergence of the predictions from those of the dense model.
 
 Losses measured on the dense model, one MLP at a time, no longer add up where much is removed: what a channel is worth
 depends on what else is gone. Here all blocks are pruned and repaired as the plan would be applied, and the widths of
@@ -10,7 +12,6 @@ model below b, and above b its blocks are those of the pruned model.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,7 +22,7 @@ from torch import nn
 from secateur.calibration.folds import Folds, folds_of
 from secateur.calibration.inputs import InputSums
 from secateur.calibration.store import StateStore
-from secateur.calibration.walk import Batch, mean_loss_of, open_store, step, stored_start, through_block
+from secateur.calibration.walk import Batch, open_store, step, stored_start, through_block
 from secateur.data.windows import Windows
 from secateur.methods.allocation.sensitivity import shortened
 from secateur.models.anatomy import owner_of
@@ -29,6 +30,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.plan.steps import Widths
 from secateur.run_options import DEFAULTS, RunOptions
+from secateur.scores.divergence import States, kl_divergence, mean_distances
 from secateur.surgery.width.coupling import Kept, Part, couplings_of, without_units
 from secateur.surgery.width.inputs import holding, measure_inputs, of_dense, silenced, writes_stream
 from secateur.surgery.width.pruning import Choose, Refit, Refitted, parts_to_measure, refitted
@@ -75,13 +77,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class Point:
-    """Widths with the losses in nats that were measured there.
+    """Widths with what is lost there, in nats.
 
     Attributes:
         widths: of all blocks.
         loss: of the pruned model, on the windows that compare.
         judged: of the pruned model, on the windows that judge.
-        others: the loss with other widths in one block, on the windows that compare.
+        others: with other widths in one block, on the windows that compare.
     """
 
     widths: tuple[Widths, ...]
@@ -101,7 +103,7 @@ def losses_around(
     refit: Refit,
     options: RunOptions = DEFAULTS,
 ) -> Point:
-    """Measure the loss of a pruned model, and with other widths in one block.
+    """Measure what a pruned model has lost, and with other widths in one block.
 
     Args:
         decoder: the dense model.
@@ -122,13 +124,30 @@ def losses_around(
             with decoder.block(index):
                 walk.through(index, widths[index], others.get(index, ()))
         with decoder.outer():
-            losses = {trial: walk.loss(trial) for trial in trials}
-            return Point(tuple(widths), walk.loss(None), walk.loss(_JUDGED), losses)
+            loss, *changed = walk.losses(walk.compared, [None, *trials])
+            (judged,) = walk.losses(walk.judged, [None])
+            return Point(tuple(widths), loss, judged, dict(zip(trials, changed, strict=True)))
 
 
-_JUDGED: Literal["judged"] = "judged"
-Model = Trial | None | Literal["judged"]
-"""The model with other widths in one block, or the pruned model, on the windows that compare; or that on the others."""
+_DENSE: Literal["dense"] = "dense"
+Model = Trial | None | Literal["dense"]
+"""The model with other widths in one block, the pruned model, or the dense one."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Windows that models are read on.
+
+    Attributes:
+        name: tells their states in the store from those of others.
+        batches: the windows.
+    """
+
+    name: str
+    batches: Sequence[Batch]
+
+    def key(self, batch: Batch, model: Model) -> tuple[str, int, Model]:
+        return self.name, batch.index, model
 
 
 @dataclass
@@ -150,35 +169,49 @@ class _Walk:
         if self.refit.target == "dense" and writes_stream(self.decoder):
             for batch in self._batches:
                 self.store.put(of_dense(batch), self.store.get(batch.index))
-        starts: tuple[tuple[Windows, Model], ...] = ((self.parts.searched, None), (self.parts.judged, _JUDGED))
-        self._searched, self._judged = (
-            stored_start(self.decoder, some, self.store, size, key=functools.partial(_key, model=model))
-            for some, model in starts
-        )
+        self.compared = self._read("compared", self.parts.searched)
+        self.judged = self._read("judged", self.parts.judged)
+
+    def _read(self, name: str, windows: Windows) -> _Read:
+        def key(batch: Batch) -> tuple[str, int, Model]:
+            return name, batch.index, None
+
+        found = _Read(name, stored_start(self.decoder, windows, self.store, self.options.batch_size, key=key))
+        for batch in found.batches:
+            self.store.put(found.key(batch, _DENSE), self.store.get(found.key(batch, None)))
+        return found
 
     def through(self, index: int, keep: Widths, others: Sequence[Widths]) -> None:
         """Run block `index`, its weights loaded."""
         for batch in self._batches:
             if of_dense(batch) in self.store:
                 self.store.put(of_dense(batch), step(self.decoder, index, batch, self.store.get(of_dense(batch))))
+        for read in (self.compared, self.judged):
+            self._advance(read, index, _DENSE, _DENSE, {})
         every = (keep, *others)
         attention = self._attention(index, keep, sorted({one.groups for one in every}))
         before = {} if self.decoder.anatomy.parallel and keep.groups else attention[keep.groups]
         mlps = self._mlps(index, keep, sorted({one.channels for one in every}), before)
         for widths in others:
-            self._advance(index, None, (index, widths), attention[widths.groups] | mlps[widths.channels])
+            edits = attention[widths.groups] | mlps[widths.channels]
+            self._advance(self.compared, index, None, (index, widths), edits)
         if not keep.is_empty:
             own = attention[keep.groups] | mlps[keep.channels]
-            models: list[Model] = [*self.trials, None, _JUDGED]
-            for model in models:
-                self._advance(index, model, model, own)
+            for trial in self.trials:
+                self._advance(self.compared, index, trial, trial, own)
+            for read in (self.compared, self.judged):
+                self._advance(read, index, None, None, own)
             with holding(self.decoder.block_list[index], own):
                 through_block(self.decoder, index, self._batches, self.store)
         self.trials += [(index, widths) for widths in others]
 
-    def loss(self, model: Model) -> float:
-        """Return the loss of one of the models, in nats; final norm and head are loaded."""
-        return mean_loss_of(self.decoder, ((one, self.store.get(_key(one, model))) for one in self._batches_of(model)))
+    def losses(self, read: _Read, models: Sequence[Model]) -> list[float]:
+        """Return what these models have lost on some windows, in nats; final norm and head are loaded."""
+
+        def states(model: Model) -> States:
+            return lambda batch: self.store.get(read.key(batch, model))
+
+        return mean_distances(self.decoder, read.batches, states(_DENSE), list(map(states, models)), kl_divergence)
 
     def _attention(self, index: int, keep: Widths, counts: Sequence[int]) -> dict[int, Edits]:
         """Return the parameters of a block's attention with these numbers of key/value groups, few first."""
@@ -233,16 +266,9 @@ class _Walk:
         there = dict(block.named_parameters())
         return without_units({name: edits.get(name, there[name]) for name in of_mlp}, of_mlp, kept)
 
-    def _advance(self, index: int, before: Model, after: Model, edits: Edits) -> None:
+    def _advance(self, read: _Read, index: int, before: Model, after: Model, edits: Edits) -> None:
         """Advance the states of one model; they become those of another."""
         with holding(self.decoder.block_list[index], edits):
-            for batch in self._batches_of(before):
-                found = step(self.decoder, index, batch, self.store.get(_key(batch, before)))
-                self.store.put(_key(batch, after), found)
-
-    def _batches_of(self, model: Model) -> list[Batch]:
-        return self._judged if model == _JUDGED else self._searched
-
-
-def _key(batch: Batch, model: Model) -> tuple[str, int, Model]:
-    return "compared", batch.index, model
+            for batch in read.batches:
+                found = step(self.decoder, index, batch, self.store.get(read.key(batch, before)))
+                self.store.put(read.key(batch, after), found)

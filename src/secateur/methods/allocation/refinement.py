@@ -1,14 +1,14 @@
-"""Widths improved by the loss of the pruned model itself: a few levels up in some blocks, down in others.
+"""Widths improved by what the pruned model itself has lost: a few levels up in some blocks, down in others.
 
-Each round measures the loss of the model pruned to the widths so far, and with one block at a time a level wider,
+Each round measures what the model pruned to the widths so far has lost, and with one block at a time a level wider,
 narrower, or with or without its attention (`operating_point.py`). Dynamic programming finds the exchange that promises
 most at the amount asked for, and the next round measures what it is really worth, on windows that took no part in the
-search: the best of many exchanges is lucky in part. Widths at which the loss was not lower there than before are given
-up; then only changes that promise more are tried. So the loss never rises from round to round, and what was measured is
-kept on disk.
+search: the best of many exchanges is lucky in part. Widths that lost no less there than those before are given up; then
+only changes that promise more are tried. So what is lost never rises from round to round, and what was measured is kept
+on disk.
 
 Tang et al. 2025, "DarwinLM: Evolutionary Structured Pruning of Large Language Models", also exchange levels at equal
-size and judge by the loss; their exchanges are drawn at random, and their models stitched together from a database.
+size and judge by the divergence; their exchanges are drawn at random, and their models stitched together from a database.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from secateur.files import cache_folder
 from secateur.methods.allocation.frontier import Option, best_choices
 from secateur.methods.allocation.operating_point import Parts, Point, losses_around
 from secateur.methods.allocation.savings import AllWidths, Savings
-from secateur.methods.allocation.widths import without_empty
+from secateur.methods.allocation.widths import lasting, mended_by, without_empty
 from secateur.methods.apply_widths import BrainSurgeon
 from secateur.methods.method import Measurements
 from secateur.methods.records import recorded
@@ -31,7 +31,7 @@ from secateur.plan.steps import Widths
 from secateur.surgery.width.pruning import Refit
 from secateur.versions import digest
 
-_FORMAT = 2
+_FORMAT = 3
 _LEAST = 0.002
 """Nats that a change must promise after one round brought nothing."""
 _MORE = 3.0
@@ -94,7 +94,7 @@ def refined(
     best, least = measured(start, around=rounds > 0), 0.0
     seen = {start}
     for left in reversed(range(rounds)):
-        proposal = exchange(best, savings, least)
+        proposal = exchange(best, savings, least, mended_by(measurements.decoder, refit))
         if proposal in seen:
             break
         seen.add(proposal)
@@ -106,13 +106,14 @@ def refined(
     return best.widths
 
 
-def exchange(point: Point, savings: Savings, least: float = 0.0) -> AllWidths:
+def exchange(point: Point, savings: Savings, least: float = 0.0, mended: float = 0.0) -> AllWidths:
     """Return the widths that promise the lowest loss among those that save as much as those of a point.
 
     Args:
         point: widths, and the losses with others in one block.
         savings: what they save.
         least: nats that each change must promise to be made.
+        mended: share of what is lost below it that each MLP takes back.
     """
     parts: list[tuple[int, str]] = []
     options: list[list[Option]] = []
@@ -123,7 +124,8 @@ def exchange(point: Point, savings: Savings, least: float = 0.0) -> AllWidths:
             found = {now: 0.0}
             for (changed, other), loss in point.others.items():
                 if changed == block and getattr(other, name) != now:
-                    found[getattr(other, name)] = loss - point.loss + least
+                    rise = loss - point.loss
+                    found[getattr(other, name)] = rise * lasting(block, len(point.widths), mended) + least
             parts.append((block, name))
             values.append(list(found))
             options.append([Option(savings.of(block, **{name: value}), loss) for value, loss in found.items()])

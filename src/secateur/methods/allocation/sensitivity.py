@@ -1,5 +1,6 @@
-"""How much the loss reacts to a narrower branch: each is pruned or removed alone, all else stays dense.
+"""How much the predictions react to a narrower branch: each is pruned or removed alone, all else stays dense.
 
+What is lost is measured in nats, as the Kullback–Leibler divergence of the predictions from those of the dense model.
 All these models are walked together, block after block: one that differs from the dense model at block b shares its
 states below b, and each block's weights are read once for all of them.
 """
@@ -15,23 +16,24 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.calibration.folds import folds_of
 from secateur.calibration.store import StateStore
-from secateur.calibration.walk import Batch, mean_loss_of, open_store, step, stored_start
+from secateur.calibration.walk import Batch, open_store, step, stored_start
 from secateur.data.windows import Windows
 from secateur.methods.allocation.levels import Levels, Writers
 from secateur.models.anatomy import find
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
+from secateur.scores.divergence import States, kl_divergence, mean_distances
 from secateur.surgery.width.inputs import holding, silenced, writer_of
 
 TOKENS = 1024
-"""Tokens on which the losses are measured, about."""
+"""Tokens on which it is measured, about."""
 
 Edits = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Reaction:
-    """By how many nats the loss rises if one branch alone is changed.
+    """How many nats are lost if one branch alone is changed.
 
     Attributes:
         probe: at its level between.
@@ -65,7 +67,7 @@ def reactions(
     *,
     options: RunOptions = DEFAULTS,
 ) -> list[Reaction]:
-    """Measure the loss with each branch alone at its level between, and each MLP alone removed, on held-out windows.
+    """Measure on held-out windows what is lost with each branch alone at its level between, and each MLP alone removed.
 
     Args:
         decoder: the dense model.
@@ -96,12 +98,14 @@ def reactions(
                         )
                         _advance(decoder, index, batches, store, (None, trial), edits)
                 _advance(decoder, index, batches, store, (None, None), {})
-        losses: dict[Trial, float] = {}
+
+        def states(which: Trial) -> States:
+            return lambda batch: store.get((batch.index, which))
+
         with decoder.outer():
-            for which in (None, *trials):
-                losses[which] = mean_loss_of(decoder, ((one, store.get((one.index, which))) for one in batches))
-    rises = {trial: loss - losses[None] for trial, loss in losses.items()}
-    return [Reaction(rises[place, False], rises.get((place, True))) for place in range(len(branches))]
+            losses = mean_distances(decoder, batches, states(None), list(map(states, trials)), kl_divergence)
+    lost = dict(zip(trials, losses, strict=True))
+    return [Reaction(lost[place, False], lost.get((place, True))) for place in range(len(branches))]
 
 
 Trial = tuple[int, bool] | None

@@ -6,6 +6,9 @@ interpolated over its error between the losses with that branch alone at a level
 several MLPs are taken to add up, and so is what attention costs. Without it in more and more blocks the loss rises
 faster and faster: attention that goes as a whole goes in the order measured, and where single key/value groups may go,
 none of them in a block costs what that attention did in this order.
+
+All that is measured with the blocks above as they are. Where their MLPs are refitted to bring the states back to those
+of the dense model, each takes back a part of what is lost below it, so that the same loss is worth less in a low block.
 """
 
 from __future__ import annotations
@@ -18,16 +21,21 @@ from secateur.methods.allocation.database import Database
 from secateur.methods.allocation.frontier import Option, best_choices
 from secateur.methods.allocation.levels import Levels
 from secateur.methods.allocation.savings import NAMES, AllWidths, Savings
+from secateur.models.decoder import Decoder
+from secateur.surgery.width.inputs import writes_stream
+from secateur.surgery.width.pruning import Refit
 
 _NOISE = 1e-4
 """Nats below which a loss says nothing."""
 _POWERS = (1.0, 2.0)
+MENDED = 0.02
+"""Share of what the states lack that an MLP refitted to the dense states takes back (`benchmarks/recovery.py`)."""
 
 
 def expected_losses(branch: Levels, probe: float, removed: float) -> tuple[float, ...]:
     """Return the loss in nats that each level of a branch is expected to cost; it never falls from level to level.
 
-    It follows a power of the error, a · Eᵖ with p from 1 to 2, through both losses.
+    It follows the power of the error, a · Eᵖ, that goes through both losses; below the lower one with p from 1 to 2.
 
     Args:
         branch: its levels.
@@ -39,13 +47,8 @@ def expected_losses(branch: Levels, probe: float, removed: float) -> tuple[float
     if not 0 < middle < whole:
         return (0.0,) * (len(branch.errors) - 1) + (max(removed, 0.0),)
     power = math.log(max(removed, between) / between) / math.log(whole / middle)
-    power = min(_POWERS[1], max(_POWERS[0], power))
-    below = [between * (error / middle) ** power for error in branch.errors]
-    above = [max(removed, between) * (error / whole) ** power for error in branch.errors]
-    return tuple(
-        low if error <= middle else max(high, between)
-        for error, low, high in zip(branch.errors, below, above, strict=True)
-    )
+    inner = min(_POWERS[1], max(_POWERS[0], power))
+    return tuple(between * (error / middle) ** (inner if error <= middle else power) for error in branch.errors)
 
 
 def convex_rises(lost: Sequence[float]) -> tuple[float, ...]:
@@ -71,15 +74,28 @@ Choices = list[tuple[Changes, float]]
 """What may be done with a branch, and the loss in nats that it is expected to cost."""
 
 
-def _choices(database: Database) -> list[Choices]:
+def mended_by(decoder: Decoder, refit: Refit) -> float:
+    """Return the share of what is lost below it that each MLP takes back, the way it is refitted."""
+    return MENDED if refit.repair and refit.target == "dense" and writes_stream(decoder) else 0.0
+
+
+def lasting(block: int, blocks: int, mended: float) -> float:
+    """Return the share of what is lost in a block that the MLPs above it do not take back, each the share `mended`."""
+    return (1 - mended) ** (blocks - 1 - block)
+
+
+def _choices(database: Database, blocks: int, mended: float) -> list[Choices]:
     """Return what may be done with each branch, or with attention in all blocks."""
-    rises = dict(zip(database.attention, convex_rises(database.lost), strict=True))
+    share = [lasting(block, blocks, mended) for block in range(blocks)]
+    each = (after - before for before, after in itertools.pairwise((0.0, *database.lost)))
+    lost = tuple(itertools.accumulate(share[block] * one for block, one in zip(database.attention, each, strict=True)))
+    rises = dict(zip(database.attention, convex_rises(lost), strict=True))
     most = max(rises.values(), default=0.0)
     found: list[Choices] = []
     for one, reaction in zip(database.branches, database.reactions, strict=True):
-        name = NAMES[one.part]
-        removed = rises.get(one.block, most) if reaction.removed is None else reaction.removed
-        losses = expected_losses(one, reaction.probe, removed)
+        name, worth = NAMES[one.part], share[one.block]
+        removed = rises.get(one.block, most) if reaction.removed is None else worth * reaction.removed
+        losses = expected_losses(one, worth * reaction.probe, removed)
         levels: Choices = [(((one.block, name, keep),), loss) for keep, loss in zip(one.keep, losses, strict=True)]
         stays = one.part == "heads" and one.block not in rises
         found.append(levels[:-1] if stays else levels)
@@ -88,17 +104,18 @@ def _choices(database: Database) -> list[Choices]:
         others = [block for block in database.attention if block not in single]
         return found + [[((), 0.0), (((block, "groups", 0),), rises[block])] for block in others]
     gone = itertools.accumulate(((block, "groups", 0),) for block in database.attention)
-    return [*found, [((), 0.0), *zip(gone, database.lost, strict=True)]]
+    return [*found, [((), 0.0), *zip(gone, lost, strict=True)]]
 
 
-def allocations(database: Database, savings: Savings) -> list[AllWidths]:
+def allocations(database: Database, savings: Savings, mended: float = 0.0) -> list[AllWidths]:
     """Return the widths at the least expected loss for every amount, from the largest model to the smallest.
 
     Args:
         database: what widths cost.
         savings: what they save.
+        mended: share of what is lost below it that each MLP takes back.
     """
-    choices = _choices(database)
+    choices = _choices(database, len(savings.dense), mended)
     options = [
         [Option(sum(savings.of(block, **{name: keep}) for block, name, keep in changes), loss) for changes, loss in one]
         for one in choices
