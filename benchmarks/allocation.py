@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from typing import Any
+from unittest import mock
 
 from common import LENGTH, keep, texts_that_judge
 from transformers.utils import logging
@@ -21,6 +22,7 @@ import secateur
 from secateur.data.texts import windows_for
 from secateur.errors import SecateurWarning
 from secateur.evaluation.metrics.perplexity import perplexity
+from secateur.methods.allocation import widths
 from secateur.models.decoder import Decoder
 from secateur.plan.units import summary
 from secateur.run_options import DEFAULTS
@@ -30,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "global": ("obs-width", {"allocation": "global"}),
     "uniform, candidates=1": ("obs-width", {"candidates": 1}),
     "global, candidates=1": ("obs-width", {"allocation": "global", "candidates": 1}),
+    "global, fading=0": ("obs-width", {"allocation": "global"}),
     "groups": ("obs-width", {"allocation": "global", "attention": "groups"}),
     "refined": ("obs-width", {"allocation": "global", "refine": 2}),
     "branches": ("branches", {}),
@@ -59,7 +62,9 @@ def main(model: str, wikitext: str, *cases: str) -> None:
         name, _, amount = case.partition("@")
         method, settings = CASES[name]
         started = time.perf_counter()
-        plan = secateur.make_plan(dense, method=method, texts=windows, settings=settings, remove=float(amount))
+        fading = 0.0 if name.endswith("fading=0") else widths.FADING
+        with mock.patch.object(widths, "FADING", fading):
+            plan = secateur.make_plan(dense, method=method, texts=windows, settings=settings, remove=float(amount))
         planned = time.perf_counter()
         pruned = secateur.prune(dense, plan, texts=windows)
         done = time.perf_counter()

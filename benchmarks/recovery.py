@@ -4,8 +4,8 @@
 
 A third of the channels of every MLP goes, as `obs-width` takes them, on the default texts. At each block, what the
 states lack is predicted from what enters the output projection of its narrow MLP, by the ridge regression that is best
-on held-out windows; kept is the share of Σ ‖m‖² that it removes there. By it `allocation=global` weighs losses in low
-blocks (`MENDED`).
+on held-out windows; kept is the share of Σ ‖m‖² that it removes there. It is a part of why losses in low blocks count
+less with `allocation=global` (`FADING`).
 """
 
 from __future__ import annotations

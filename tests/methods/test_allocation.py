@@ -213,8 +213,8 @@ def test_rises_that_never_fall():
     assert convex_rises(()) == ()
 
 
-@pytest.mark.parametrize("mended", [0.0, 0.3])
-def test_single_groups_against_all_choices(tiny, mended):
+@pytest.mark.parametrize("fading", [0.0, 0.3])
+def test_single_groups_against_all_choices(tiny, fading):
     """Attention without a place in the order keeps a group; the other may go, at what that cost in the order."""
     decoder = tiny("llama", blocks=4)
     groups = [Levels(block, "heads", (2, 1, 0), (0.0, 0.2, 0.8), 1) for block in (1, 2)]
@@ -222,7 +222,7 @@ def test_single_groups_against_all_choices(tiny, mended):
     worth = [Reaction(0.04, None), Reaction(0.01, None), *(Reaction(0.1 + block, 2.0 + block) for block in range(4))]
     measured = Database((*groups, *mlps), tuple(worth), attention=(2,), lost=(0.16,))
     savings = Savings(decoder, width_sizes(decoder, stock=False), Budget("remove", 0.2))
-    lasts = [(1 - mended) ** (3 - block) for block in range(4)]
+    lasts = [(1 - fading) ** (3 - block) for block in range(4)]
     cost = {
         (1, 1): 0.04 * lasts[1],
         (2, 1): 0.01 * lasts[2],
@@ -250,7 +250,7 @@ def test_single_groups_against_all_choices(tiny, mended):
         for two in (2, 1, 0)
         for narrow in itertools.product((24, 8, 0), repeat=4)
     ]
-    found = allocations(measured, savings, mended)
+    found = allocations(measured, savings, fading)
     assert any(own.groups == 1 for widths in found for own in widths)
     saved = {
         widths: sum(savings.of(b, groups=w.groups, channels=w.channels) for b, w in enumerate(widths))

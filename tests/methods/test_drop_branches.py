@@ -182,11 +182,12 @@ def test_stand_ins_bring_the_output_nearer(tiny):
     """MLPs that are left are refitted to the dense states: on the texts of the fit that can only help."""
     decoder, windows = tiny("llama", blocks=4), draw_windows(windows=16, positions=32)
     dense = forward(decoder.module, windows.tokens)
+    settings = {"count": 1, "ridge": 0.01}
+    plan = make_plan(decoder, method="branches", texts=windows, settings=settings)
     errors = {}
     for repair in (False, True):
-        settings = {"count": 2, "repair": repair, "protect_last": 1} | ({"ridge": 0.01} if repair else {})
-        plan = make_plan(decoder, method="branches", texts=windows, settings=settings)
-        found = forward(prune(decoder, plan, texts=windows).module, windows.tokens)
+        (step,) = (one.model_copy(update={"repair": repair}) for one in plan.steps)
+        found = forward(apply_step(Measurements(decoder, windows), step).decoder.module, windows.tokens)
         errors[repair] = float((found - dense).square().mean())
     assert errors[True] < errors[False]
 

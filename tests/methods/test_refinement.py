@@ -106,16 +106,16 @@ def test_the_loss_is_that_of_the_model_a_plan_makes(tiny, family):
     assert found.loss == pytest.approx(plain_divergence(decoder.module, pruned, PARTS.searched), abs=1e-4)
 
 
-@pytest.mark.parametrize("mended", [0.0, 0.3])
+@pytest.mark.parametrize("fading", [0.0, 0.3])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_best_of_all_exchanges(tiny, seed, mended):
+def test_the_best_of_all_exchanges(tiny, seed, fading):
     decoder = tiny("llama", blocks=4)
     savings = Savings(decoder, width_sizes(decoder, stock=False), Budget("remove", 0.2))
     widths = at(decoder, 16, 16, 8, 16, without=[3])
     generator = torch.Generator().manual_seed(seed)
     near = NEAR.of(widths)
     losses = {(block, one): 2 + float(torch.randn(1, generator=generator)) for block in near for one in near[block]}
-    found = exchange(Point(widths, 2.0, 2.0, losses), savings, mended=mended)
+    found = exchange(Point(widths, 2.0, 2.0, losses), savings, fading=fading)
 
     def expected(choice):
         total = 0.0
@@ -123,7 +123,7 @@ def test_the_best_of_all_exchanges(tiny, seed, mended):
             for name in ("channels", "groups"):
                 if getattr(one, name) != getattr(widths[block], name):
                     alone = widths[block].model_copy(update={name: getattr(one, name)})
-                    total += (losses[block, alone] - 2) * (1 - mended) ** (3 - block)
+                    total += (losses[block, alone] - 2) * (1 - fading) ** (3 - block)
         return total
 
     values = [

@@ -20,6 +20,7 @@ from secateur.calibration.walk import open_store
 from secateur.errors import InputError
 from secateur.methods.allocation.savings import NAMES, AllWidths, Savings
 from secateur.methods.allocation.sensitivity import judging_windows
+from secateur.methods.allocation.widths import fading_of, lasting
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget, already
 from secateur.methods.greedy import LOSSES, SCREEN, Screen, greedily, greedy_work, lazily
@@ -28,8 +29,9 @@ from secateur.models.decoder import Decoder
 from secateur.plan.steps import PruneWidth, Widths
 from secateur.plan.width import width_work
 from secateur.plan.work import Work
-from secateur.scores.divergence import Between, OutputChange, angle, js_divergence
+from secateur.scores.divergence import Between, OutputChange, angle, js_divergence, kl_divergence
 from secateur.scores.removal import Branch, Measure
+from secateur.surgery.width.pruning import Refit
 from secateur.surgery.width.target import dense_widths, names_every_block, require_width_prunable, width_sizes
 
 _JUDGED = 2048
@@ -230,7 +232,14 @@ def decide_branches(measurements: Measurements, settings: StandInSettings, budge
     decoder = measurements.decoder
     target, free = BranchTarget(decoder, budget), settings.some_free_blocks(decoder.block_count)
     judged = measurements.on_windows(judging_windows(measurements.need_windows(), _JUDGED))
-    series = lazily(judged, present_branches(target.dense, free), target.saves)
-    widths = target.choose(gone for gone, _ in series)
+    fading = fading_of(decoder, Refit(repair=settings.repair, target="dense"))
+
+    def worth(branch: Branch) -> float:
+        return target.saves(branch) / lasting(branch[0], decoder.block_count, fading)
+
+    with open_store(decoder) as store:
+        change = OutputChange(store, kl_divergence)
+        series = lazily(judged, present_branches(target.dense, free), worth, measure=change)
+        widths = target.choose(gone for gone, _ in series)
     refit = {"repair": True, "ridge": settings.ridge, "target": "dense", "refitted": tuple(free)}
     return (target.step("branches", settings, widths, **(refit if settings.repair else {})),)

@@ -25,7 +25,7 @@ from secateur.methods.allocation.database import open_database
 from secateur.methods.allocation.operating_point import Parts
 from secateur.methods.allocation.refinement import Neighbours, refined
 from secateur.methods.allocation.savings import Savings
-from secateur.methods.allocation.widths import allocations, mended_by
+from secateur.methods.allocation.widths import allocations, fading_of
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget
 from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
@@ -325,7 +325,7 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
     database = open_database(measurements, free, multiple, attention, single=single, candidates=few)
     savings = Savings(decoder, sizes, budget)
     refit = Refit(repair=settings.repair, ridge=settings.ridge, target=settings.target)
-    widths = savings.meet(allocations(database, savings, mended_by(decoder, refit)))
+    widths = savings.meet(allocations(database, savings, fading_of(decoder, refit)))
     if parts is not None:
         groups = {block: (savings.dense[block].groups, 0) for block in attention} | database.levels("heads")
         near = Neighbours({"channels": database.levels("channels"), "groups": groups})

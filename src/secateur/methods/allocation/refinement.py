@@ -8,7 +8,8 @@ only changes that promise more are tried. So what is lost never rises from round
 on disk.
 
 Tang et al. 2025, "DarwinLM: Evolutionary Structured Pruning of Large Language Models", also exchange levels at equal
-size and judge by the divergence; their exchanges are drawn at random, and their models stitched together from a database.
+size and judge by the divergence; their exchanges are drawn at random, and their models stitched together from a
+database.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from secateur.files import cache_folder
 from secateur.methods.allocation.frontier import Option, best_choices
 from secateur.methods.allocation.operating_point import Parts, Point, losses_around
 from secateur.methods.allocation.savings import AllWidths, Savings
-from secateur.methods.allocation.widths import lasting, mended_by, without_empty
+from secateur.methods.allocation.widths import fading_of, lasting, without_empty
 from secateur.methods.apply_widths import BrainSurgeon
 from secateur.methods.method import Measurements
 from secateur.methods.records import recorded
@@ -94,7 +95,7 @@ def refined(
     best, least = measured(start, around=rounds > 0), 0.0
     seen = {start}
     for left in reversed(range(rounds)):
-        proposal = exchange(best, savings, least, mended_by(measurements.decoder, refit))
+        proposal = exchange(best, savings, least, fading_of(measurements.decoder, refit))
         if proposal in seen:
             break
         seen.add(proposal)
@@ -106,14 +107,14 @@ def refined(
     return best.widths
 
 
-def exchange(point: Point, savings: Savings, least: float = 0.0, mended: float = 0.0) -> AllWidths:
+def exchange(point: Point, savings: Savings, least: float = 0.0, fading: float = 0.0) -> AllWidths:
     """Return the widths that promise the lowest loss among those that save as much as those of a point.
 
     Args:
         point: widths, and the losses with others in one block.
         savings: what they save.
         least: nats that each change must promise to be made.
-        mended: share of what is lost below it that each MLP takes back.
+        fading: share by which a loss counts less for each block above it.
     """
     parts: list[tuple[int, str]] = []
     options: list[list[Option]] = []
@@ -125,7 +126,7 @@ def exchange(point: Point, savings: Savings, least: float = 0.0, mended: float =
             for (changed, other), loss in point.others.items():
                 if changed == block and getattr(other, name) != now:
                     rise = loss - point.loss
-                    found[getattr(other, name)] = rise * lasting(block, len(point.widths), mended) + least
+                    found[getattr(other, name)] = rise * lasting(block, len(point.widths), fading) + least
             parts.append((block, name))
             values.append(list(found))
             options.append([Option(savings.of(block, **{name: value}), loss) for value, loss in found.items()])

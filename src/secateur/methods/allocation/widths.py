@@ -8,7 +8,7 @@ faster and faster: attention that goes as a whole goes in the order measured, an
 none of them in a block costs what that attention did in this order.
 
 All that is measured with the blocks above as they are. Where their MLPs are refitted to bring the states back to those
-of the dense model, each takes back a part of what is lost below it, so that the same loss is worth less in a low block.
+of the dense model, they take back a part of what is lost below, so that the same loss counts less in a low block.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from secateur.surgery.width.pruning import Refit
 _NOISE = 1e-4
 """Nats below which a loss says nothing."""
 _POWERS = (1.0, 2.0)
-MENDED = 0.02
-"""Share of what the states lack that an MLP refitted to the dense states takes back (`benchmarks/recovery.py`)."""
+FADING = 0.02
+"""Share by which a loss counts less for each block above it. Chosen by what results lose (`benchmarks/allocation.py`):
+what refitted MLPs take back (`benchmarks/recovery.py`) is a part of it."""
 
 
 def expected_losses(branch: Levels, probe: float, removed: float) -> tuple[float, ...]:
@@ -74,19 +75,19 @@ Choices = list[tuple[Changes, float]]
 """What may be done with a branch, and the loss in nats that it is expected to cost."""
 
 
-def mended_by(decoder: Decoder, refit: Refit) -> float:
-    """Return the share of what is lost below it that each MLP takes back, the way it is refitted."""
-    return MENDED if refit.repair and refit.target == "dense" and writes_stream(decoder) else 0.0
+def fading_of(decoder: Decoder, refit: Refit) -> float:
+    """Return by which share a loss counts less for each block above it, the way MLPs are refitted."""
+    return FADING if refit.repair and refit.target == "dense" and writes_stream(decoder) else 0.0
 
 
-def lasting(block: int, blocks: int, mended: float) -> float:
-    """Return the share of what is lost in a block that the MLPs above it do not take back, each the share `mended`."""
-    return (1 - mended) ** (blocks - 1 - block)
+def lasting(block: int, blocks: int, fading: float) -> float:
+    """Return how much a loss in a block counts, if it counts less by the share `fading` for each block above it."""
+    return (1 - fading) ** (blocks - 1 - block)
 
 
-def _choices(database: Database, blocks: int, mended: float) -> list[Choices]:
+def _choices(database: Database, blocks: int, fading: float) -> list[Choices]:
     """Return what may be done with each branch, or with attention in all blocks."""
-    share = [lasting(block, blocks, mended) for block in range(blocks)]
+    share = [lasting(block, blocks, fading) for block in range(blocks)]
     each = (after - before for before, after in itertools.pairwise((0.0, *database.lost)))
     lost = tuple(itertools.accumulate(share[block] * one for block, one in zip(database.attention, each, strict=True)))
     rises = dict(zip(database.attention, convex_rises(lost), strict=True))
@@ -107,15 +108,15 @@ def _choices(database: Database, blocks: int, mended: float) -> list[Choices]:
     return [*found, [((), 0.0), *zip(gone, lost, strict=True)]]
 
 
-def allocations(database: Database, savings: Savings, mended: float = 0.0) -> list[AllWidths]:
+def allocations(database: Database, savings: Savings, fading: float = 0.0) -> list[AllWidths]:
     """Return the widths at the least expected loss for every amount, from the largest model to the smallest.
 
     Args:
         database: what widths cost.
         savings: what they save.
-        mended: share of what is lost below it that each MLP takes back.
+        fading: share by which a loss counts less for each block above it.
     """
-    choices = _choices(database, len(savings.dense), mended)
+    choices = _choices(database, len(savings.dense), fading)
     options = [
         [Option(sum(savings.of(block, **{name: keep}) for block, name, keep in changes), loss) for changes, loss in one]
         for one in choices
