@@ -213,7 +213,7 @@ def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings) -> Work:
 @method(
     order=20,
     name="branches",
-    summary="remove the attention and MLP branches the loss needs least for their size; the MLPs left stand in",
+    summary="remove the attention and MLP branches that matter least for their size; the MLPs left stand in",
     paper="secateur's own (docs/methods/branches.md)",
     settings=StandInSettings,
     native=None,
