@@ -28,7 +28,7 @@ from secateur.surgery.width.pruning import Refit
 _NOISE = 1e-4
 """Nats below which a loss says nothing."""
 _POWERS = (1.0, 2.0)
-FADING = 0.02
+FADING = 0.025
 """Share by which a loss counts less for each block above it. Chosen by what results lose (`benchmarks/allocation.py`):
 what refitted MLPs take back (`benchmarks/recovery.py`) is a part of it."""
 
