@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from common import LENGTH
 from table_parts import Record, markdown, number, per_cent, recorded
 
 from secateur.evaluation.probes import PROBES
@@ -142,8 +143,9 @@ def _answered(removed: float) -> dict[str, float]:
 
 
 def _length(setting: Record) -> str:
-    """Name the length of the windows, where it is not that of the others."""
-    return f", windows of {setting['seq_len']}" if "seq_len" in setting else ""
+    """Name the windows, where they are not those of the others."""
+    length = setting.get("seq_len", LENGTH)
+    return "" if length == LENGTH else f", {setting['windows']} windows of {length}"
 
 
 def _is_plain(healing: Record | None) -> bool:
@@ -217,7 +219,7 @@ def released(removed: str) -> str:
         ratios = [*change, sum(change) / len(change)]
         rows.append(
             [
-                f"`{found['method']}`",
+                f"`{found['method']}`{_length(asked)}",
                 "as in the paper" if asked["side"] == "plain" else "secateur",
                 per_cent(found["removed"]),
                 *(_ratio(math.exp(min(value, _LARGEST))) for value in ratios),

@@ -1,6 +1,6 @@
 """Methods as others release them (written plainly from their papers) beside secateur's, at equal true parameters.
 
-    python benchmarks/released_methods.py FILE.gguf WIKITEXT.txt [CASE …] [--remove SHARE] [--windows N]
+    python benchmarks/released_methods.py FILE.gguf WIKITEXT.txt [CASE …] [--remove SHARE] [--windows N] [--length N]
 
 A case is a name of `plain_methods.py`, such as `sleb`: the plain method and what secateur offers instead, each in a
 process of its own, with the same calibration windows. Seconds and peak memory are of pruning alone; 16 windows of 512
@@ -97,7 +97,7 @@ def measure(given: argparse.Namespace, side: str, case: str | None) -> None:
 
 def losses(dense: Decoder, module: Any, given: argparse.Namespace) -> dict[str, float]:
     """Return the mean next-token loss on each source, in nats."""
-    texts = texts_that_judge(dense, str(given.wikitext), windows=JUDGED, seq_len=given.length)
+    texts = texts_that_judge(dense, str(given.wikitext), windows=JUDGED)
     return {name: round(plain_methods.mean_loss(module, windows.tokens), 5) for name, windows in texts.items()}
 
 
