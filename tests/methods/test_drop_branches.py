@@ -108,14 +108,14 @@ def test_finercut_is_greedy_in_the_change_of_the_output(tiny, distance):
 
 
 def test_distances_of_distributions():
-    left, right = torch.tensor([[0.0, -40.0]]), torch.tensor([[-40.0, 0.0]])
-    assert js_divergence(left, left).item() == pytest.approx(0)
-    assert js_divergence(left, right).item() == pytest.approx(torch.log(torch.tensor(2.0)).item())
-    even = torch.zeros(1, 2)
-    assert kl_divergence(even, even).item() == pytest.approx(0)
-    assert kl_divergence(left, even).item() == pytest.approx(torch.log(torch.tensor(2.0)).item())
-    assert kl_divergence(even, left).item() == pytest.approx(20 - torch.log(torch.tensor(2.0)).item())
-    assert angle(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item() == pytest.approx(0.5)
+    left, right, even = torch.tensor([[0.0, -40.0]]), torch.tensor([[-40.0, 0.0]]), torch.zeros(1, 2)
+    half = torch.log(torch.tensor(2.0)).item()
+    assert js_divergence(left)(left).item() == pytest.approx(0)
+    assert js_divergence(left)(right).item() == pytest.approx(half)
+    assert kl_divergence(even)(even + 3).item() == pytest.approx(0, abs=1e-6)
+    assert kl_divergence(left)(even).item() == pytest.approx(half)
+    assert kl_divergence(even)(left).item() == pytest.approx(20 - half)
+    assert angle(torch.tensor([[1.0, 0.0]]))(torch.tensor([[0.0, 2.0]])).item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("name", [*GREEDY, "branches", "2ssp"])

@@ -19,8 +19,8 @@ from secateur.calibration.walk import Batch, parts_of
 from secateur.models.decoder import Decoder
 from secateur.models.forward import logits, require_finite
 
-Between = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""The distance of two predictions given as logits, (…, V) and (…, V) → (…)."""
+Between = Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
+"""Takes a prediction as logits (…, V); returns what takes another and returns its distance from the first, (…)."""
 States = Callable[[Batch], torch.Tensor]
 """Returns the output of the last block for a batch."""
 
@@ -91,31 +91,41 @@ def _summed(
     """Return the sums of distances over the real tokens of a batch, and their number."""
     sums, count = [0.0] * len(others), 0
     for rows, part in parts_of(decoder, batch):
-        before = logits(decoder, reference[rows], part.tokens, part.mask).float()
+        distance = between(logits(decoder, reference[rows], part.tokens, part.mask).float())
         real = torch.ones_like(part.tokens, dtype=torch.bool) if part.mask is None else part.mask
         for place, states in enumerate(others):
-            each = between(before, logits(decoder, states(batch)[rows], part.tokens, part.mask).float())
+            each = distance(logits(decoder, states(batch)[rows], part.tokens, part.mask).float())
             require_finite(each[..., None], "the change of the output", part.mask)
             sums[place] += float(each[real.to(each.device)].double().sum())
         count += int(real.sum())
     return sums, count
 
 
-def js_divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Return the Jensen–Shannon divergence in nats of two distributions given as logits, (…, V) → (…)."""
-    logs = [one.log_softmax(dim=-1) for one in (before, after)]
-    chances = [one.exp() for one in logs]
-    middle = ((chances[0] + chances[1]) / 2).clamp_min(torch.finfo(before.dtype).tiny).log()
-    return sum(((p * (log - middle)).sum(dim=-1) for p, log in zip(chances, logs, strict=True)), torch.tensor(0.0)) / 2
+def js_divergence(before: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the Jensen–Shannon divergence in nats of distributions given as logits from this one."""
+    own = before.log_softmax(dim=-1)
+
+    def distance(after: torch.Tensor) -> torch.Tensor:
+        logs = (own, after.log_softmax(dim=-1))
+        chances = [one.exp() for one in logs]
+        middle = ((chances[0] + chances[1]) / 2).clamp_min(torch.finfo(own.dtype).tiny).log()
+        each = [(p * (log - middle)).sum(dim=-1) for p, log in zip(chances, logs, strict=True)]
+        return (each[0] + each[1]) / 2
+
+    return distance
 
 
-def kl_divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Return the Kullback–Leibler divergence in nats of a distribution from the one before, as logits, (…, V) → (…)."""
-    old, new = (one.log_softmax(dim=-1) for one in (before, after))
-    return (old.exp() * (old - new)).sum(dim=-1)
+def kl_divergence(before: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the Kullback–Leibler divergence in nats of distributions given as logits from this one."""
+    chances = before.softmax(dim=-1)
+    certain = (chances * before.log_softmax(dim=-1)).sum(dim=-1)
+    return lambda after: certain + after.logsumexp(dim=-1) - (chances * after).sum(dim=-1)
 
 
-def angle(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Return the angle between two vectors of logits divided by π, (…, V) → (…)."""
-    cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
-    return cosine.clamp(-1, 1).arccos() / torch.pi
+def angle(before: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the angle between vectors of logits and this one, divided by π."""
+
+    def distance(after: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cosine_similarity(before, after, dim=-1).clamp(-1, 1).arccos() / torch.pi
+
+    return distance
