@@ -272,7 +272,7 @@ class SurgeonSettings(EvenSettings):
     )
     allocation: Literal["uniform", "global"] = Field(
         "uniform",
-        description="all blocks get the same widths, or each its own, down to none, by what the loss makes of it",
+        description="all blocks get the same widths, or each its own, down to none, by how much the predictions change",
     )
     attention: Literal["whole", "groups"] = Field(
         "whole",
@@ -282,7 +282,7 @@ class SurgeonSettings(EvenSettings):
     refine: int = Field(
         0,
         ge=0,
-        description="with allocation=global: rounds in which widths are exchanged between blocks, judged by the loss",
+        description="with allocation=global: rounds in which widths are exchanged between blocks, judged alike",
     )
 
     def own_amount(self) -> Budget | None:
