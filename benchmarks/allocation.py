@@ -30,8 +30,6 @@ from secateur.run_options import DEFAULTS
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("obs-width", {}),
     "global": ("obs-width", {"allocation": "global"}),
-    "uniform, candidates=1": ("obs-width", {"candidates": 1}),
-    "global, candidates=1": ("obs-width", {"allocation": "global", "candidates": 1}),
     "global, fading=0": ("obs-width", {"allocation": "global"}),
     "groups": ("obs-width", {"allocation": "global", "attention": "groups"}),
     "refined": ("obs-width", {"allocation": "global", "refine": 2}),

@@ -45,8 +45,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "uidl": ("uidl", {}),
     "last-n": ("last-n", {}),
     "replaceme": ("replaceme", {}),
-    "replaceme, choose=error": ("replaceme", {"choose": "error"}),
-    "replaceme, objective=cosine": ("replaceme", {"objective": "cosine"}),
+    "replaceme, objective=least-squares": ("replaceme", {"objective": "least-squares"}),
+    "replaceme, choose=error, objective=least-squares": (
+        "replaceme",
+        {"choose": "error", "objective": "least-squares"},
+    ),
     "streamline, network=none": ("streamline", {"network": "none"}),
     "stock-slicing": ("stock-slicing", {}),
     "stock-slicing, signals=raw": ("stock-slicing", {"signals": "raw"}),

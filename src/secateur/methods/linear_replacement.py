@@ -50,7 +50,7 @@ class LinearReplacementSettings(Settings):
         "auto", description="regularisation of the matrix toward the identity; by default chosen on held-out windows"
     )
     objective: Literal["least-squares", "cosine"] = Field(
-        "least-squares", description="what the matrix minimises: the squared error of the state, or 1 − its cosine"
+        "cosine", description="what the matrix minimises: the squared error of the state, or 1 − its cosine"
     )
     max_window: int | None = Field(
         None, ge=1, description="longest window; by default any with influence, else as short as the amount allows"
