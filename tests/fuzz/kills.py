@@ -27,7 +27,6 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "benchmarks")]
 
 import numpy as np
-import optuna  # noqa: F401 - imported once, for all children
 import peft  # noqa: F401
 import psutil
 import torch

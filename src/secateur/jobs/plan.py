@@ -122,7 +122,9 @@ class PlanJob(Job[Plan]):
             return JobCost(
                 models=(describe_model(self.model),), reads="nothing is measured", memory=memory_of(self.model, 0)
             )
-        return cost_of(self.model, self.windows, {"plan": self.forwards(), "apply": self.apply_forwards()})
+        work = {"plan": self.forwards(), "apply": self.apply_forwards()}
+        read = [part.method.reads(part.settings) or len(self.windows) for part in self.parts]
+        return cost_of(self.model, self.windows, work, reading={"plan": min(1.0, max(read) / len(self.windows))})
 
     def run(self) -> Plan:
         """Decide, and return the plan."""

@@ -153,6 +153,7 @@ class Method:
             plain forward passes over the windows.
         apply_forwards: the work of applying its steps, given the settings and the number of tokens; once there is a
             plan, the work of its steps counts instead.
+        reads: the number of windows that deciding reads, given its settings; None for all.
         scores: given its settings, the scores that deciding reads and that no single pass gives; a study measures them
             once for all amounts.
         speed_model: given its settings, how fast its models run; None if the time in blocks follows their size.
@@ -169,6 +170,7 @@ class Method:
     needs_texts: Callable[[Any], bool] = lambda _: True
     forwards: Callable[[int, int, Any], Work | float] = lambda _blocks, _gone, _settings: 1.0
     apply_forwards: Callable[[Any, int], Work | float] = lambda _settings, _tokens: 0.0
+    reads: Callable[[Any], int | None] = lambda _: None
     scores: Callable[[Any], tuple[Kind, ...]] = lambda _: ()
     speed_model: Callable[[Any], SpeedModel] | None = None
     settings_for: Callable[[Decoder, Any], Any] = lambda _decoder, settings: settings

@@ -19,10 +19,14 @@ from secateur.calibration.walk import Batch, parts_of
 from secateur.models.decoder import Decoder
 from secateur.models.forward import logits, require_finite
 
-Between = Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
-"""Takes a prediction as logits (…, V); returns what takes another and returns its distance from the first, (…)."""
+Distance = Callable[[torch.Tensor], torch.Tensor]
+"""Takes a prediction as logits (…, V) and returns its distance from one known before, (…)."""
+Between = Callable[[torch.Tensor], Distance]
+"""Takes a prediction as logits (…, V) and returns the distance from it."""
 States = Callable[[Batch], torch.Tensor]
 """Returns the output of the last block for a batch."""
+_KEPT_BYTES = 1 << 30
+"""Predictions of the reference are kept up to so many bytes; beyond, they are made anew for each model."""
 
 
 class OutputChange:
@@ -37,6 +41,8 @@ class OutputChange:
         """
         self._store, self._between = store, between
         self._has_reference = False
+        self._known: dict[tuple[int, int], Distance] = {}
+        self._room = _KEPT_BYTES
 
     def __call__(self, decoder: Decoder, last: Iterator[tuple[Batch, torch.Tensor]]) -> float:
         """Return the mean distance, given the output of the last block; of the first model measured it is 0.
@@ -51,11 +57,19 @@ class OutputChange:
             return 0.0
         total, count = 0.0, 0
         for batch, hidden in last:
-            sums, tokens = _summed(
-                decoder, batch, self._store.get(batch.index), [functools.partial(_same, hidden)], self._between
-            )
+            sums, tokens = _summed(decoder, batch, self._distance, [functools.partial(_same, hidden)])
             total, count = total + sums[0], count + tokens
         return total / count
+
+    def _distance(self, decoder: Decoder, batch: Batch, rows: slice, part: Batch) -> Distance:
+        key = (batch.index, rows.start)
+        if key in self._known:
+            return self._known[key]
+        before = _predictions(decoder, self._store.get(batch.index)[rows], part)
+        found, size = self._between(before), before.nbytes
+        if size <= self._room:
+            self._known[key], self._room = found, self._room - size
+        return found
 
 
 def _same(hidden: torch.Tensor, _: Batch) -> torch.Tensor:
@@ -77,31 +91,49 @@ def mean_distances(
     Raises:
         NumericsError: NaN or infinity.
     """
+
+    def distance(decoder: Decoder, batch: Batch, rows: slice, part: Batch) -> Distance:
+        return between(_predictions(decoder, reference(batch)[rows], part))
+
     totals, count = [0.0] * len(others), 0
     for batch in batches:
-        sums, tokens = _summed(decoder, batch, reference(batch), others, between)
+        sums, tokens = _summed(decoder, batch, distance, others)
         totals = [total + one for total, one in zip(totals, sums, strict=True)]
         count += tokens
     return [total / count for total in totals]
 
 
 def _summed(
-    decoder: Decoder, batch: Batch, reference: torch.Tensor, others: Sequence[States], between: Between
+    decoder: Decoder,
+    batch: Batch,
+    distance_on: Callable[[Decoder, Batch, slice, Batch], Distance],
+    others: Sequence[States],
 ) -> tuple[list[float], int]:
-    """Return the sums of distances over the real tokens of a batch, and their number."""
+    """Return the sums of distances over the real tokens of a batch, and their number.
+
+    Args:
+        decoder: has final norm and head loaded.
+        batch: the windows.
+        distance_on: returns the distance from the reference on some of them: their slice, and the smaller batch.
+        others: the models whose distance is wanted.
+    """
     sums, count = [0.0] * len(others), 0
     for rows, part in parts_of(decoder, batch):
-        distance = between(logits(decoder, reference[rows], part.tokens, part.mask).float())
+        distance = distance_on(decoder, batch, rows, part)
         real = torch.ones_like(part.tokens, dtype=torch.bool) if part.mask is None else part.mask
         for place, states in enumerate(others):
-            each = distance(logits(decoder, states(batch)[rows], part.tokens, part.mask).float())
+            each = distance(_predictions(decoder, states(batch)[rows], part))
             require_finite(each[..., None], "the change of the output", part.mask)
             sums[place] += float(each[real.to(each.device)].double().sum())
         count += int(real.sum())
     return sums, count
 
 
-def js_divergence(before: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _predictions(decoder: Decoder, hidden: torch.Tensor, part: Batch) -> torch.Tensor:
+    return logits(decoder, hidden, part.tokens, part.mask).float()
+
+
+def js_divergence(before: torch.Tensor) -> Distance:
     """Return the Jensen–Shannon divergence in nats of distributions given as logits from this one."""
     own = before.log_softmax(dim=-1)
 
@@ -115,14 +147,14 @@ def js_divergence(before: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor
     return distance
 
 
-def kl_divergence(before: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def kl_divergence(before: torch.Tensor) -> Distance:
     """Return the Kullback–Leibler divergence in nats of distributions given as logits from this one."""
     chances = before.softmax(dim=-1)
     certain = (chances * before.log_softmax(dim=-1)).sum(dim=-1)
     return lambda after: certain + after.logsumexp(dim=-1) - (chances * after).sum(dim=-1)
 
 
-def angle(before: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def angle(before: torch.Tensor) -> Distance:
     """Return the angle between vectors of logits and this one, divided by π."""
 
     def distance(after: torch.Tensor) -> torch.Tensor:

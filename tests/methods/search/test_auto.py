@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from secateur.methods.cost import memory_cost
 from secateur.methods.method import APPLY, Measurements, find_method
 from secateur.methods.search import auto, guard, trials
 from secateur.methods.search.auto import front
-from secateur.methods.search.splits import Split, all_splits, search
+from secateur.methods.search.splits import Split, _steps_between, all_splits, search
 from secateur.progress import SILENT
 from secateur.run_options import RunOptions
 from secateur.scores.merge_similarity import MergeProbe
@@ -27,7 +28,7 @@ from secateur.scores.removal import RemovalProbe
 from tiny_models import VOCABULARY
 
 WINDOWS = Windows.of(torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0)))
-BRIEF = {"depth": "none,streamline", "width": "none,obs-width", "skip_hopeless": False}
+BRIEF = {"depth": "none,streamline", "width": "none,obs-width", "skip_hopeless": False, "patience": 50}
 SINGLE = [("streamline", None), (None, "obs-width")]
 
 
@@ -117,8 +118,8 @@ def test_a_cut_is_made_once_and_no_plan_is_measured_twice(tiny, monkeypatch):
     monkeypatch.setattr(
         trials, "mean_loss_of_sources", lambda d, *a, **k: (measured.append(d.fingerprint), true_loss(d, *a, **k))[1]
     )
-    settings = {"depth": "none,shortgpt,uidl,last-n", "width": "none,obs-width,wanda-sp", "trials": 50}
-    settings["skip_hopeless"] = False
+    settings = {"depth": "none,shortgpt,uidl,last-n", "width": "none,obs-width,wanda-sp"}
+    settings |= {"trials": 50, "patience": 50, "skip_hopeless": False}
     make_plan(decoder, method="auto", remove=0.3, texts=WINDOWS, settings=settings)
     assert len(measured) == len(set(measured))
     cuts = [step.method for model, step in applied if model is decoder and step.kind == "drop-blocks"]
@@ -397,12 +398,12 @@ def test_when_nothing_can_be_done_it_says_why(tiny):
         make_plan(tiny("llama"), method="auto", remove=0.99, texts=WINDOWS, settings=BRIEF)
 
 
-MIXED = {"depth": "none,shortgpt", "width": "none,obs-width", "experts": "none,expert-frequency", "trials": 60}
+MIXED = BRIEF | {"depth": "none,shortgpt", "experts": "none,expert-frequency", "trials": 60}
 
 
 def test_experts_alone_and_together_with_blocks_and_widths(tiny):
     """Every kind of combination, each as it is made by hand."""
-    decoder, settings = tiny("qwen3_moe"), MIXED | {"skip_hopeless": False}
+    decoder, settings = tiny("qwen3_moe"), MIXED
     plan = make_plan(decoder, method="auto", remove=0.25, texts=WINDOWS, settings=settings)
     tried = {(one.depth, one.blocks, one.experts, one.share, one.width): one for one in plan.search.candidates}
     fitted, held_back = WINDOWS.split_off(0.25)
@@ -539,18 +540,59 @@ def test_search_finds_the_least_and_tries_nothing_twice():
         kinds = {"a": 3.0, "b": 0.0, "c": 1.0, None: 4.0}[split.depth] + {"x": 0.0, "y": 2.0, None: 3.0}[split.width]
         return kinds + abs(split.blocks - 6) / 5
 
-    def run(seed, trials):
+    def run(trials, patience=100):
         seen = []
-        search(splits, lambda one: (seen.append(one), loss(one))[1], trials=trials, seed=seed, progress=SILENT)
+        tell = lambda one: (seen.append(one), loss(one))[1]  # noqa: E731
+        search(splits, tell, trials=trials, patience=patience, progress=SILENT)
         return seen
 
-    seen = run(0, 25)
-    assert seen == run(0, 25) != run(1, 25)
+    seen = run(25)
     assert seen[:5] == list(splits[:5])
     assert len(seen) == len(set(seen)) <= len(splits)
     assert sum(loss(one) is not None for one in seen) == 25
-    assert Split("b", "x", 6) in seen, "the least of 59 by 25 trials"
-    assert set(run(0, 1000)) == set(splits), "all, where there are no more than trials"
+    assert set(run(1000)) == set(splits), "all, where there are no more than trials and patience is long"
+    seen = run(1000, 2)
+    together = [one for one in seen if len(one.methods) > 1]
+    assert together[0] == Split("b", "x", 9), "b alone was the best: as many blocks as it may, and x"
+    assert [one.blocks for one in together[:4]] == [9, 8, 7, 6]
+    least = min(loss(one) for one in seen if loss(one) is not None)
+    assert loss(Split("b", "x", 6)) == least == 0.0
+    worse = [one for one in seen[seen.index(Split("b", "x", 6)) + 1 :] if loss(one) is not None]
+    assert len(worse) == 2, "two in a row that were no better"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        (Split(None, "x"), Split("a", "x", 1), 1),
+        (Split(None, "x"), Split("a", "y", 1), 2),
+        (Split(None, "x"), Split("a", "x", 2), 2),
+        (Split("a", None), Split("a", "x", 7), 1),
+        (Split("a", None), Split("a", "x", 6), 2),
+        (Split("a", "x", 3), Split("b", "x", 3), 1),
+        (Split("a", "x", 3), Split("b", "x", 4), 2),
+        (Split(None, None, 0, "e"), Split(None, "x", 0, "e", 0.75), 1),
+        (Split(None, "x"), Split(None, "x", 0, "e", 0.25), 1),
+        (Split("a", "x", 2, "e", 0.25), Split("a", "x", 2, "e", 0.75), 2),
+    ],
+)
+def test_steps_between_splits(one, other, apart):
+    assert _steps_between(one, other, 7) == _steps_between(other, one, 7) == apart
+
+
+def test_plans_are_compared_on_some_of_the_windows_of_each_source(tiny, monkeypatch):
+    parts = torch.arange(8) % 2
+    windows = replace(WINDOWS, parts=("a", "b"), part_of=parts)
+    read, true_loss = [], trials.mean_loss_of_sources
+    monkeypatch.setattr(
+        trials, "mean_loss_of_sources", lambda d, w, **k: (read.append(w.part_of.tolist()), true_loss(d, w, **k))[1]
+    )
+    plan = make_plan(
+        tiny("llama"), method="auto", remove=0.3, texts=windows, settings=BRIEF | {"windows": 4, "trials": 2}
+    )
+    assert (plan.search.fitted, plan.search.held_back) == (2, 2)
+    assert read == [[0, 1]] * 2
+    assert plan.texts["windows"] == 8
 
 
 def wide(name):

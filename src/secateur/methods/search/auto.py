@@ -2,9 +2,10 @@
 
 Secateur's own (docs/methods/auto.md). A candidate is a single method, or one that removes 1, 2, 3, … blocks and one
 that brings the remaining model down to the request; in a mixture of experts, also one that leaves fewer experts, alone
-or for a share of what is left to remove. Candidates are made and measured as `prune` would make them, and
-Optuna proposes which to try next. Their losses are measured on held-back calibration windows: matrices and repairs are
-least-squares fits to the windows they are measured on, so the loss there favours whatever fits most parameters.
+or for a share of what is left to remove. Candidates are made and measured as `prune` would make them, though on some of
+the windows: single methods first, then what is next to the best so far (`splits.py`). Their losses are measured on
+windows held back: matrices and repairs are least-squares fits to the windows they are measured on, so the loss there
+favours whatever fits most parameters.
 
 Candidates share measurements: scores and errors of the dense model are measured once, a model with fewer blocks is made
 once for every width tried on it, whichever method it comes from, and no plan is measured twice. Every candidate removes
@@ -23,6 +24,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from secateur.calibration.walk import mean_loss_of_sources
+from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, SecateurError, unknown
 from secateur.evaluation.gate import Gate
 from secateur.methods.budget import Budget, already
@@ -41,7 +43,6 @@ _TRAINING_FREE: dict[str, dict[str, Any]] = {"streamline": {"network": "none"}}
 """Settings with which a method needs no training, so that it can be tried."""
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"allocated": ("obs-width", {"allocation": "global"})}
 """Names of methods with settings that make them another one."""
-_FORWARDS_EACH = 5.0
 _GATE_FORWARDS = 1.3 / 24
 """Cost of a question of every probe in plain forward passes over 32 windows of 512."""
 Side = Literal["depth", "experts", "width"]
@@ -52,11 +53,11 @@ class AutoSettings(MethodSettings):
     """Settings of `auto`."""
 
     depth: str = Field(
-        "none,replaceme,streamline,swm",
+        "none,replaceme,streamline",
         description="methods that may remove blocks; with none among them, width alone is tried too",
     )
     width: str = Field(
-        "none,obs-width,allocated,stock-slicing",
+        "none,obs-width,allocated",
         description="methods that may slice or prune widths afterwards (allocated: obs-width with allocation=global); "
         "with none among them, depth alone is tried too",
     )
@@ -65,11 +66,19 @@ class AutoSettings(MethodSettings):
         description="methods that may leave fewer experts of a mixture, after blocks and before widths; not for others",
     )
     trials: int = Field(16, ge=1, description="maximum number of plans measured; single methods come first")
+    patience: int = Field(
+        3,
+        ge=1,
+        description="plans of several methods, one after the other, no better than the best, that end the search",
+    )
+    windows: int = Field(
+        32, ge=2, description="calibration windows used to compare plans, evenly of all; the best is then fitted to all"
+    )
     skip_hopeless: bool = Field(
         True, description="skip plans whose removed blocks alone already cost more than the best plan so far"
     )
     held_back: float = Field(
-        0.25, gt=0, lt=1, description="share of the calibration windows used to compare plans, and not to fit them"
+        0.25, gt=0, lt=1, description="share of these windows on which losses are measured, and nothing is fitted"
     )
     gate: str | None = Field(
         None, description="share of what the dense model can do that a plan must keep, such as probes:0.9"
@@ -162,9 +171,17 @@ def _member(method: Method, given: dict[str, Any]) -> Member:
 
 
 def _forwards(blocks: int, gone: int, settings: AutoSettings) -> Work:
-    deciding = Work.total(one.method.forwards(blocks, gone, one.settings) for one in _members(settings).values())
-    gated = _GATE_FORWARDS * settings.gate_questions * (settings.trials + 1) if settings.gate else 0.0
-    return deciding + (1 + _FORWARDS_EACH * settings.trials + gated)
+    """Return the work of every single method, and of as many of several as are expected to be no better."""
+    work = {
+        name: one.method.forwards(blocks, gone, one.settings) + Work.of(one.method.apply_forwards(one.settings, 1))
+        for name, one in _members(settings).items()
+    }
+    together = max(0, min(settings.patience, settings.trials - len(work)))
+    last = max((work[name] for name in settings.side("width") if name), key=lambda one: one.forwards, default=Work())
+    plans = min(settings.trials, len(work)) + together
+    gated = _GATE_FORWARDS * settings.gate_questions * (plans + 1) if settings.gate else 0.0
+    losses = Work(settings.held_back, losses=settings.held_back) * (plans + 1)
+    return Work.total(work.values()) + together * last + losses + gated
 
 
 def _apply_forwards(settings: AutoSettings, tokens: int) -> Work:
@@ -184,6 +201,7 @@ def _apply_forwards(settings: AutoSettings, tokens: int) -> Work:
     native=None,
     forwards=_forwards,
     apply_forwards=_apply_forwards,
+    reads=lambda settings: settings.windows,
     settings_for=settings_for,
 )
 def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -> Decision:
@@ -199,7 +217,7 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
     whole = measurements.decoder.parameter_count if budget.cost is None else budget.cost.total
     if budget.limit(whole) >= whole:
         raise InputError(already(budget, whole))
-    fitted, held_back = measurements.need_windows().split_off(settings.held_back)
+    fitted, held_back = _some(measurements.need_windows(), settings.windows).split_off(settings.held_back)
     dense_loss = mean_loss_of_sources(measurements.decoder, held_back, options=measurements.options)
     to_fit = dataclasses.replace(measurements, windows=fitted, known=None, cache={})  # scores are of all windows
     guard = _guard(measurements, settings)
@@ -212,7 +230,7 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
         splits,
         tried.measure,
         trials=settings.trials,
-        seed=measurements.options.seed,
+        patience=settings.patience,
         progress=measurements.options.progress,
     )
     best, steps = tried.best()
@@ -227,6 +245,11 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
         probes={} if guard is None else {name: round(value, 4) for name, value in guard.dense.items()},
     )
     return Decision(steps, record)
+
+
+def _some(windows: Windows, count: int) -> Windows:
+    """Return so many of the windows, evenly of each source."""
+    return windows if len(windows) <= count else windows.split_off(count / len(windows))[1]
 
 
 def _guard(measurements: Measurements, settings: AutoSettings) -> Guard | None:

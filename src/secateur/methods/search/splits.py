@@ -1,25 +1,18 @@
-"""Search over splits between depth, experts and width with Optuna: which to try next, given the losses so far.
+"""Search over splits between depth, experts and width: single methods first, then what lies next to the best.
 
-Akiba et al. 2019, "Optuna: A Next-generation Hyperparameter Optimization Framework" (KDD); its tree-structured Parzen
-estimator: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization" (NeurIPS). If there are no more splits
-than may be tried, all are tried.
+A plan that removes one block more than a good one, or lets another method do one part of it, is likelier to be good
+than one drawn from all. So what is measured next is a neighbour of the best plan that still has one, until several in a
+row were no better than the best.
 """
 
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from secateur.progress import Progress
-
-_NONE = "none"
-_GUIDED_AFTER = 3
-"""Splits drawn at random after the first ones, before results guide the search."""
-_REPEATS = 5
-"""Proposals in a row that are already known, before an untried split is drawn instead."""
-
 
 SHARES = (0.25, 0.5, 0.75)
 """What experts may take of what is left to remove, if a width method takes the rest."""
@@ -72,65 +65,56 @@ def search(
     measure: Callable[[Split], float | None],
     *,
     trials: int,
-    seed: int,
+    patience: int,
     progress: Progress,
 ) -> None:
-    """Measure up to `trials` of the splits: single methods first, then where a low loss is expected.
+    """Measure up to `trials` of the splits: single methods, then neighbours of the best so far.
 
     Args:
-        splits: all of them, each once.
+        splits: all of them, each once, single methods first.
         measure: returns the loss of a split, or None if it has none; that does not count as a trial.
         trials: maximum number of losses.
-        seed: seed of the sampler.
+        patience: losses of several methods together, one after the other, that are no lower than the lowest, before the
+            search ends.
         progress: reports progress.
     """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    most_blocks = max((one.blocks for one in splits), default=0)
-    has_experts = any(one.experts for one in splits)
-    first = list(splits) if len(splits) <= trials else [one for one in splits if len(one.methods) == 1]
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(first) + _GUIDED_AFTER)
-    study = optuna.create_study(sampler=sampler)
-    draw, found = random.Random(seed), dict[Split, float | None]()
-
-    def enqueue(one: Split) -> None:
-        more: dict[str, object] = {"blocks": one.blocks} if one.blocks else {}
-        if has_experts:
-            more |= {"experts": one.experts or _NONE} | ({"share": one.share} if one.share < 1 else {})
-        study.enqueue_trial({"depth": one.depth or _NONE, "width": one.width or _NONE} | more)
-
-    def method(trial: optuna.Trial, side: str) -> str | None:
-        found = trial.suggest_categorical(side, sorted({getattr(one, side) or _NONE for one in splits}))
-        return None if found == _NONE else found
-
-    def read(trial: optuna.Trial) -> Split:
-        depth, width = method(trial, "depth"), method(trial, "width")
-        experts = method(trial, "experts") if has_experts else None
-        share = trial.suggest_categorical("share", SHARES) if experts and width else 1.0
-        if not depth or not (experts or width) or not most_blocks:
-            return Split(depth, width, 0, experts, share)
-        return Split(depth, width, trial.suggest_int("blocks", 1, most_blocks), experts, share)
-
-    def measure_another() -> None:
-        repeats = 0
-        while len(found) < len(splits):
-            trial = study.ask()
-            split = read(trial)
-            known = split in found or split not in splits
-            if not known:
-                found[split] = measure(split)
-            loss = found.get(split)
-            study.tell(trial, loss, state=optuna.trial.TrialState.PRUNED if loss is None else None)
-            if not known and loss is not None:
-                return
-            repeats += known
-            if repeats == _REPEATS:
-                repeats = 0
-                enqueue(draw.choice([one for one in splits if one not in found]))
-
-    for one in first:
-        enqueue(one)
+    left, found, missed = list(splits), dict[Split, float](), 0
     most = min(trials, len(splits))
     for _ in progress(range(most), "trying plans", most):
-        measure_another()
+        if missed == patience:
+            return
+        loss = None
+        while left and loss is None:
+            split = _next(left, found)
+            left.remove(split)
+            loss = measure(split)
+        if loss is None:
+            return
+        better = loss < min(found.values(), default=math.inf)
+        missed = 0 if better or len(split.methods) == 1 else missed + 1
+        found[split] = loss
+
+
+def _next(left: Sequence[Split], found: Mapping[Split, float]) -> Split:
+    """Return the first single method that is left, else a neighbour of the best that has one, else the first."""
+    if len(left[0].methods) > 1:
+        most = max(one.blocks for one in (*left, *found))
+        for best in sorted(found, key=lambda one: found[one]):
+            near = [one for one in left if _steps_between(best, one, most) == 1]
+            if near:
+                return near[0]
+    return left[0]
+
+
+def _steps_between(one: Split, other: Split, most: int) -> int:
+    """Return how far apart two splits are: blocks, shares of the experts, and other methods for the same part."""
+    pairs = ((one.depth, other.depth), (one.experts, other.experts), (one.width, other.width))
+    swapped = sum(bool(own and its and own != its) for own, its in pairs)
+    return swapped + sum(abs(own - its) for own, its in zip(_amounts(one, most), _amounts(other, most), strict=True))
+
+
+def _amounts(split: Split, most: int) -> tuple[int, int]:
+    """Return how much blocks and experts take: nothing, some, or, after the most that leaves something to do, all."""
+    alone = most + 1 if split.methods == {split.depth} else 0
+    shares = (*SHARES, 1.0)
+    return split.blocks or alone, shares.index(split.share) + 1 if split.experts else 0
