@@ -368,7 +368,8 @@ def test_a_search_goes_on_after_ctrl_c(run, model, windows, tmp_path, monkeypatc
         done.append(measure(*given, **named))
         return done[-1]
 
-    words = ["plan", model, "--method", "auto", "--remove", "30%", "--set", "width=none", "--texts", windows]
+    methods = ["--set", "width=none", "--set", "depth=replaceme,streamline,swm"]
+    words = ["plan", model, "--method", "auto", "--remove", "30%", *methods, "--texts", windows]
     monkeypatch.setattr(trials, "mean_loss_of_sources", interrupted)
     code, _, err = run(*words, "-o", "plan.json")
     assert code == 130
