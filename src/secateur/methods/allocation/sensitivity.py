@@ -36,11 +36,11 @@ class Reaction:
     """How many nats are lost if one branch alone is changed.
 
     Attributes:
-        probe: at its level between.
+        probes: at each of its levels between.
         removed: without it; None for attention, whose absence costs more the more of it is gone elsewhere.
     """
 
-    probe: float
+    probes: tuple[float, ...]
     removed: float | None
 
 
@@ -63,24 +63,24 @@ def reactions(
     decoder: Decoder,
     windows: Windows,
     branches: Sequence[Levels],
-    writers: Callable[[Levels], Writers],
+    writers: Callable[[Levels, int], Writers],
     *,
     options: RunOptions = DEFAULTS,
 ) -> list[Reaction]:
-    """Measure on held-out windows what is lost with each branch alone at its level between, and each MLP alone removed.
+    """Measure on held-out windows what is lost with each branch alone at levels between, and each MLP alone removed.
 
     Args:
         decoder: the dense model.
         windows: calibration windows.
         branches: their levels.
-        writers: returns the output projection of one at the level between; read when its block is walked.
+        writers: returns the output projection of one at a level; read when its block is walked.
         options: windows per batch, progress.
 
     Raises:
         NumericsError: NaN or infinity on the way.
     """
-    trials = [(place, False) for place in range(len(branches))]
-    trials += [(place, True) for place, one in enumerate(branches) if one.part == "channels"]
+    trials: list[Trial] = [(place, level) for place, one in enumerate(branches) for level in one.probes]
+    trials += [(place, None) for place, one in enumerate(branches) if one.part == "channels"]
     with open_store(decoder) as store:
         batches = stored_start(
             decoder, judging_windows(windows), store, options.batch_size, key=lambda batch: (batch.index, None)
@@ -89,26 +89,32 @@ def reactions(
         for index in options.progress(range(count), "measuring what each branch is worth", count):
             with decoder.block(index):
                 for trial in trials:
-                    one, removed = branches[trial[0]], trial[1]
+                    one, level = branches[trial[0]], trial[1]
                     if one.block < index:
                         _advance(decoder, index, batches, store, (trial, trial), {})
                     elif one.block == index:
                         edits = (
-                            silenced(decoder, index, one.part) if removed else _with_writers(decoder, one, writers(one))
+                            silenced(decoder, index, one.part)
+                            if level is None
+                            else _with_writers(decoder, one, writers(one, level))
                         )
                         _advance(decoder, index, batches, store, (None, trial), edits)
                 _advance(decoder, index, batches, store, (None, None), {})
 
-        def states(which: Trial) -> States:
+        def states(which: Trial | None) -> States:
             return lambda batch: store.get((batch.index, which))
 
         with decoder.outer():
             losses = mean_distances(decoder, batches, states(None), list(map(states, trials)), kl_divergence)
-    lost = dict(zip(trials, losses, strict=True))
-    return [Reaction(lost[place, False], lost.get((place, True))) for place in range(len(branches))]
+    lost: dict[Trial, float] = dict(zip(trials, losses, strict=True))
+    return [
+        Reaction(tuple(lost[place, level] for level in one.probes), lost.get((place, None)))
+        for place, one in enumerate(branches)
+    ]
 
 
-Trial = tuple[int, bool] | None
+Trial = tuple[int, int | None]
+"""The place of a branch, and its level; None: without it."""
 
 
 def _advance(
@@ -116,7 +122,7 @@ def _advance(
     index: int,
     batches: Sequence[Batch],
     store: StateStore,
-    names: tuple[Trial, Trial],
+    names: tuple[Trial | None, Trial | None],
     edits: Edits,
 ) -> None:
     """Run block `index` with other parameters on the states stored under the first name; store them under the other."""
