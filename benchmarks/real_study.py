@@ -73,8 +73,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda-sp, repair=false": ("wanda-sp", {"repair": False}),
     "flap, repair=false": ("flap", {"repair": False}),
 }
-SHORT = {"blockpruner": 128, "finercut": 128}
-"""Tokens per window for methods that run the model a thousand times."""
+SHORT = {"sleb": 128, "blockpruner": 128, "finercut": 128}
+"""Tokens per window for methods that run the model hundreds of times."""
 SHARES = (0.2, 0.1, 0.3)
 JUDGED = 16
 NAME = "real_study"

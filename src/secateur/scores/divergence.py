@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -23,8 +24,7 @@ Distance = Callable[[torch.Tensor], torch.Tensor]
 """Takes a prediction as logits (…, V) and returns its distance from one known before, (…)."""
 Between = Callable[[torch.Tensor], Distance]
 """Takes a prediction as logits (…, V) and returns the distance from it."""
-States = Callable[[Batch], torch.Tensor]
-"""Returns the output of the last block for a batch."""
+Name = TypeVar("Name")
 _KEPT_BYTES = 1 << 30
 """Predictions of the reference are kept up to so many bytes; beyond, they are made anew for each model."""
 
@@ -57,7 +57,7 @@ class OutputChange:
             return 0.0
         total, count = 0.0, 0
         for batch, hidden in last:
-            sums, tokens = _summed(decoder, batch, self._distance, [functools.partial(_same, hidden)])
+            sums, tokens = _summed(decoder, batch, self._distance, [hidden.__getitem__])
             total, count = total + sums[0], count + tokens
         return total / count
 
@@ -72,20 +72,22 @@ class OutputChange:
         return found
 
 
-def _same(hidden: torch.Tensor, _: Batch) -> torch.Tensor:
-    return hidden
-
-
 def mean_distances(
-    decoder: Decoder, batches: Iterable[Batch], reference: States, others: Sequence[States], between: Between
+    decoder: Decoder,
+    batches: Iterable[Batch],
+    state: Callable[[Batch, Name], torch.Tensor],
+    reference: Name,
+    others: Sequence[Name],
+    between: Between,
 ) -> list[float]:
     """Return the mean distance of the next-token predictions of several models from those of a reference.
 
     Args:
         decoder: has final norm and head of all of them loaded.
         batches: the windows.
-        reference: its states.
-        others: those of the others.
+        state: returns the output of the last block of a model for a batch.
+        reference: the model they are compared with.
+        others: the models.
         between: the distance between the two predictions of a token.
 
     Raises:
@@ -93,11 +95,15 @@ def mean_distances(
     """
 
     def distance(decoder: Decoder, batch: Batch, rows: slice, part: Batch) -> Distance:
-        return between(_predictions(decoder, reference(batch)[rows], part))
+        return between(_predictions(decoder, state(batch, reference)[rows], part))
+
+    def rows_of(batch: Batch, model: Name, rows: slice) -> torch.Tensor:
+        return state(batch, model)[rows]
 
     totals, count = [0.0] * len(others), 0
     for batch in batches:
-        sums, tokens = _summed(decoder, batch, distance, others)
+        models = [functools.partial(rows_of, batch, model) for model in others]
+        sums, tokens = _summed(decoder, batch, distance, models)
         totals = [total + one for total, one in zip(totals, sums, strict=True)]
         count += tokens
     return [total / count for total in totals]
@@ -107,7 +113,7 @@ def _summed(
     decoder: Decoder,
     batch: Batch,
     distance_on: Callable[[Decoder, Batch, slice, Batch], Distance],
-    others: Sequence[States],
+    others: Sequence[Callable[[slice], torch.Tensor]],
 ) -> tuple[list[float], int]:
     """Return the sums of distances over the real tokens of a batch, and their number.
 
@@ -115,14 +121,14 @@ def _summed(
         decoder: has final norm and head loaded.
         batch: the windows.
         distance_on: returns the distance from the reference on some of them: their slice, and the smaller batch.
-        others: the models whose distance is wanted.
+        others: return the output of the last block of the models whose distance is wanted, on a slice of the windows.
     """
     sums, count = [0.0] * len(others), 0
     for rows, part in parts_of(decoder, batch):
         distance = distance_on(decoder, batch, rows, part)
         real = torch.ones_like(part.tokens, dtype=torch.bool) if part.mask is None else part.mask
         for place, states in enumerate(others):
-            each = distance(_predictions(decoder, states(batch)[rows], part))
+            each = distance(_predictions(decoder, states(rows), part))
             require_finite(each[..., None], "the change of the output", part.mask)
             sums[place] += float(each[real.to(each.device)].double().sum())
         count += int(real.sum())

@@ -30,7 +30,7 @@ from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.plan.steps import Widths
 from secateur.run_options import DEFAULTS, RunOptions
-from secateur.scores.divergence import States, kl_divergence, mean_distances
+from secateur.scores.divergence import kl_divergence, mean_distances
 from secateur.surgery.width.coupling import Kept, Part, couplings_of, without_units
 from secateur.surgery.width.inputs import holding, measure_inputs, of_dense, silenced, writes_stream
 from secateur.surgery.width.pruning import Choose, Refit, Refitted, parts_to_measure, refitted
@@ -208,10 +208,10 @@ class _Walk:
     def losses(self, read: _Read, models: Sequence[Model]) -> list[float]:
         """Return what these models have lost on some windows, in nats; final norm and head are loaded."""
 
-        def states(model: Model) -> States:
-            return lambda batch: self.store.get(read.key(batch, model))
+        def state(batch: Batch, model: Model) -> torch.Tensor:
+            return self.store.get(read.key(batch, model))
 
-        return mean_distances(self.decoder, read.batches, states(_DENSE), list(map(states, models)), kl_divergence)
+        return mean_distances(self.decoder, read.batches, state, _DENSE, models, kl_divergence)
 
     def _attention(self, index: int, keep: Widths, counts: Sequence[int]) -> dict[int, Edits]:
         """Return the parameters of a block's attention with these numbers of key/value groups, few first."""

@@ -22,10 +22,10 @@ from secateur.methods.allocation.levels import Levels, Writers
 from secateur.models.anatomy import find
 from secateur.models.decoder import Decoder
 from secateur.run_options import DEFAULTS, RunOptions
-from secateur.scores.divergence import States, kl_divergence, mean_distances
+from secateur.scores.divergence import kl_divergence, mean_distances
 from secateur.surgery.width.inputs import holding, silenced, writer_of
 
-TOKENS = 1024
+TOKENS = 512
 """Tokens on which it is measured, about."""
 
 Edits = Mapping[str, torch.Tensor]
@@ -101,11 +101,11 @@ def reactions(
                         _advance(decoder, index, batches, store, (None, trial), edits)
                 _advance(decoder, index, batches, store, (None, None), {})
 
-        def states(which: Trial | None) -> States:
-            return lambda batch: store.get((batch.index, which))
+        def state(batch: Batch, which: Trial | None) -> torch.Tensor:
+            return store.get((batch.index, which))
 
         with decoder.outer():
-            losses = mean_distances(decoder, batches, states(None), list(map(states, trials)), kl_divergence)
+            losses = mean_distances(decoder, batches, state, None, trials, kl_divergence)
     lost: dict[Trial, float] = dict(zip(trials, losses, strict=True))
     return [
         Reaction(tuple(lost[place, level] for level in one.probes), lost.get((place, None)))
