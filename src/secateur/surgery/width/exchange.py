@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.calibration.store import StateStore
-from secateur.calibration.walk import Batch, step
+from secateur.calibration.walk import Batch, step, through_block
 from secateur.models.anatomy import find, residual_factor
 from secateur.models.decoder import Decoder
 from secateur.models.forward import require_finite
@@ -77,13 +77,12 @@ class Exchange:
         """
         with holding(self.decoder.block_list[self.index], edits):
             for batch in batches:
-                hidden = self.store.get(batch.index)
-                if _inputs_of(batch) in self.store:
-                    written = self._writer(self.store.get(_inputs_of(batch)))
-                    self.store.drop(_inputs_of(batch))
-                    self.store.put(batch.index, self._left(batch, hidden, written))
-                else:
-                    self.store.put(batch.index, step(self.decoder, self.index, batch, hidden))
+                if _inputs_of(batch) not in self.store:
+                    through_block(self.decoder, self.index, [batch], self.store)
+                    continue
+                written = self._writer(self.store.get(_inputs_of(batch)))
+                self.store.drop(_inputs_of(batch))
+                self.store.put(batch.index, self._left(batch, self.store.get(batch.index), written))
 
     @property
     def _writer(self) -> nn.Module:
