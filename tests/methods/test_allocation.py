@@ -15,7 +15,7 @@ from secateur.errors import InputError, ModelError
 from secateur.methods.allocation import database
 from secateur.methods.allocation.database import Database, open_database
 from secateur.methods.allocation.frontier import Option, best_choices
-from secateur.methods.allocation.levels import Levels, levels_by_branch, levels_of, measure_levels, probes_of
+from secateur.methods.allocation.levels import Levels, levels_by_branch, levels_of, measure_levels
 from secateur.methods.allocation.savings import Savings
 from secateur.methods.allocation.sensitivity import Reaction, judging_windows
 from secateur.methods.allocation.widths import allocations, convex_rises, expected_losses
@@ -116,25 +116,23 @@ def opened(decoder, free=range(4), windows=WINDOWS, attention=(0, 1, 2, 3), **mo
 def test_errors_are_those_of_a_ridge_regression_on_held_out_windows(tiny, part):
     """Straight line: fit on three windows of four, judge on the fourth, every token relative to the stream."""
     found = levels(tiny("llama", blocks=4), groups=[1])
-    mlp, writers = next(one for one in found if (one[0].block, one[0].part) == (1, part))
+    mlp, (writer,) = next(one for one in found if (one[0].block, one[0].part) == (1, part))
     inputs, leaves, weight = inputs_of(1, part)
     held_out = folds_of(WINDOWS).held_out
     assert held_out.any()
     heavy = 1 / leaves.square().mean(-1)
-    assert len(mlp.probes) == len(writers) == {"heads": 1, "channels": 2}[part]
-    for probe, (writer,) in zip(mlp.probes, writers, strict=True):
-        stay = (writer != 0).any(dim=0)
-        assert int(stay.sum()) == mlp.keep[probe] * {"heads": 16, "channels": 1}[part]
-        x, w = inputs[~held_out].flatten(0, 1), heavy[~held_out].flatten()
-        gram = (x * w[:, None]).T @ x
-        ridge = UNJUDGED * gram.diagonal().mean() * torch.eye(int(stay.sum()), dtype=torch.float64)
-        right = gram[stay][:, ~stay] @ weight[:, ~stay].T
-        expected = weight[:, stay] + torch.linalg.solve(gram[stay][:, stay] + ridge, right).T
-        torch.testing.assert_close(writer[:, stay].double(), expected, rtol=1e-4, atol=1e-5)
-        x, w = inputs[held_out].flatten(0, 1), heavy[held_out].flatten()
-        wrong = x @ weight.T - x[:, stay] @ expected.T
-        error = (w * wrong.square().mean(-1)).mean()
-        assert mlp.errors[probe] == pytest.approx(float(error), rel=1e-4)
+    stay = (writer != 0).any(dim=0)
+    assert int(stay.sum()) == mlp.keep[mlp.probe] * {"heads": 16, "channels": 1}[part]
+    x, w = inputs[~held_out].flatten(0, 1), heavy[~held_out].flatten()
+    gram = (x * w[:, None]).T @ x
+    ridge = UNJUDGED * gram.diagonal().mean() * torch.eye(int(stay.sum()), dtype=torch.float64)
+    right = gram[stay][:, ~stay] @ weight[:, ~stay].T
+    expected = weight[:, stay] + torch.linalg.solve(gram[stay][:, stay] + ridge, right).T
+    torch.testing.assert_close(writer[:, stay].double(), expected, rtol=1e-4, atol=1e-5)
+    x, w = inputs[held_out].flatten(0, 1), heavy[held_out].flatten()
+    wrong = x @ weight.T - x[:, stay] @ expected.T
+    error = (w * wrong.square().mean(-1)).mean()
+    assert mlp.errors[mlp.probe] == pytest.approx(float(error), rel=1e-4)
     assert mlp.errors[0] == 0
     assert list(mlp.errors) == sorted(mlp.errors)
 
@@ -146,22 +144,14 @@ def test_levels_go_from_all_to_none():
     assert levels_of(10, 16) == (10, 0)
 
 
-def test_about_half_and_a_sixth_are_probed():
-    assert [levels_of(1536, 64)[one] for one in probes_of(levels_of(1536, 64))] == [768, 256]
-    assert probes_of((3, 2, 1, 0)) == (1, 2)
-    assert probes_of((2, 1, 0)) == (1,)
-    assert probes_of((10, 0)) == ()
-
-
 def test_reactions_are_the_divergence_of_models_changed_in_one_branch(tiny):
     decoder = tiny("llama", blocks=4)
     found = opened(decoder, attention=(1, 3), single=True)
     judged = judging_windows(WINDOWS)
     assert judged.tokens.tolist() == WINDOWS.tokens[folds_of(WINDOWS).held_out].tolist()
     dense = build("llama", blocks=4)
-    for (one, writers), reaction in zip(levels(decoder, groups=(1, 3)), found.reactions, strict=True):
-        probed = [(writer, measured) for (writer,), measured in zip(writers, reaction.probes, strict=True)]
-        for weight, measured in (*probed, (torch.zeros_like(probed[0][0]), reaction.removed)):
+    for (one, (writer,)), reaction in zip(levels(decoder, groups=(1, 3)), found.reactions, strict=True):
+        for weight, measured in ((writer, reaction.probe), (torch.zeros_like(writer), reaction.removed)):
             if measured is None:
                 assert one.part == "heads", "what attention costs depends on what is gone"
                 continue
@@ -202,27 +192,19 @@ def test_attention_goes_in_the_order_of_what_it_costs_given_what_is_gone(tiny):
     ids=["linear", "quadratic", "slow", "noise"],
 )
 def test_expected_losses_go_through_what_was_measured(removed, expected):
-    mlp = Levels(0, "channels", (8, 6, 4, 2, 0), (0.0, 0.1, 0.2, 0.4, 0.8), (2,))
-    found = expected_losses(mlp, [0.5], removed)
+    mlp = Levels(0, "channels", (8, 6, 4, 2, 0), (0.0, 0.1, 0.2, 0.4, 0.8), 2)
+    found = expected_losses(mlp, 0.5, removed)
     assert (found[2], found[4]) == pytest.approx((expected[2], expected[4]))
     if removed > 0.5:
         assert found == pytest.approx(expected)
     assert list(found) == sorted(found)
-    assert expected_losses(mlp, [-0.1], -0.2)[-1] < 1e-3, "noise below nothing counts as nothing"
-
-
-def test_a_cheap_narrow_mlp_that_is_dear_to_lose():
-    """Between two probes the loss is proportional to the error; then it rises as its third power."""
-    mlp = Levels(0, "channels", (9, 8, 6, 4, 3, 0), (0.0, 0.05, 0.1, 0.2, 0.4, 0.8), (2, 4))
-    found = expected_losses(mlp, [0.5, 2.0], 16.0)
-    assert found == pytest.approx((0, 0.25, 0.5, 1.0, 2.0, 16.0))
-    assert expected_losses(mlp, [0.5, 0.4], 16.0)[3:] == pytest.approx((0.5, 0.5, 16.0)), "noise between probes"
+    assert expected_losses(mlp, -0.1, -0.2)[-1] < 1e-3, "noise below nothing counts as nothing"
 
 
 def test_all_or_none():
-    mlp = Levels(0, "channels", (8, 0), (0.0, 3.0), ())
-    assert expected_losses(mlp, [], 0.7) == (0.0, 0.7)
-    assert expected_losses(mlp, [], -0.1) == (0.0, 0.0)
+    mlp = Levels(0, "channels", (8, 0), (0.0, 3.0), 1)
+    assert expected_losses(mlp, 0.7, 0.7) == (0.0, 0.7)
+    assert expected_losses(mlp, -0.1, -0.1) == (0.0, 0.0)
 
 
 def test_rises_that_never_fall():
@@ -235,10 +217,9 @@ def test_rises_that_never_fall():
 def test_single_groups_against_all_choices(tiny, fading):
     """Attention without a place in the order keeps a group; the other may go, at what that cost in the order."""
     decoder = tiny("llama", blocks=4)
-    groups = [Levels(block, "heads", (2, 1, 0), (0.0, 0.2, 0.8), (1,)) for block in (1, 2)]
-    mlps = [Levels(block, "channels", (24, 8, 0), (0.0, 0.3, 0.9), (1,)) for block in range(4)]
-    mlp_worth = (Reaction((0.1 + block,), 2.0 + block) for block in range(4))
-    worth = [Reaction((0.04,), None), Reaction((0.01,), None), *mlp_worth]
+    groups = [Levels(block, "heads", (2, 1, 0), (0.0, 0.2, 0.8), 1) for block in (1, 2)]
+    mlps = [Levels(block, "channels", (24, 8, 0), (0.0, 0.3, 0.9), 1) for block in range(4)]
+    worth = [Reaction(0.04, None), Reaction(0.01, None), *(Reaction(0.1 + block, 2.0 + block) for block in range(4))]
     measured = Database((*groups, *mlps), tuple(worth), attention=(2,), lost=(0.16,))
     savings = Savings(decoder, width_sizes(decoder, stock=False), Budget("remove", 0.2))
     lasts = [(1 - fading) ** (3 - block) for block in range(4)]
@@ -362,11 +343,7 @@ def test_amounts_are_met(tiny, heads, amount):
 def test_cheaper_mlps_give_more(tiny):
     decoder = tiny("llama", blocks=4)
     measured = opened(decoder)
-    worth = [
-        Reaction((low,) * len(one.probes), 2 * low)
-        for one in measured.branches
-        for low in [0.001 if one.block == 2 else 1.0]
-    ]
+    worth = [Reaction(0.001, 0.002) if one.block == 2 else Reaction(1.0, 2.0) for one in measured.branches]
     sizes = width_sizes(decoder, stock=False)
     savings = Savings(decoder, sizes, Budget("remove", 0.07))
     dear = dataclasses.replace(measured, reactions=tuple(worth), lost=tuple(5.0 for _ in measured.lost))

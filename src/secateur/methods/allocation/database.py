@@ -27,7 +27,9 @@ from secateur.scores.removal import Branch
 from secateur.surgery.width.coupling import Part
 from secateur.versions import digest
 
-_FORMAT = 6
+_FORMAT = 7
+_TOKENS = 512
+"""Tokens on which the order of attention is measured, about."""
 _MOST_LOST = 1.0
 """Nats after which no more attention is tried."""
 
@@ -128,7 +130,7 @@ def attention_chain(measurements: Measurements, removable: Sequence[int]) -> tup
     The order ends where more than one nat is lost, and one attention always stays.
     """
     decoder = measurements.decoder
-    judged = measurements.on_windows(judging_windows(measurements.need_windows()))
+    judged = measurements.on_windows(judging_windows(measurements.need_windows(), _TOKENS))
     candidates: list[Branch] = [(index, "heads") for index in removable]
     order: list[int] = []
     lost: list[float] = []
@@ -143,7 +145,7 @@ def attention_chain(measurements: Measurements, removable: Sequence[int]) -> tup
 
 
 class _Blocks:
-    """A file for each block with the levels of its branches and their output projections at levels between."""
+    """A file for each block with the levels of its branches and their output projections at the level between."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -156,15 +158,10 @@ class _Blocks:
                 self._known[block] = read
         return block in self._known
 
-    def add(self, measured: Sequence[tuple[Levels, Sequence[Writers]]]) -> None:
+    def add(self, measured: Sequence[tuple[Levels, Writers]]) -> None:
         levels = tuple(one for one, _ in measured)
         path = self._path(levels[0].block)
-        tensors = {
-            f"{one.part}.{level}.{number}": weight
-            for one, found in measured
-            for level, writers in zip(one.probes, found, strict=True)
-            for number, weight in enumerate(writers)
-        }
+        tensors = {f"{one.part}.{number}": w for one, writers in measured for number, w in enumerate(writers)}
         if is_main_process():
             replace_file(path, save(tensors, {"levels": _LEVELS.dump_json(levels).decode()}))
         self._known[levels[0].block] = levels
@@ -172,11 +169,10 @@ class _Blocks:
     def levels(self, block: int) -> tuple[Levels, ...]:
         return self._known[block]
 
-    def writers(self, levels: Levels, level: int) -> Writers:
-        name = f"{levels.part}.{level}."
+    def writers(self, levels: Levels) -> Writers:
         with safe_open(self._path(levels.block), framework="pt") as file:
-            count = sum(one.startswith(name) for one in file.keys())  # noqa: SIM118 - not a dict
-            return tuple(file.get_tensor(f"{name}{number}") for number in range(count))
+            count = sum(name.startswith(f"{levels.part}.") for name in file.keys())  # noqa: SIM118 - not a dict
+            return tuple(file.get_tensor(f"{levels.part}.{number}") for number in range(count))
 
     def drop(self) -> None:
         """Remove the files; finished measurements need them no more."""

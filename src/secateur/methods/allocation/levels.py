@@ -31,12 +31,8 @@ from secateur.surgery.width.coupling import Part
 from secateur.surgery.width.inputs import measure_inputs, writer_weights
 from secateur.surgery.width.pruning import units_of
 
-Keep = tuple[int, ...]
-"""Units that stay at each level."""
 _MOST = 12
 """Maximum number of levels between all and none, about."""
-_PROBED = (1 / 2, 1 / 6)
-"""Shares of the units that stay at the levels whose loss is measured, about."""
 
 
 @dataclass(frozen=True)
@@ -48,27 +44,20 @@ class Levels:
         part: attention or MLP.
         keep: key/value groups or channels that stay at each level, from all to none.
         errors: error at each level, as a share of the residual stream, squared; 0 for the first.
-        probes: levels between, whose loss is measured; none if there is none between.
+        probe: a level between, whose loss is measured; the last if there is none between.
     """
 
     block: int
     part: Part
     keep: tuple[int, ...]
     errors: tuple[float, ...]
-    probes: tuple[int, ...]
+    probe: int
 
 
 def levels_of(units: int, multiple: int) -> tuple[int, ...]:
     """Return the levels of a branch, from all units to none, those between in multiples."""
     apart = max(1, round(units / _MOST / multiple)) * multiple
     return (units, *reversed(range(apart, units, apart)), 0)
-
-
-def probes_of(levels: Keep) -> tuple[int, ...]:
-    """Return the levels between whose loss is measured: about half of the units stay, and a sixth."""
-    between = range(1, len(levels) - 1)
-    near = (min(between, key=lambda one: abs(levels[one] - share * levels[0])) for share in _PROBED if between)
-    return tuple(dict.fromkeys(near))
 
 
 def levels_by_branch(decoder: Decoder, free: Sequence[int], multiple: int, groups: Sequence[int]) -> dict[Branch, Keep]:
@@ -97,6 +86,7 @@ class Known(Protocol):
         """Return whether this block was measured."""
 
 
+Keep = tuple[int, ...]
 Writers = tuple[torch.Tensor, ...]
 """W of each expert (one if there are none), zeros in the removed columns; float32."""
 
@@ -110,11 +100,11 @@ def measure_levels(
     *,
     candidates: float | None = None,
     options: RunOptions = DEFAULTS,
-) -> Iterator[list[tuple[Levels, tuple[Writers, ...]]]]:
+) -> Iterator[list[tuple[Levels, Writers]]]:
     """Measure the levels of branches on the dense model, block by block.
 
-    With each come its output projections at the levels whose loss is to be measured. Blocks in `known` are not measured
-    again. `candidates` is that of `order_by_surgeon`.
+    With each comes its output projection at the level between. Blocks in `known` are not measured again. `candidates`
+    is that of `order_by_surgeon`.
 
     Raises:
         NumericsError: NaN or infinity on the way.
@@ -148,14 +138,13 @@ def _measured(
     sums: list[InputSums],
     scale: float,
     candidates: float | None,
-) -> tuple[Levels, tuple[Writers, ...]]:
-    """Return the levels of attention or an MLP, or of all experts alike, and W at each level to be measured."""
+) -> tuple[Levels, Writers]:
+    """Return the levels of attention or an MLP, or of all experts alike, and W at the level between."""
     block, part = branch
     dense = block_widths(decoder, block)
     units, _ = units_of(part, dense, Widths(groups=0, queries=max(1, dense.queries), channels=0))
-    probes, each = probes_of(levels), units.shape[2]
-    errors = torch.zeros(len(levels), dtype=torch.float64)
-    writers: list[list[torch.Tensor]] = [[] for _ in probes]
+    probe, each = len(levels) // 2, units.shape[2]
+    errors, writers = torch.zeros(len(levels), dtype=torch.float64), []
     for weight, one in zip(writer_weights(decoder, block, part), sums, strict=True):
         weight = weight.to(one.total.device)
         assert one.fitted is not None
@@ -164,11 +153,10 @@ def _measured(
         inputs, counts = units[0, order.flip(0)].flatten(), [each * keep for keep in levels]
         fits = nested_fits(weight, one.fitted, one.held_out or one.fitted, inputs)
         errors += torch.tensor([fits.error(count) for count in counts], dtype=torch.float64) / scale
-        for probe, found in zip(probes, writers, strict=True):
-            writer = torch.zeros_like(weight)
-            writer[:, inputs[: counts[probe]]] = fits.weight(counts[probe])
-            found.append(writer.float().cpu().contiguous())
-    return Levels(block, part, levels, tuple(errors.cummax(dim=0).values.tolist()), probes), tuple(map(tuple, writers))
+        writer = torch.zeros_like(weight)
+        writer[:, inputs[: counts[probe]]] = fits.weight(counts[probe])
+        writers.append(writer.float().cpu().contiguous())
+    return Levels(block, part, levels, tuple(errors.cummax(dim=0).values.tolist()), probe), tuple(writers)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.divergence import kl_divergence, mean_distances
 from secateur.surgery.width.inputs import holding, silenced, writer_of
 
-TOKENS = 512
+TOKENS = 1024
 """Tokens on which it is measured, about."""
 
 Edits = Mapping[str, torch.Tensor]
@@ -36,11 +36,11 @@ class Reaction:
     """How many nats are lost if one branch alone is changed.
 
     Attributes:
-        probes: at each of its levels between.
+        probe: at its level between.
         removed: without it; None for attention, whose absence costs more the more of it is gone elsewhere.
     """
 
-    probes: tuple[float, ...]
+    probe: float
     removed: float | None
 
 
@@ -63,24 +63,24 @@ def reactions(
     decoder: Decoder,
     windows: Windows,
     branches: Sequence[Levels],
-    writers: Callable[[Levels, int], Writers],
+    writers: Callable[[Levels], Writers],
     *,
     options: RunOptions = DEFAULTS,
 ) -> list[Reaction]:
-    """Measure on held-out windows what is lost with each branch alone at levels between, and each MLP alone removed.
+    """Measure on held-out windows what is lost with each branch alone at its level between, and each MLP alone removed.
 
     Args:
         decoder: the dense model.
         windows: calibration windows.
         branches: their levels.
-        writers: returns the output projection of one at a level; read when its block is walked.
+        writers: returns the output projection of one at the level between; read when its block is walked.
         options: windows per batch, progress.
 
     Raises:
         NumericsError: NaN or infinity on the way.
     """
-    trials: list[Trial] = [(place, level) for place, one in enumerate(branches) for level in one.probes]
-    trials += [(place, None) for place, one in enumerate(branches) if one.part == "channels"]
+    trials = [(place, False) for place in range(len(branches))]
+    trials += [(place, True) for place, one in enumerate(branches) if one.part == "channels"]
     with open_store(decoder) as store:
         batches = stored_start(
             decoder, judging_windows(windows), store, options.batch_size, key=lambda batch: (batch.index, None)
@@ -89,32 +89,26 @@ def reactions(
         for index in options.progress(range(count), "measuring what each branch is worth", count):
             with decoder.block(index):
                 for trial in trials:
-                    one, level = branches[trial[0]], trial[1]
+                    one, removed = branches[trial[0]], trial[1]
                     if one.block < index:
                         _advance(decoder, index, batches, store, (trial, trial), {})
                     elif one.block == index:
                         edits = (
-                            silenced(decoder, index, one.part)
-                            if level is None
-                            else _with_writers(decoder, one, writers(one, level))
+                            silenced(decoder, index, one.part) if removed else _with_writers(decoder, one, writers(one))
                         )
                         _advance(decoder, index, batches, store, (None, trial), edits)
                 _advance(decoder, index, batches, store, (None, None), {})
 
-        def state(batch: Batch, which: Trial | None) -> torch.Tensor:
+        def state(batch: Batch, which: Trial) -> torch.Tensor:
             return store.get((batch.index, which))
 
         with decoder.outer():
             losses = mean_distances(decoder, batches, state, None, trials, kl_divergence)
-    lost: dict[Trial, float] = dict(zip(trials, losses, strict=True))
-    return [
-        Reaction(tuple(lost[place, level] for level in one.probes), lost.get((place, None)))
-        for place, one in enumerate(branches)
-    ]
+    lost = dict(zip(trials, losses, strict=True))
+    return [Reaction(lost[place, False], lost.get((place, True))) for place in range(len(branches))]
 
 
-Trial = tuple[int, int | None]
-"""The place of a branch, and its level; None: without it."""
+Trial = tuple[int, bool] | None
 
 
 def _advance(
@@ -122,7 +116,7 @@ def _advance(
     index: int,
     batches: Sequence[Batch],
     store: StateStore,
-    names: tuple[Trial | None, Trial | None],
+    names: tuple[Trial, Trial],
     edits: Edits,
 ) -> None:
     """Run block `index` with other parameters on the states stored under the first name; store them under the other."""

@@ -2,7 +2,7 @@
 
 Kurtic et al. 2023, "ZipLM" (NeurIPS); Tang et al. 2025, "DarwinLM: Evolutionary Structured Pruning of Large Language
 Models": one database of levels, then one level per branch under the budget. The expected loss of a level is
-interpolated over its error between the losses with that branch alone at levels between, and without it. Losses of
+interpolated over its error between the losses with that branch alone at a level between, and without it. Losses of
 several MLPs are taken to add up, and so is what attention costs. Without it in more and more blocks the loss rises
 faster and faster: attention that goes as a whole goes in the order measured, and where single key/value groups may go,
 none of them in a block costs what that attention did in this order.
@@ -33,35 +33,23 @@ FADING = 0.025
 what refitted MLPs take back (`benchmarks/recovery.py`) is a part of it."""
 
 
-def expected_losses(branch: Levels, probes: Sequence[float], removed: float) -> tuple[float, ...]:
+def expected_losses(branch: Levels, probe: float, removed: float) -> tuple[float, ...]:
     """Return the loss in nats that each level of a branch is expected to cost; it never falls from level to level.
 
-    Between two measured ones it follows the power of the error, a · Eᵖ, that goes through both; below the lowest, that
-    of the next two with p from 1 to 2.
+    It follows the power of the error, a · Eᵖ, that goes through both losses; below the lower one with p from 1 to 2.
 
     Args:
         branch: its levels.
-        probes: losses at its levels between.
+        probe: loss at its level between.
         removed: loss without it.
     """
-    points: list[tuple[float, float]] = []
-    for level, loss in zip((*branch.probes, len(branch.errors) - 1), (*probes, removed), strict=True):
-        error, least = branch.errors[level], points[-1] if points else (0.0, _NOISE)
-        if error > least[0]:
-            points.append((error, max(loss, least[1])))
-    if len(points) < 2:
+    between = max(probe, _NOISE)
+    whole, middle = branch.errors[-1], branch.errors[branch.probe]
+    if not 0 < middle < whole:
         return (0.0,) * (len(branch.errors) - 1) + (max(removed, 0.0),)
-    pieces = [
-        (first, math.log(second[1] / first[1]) / math.log(second[0] / first[0]))
-        for first, second in itertools.pairwise(points)
-    ]
-
-    def expected(error: float) -> float:
-        (known, loss), power = next((one for one in reversed(pieces) if error >= one[0][0]), pieces[0])
-        inner = power if error >= known else min(_POWERS[1], max(_POWERS[0], power))
-        return loss * (error / known) ** inner
-
-    return tuple(map(expected, branch.errors))
+    power = math.log(max(removed, between) / between) / math.log(whole / middle)
+    inner = min(_POWERS[1], max(_POWERS[0], power))
+    return tuple(between * (error / middle) ** (inner if error <= middle else power) for error in branch.errors)
 
 
 def convex_rises(lost: Sequence[float]) -> tuple[float, ...]:
@@ -108,7 +96,7 @@ def _choices(database: Database, blocks: int, fading: float) -> list[Choices]:
     for one, reaction in zip(database.branches, database.reactions, strict=True):
         name, worth = NAMES[one.part], share[one.block]
         removed = rises.get(one.block, most) if reaction.removed is None else worth * reaction.removed
-        losses = expected_losses(one, [worth * lost for lost in reaction.probes], removed)
+        losses = expected_losses(one, worth * reaction.probe, removed)
         levels: Choices = [(((one.block, name, keep),), loss) for keep, loss in zip(one.keep, losses, strict=True)]
         stays = one.part == "heads" and one.block not in rises
         found.append(levels[:-1] if stays else levels)
