@@ -263,7 +263,7 @@ def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidd
 _decide_evenly_by_surgeon = decide_evenly("obs-width", "brain-surgeon")
 _DATABASE = Work(forwards=1.0, sums=1.0, fits=1.2, orders=2.0)
 _TRIALS = 3
-"""Models per block whose loss is measured for the database, about: half of an MLP, none, and attention on few tokens."""
+"""Models per block whose loss is measured for the database: half of an MLP, none, and attention on fewer tokens."""
 _MEASURED, _JUDGED = 1 / 16, 1 / 8
 """Shares of the tokens on which losses are measured, for the database and in refinement, about."""
 
