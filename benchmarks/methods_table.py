@@ -22,6 +22,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("shortened-llama", {"criterion": "taylor"}),
     ("shortened-llama", {"criterion": "magnitude"}),
     ("last-n", {}),
+    ("swm", {"rule": "highest"}),
     ("swm", {"rule": "top"}),
     ("swm", {"rule": "delta-sum"}),
     ("swm", {"rule": "mean"}),

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "2ssp": ("2ssp", {}),
     "llm-pruner": ("llm-pruner", {}),
     "swm": ("swm", {}),
+    "swm, rule=top": ("swm", {"rule": "top"}),
     "shortened-llama": ("shortened-llama", {}),
     "sleb": ("sleb", {}),
     "blockpruner": ("blockpruner", {}),

@@ -34,8 +34,8 @@ def copy_with(module, spans, rule):
         for low, high in spans:
             for name, parameter in layers[low].named_parameters():
                 values = [module.model.layers[k].get_parameter(name).double() for k in range(low, high + 1)]
-                if rule == "top":
-                    parameter.copy_(values[0] if "norm" in name else values[-1])
+                if rule in ("highest", "top"):
+                    parameter.copy_(values[0] if rule == "top" and "norm" in name else values[-1])
                 else:
                     parameter.copy_(values[0] + sum(value - values[0] for value in values[1:]))
             gone |= set(range(low + 1, high + 1))
@@ -92,7 +92,7 @@ def merged_by(decoder, windows, **settings):
 THRESHOLDS = (0.05, 0.3, 0.5, 0.7, 0.85)
 
 
-@pytest.mark.parametrize("rule", ["top", "delta-sum"])
+@pytest.mark.parametrize("rule", ["highest", "top", "delta-sum"])
 @pytest.mark.parametrize(
     ("name", "side", "apart"),
     [
@@ -121,19 +121,19 @@ def test_against_the_slow_way(name, side, apart, rule, tiny):
 def test_protected_blocks(threshold, tiny):
     decoder, windows = tiny("llama"), draw_windows()
     step = merged_by(decoder, windows, threshold=threshold, protect_first=2, protect_last=3)
-    assert step.windows == slowly(decoder.module, windows, threshold, "top", first=2, last=3)
+    assert step.windows == slowly(decoder.module, windows, threshold, "highest", first=2, last=3)
 
 
 def test_layer_types_on_request(tiny):
     decoder, windows = tiny("gemma2"), draw_windows()
     step = merged_by(decoder, windows, threshold=0.3, across_types=True)
-    assert step.windows == slowly(decoder.module, windows, 0.3, "top")
+    assert step.windows == slowly(decoder.module, windows, 0.3, "highest")
     with pytest.raises(InputError, match="differ in layer type everywhere; across_types=true"):
         merged_by(decoder, windows, threshold=0.3)
 
 
 @pytest.mark.parametrize("skeleton", [False, True], ids=["memory", "skeleton"])
-@pytest.mark.parametrize(("name", "rule"), [("llama", "top"), ("llama", "delta-sum"), ("qwen3_moe-mixed", "top")])
+@pytest.mark.parametrize(("name", "rule"), [("llama", "highest"), ("llama", "delta-sum"), ("qwen3_moe-mixed", "top")])
 def test_similarities_of_any_windows(name, rule, skeleton, tiny):
     decoder, windows = tiny(name, skeleton=skeleton), draw_windows(side="left")
     asked = [((6, 7),), ((2, 4),), ((6, 7), (2, 3)), ((3, 4),)] + [((0, 7),), ((5, 7), (1, 3))] * (name == "llama")
@@ -258,7 +258,7 @@ def test_one_run_where_nothing_is_measured():
 # Budgets
 
 
-@pytest.mark.parametrize("rule", ["top", "delta-sum", "weighted"])
+@pytest.mark.parametrize("rule", ["highest", "top", "delta-sum", "weighted"])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
 def test_any_number_of_blocks(count, rule, tiny):
     decoder, windows = tiny("llama"), draw_windows()
@@ -349,7 +349,7 @@ def test_out_of_reach(amount, tiny):
 
 def test_nothing_for_nothing(tiny, monkeypatch):
     monkeypatch.setattr("secateur.methods.merge_blocks.MergeProbe", None)
-    for rule in ("top", "weighted"):
+    for rule in ("highest", "weighted"):
         plan = make_plan(tiny("llama"), method="swm", blocks=0, settings={"rule": rule})
         assert plan.steps[0].windows == ()
         assert plan.texts is None
@@ -396,14 +396,14 @@ def test_thresholds_at_the_ends(tiny):
     assert plan.requested == {"threshold": 1.0}
     assert torch.equal(forward(prune(decoder, plan).module, windows.tokens), forward(decoder.module, windows.tokens))
     lowest = merged_by(decoder, windows, threshold=1e-9)
-    assert lowest.windows == slowly(decoder.module, windows, 1e-9, "top")
+    assert lowest.windows == slowly(decoder.module, windows, 1e-9, "highest")
 
 
 # Damage
 
 
 @pytest.mark.parametrize("place", ["model.layers.3.mlp.down_proj.weight", "model.layers.5.input_layernorm.weight"])
-@pytest.mark.parametrize("rule", ["top", "delta-sum", "weighted"])
+@pytest.mark.parametrize("rule", ["highest", "top", "delta-sum", "weighted"])
 def test_damage_never_becomes_a_similarity(place, rule):
     module = build("llama")
     with torch.no_grad():
@@ -426,7 +426,7 @@ def test_a_similarity_that_is_not_a_number(tiny, monkeypatch):
 SIZES = Sizes((10, 10, 20, 20, 30), 7)
 
 
-def merging(*windows, rule="top", **fields):
+def merging(*windows, rule="highest", **fields):
     return MergeBlocks(method="by hand", windows=windows, rule=rule, **fields)
 
 
@@ -434,7 +434,7 @@ def test_what_a_step_leaves():
     step = merging((2, 3), (0, 1))
     assert step.kept_blocks(5) == (0, 2, 4)
     assert step.sizes_after(SIZES) == Sizes((10, 20, 30), 7)
-    assert step.describe() == ("merges", "0 to 1, 2 to 3 (top)")
+    assert step.describe() == ("merges", "0 to 1, 2 to 3 (highest)")
     assert merging().describe() == ("merges", "nothing")
     assert merging().kept_blocks(3) == (0, 1, 2)
 
@@ -461,7 +461,7 @@ def test_influences_that_cannot_be_used(influence):
         merging((0, 1), rule="weighted", influence=influence).kept_blocks(5)
 
 
-@pytest.mark.parametrize("rule", ["top", "delta-sum", "mean", "weighted"])
+@pytest.mark.parametrize("rule", ["highest", "top", "delta-sum", "mean", "weighted"])
 def test_a_plan_needs_no_texts_to_be_applied(rule, tiny, tmp_path):
     decoder, skeleton = tiny("llama"), tiny("llama", skeleton=True)
     plan = make_plan(decoder, method="swm", blocks=3, texts=draw_windows(), settings={"rule": rule})
@@ -471,7 +471,7 @@ def test_a_plan_needs_no_texts_to_be_applied(rule, tiny, tmp_path):
     tokens = draw_tokens()
     found = [walk(prune(one, again), tokens) for one in (decoder, skeleton)]
     assert torch.equal(found[0], found[1])
-    if rule in ("top", "delta-sum"):
+    if rule in ("highest", "top", "delta-sum"):
         expected = forward(copy_with(decoder.module, plan.steps[0].windows, rule), tokens)
         assert torch.allclose(found[0], expected, atol=1e-4)
 

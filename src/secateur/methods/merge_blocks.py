@@ -55,7 +55,7 @@ class MergeSettings(Settings):
     threshold: float | None = Field(
         None, gt=0, le=1, description="similarity above which a window grows (the paper's T); sets the amount"
     )
-    rule: Rule = Field("top", description="how the weights of a window are merged")
+    rule: Rule = Field("highest", description="how the weights of a window are merged")
     across_types: bool = Field(
         False, description="merge blocks of different layer types too, into the lowest block's type"
     )

@@ -47,7 +47,7 @@ class DropBlocks(Step):
 Span = tuple[int, int]
 """First and last of a run of neighbouring blocks, both included."""
 
-Rule = Literal["delta-sum", "top", "mean", "weighted"]
+Rule = Literal["highest", "top", "delta-sum", "mean", "weighted"]
 """How the weights of a window of blocks are merged into those of one block."""
 
 

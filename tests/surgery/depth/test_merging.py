@@ -19,7 +19,7 @@ from secateur.surgery.depth.merging import (
 )
 from tiny_models import build
 
-RULES = ("delta-sum", "top", "mean", "weighted")
+RULES = ("highest", "delta-sum", "top", "mean", "weighted")
 INFLUENCE = (0.1, 0.4, 0.2, 0.2, 0.6, 0.0, 0.0, 0.3)
 
 
@@ -40,6 +40,8 @@ def combined(decoder, low, high, rule):
         elif rule == "top":
             is_norm = "norm" in name or ".ln_" in f".{name}"
             result[name] = first if is_norm else values[-1]
+        elif rule == "highest":
+            result[name] = values[-1]
         elif rule == "mean":
             result[name] = sum(values) / len(values)
         else:
@@ -145,7 +147,7 @@ def test_merging_copies_of_one_block_gives_that_block():
                 part[..., :32] *= index + 1
     decoder = open_model(module)
     tokens = draw_tokens()
-    for rule in ("delta-sum", "mean", "top"):
+    for rule in ("highest", "delta-sum", "mean", "top"):
         merged = merge_windows(decoder, [(1, 2)], rule)
         removed = merge_windows(decoder, [(0, 1)], rule)
         assert torch.allclose(forward(merged.module, tokens), forward(removed.module, tokens), atol=1e-4), rule

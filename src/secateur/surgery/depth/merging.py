@@ -9,6 +9,8 @@ coefficients for norms. For blocks 0 … n−1 of the window, lowest first:
 * `delta-sum`, the paper's equation: θ* = θ_0 + Σ_{k≥1} (θ_k − θ_0) = Σ_{k≥1} θ_k − (n−2)·θ_0;
 * `top`, what the released code computes: it adds each difference to the already updated weight, which telescopes to the
   linear layers of the highest block, with the norms of the lowest;
+* `highest`, secateur's own: the highest block with its own norms, without which its linear layers read other inputs
+  than they were trained on;
 * `mean`: 1/n each;
 * `weighted`: block influence, BI_k / Σ BI, uniform where that sum is 0.
 
@@ -55,6 +57,12 @@ def top(size: int) -> Shares:
     return Shares((*others, 1.0), (1.0, *others))
 
 
+def highest(size: int) -> Shares:
+    """Use the highest block as it is."""
+    shares = (*[0.0] * (size - 1), 1.0)
+    return Shares(shares, shares)
+
+
 def mean(size: int) -> Shares:
     """Average the blocks."""
     shares = (1.0 / size,) * size
@@ -75,7 +83,7 @@ def shares_for(rule: Rule, window: Span, influence: Sequence[float] = ()) -> Sha
     low, high = window
     if rule == "weighted":
         return weighted(influence[low : high + 1])
-    return {"delta-sum": delta_sum, "top": top, "mean": mean}[rule](high + 1 - low)
+    return {"highest": highest, "delta-sum": delta_sum, "top": top, "mean": mean}[rule](high + 1 - low)
 
 
 def alike(decoder: Decoder, index: int, *, across_types: bool) -> bool:
