@@ -55,6 +55,21 @@ def ablation() -> str:
     return markdown(("variant", "windows", *SOURCES.values(), "geometric mean"), rows)
 
 
+def merged() -> str:
+    """Put the rules of `swm` beside each other on the same windows of blocks: perplexity ratios by source."""
+    by_windows: dict[str, dict[str, Record]] = {}
+    for one in recorded("merge_rules"):
+        by_windows.setdefault(one["setting"]["windows"], {})[one["setting"]["rule"]] = one["found"]
+    rules = list(next(iter(by_windows.values()), {}))
+    rows = [[f"`{rule}`", *(_merged(found[rule]) for found in by_windows.values())] for rule in rules]
+    windows = [", ".join(" to ".join(one.split("-")) for one in text.split(",")) for text in by_windows]
+    return markdown(("`rule`", *windows), rows)
+
+
+def _merged(found: Record) -> str:
+    return f"{_ratio(found['geometric_mean'])} ({', '.join(map(_ratio, found['ratios'].values()))})"
+
+
 def study(removed: str) -> str:
     """Put the methods beside each other at one share: ratios by source, after healing too, seconds and memory."""
     records = [one for one in recorded("real_study") if one["setting"].get("remove") == float(removed)]

@@ -12,6 +12,7 @@
   `healed`: ways of healing its cuts;
 * `released SHARE`: methods written plainly from their papers beside secateur's;
 * `profile MODEL`: where the time of each method goes;
+* `merged`: what each rule of `swm` makes of the same windows of a real model;
 * `ablation`: what each choice of a width repair is worth on a real model; `allocation`: of widths and branches;
 * `stand-ins`: what low-rank pairs in place of branches are worth;
 * `experts`: what fewer experts cost a small trained mixture; `families`: what works on which family.
@@ -253,6 +254,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "calibrated": real_tables.calibrated,
     "healed": real_tables.healed,
     "ablation": real_tables.ablation,
+    "merged": real_tables.merged,
     "allocation": real_tables.allocation,
     "stand-ins": real_tables.stand_ins,
     "released": real_tables.released,
