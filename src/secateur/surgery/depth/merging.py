@@ -9,8 +9,8 @@ coefficients for norms. For blocks 0 … n−1 of the window, lowest first:
 * `delta-sum`, the paper's equation: θ* = θ_0 + Σ_{k≥1} (θ_k − θ_0) = Σ_{k≥1} θ_k − (n−2)·θ_0;
 * `top`, what the released code computes: it adds each difference to the already updated weight, which telescopes to the
   linear layers of the highest block, with the norms of the lowest;
-* `highest`, secateur's own: the highest block with its own norms, without which its linear layers read other inputs
-  than they were trained on;
+* `highest`: the highest block with its own norms, without which its linear layers read other inputs than they were
+  trained on; of two blocks, what the paper's equation makes;
 * `mean`: 1/n each;
 * `weighted`: block influence, BI_k / Σ BI, uniform where that sum is 0.
 
