@@ -5,7 +5,8 @@ that brings the remaining model down to the request; in a mixture of experts, al
 or for a share of what is left to remove. Candidates are made and measured as `prune` would make them, though on some of
 the windows: single methods first, then what is next to the best so far (`splits.py`). Their losses are measured on
 windows held back: matrices and repairs are least-squares fits to the windows they are measured on, so the loss there
-favours whatever fits most parameters.
+favours whatever fits most parameters. The best is then decided on all windows, so that a single method gives what it
+gives by itself.
 
 Candidates share measurements: scores and errors of the dense model are measured once, a model with fewer blocks is made
 once for every width tried on it, whichever method it comes from, and no plan is measured twice. Every candidate removes
@@ -32,7 +33,7 @@ from secateur.methods.drop_experts import ExpertSettings
 from secateur.methods.method import METHODS, Decision, Measurements, Method, MethodSettings, apply_step, method
 from secateur.methods.search.guard import Guard
 from secateur.methods.search.splits import Split, all_splits, search
-from secateur.methods.search.trials import FAILURES, Made, Member, Steps, TrialLog, Trials, kind_of
+from secateur.methods.search.trials import FAILURES, Made, Member, TrialLog, Trials, kind_of
 from secateur.models.decoder import Decoder
 from secateur.models.experts import has_experts, mixture_of
 from secateur.plan.plan import Candidate, Search, pareto_front
@@ -72,7 +73,9 @@ class AutoSettings(MethodSettings):
         description="plans of several methods, one after the other, no better than the best, that end the search",
     )
     windows: int = Field(
-        32, ge=2, description="calibration windows used to compare plans, evenly of all; the best is then fitted to all"
+        32,
+        ge=2,
+        description="calibration windows on which plans are compared, evenly of all; the best is decided on all",
     )
     skip_hopeless: bool = Field(
         True, description="skip plans whose removed blocks alone already cost more than the best plan so far"
@@ -205,7 +208,7 @@ def _apply_forwards(settings: AutoSettings, tokens: int) -> Work:
     settings_for=settings_for,
 )
 def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -> Decision:
-    """Try candidates; return the steps of the best, and the record of all.
+    """Try candidates; return the steps of the best as they are on all windows, and the record of all.
 
     Raises:
         InputError: no candidate meets the budget or passes the gate, the dense model can do nothing that the gate
@@ -233,7 +236,8 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
         patience=settings.patience,
         progress=measurements.options.progress,
     )
-    best, steps = tried.best()
+    best, split = tried.best()
+    steps = Trials(measurements, held_back, budget, members, apply_step).decide(split)
     record = Search(
         fitted=len(fitted),
         held_back=len(held_back),
@@ -269,7 +273,7 @@ class _Tried:
     def __init__(self, trials: Trials, log: TrialLog, *, skip_hopeless: bool) -> None:
         self.candidates: list[Candidate] = []
         self._trials, self._log, self._skips = trials, log, skip_hopeless
-        self._steps: dict[int, Steps] = {}
+        self._enough: dict[int, Split] = {}
         self._failures: list[SecateurError] = []
         self._impossible = set[str]()
         self._on_the_way: dict[Split, Made | None] = {}
@@ -318,7 +322,7 @@ class _Tried:
         if made.fails:
             self._failures.append(InputError(f"{_named(split).label} {made.fails}."))
         elif made.enough:
-            self._steps[len(self.candidates)] = made.steps
+            self._enough[len(self.candidates)] = split
             self._least = min(self._least, made.loss)
         found = {"blocks": made.gone, "parameters": made.parameters, "loss": round(made.loss, 6), "enough": made.enough}
         self.candidates.append(_named(split).model_copy(update=found | {"refused": made.fails}))
@@ -331,18 +335,18 @@ class _Tried:
         except FAILURES as error:
             return error
 
-    def best(self) -> tuple[int, Steps]:
-        """Return the index of the candidate of lowest loss that removes enough, and its steps.
+    def best(self) -> tuple[int, Split]:
+        """Return the index of the candidate of lowest loss that removes enough, and its split.
 
         Raises:
             SecateurError: there is none; of the type of what went wrong.
         """
-        if not self._steps:
+        if not self._enough:
             kinds = {kind_of(error) for error in self._failures}
             kind = kinds.pop() if len(kinds) == 1 else InputError
             raise kind(f"auto: no plan can be made. {' '.join(dict.fromkeys(map(str, self._failures)))}")
-        place = min(self._steps, key=lambda one: (self.candidates[one].loss, self.candidates[one].parameters))
-        return place, self._steps[place]
+        place = min(self._enough, key=lambda one: (self.candidates[one].loss, self.candidates[one].parameters))
+        return place, self._enough[place]
 
 
 def _named(split: Split) -> Candidate:

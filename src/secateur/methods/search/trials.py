@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from secateur.calibration.walk import mean_loss_of_sources
 from secateur.data.windows import Windows
@@ -62,7 +62,6 @@ class Made(NamedTuple):
     """A candidate that was made and measured.
 
     Attributes:
-        steps: how it is made.
         parameters: number of parameters it has left.
         gone: number of blocks removed.
         loss: on the held-back windows.
@@ -70,7 +69,6 @@ class Made(NamedTuple):
         fails: why it does not pass the gate; None if it does, or there is none.
     """
 
-    steps: Steps
     parameters: int
     gone: int
     loss: float
@@ -124,14 +122,27 @@ class Trials:
             ModelError: a method cannot cut this model.
             NumericsError: NaN or infinity on the way.
         """
-        cut = self._dense if split.depth is None else self._without_blocks(split.depth, split.blocks)
-        if split.experts is not None:
-            cut = self._without_experts(cut, split.experts, split.share)
+        cut = self._first(split)
         key = (cut.measurements.decoder.fingerprint, split.width)
         if key not in self._made:
             self._made[key] = self._measured(cut, split.width)
-        made = self._made[key]
-        return made._replace(steps=cut.steps + made.steps)
+        return self._made[key]
+
+    def decide(self, split: Split) -> Steps:
+        """Return how a candidate is made, without making or measuring it.
+
+        Raises:
+            InputError: it cannot meet the budget.
+            ModelError: a method cannot cut this model.
+            NumericsError: NaN or infinity on the way.
+        """
+        cut = self._first(split)
+        return cut.steps + (self._meet(cut, self._members[split.width]) if split.width else ())
+
+    def _first(self, split: Split) -> Cut:
+        """Do what a candidate does before its widths are pruned."""
+        cut = self._dense if split.depth is None else self._without_blocks(split.depth, split.blocks)
+        return cut if split.experts is None else self._without_experts(cut, split.experts, split.share)
 
     def _without_blocks(self, name: str, blocks: int) -> Cut:
         """Remove this many blocks, or, if nothing follows, as many as the budget requires."""
@@ -175,18 +186,17 @@ class Trials:
             raise InputError("what is removed first leaves nothing to do.")
 
     def _measured(self, cut: Cut, width: str | None) -> Made:
-        measurements, steps = cut.measurements, Steps()
+        measurements = cut.measurements
         decoder = measurements.decoder
         if width is not None:
-            steps = self._meet(cut, self._members[width])
-            for step in steps:
+            for step in self._meet(cut, self._members[width]):
                 decoder = self._apply(measurements, step).decoder
                 measurements = measurements.on(decoder)
         loss = from_main_process(mean_loss_of_sources(decoder, self._held_back, options=measurements.options))
         gone = len(self._dense.kept) - decoder.block_count
         enough = width is not None or self._is_enough(cut)
         fails = self._guard.failing(decoder) if self._guard is not None and enough else None
-        return Made(steps, decoder.parameter_count, gone, loss, enough, fails)
+        return Made(decoder.parameter_count, gone, loss, enough, fails)
 
     def _meet(self, cut: Cut, member: Member) -> Steps:
         """Let a method bring a model down to the budget.
@@ -246,7 +256,7 @@ def kind_of(error: SecateurError) -> type[SecateurError]:
     return next(kind for kind in FAILURES if isinstance(error, kind))
 
 
-_STEPS: TypeAdapter[Steps] = TypeAdapter(Steps)
+_MADE = TypeAdapter(Made)
 
 
 class TrialLog:
@@ -284,10 +294,7 @@ class TrialLog:
         path = self._path(split)
         if path is None or not is_main_process():
             return
-        if isinstance(found, Made):
-            entry = found._asdict() | {"steps": [step.model_dump(mode="json") for step in found.steps]}
-        else:
-            entry = {"failed": kind_of(found).__name__, "why": str(found)}
+        entry = found._asdict() if isinstance(found, Made) else {"failed": kind_of(found).__name__, "why": str(found)}
         replace_file(path, json.dumps(entry) + "\n")
 
     def _path(self, split: Split) -> Path | None:
@@ -300,6 +307,6 @@ def _read(path: Path) -> Made | SecateurError | None:
     try:
         entry = TRIAL_FILE.json(path)
         failure = next((kind for kind in FAILURES if kind.__name__ == entry.get("failed")), None)
-        return failure(entry["why"]) if failure else Made(**entry | {"steps": _STEPS.validate_python(entry["steps"])})
-    except (ValueError, KeyError, TypeError, AttributeError, ValidationError, InputError):
+        return failure(entry["why"]) if failure else _MADE.validate_python(entry)
+    except (ValueError, KeyError, TypeError, AttributeError, InputError):
         return None
