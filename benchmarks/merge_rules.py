@@ -11,18 +11,19 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import get_args
 
 from common import keep, texts_that_judge
 
 import secateur
 from secateur.evaluation.metrics.perplexity import perplexity
 from secateur.models.decoder import Decoder
+from secateur.plan.steps import Rule
 from secateur.run_options import DEFAULTS
 from secateur.scores.measure import score_model
 from secateur.surgery.depth.merging import merge_windows
 
 SPANS = ("26-27", "16-18,26-27", "13-14,16-18,25-27")
-RULES = ("highest", "top", "delta-sum", "mean", "weighted")
 
 
 def main(model: str, wikitext: str, *spans: str) -> None:
@@ -37,7 +38,7 @@ def main(model: str, wikitext: str, *spans: str) -> None:
     influence = score_model(dense, next(iter(texts.values()))).block_influence or ()
     for text in spans or SPANS:
         windows = [(int(low), int(high)) for low, high in (span.split("-") for span in text.split(","))]
-        for rule in RULES:
+        for rule in get_args(Rule):
             after = read(merge_windows(dense, windows, rule, influence))
             ratios = {source: round(after[source] / before[source], 4) for source in texts}
             mean = round(math.prod(ratios.values()) ** (1 / len(ratios)), 4)
