@@ -74,8 +74,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda-sp, repair=false": ("wanda-sp", {"repair": False}),
     "flap, repair=false": ("flap", {"repair": False}),
 }
-SHORT = {"sleb": 128, "blockpruner": 128, "finercut": 128}
-"""Tokens per window for methods that run the model hundreds of times."""
 SHARES = (0.2, 0.1, 0.3)
 JUDGED = 16
 NAME = "real_study"
@@ -122,8 +120,7 @@ def setting_of(case: str, given: argparse.Namespace) -> dict[str, Any]:
     name, _, share = case.partition("@")
     healing = {"healing": {"with": given.recipe, "tokens": given.heal, "texts": given.texts}} if given.heal else {}
     asking = {"questions": given.ask} if given.ask else {}
-    read = {"windows": given.windows} | ({"seq_len": SHORT[name]} if name in SHORT else {})
-    return {"case": name, "remove": float(share or 0)} | MODEL | read | healing | asking
+    return {"case": name, "remove": float(share or 0)} | MODEL | {"windows": given.windows} | healing | asking
 
 
 def measure(given: argparse.Namespace) -> None:
@@ -155,7 +152,7 @@ def measure(given: argparse.Namespace) -> None:
 def cut(dense: Decoder, setting: dict[str, Any]) -> tuple[Decoder, dict[str, Any]]:
     """Plan and make one cut with the default calibration; gives what it removes, its seconds and its memory."""
     method, settings = CASES[setting["case"]]
-    windows = windows_for(dense, None, windows=setting["windows"], seq_len=setting.get("seq_len", LENGTH))
+    windows = windows_for(dense, None, windows=setting["windows"], seq_len=LENGTH)
     started = time.perf_counter()
     plan = secateur.make_plan(dense, method=method, texts=windows, settings=settings, remove=setting["remove"])
     planned = time.perf_counter()

@@ -4,7 +4,8 @@
 
 Processor seconds. `swm` is compared with the same search on all windows, and with that by thresholds halfway between
 those seen; a candidate is measured once, and its seconds count for every search that asks for it. `sleb` is compared
-with a full forward for every candidate, as many as it compares, each timed on a model with that many blocks.
+with a full forward for every candidate of every round, each timed on a model with that many blocks and on the same
+tokens, and with the blocks it removes where all candidates are measured each time.
 """
 
 from __future__ import annotations
@@ -76,18 +77,25 @@ def swm(model: Decoder, windows: Windows, blocks: int) -> dict[str, Any]:
 
 
 def sleb(model: Decoder, windows: Windows, blocks: int) -> dict[str, Any]:
-    """Remove blocks, and time one candidate in full of each round."""
-    begin = time.process_time()
-    plan = secateur.make_plan(model, method="sleb", blocks=blocks, texts=windows)
-    searched, in_full = time.process_time() - begin, 0.0
-    free = find_method("sleb").settings().free_blocks(model.block_count)
+    """Remove blocks, lazily and not, and time one candidate in full of each round."""
+    seconds, removed = dict[str, float](), dict[str, list[int]]()
+    for name, lazy in (("lazy", True), ("each_time", False)):
+        begin = time.process_time()
+        plan = secateur.make_plan(model, method="sleb", blocks=blocks, texts=windows, settings={"lazy": lazy})
+        seconds[name] = time.process_time() - begin
+        removed[name] = sorted(set(range(model.block_count)) - set(plan.kept_blocks()))
+    seconds["in_full"] = 0.0
+    settings = find_method("sleb").settings()
+    free, compared = settings.free_blocks(model.block_count), settings.compared_on(windows)
     for gone in range(1, blocks + 1):
         begin = time.process_time()
-        mean_loss(keep_blocks(model, range(model.block_count - gone)), windows)
-        in_full += (time.process_time() - begin) * (len(free) - gone + 1)
-    removed = sorted(set(range(model.block_count)) - set(plan.kept_blocks()))
-    return {"screened_processor_s": round(searched, 1), "in_full_processor_s": round(in_full, 1), "blocks": removed} | {
-        "processor_ratio": round(in_full / searched, 2)
+        mean_loss(keep_blocks(model, range(model.block_count - gone)), compared)
+        seconds["in_full"] += (time.process_time() - begin) * (len(free) - gone + 1)
+    return {f"{name}_processor_s": round(value, 1) for name, value in seconds.items()} | {
+        "blocks": removed["lazy"],
+        "same_blocks": removed["lazy"] == removed["each_time"],
+        "tokens": compared.token_count,
+        "processor_ratio": round(seconds["in_full"] / seconds["lazy"], 2),
     }
 
 

@@ -1,27 +1,27 @@
-"""Greedy removal with a first comparison on few windows: what is compared on all, and what is found."""
+"""Greedy removal: what is measured again, what is compared on how many tokens, and what is found."""
 
 import pytest
 
 from oracles import draw_windows
 from secateur.calibration.store import StateStore
+from secateur.calibration.walk import mean_loss
 from secateur.methods import greedy
-from secateur.methods.greedy import FEWEST, greedily, lazily, screened_share
+from secateur.methods.greedy import GreedySettings, greedily, greedy_work
 from secateur.methods.method import Measurements
 from secateur.scores.removal import RemovalProbe
+from secateur.surgery.depth.blocks import keep_blocks
+
+BLOCKS = range(8)
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What each probe was asked for, by its number of windows."""
-    seen = {}
+    """What the probe was asked for."""
+    seen = []
 
     class Recording(RemovalProbe):
-        def __init__(self, decoder, windows, *given):
-            self.seen = seen.setdefault(len(windows), [])
-            super().__init__(decoder, windows, *given)
-
         def loss(self, gone):
-            self.seen.append(tuple(gone))
+            seen.append(tuple(gone))
             return super().loss(gone)
 
     monkeypatch.setattr(greedy, "RemovalProbe", Recording)
@@ -29,52 +29,34 @@ def asked(monkeypatch):
 
 
 def found(decoder, windows, count, **more):
-    series = greedily(Measurements(decoder, windows), range(8), **more)
+    series = greedily(Measurements(decoder, windows), BLOCKS, **more)
     return [next(series) for _ in range(count)][-1]
 
 
-def test_the_best_quarter_on_few_windows_is_compared_on_all(tiny, asked):
-    windows = draw_windows(windows=16)
-    chosen = found(tiny("llama"), windows, 1, screen=0.25)
-    coarse, fine = asked[4][1:], asked[16][1:]
-    assert sorted(coarse) == [(block,) for block in range(8)]
-    assert len(fine) == 2
-    share = windows.split_off(0.25)[1]
-    probe = greedily(Measurements(tiny("llama"), share), range(8))
-    best_on_few = next(probe)
-    assert best_on_few in fine
-    assert chosen in fine
+def test_all_of_them_each_time_on_request(tiny, asked):
+    """Straight line: the models without each block, in full."""
+    decoder, windows = tiny("llama"), draw_windows(windows=4)
+    gone, loss = found(decoder, windows, 3, lazy=False)
+    assert len(asked) == 1 + (8 + 1) + (7 + 1) + (6 + 1), "the dense model, and of each round all and the best"
+
+    expected = ()
+    for _ in range(3):
+        losses = {
+            block: mean_loss(keep_blocks(decoder, [one for one in BLOCKS if one not in (*expected, block)]), windows)
+            for block in BLOCKS
+            if block not in expected
+        }
+        expected = (*expected, min(losses, key=lambda one: (losses[one], one)))
+    assert gone == expected
+    assert loss == pytest.approx(losses[expected[-1]] - mean_loss(decoder, windows), abs=1e-5)
 
 
-def test_it_is_exact_where_few_windows_agree_with_all(tiny):
-    windows = draw_windows(windows=16)
-    repeated = type(windows).of(windows.tokens[:4].repeat(4, 1))  # every fourth window shows what all show
-    exact, screened = (found(tiny("llama"), repeated, 3, screen=share) for share in (1.0, 0.25))
-    assert exact == screened
-
-
-def test_few_windows_are_not_divided(tiny, asked):
-    found(tiny("llama"), draw_windows(windows=FEWEST - 1), 1, screen=0.25)
-    assert list(asked) == [FEWEST - 1]
-
-
-def test_exactly_on_request(tiny, asked):
-    found(tiny("llama"), draw_windows(windows=16), 2, screen=1.0)
-    assert list(asked) == [16]
-    assert len(asked[16]) == 1 + 8 + 7
-
-
-def test_what_it_costs():
-    assert screened_share(1.0) == 1.0
-    assert screened_share(0.25) == 0.5
-
-
-def test_lazy_removal_takes_the_cheapest_for_its_size(tiny):
+def test_lazy_removal_takes_the_cheapest_for_its_size(tiny, asked):
     """Straight line: all candidates measured anew each time, where what is gone only makes the others dearer."""
-    windows, sizes = draw_windows(windows=4), {block: 1.0 + block % 3 for block in range(8)}
-    measurements = Measurements(tiny("llama"), windows)
-    series = lazily(measurements, range(8), lambda one: sizes[one])
+    windows, sizes = draw_windows(windows=4), {block: 1.0 + block % 3 for block in BLOCKS}
+    series = greedily(Measurements(tiny("llama"), windows), BLOCKS, size=sizes.__getitem__)
     lazy = [next(series) for _ in range(4)]
+    assert len(asked) < 1 + (8 + 1) + (7 + 1) + (6 + 1) + (5 + 1)
     with StateStore() as store:
         probe = RemovalProbe(tiny("llama"), windows, store)
         dense = probe.loss(())
@@ -82,8 +64,44 @@ def test_lazy_removal_takes_the_cheapest_for_its_size(tiny):
         for gone, loss in lazy:
             assert probe.loss(gone) - dense == pytest.approx(loss, abs=1e-6)
             now = probe.loss(before)
-            price = {one: (probe.loss((*before, one)) - now) / sizes[one] for one in range(8) if one not in before}
+            price = {one: (probe.loss((*before, one)) - now) / sizes[one] for one in BLOCKS if one not in before}
             grew = all(value >= prices.get(one, value) - 1e-9 for one, value in price.items())
             if grew:
                 assert gone[-1] == min(price, key=lambda one: (price[one], one))
             prices, before = price, gone
+
+
+def test_what_may_not_go_stays(tiny):
+    gone, _ = found(tiny("llama"), draw_windows(windows=2), 3, allowed=lambda gone: all(one % 2 for one in gone))
+    assert set(gone) <= {1, 3, 5, 7}
+
+
+def test_nothing_is_measured_twice_for_another_amount(tiny, monkeypatch):
+    measurements = Measurements(tiny("llama"), draw_windows(windows=2))
+    list(zip(range(2), greedily(measurements, BLOCKS), strict=False))
+
+    def refuse(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(RemovalProbe, "_measure", refuse)
+    assert len(list(zip(range(2), greedily(measurements, BLOCKS), strict=False))) == 2
+
+
+@pytest.mark.parametrize(
+    ("windows", "length", "tokens", "read"),
+    [(32, 512, 4096, (32, 128)), (8, 512, 4096, (8, 512)), (64, 512, 4096, (32, 128)), (4, 64, 4096, (4, 64))],
+)
+def test_beginnings_of_windows_and_of_many_windows_some(windows, length, tokens, read):
+    given = draw_windows(windows=windows, positions=length)
+    compared = GreedySettings(tokens=tokens).compared_on(given)
+    assert (len(compared), compared.seq_len) == read
+    assert (compared.fingerprint == given.fingerprint) == (read == (windows, length))
+    assert all(any(bool((row == whole[: read[1]]).all()) for whole in given.tokens) for row in compared.tokens)
+
+
+def test_what_it_costs():
+    windows = draw_windows(windows=32, positions=512)
+    lazy, exact = (greedy_work(30, 6, lazy=lazy) for lazy in (True, False))
+    assert exact.losses == pytest.approx(1 + 30 + 5 * 27)
+    assert lazy.losses == pytest.approx(1 + 30 + 5 * 8)
+    assert GreedySettings().work(30, 6, windows).losses == pytest.approx(lazy.losses / 4)

@@ -47,6 +47,7 @@ def showing_progress(console: Console) -> Iterator[Progress]:
             for item in items:
                 yield item
                 bars.update(task, advance=1, description=str(description))
+            bars.update(task, total=bars.tasks[task].completed)
 
         yield track
 

@@ -96,6 +96,21 @@ class Windows:
             part_of=None if self.part_of is None else self.part_of[rows],
         )
 
+    def at_most(self, count: int) -> Windows:
+        """Return so many of the windows, evenly of each source; all if there are no more."""
+        return self if len(self) <= count else self.split_off(count / len(self))[1]
+
+    def shortened(self, length: int) -> Windows:
+        """Return the first `length` tokens of each window; they have a fingerprint of their own."""
+        if length >= self.seq_len:
+            return self
+        return replace(
+            self,
+            tokens=self.tokens[:, :length],
+            mask=None if self.mask is None else self.mask[:, :length],
+            fingerprint=f"{self.fingerprint}, first {length} tokens",
+        )
+
     def split_off(self, share: float) -> tuple[Windows, Windows]:
         """Split into the windows that stay and a share, evenly spaced, that is held back.
 

@@ -107,7 +107,6 @@ def cost_of(
     data: Counted,
     work: Mapping[str, Work | float],
     *,
-    reading: Mapping[str, float] | None = None,
     also: Sequence[Decoder] = (),
     beside: int = 0,
     disk: Sequence[str] = (),
@@ -118,15 +117,13 @@ def cost_of(
         model: the model it works on.
         data: the texts it reads.
         work: work on the data by phase; a number is plain forward passes.
-        reading: the share of the data that a phase reads, of phases that do not read all.
         also: other models that are open at the same time.
         beside: bytes held in addition to the models.
         disk: lines about temporary files.
     """
     timing, tokens = Timing(model, data.seq_len), data.token_count
     seconds = timing.seconds if model.fingerprint else functools.partial(_by_size, model)
-    share = dict.fromkeys(work, 1.0) | dict(reading or {})
-    phases = [Phase(name, seconds(Work.of(one), round(share[name] * tokens))) for name, one in work.items()]
+    phases = [Phase(name, seconds(Work.of(one), tokens)) for name, one in work.items()]
     memory = memory_of(model, data.token_count) + beside + sum(memory_of(one, 0) - _OVERHEAD_BYTES for one in also)
     return JobCost(
         models=tuple(describe_model(one) for one in (model, *also)),

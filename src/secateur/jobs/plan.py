@@ -104,10 +104,13 @@ class PlanJob(Job[Plan]):
 
     def forwards(self) -> Work:
         """Return the work of deciding."""
-        if self.scores is not None and len(self.parts) == 1:
+        windows = self.windows
+        if windows is None or (self.scores is not None and len(self.parts) == 1):
             return Work()
         gone, blocks = expected_blocks(self.budget, self.model), self.model.block_count
-        return Work.total(part.method.forwards(blocks, round(part.share * gone), part.settings) for part in self.parts)
+        return Work.total(
+            one.method.forwards(blocks, round(one.share * gone), one.settings, windows) for one in self.parts
+        )
 
     def apply_forwards(self) -> Work:
         """Return the work of applying such a plan, estimated before there is one."""
@@ -123,8 +126,7 @@ class PlanJob(Job[Plan]):
                 models=(describe_model(self.model),), reads="nothing is measured", memory=memory_of(self.model, 0)
             )
         work = {"plan": self.forwards(), "apply": self.apply_forwards()}
-        read = [part.method.reads(part.settings) or len(self.windows) for part in self.parts]
-        return cost_of(self.model, self.windows, work, reading={"plan": min(1.0, max(read) / len(self.windows))})
+        return cost_of(self.model, self.windows, work)
 
     def run(self) -> Plan:
         """Decide, and return the plan."""

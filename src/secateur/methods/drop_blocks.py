@@ -17,9 +17,10 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
+from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
-from secateur.methods.greedy import SCREEN, Screen, greedily, greedy_work
+from secateur.methods.greedy import GreedySettings, greedily
 from secateur.methods.method import Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import DropBlocks
@@ -70,12 +71,11 @@ class ShortenedSettings(Settings):
         return range(first, max(first, count - last))
 
 
-class SlebSettings(Settings):
+class SlebSettings(GreedySettings):
     """Settings of `sleb`; the paper keeps the first and the last block."""
 
     protect_first: int = Field(1, ge=0, description="number of blocks at the start that never change")
     protect_last: int = Field(1, ge=0, description="number of blocks at the end that never change")
-    screen: Screen = SCREEN
 
 
 def _decide(
@@ -157,7 +157,7 @@ def by_angle(measurements: Measurements, settings: WindowSettings, _budget: Budg
     paper=_UIDL + " (its simple strategy)",
     settings=LastSettings,
     needs_texts=lambda _: False,
-    forwards=lambda _blocks, _gone, _settings: 0.0,
+    forwards=lambda _blocks, _gone, _settings, _windows: 0.0,
 )
 def deepest(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
     """Remove the last blocks that are not protected."""
@@ -169,7 +169,7 @@ def deepest(measurements: Measurements, settings: Settings, _budget: Budget) -> 
             yield gone
 
 
-def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings) -> Work:
+def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings, _windows: Windows) -> Work:
     without_each, back_and_forth = Work((blocks + 1) / 2, losses=blocks + 1), Work(4.0, losses=3.0)
     return {"ppl": without_each, "taylor": back_and_forth, "magnitude": Work()}[settings.criterion]
 
@@ -208,14 +208,21 @@ def by_shortened_criterion(measurements: Measurements, settings: ShortenedSettin
     summary="greedily remove the block whose absence costs the least loss, one after the other",
     paper="Song et al. 2024, SLEB",
     settings=SlebSettings,
-    forwards=lambda blocks, gone, settings: greedy_work(blocks, blocks - 2, gone, settings.screen),
+    forwards=lambda blocks, gone, settings, windows: settings.work(blocks - 2, gone, windows),
 )
 def by_absence(measurements: Measurements, settings: SlebSettings, _budget: Budget) -> Candidates:
     """Repeatedly skip the block whose absence costs least, on the model without those already skipped."""
     decoder = measurements.decoder
     free = settings.free_blocks(decoder.block_count)
-    series = greedily(measurements, free, screen=settings.screen, allowed=lambda gone: can_go(decoder, gone))
-    return (tuple(sorted(gone)) for gone in series)
+    series = greedily(
+        measurements,
+        free,
+        windows=settings.compared_on(measurements.need_windows()),
+        lazy=settings.lazy,
+        name="block",
+        allowed=lambda gone: can_go(decoder, gone),
+    )
+    return (tuple(sorted(gone)) for gone, _ in series)
 
 
 def _lowest_first(decoder: Decoder, values: Sequence[float], free: range) -> Candidates:

@@ -11,19 +11,20 @@ branches write to the residual stream directly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat
 
-from secateur.calibration.walk import open_store
+from secateur.calibration.walk import mean_loss_of, open_store
+from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.methods.allocation.savings import NAMES, AllWidths, Savings
 from secateur.methods.allocation.sensitivity import judging_windows
 from secateur.methods.allocation.widths import fading_of, lasting
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget, already
-from secateur.methods.greedy import LOSSES, SCREEN, Screen, greedily, greedy_work, lazily
+from secateur.methods.greedy import GreedySettings, greedily, greedy_work
 from secateur.methods.method import Measurements, Settings, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import PruneWidth, Widths
@@ -36,8 +37,6 @@ from secateur.surgery.width.target import dense_widths, names_every_block, requi
 
 _JUDGED = 2048
 """Tokens on which the branches of `branches` are compared, about."""
-_AGAIN = 8
-"""Candidates measured again after each removal, about."""
 _BETWEEN: dict[str, Between] = {"js": js_divergence, "angular": angle}
 
 
@@ -51,13 +50,11 @@ class BranchSettings(Settings):
         return None if self.count is None else Budget("own", self.count, knob="count")
 
 
-class GreedySettings(BranchSettings):
-    """Settings of the greedy methods."""
-
-    screen: Screen = SCREEN
+class GreedyBranchSettings(BranchSettings, GreedySettings):
+    """Settings of methods that remove one branch after the other."""
 
 
-class FinerCutSettings(GreedySettings):
+class FinerCutSettings(GreedyBranchSettings):
     """Settings of `finercut`."""
 
     distance: Literal["js", "angular"] = Field(
@@ -112,7 +109,7 @@ class BranchTarget:
         """Return what goes with a branch, in the unit of the budget."""
         return self.savings.of(branch[0], **{NAMES[branch[1]]: 0})
 
-    def choose(self, series: Iterator[tuple[Branch, ...]]) -> AllWidths:
+    def choose(self, series: Iterable[tuple[Branch, ...]]) -> AllWidths:
         """Return the widths; the series is read only as far as needed.
 
         Raises:
@@ -140,23 +137,24 @@ class BranchTarget:
         return PruneWidth(method=name, settings=recorded, widths=widths, stock=self.stock, sizes=self.sizes, **given)
 
 
-def _greedy_forwards(blocks: int, gone: int, settings: GreedySettings) -> Work:
+def _greedy_forwards(blocks: int, gone: int, settings: GreedyBranchSettings, windows: Windows) -> Work:
     """Return the work of removing two branches for each block's worth."""
-    return greedy_work(blocks, 2 * blocks, settings.count or 2 * gone, settings.screen)
+    return settings.work(2 * blocks, settings.count or 2 * gone, windows)
 
 
 def _greedy_step(
     name: str,
     measurements: Measurements,
-    settings: GreedySettings,
+    settings: GreedyBranchSettings,
     budget: Budget,
-    measures: Sequence[Measure] = LOSSES,
+    measure: Measure = mean_loss_of,
 ) -> Sequence[PruneWidth]:
     """Remove branches greedily by the loss without them, or by another measure."""
     target = BranchTarget(measurements.decoder, budget)
     choices = present_branches(target.dense, settings.some_free_blocks(measurements.decoder.block_count))
-    series = greedily(measurements, choices, screen=settings.screen, measures=measures, name="branch")
-    return (target.step(name, settings, target.choose(series)),)
+    windows = settings.compared_on(measurements.need_windows())
+    series = greedily(measurements, choices, windows=windows, lazy=settings.lazy, measure=measure)
+    return (target.step(name, settings, target.choose(gone for gone, _ in series)),)
 
 
 @method(
@@ -164,12 +162,14 @@ def _greedy_step(
     name="blockpruner",
     summary="greedily remove the attention or MLP branch whose absence costs the least loss, one after the other",
     paper="Zhong et al. 2024, BlockPruner",
-    settings=GreedySettings,
+    settings=GreedyBranchSettings,
     native=None,
     forwards=_greedy_forwards,
     speed_model=speed_by_branch,
 )
-def decide_blockpruner(measurements: Measurements, settings: GreedySettings, budget: Budget) -> Sequence[PruneWidth]:
+def decide_blockpruner(
+    measurements: Measurements, settings: GreedyBranchSettings, budget: Budget
+) -> Sequence[PruneWidth]:
     """Remove branches greedily by the loss without them.
 
     Raises:
@@ -198,16 +198,14 @@ def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budg
         ModelError: the modelling file cannot hold the model.
         NumericsError: NaN or infinity while measuring.
     """
-    with open_store(measurements.decoder) as one, open_store(measurements.decoder) as other:
-        between = _BETWEEN[settings.distance]
-        measures = OutputChange(one, between), OutputChange(other, between)
-        return _greedy_step("finercut", measurements, settings, budget, measures)
+    with open_store(measurements.decoder) as store:
+        change = OutputChange(store, _BETWEEN[settings.distance])
+        return _greedy_step("finercut", measurements, settings, budget, change)
 
 
-def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings) -> Work:
-    """Return the work of all candidates once, and of some again after each removal, on an eighth of the windows."""
-    compared = (2 * blocks + _AGAIN * (settings.count or 2 * gone)) / 8
-    return Work(1 / 8 + compared / 2, losses=compared)
+def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings, windows: Windows) -> Work:
+    share = judging_windows(windows, _JUDGED).token_count / windows.token_count
+    return greedy_work(2 * blocks, settings.count or 2 * gone).on_share(share)
 
 
 @method(
@@ -231,7 +229,7 @@ def decide_branches(measurements: Measurements, settings: StandInSettings, budge
     """
     decoder = measurements.decoder
     target, free = BranchTarget(decoder, budget), settings.some_free_blocks(decoder.block_count)
-    judged = measurements.on_windows(judging_windows(measurements.need_windows(), _JUDGED))
+    judged = judging_windows(measurements.need_windows(), _JUDGED)
     fading = fading_of(decoder, Refit(repair=settings.repair, target="dense"))
 
     def worth(branch: Branch) -> float:
@@ -239,7 +237,8 @@ def decide_branches(measurements: Measurements, settings: StandInSettings, budge
 
     with open_store(decoder) as store:
         change = OutputChange(store, kl_divergence)
-        series = lazily(judged, present_branches(target.dense, free), worth, measure=change)
+        choices = present_branches(target.dense, free)
+        series = greedily(measurements, choices, windows=judged, size=worth, measure=change)
         widths = target.choose(gone for gone, _ in series)
     refit = {"repair": True, "ridge": settings.ridge, "target": "dense", "refitted": tuple(free)}
     return (target.step("branches", settings, widths, **(refit if settings.repair else {})),)

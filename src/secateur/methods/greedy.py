@@ -1,115 +1,85 @@
 """Greedy removal of blocks or branches: each time the one whose absence costs least, on the model without the others.
 
-Most candidates are hopeless, and few windows show it: with `screen`, all of them are compared on a share of the
-windows, and only the best quarter on all. Jamieson & Talwalkar 2016, "Non-stochastic Best Arm Identification and
-Hyperparameter Optimization" (AISTATS), halve the field in the same way.
+What a candidate costs grows with what else is gone, so that one which was too expensive before need not be measured
+again: Minoux 1978, "Accelerated greedy algorithms for maximizing submodular set functions". And a few thousand tokens
+tell candidates apart, so that of long windows only the beginnings are read.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
 from secateur.calibration.walk import mean_loss_of, open_store
-from secateur.methods.method import Measurements
+from secateur.data.windows import Windows
+from secateur.methods.method import Measurements, Settings
 from secateur.plan.work import Work
 from secateur.scores.removal import Measure, RemovalProbe
 
-Screen = Annotated[float, Field(gt=0, le=1)]
-SCREEN: float = Field(
-    0.25,
-    description="share of the windows on which all candidates are compared, the best quarter then on all; 1: exact",
-)
-LOSSES: Sequence[Measure] = (mean_loss_of, mean_loss_of)
-"""What counts as the loss, on all windows and on a share of them."""
-FEWEST = 16
-"""With fewer windows all candidates are compared on all of them."""
-_KEPT = 4
-"""One candidate in this many is compared on all windows."""
+_SHORTEST = 128
+"""Windows are not shortened below this many tokens; fewer of them are read instead."""
+_AGAIN = 8
+"""Candidates measured again after each removal, about."""
 
 
-def screened_share(screen: float) -> float:
-    """Return the share of the work that is left."""
-    return 1.0 if screen == 1 else min(1.0, screen + 1 / _KEPT)
+class GreedySettings(Settings):
+    """Settings of methods that compare the model without each of many candidates, again and again."""
+
+    tokens: int = Field(
+        4096, ge=1, description="tokens on which candidates are compared, about: beginnings of the windows"
+    )
+    lazy: bool = Field(
+        True, description="measure again only candidates that may have become the best; false: all of them each time"
+    )
+
+    def compared_on(self, windows: Windows) -> Windows:
+        """Return the beginnings of windows, evenly of all sources, that have about as many tokens in all."""
+        length = min(windows.seq_len, max(_SHORTEST, self.tokens // len(windows)))
+        return windows.at_most(max(1, self.tokens // length)).shortened(length)
+
+    def work(self, candidates: int, rounds: float, windows: Windows) -> Work:
+        """Return the work of removing some of the candidates, on a share of the windows."""
+        share = self.compared_on(windows).token_count / windows.token_count
+        return greedy_work(candidates, rounds, lazy=self.lazy).on_share(share)
 
 
-def greedy_work(blocks: int, candidates: int, rounds: float, screen: float) -> Work:
+def greedy_work(candidates: int, rounds: float, *, lazy: bool = True) -> Work:
     """Return the work of a greedy search: each candidate runs the blocks above it, half of them, and the head.
 
     Args:
-        blocks: number of blocks.
         candidates: number of candidates at first.
         rounds: how many of them are removed, one after the other.
-        screen: share of the windows on which all candidates are compared.
+        lazy: only some of them are measured again after each removal.
     """
-    compared = rounds * (candidates - (rounds - 1) / 2) * screened_share(screen)
-    return Work(1 + compared / 2, losses=1 + compared) + Work(screen) * (screen < 1)
-
-
-def lazily(
-    measurements: Measurements,
-    candidates: Sequence[Any],
-    size: Callable[[Any], float],
-    *,
-    measure: Measure = mean_loss_of,
-    name: str = "branch",
-) -> Iterator[tuple[tuple[Any, ...], float]]:
-    """Yield 1, 2, 3, … of the candidates, in order of removal, and the loss in nats without them.
-
-    Each time the one goes whose absence costs least for its size. What a candidate costs grows with what else is gone,
-    so that one which was too expensive before need not be measured again (Minoux 1978, "Accelerated greedy algorithms
-    for maximizing submodular set functions"). Ties go to the first.
-
-    Args:
-        measurements: of the model.
-        candidates: blocks or branches.
-        size: what a candidate saves.
-        measure: what counts as the loss.
-        name: what a candidate is called, for progress.
-
-    Raises:
-        InputError: there are no windows.
-        NumericsError: NaN or infinity while measuring.
-    """
-    decoder, options = measurements.decoder, measurements.options
-    with open_store(decoder) as store:
-        probe = RemovalProbe(decoder, measurements.need_windows(), store, options.batch_size, measure=measure)
-        dense = now = probe.loss(())
-        trials = options.progress(list(candidates), f"leaving out each {name}", len(candidates))
-        price = {one: (probe.loss((one,)) - dense) / size(one) for one in trials}
-        gone: tuple[Any, ...] = ()
-        while price:
-            fresh: set[Any] = set(price) if not gone else set()
-            while (best := min(price, key=lambda one: (price[one], one))) not in fresh:
-                price[best] = (probe.loss((*gone, best)) - now) / size(best)
-                fresh.add(best)
-            gone = (*gone, best)
-            now = probe.loss(gone)
-            del price[best]
-            probe.fix(gone)
-            yield gone, now - dense
+    again = min(_AGAIN, candidates / 2) if lazy else candidates - rounds / 2
+    compared = candidates + max(0, rounds - 1) * again
+    return Work(1 + compared / 2, losses=1 + compared)
 
 
 def greedily(
     measurements: Measurements,
     candidates: Sequence[Any],
     *,
-    screen: float = 1.0,
-    measures: Sequence[Measure] = LOSSES,
-    name: str = "block",
+    windows: Windows | None = None,
+    size: Callable[[Any], float] = lambda _: 1.0,
+    lazy: bool = True,
+    measure: Measure = mean_loss_of,
+    name: str = "branch",
     allowed: Callable[[tuple[Any, ...]], bool] = lambda _: True,
-) -> Iterator[tuple[Any, ...]]:
-    """Yield 1, 2, 3, … of the candidates: those removed so far, in the order of removal. Ties go to the first.
+) -> Iterator[tuple[tuple[Any, ...], float]]:
+    """Yield 1, 2, 3, … of the candidates, in order of removal, and by how much the loss has risen without them.
+
+    Each time the one goes whose absence costs least for its size; ties go to the first.
 
     Args:
         measurements: of the model; losses measured before are not measured again.
         candidates: blocks or branches.
-        screen: share of the windows on which all candidates are compared; 1 compares all on all windows.
-        measures: what counts as the loss, on all windows and on the share.
+        windows: on which they are compared; None: on all.
+        size: what a candidate saves.
+        lazy: a candidate is measured again only if it would be the best at what it cost before.
+        measure: what counts as the loss.
         name: what a candidate is called, for progress.
         allowed: whether these candidates may all be removed.
 
@@ -117,34 +87,32 @@ def greedily(
         InputError: there are no windows.
         NumericsError: NaN or infinity while measuring.
     """
-    decoder, options, windows = measurements.decoder, measurements.options, measurements.need_windows()
-    screened = screen < 1 and len(windows) >= FEWEST
-    with ExitStack() as stores:
-
-        def probe_of(which: str, some: Any, measure: Measure) -> RemovalProbe:
-            known = measurements.cache.setdefault(("losses without", which, measure), {})
-            store = stores.enter_context(open_store(decoder))
-            found = RemovalProbe(decoder, some, store, options.batch_size, known, measure)
-            found.loss(())
-            return found
-
-        fine = probe_of("all", windows, measures[0])
-        coarse = probe_of("share", windows.split_off(screen)[1], measures[1]) if screened else None
-        left = list(candidates)
+    decoder, options = measurements.decoder, measurements.options
+    read = measurements.need_windows() if windows is None else windows
+    known = measurements.cache.setdefault(("losses without", measure, read.fingerprint, tuple(read.tokens.shape)), {})
+    with open_store(decoder) as store:
+        probe = RemovalProbe(decoder, read, store, options.batch_size, known, measure)
+        dense = now = probe.loss(())
+        price = dict.fromkeys(candidates, 0.0)
         gone: tuple[Any, ...] = ()
-        while left := [one for one in left if allowed((*gone, one))]:
-            hopeful = left
+        while price := {one: cost for one, cost in price.items() if allowed((*gone, one))}:
             said = f"leaving out {name} {len(gone) + 1}"
-            if coarse is not None and len(left) > _KEPT:
-                trials = options.progress(list(left), f"{said} (few windows)", len(left))
-                losses = {one: coarse.loss((*gone, one)) for one in trials}
-                order = sorted(left, key=lambda one: (losses[one], one))
-                hopeful = sorted(order[: math.ceil(len(left) / _KEPT)])
-            trials = options.progress(list(hopeful), said, len(hopeful))
-            losses = {one: fine.loss((*gone, one)) for one in trials}
-            best = min(losses, key=lambda one: (losses[one], one))
+            for one in options.progress(_stale(price, all_of_them=not lazy or not gone), said, len(price)):
+                price[one] = (probe.loss((*gone, one)) - now) / size(one)
+            best = min(price, key=lambda one: (price[one], one))
             gone = (*gone, best)
-            left.remove(best)
-            for probe in filter(None, (fine, coarse)):
-                probe.fix(gone)
-            yield gone
+            now = probe.loss(gone)
+            del price[best]
+            probe.fix(gone)
+            yield gone, now - dense
+
+
+def _stale(price: dict[Any, float], *, all_of_them: bool) -> Iterator[Any]:
+    """Yield the candidates to be measured: all, or the cheapest until it is one of those measured; prices change."""
+    fresh: set[Any] = set()
+    if all_of_them:
+        yield from list(price)
+        return
+    while (best := min(price, key=lambda one: (price[one], one))) not in fresh:
+        fresh.add(best)
+        yield best

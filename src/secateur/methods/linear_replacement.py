@@ -26,6 +26,7 @@ import torch
 from pydantic import Field
 
 from secateur.calibration.ridge import UNJUDGED
+from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks, weigh
 from secateur.methods.method import Applied, Measurements, Settings, applies, method
@@ -73,7 +74,7 @@ class LinearReplacementSettings(Settings):
         return None if self.window is None else Budget("blocks", self.window, knob="window")
 
 
-def _forwards(_blocks: int, _gone: int, settings: LinearReplacementSettings) -> Work:
+def _forwards(_blocks: int, _gone: int, settings: LinearReplacementSettings, _windows: Windows) -> Work:
     return Work(2.0, covariances=1.0) if settings.choose == "error" else Work(1.0)
 
 

@@ -33,9 +33,9 @@ from pydantic import Field
 
 from secateur.calibration.store import StateStore
 from secateur.calibration.walk import open_store
+from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
-from secateur.methods.greedy import FEWEST, Screen
 from secateur.methods.method import Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import MergeBlocks, Rule
@@ -45,6 +45,8 @@ from secateur.surgery.depth.merging import alike, merge_windows, shares_for
 
 _ALL, _NONE = -1.0, 1.0
 """A threshold that every similarity exceeds, and one that none does."""
+_FEWEST = 16
+"""With fewer windows the search is made on all of them."""
 _FINALISTS = 4
 """Results of a search on few windows that are compared on all."""
 
@@ -60,8 +62,10 @@ class MergeSettings(Settings):
         False, description="merge blocks of different layer types too, into the lowest block's type"
     )
     protect_last: int = Field(1, ge=1, description="number of blocks at the end that never change")
-    screen: Screen = Field(
+    screen: float = Field(
         0.125,
+        gt=0,
+        le=1,
         description="share of the windows on which the threshold is searched, its best results then on all; 1: exact",
     )
 
@@ -153,7 +157,7 @@ def _promise(left: int, right: int) -> tuple[bool, int]:
     return (left > 0) == (right > 0), min(abs(left), abs(right))
 
 
-def _forwards(blocks: int, _gone: int, settings: MergeSettings) -> float:
+def _forwards(blocks: int, _gone: int, settings: MergeSettings, _windows: Windows) -> float:
     if settings.threshold is not None:
         return 1 + blocks / 2
     finalists = 0 if settings.screen == 1 else _FINALISTS / 3
@@ -196,7 +200,7 @@ def decide(measurements: Measurements, settings: MergeSettings, budget: Budget) 
     if not fitting:
         raise InputError(_nothing_to_merge(decoder, lows))
     windows = measurements.need_windows()
-    screened = budget.aim != "own" and settings.screen < 1 and len(windows) >= FEWEST
+    screened = budget.aim != "own" and settings.screen < 1 and len(windows) >= _FEWEST
     with ExitStack() as stores:
 
         def probe_of(share: float) -> MergeProbe:

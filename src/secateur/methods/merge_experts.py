@@ -41,7 +41,7 @@ class ReamSettings(ExpertSettings):
     paper="Jha et al. 2026, REAM",
     settings=ReamSettings,
     native=None,
-    forwards=lambda _blocks, _gone, _settings: 0.0,
+    forwards=lambda _blocks, _gone, _settings, _windows: 0.0,
     apply_forwards=lambda settings, _tokens: merge_forwards(repair=bool(settings.repair)),
     settings_for=settings_for,
 )

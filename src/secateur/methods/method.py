@@ -83,10 +83,6 @@ class Measurements:
         """Return measurements of another model on the same windows; nothing measured on this one is reused."""
         return replace(self, decoder=decoder, known=None, cache={})
 
-    def on_windows(self, windows: Windows) -> Measurements:
-        """Return measurements of this model on other windows; nothing measured on these is reused."""
-        return replace(self, windows=windows, known=None, cache={})
-
     def scores(self, *kinds: Kind) -> Scores:
         """Return scores that hold at least these kinds."""
         if self.known is None or not self.known.has(kinds):
@@ -149,11 +145,10 @@ class Method:
         native: its native unit: whole blocks, directions sliced away, or a share of what is inside blocks; None if only
             the amounts common to all methods make sense.
         needs_texts: whether deciding or applying measures the model on texts, given its settings.
-        forwards: the work of deciding, given the number of blocks, the number to remove, and the settings; a number is
-            plain forward passes over the windows.
+        forwards: the work of deciding, given the number of blocks, the number to remove, the settings, and the windows;
+            a number is plain forward passes over the windows.
         apply_forwards: the work of applying its steps, given the settings and the number of tokens; once there is a
             plan, the work of its steps counts instead.
-        reads: the number of windows that deciding reads, given its settings; None for all.
         scores: given its settings, the scores that deciding reads and that no single pass gives; a study measures them
             once for all amounts.
         speed_model: given its settings, how fast its models run; None if the time in blocks follows their size.
@@ -168,9 +163,8 @@ class Method:
     decide: Callable[[Measurements, Any, Budget], Sequence[AnyStep] | Decision]
     native: Native | None = "blocks"
     needs_texts: Callable[[Any], bool] = lambda _: True
-    forwards: Callable[[int, int, Any], Work | float] = lambda _blocks, _gone, _settings: 1.0
+    forwards: Callable[[int, int, Any, Windows], Work | float] = lambda _blocks, _gone, _settings, _windows: 1.0
     apply_forwards: Callable[[Any, int], Work | float] = lambda _settings, _tokens: 0.0
-    reads: Callable[[Any], int | None] = lambda _: None
     scores: Callable[[Any], tuple[Kind, ...]] = lambda _: ()
     speed_model: Callable[[Any], SpeedModel] | None = None
     settings_for: Callable[[Decoder, Any], Any] = lambda _decoder, settings: settings

@@ -19,12 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError
 from secateur.methods import apply_slicing
 from secateur.methods.allocation.database import open_database
-from secateur.methods.allocation.operating_point import Parts
+from secateur.methods.allocation.operating_point import JUDGED, Parts
 from secateur.methods.allocation.refinement import Neighbours, refined
 from secateur.methods.allocation.savings import Savings
+from secateur.methods.allocation.sensitivity import judging_windows
 from secateur.methods.allocation.widths import allocations, fading_of
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget
@@ -120,7 +122,7 @@ def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
         paper=paper,
         settings=PrunerSettings if choose == "taylor" else EvenSettings,
         native="ratio",
-        forwards=lambda _blocks, _gone, _settings: 0.0,
+        forwards=lambda _blocks, _gone, _settings, _windows: 0.0,
         apply_forwards=lambda settings, _tokens: _even_work(settings, choose),
     )(decide_evenly(name, choose))
 
@@ -132,7 +134,7 @@ def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
     paper="An et al. 2024, FLAP",
     settings=FlapSettings,
     native="ratio",
-    forwards=lambda _blocks, _gone, _settings: 1.0,
+    forwards=lambda _blocks, _gone, _settings, _windows: 1.0,
     apply_forwards=lambda settings, _tokens: width_work(
         "fluctuation", repair=settings.repair, heads=settings.heads == "even"
     ),
@@ -205,7 +207,7 @@ def _minitron_apply_forwards(settings: MinitronSettings, _tokens: int) -> Work:
     paper="Muralidharan et al. 2024, Minitron",
     settings=MinitronSettings,
     native="ratio",
-    forwards=lambda _blocks, _gone, settings: 4.0 * bool(settings.hidden),
+    forwards=lambda _blocks, _gone, settings, _windows: 4.0 * bool(settings.hidden),
     apply_forwards=_minitron_apply_forwards,
 )
 def decide_minitron(measurements: Measurements, settings: MinitronSettings, budget: Budget) -> Sequence[AnyStep]:
@@ -264,18 +266,18 @@ _decide_evenly_by_surgeon = decide_evenly("obs-width", "brain-surgeon")
 _DATABASE = Work(forwards=1.0, sums=1.0, fits=1.2, orders=2.0)
 _TRIALS = 3
 """Models per block whose loss is measured for the database: half of an MLP, none, and attention on fewer tokens."""
-_MEASURED, _JUDGED = 1 / 16, 1 / 8
-"""Shares of the tokens on which losses are measured, for the database and in refinement, about."""
 
 
-def _surgeon_forwards(blocks: int, _gone: int, settings: SurgeonSettings) -> Work:
+def _surgeon_forwards(blocks: int, _gone: int, settings: SurgeonSettings, windows: Windows) -> Work:
     """Return the cost of the database and of refining, in which each round prunes and runs other models."""
     if settings.allocation == "uniform":
         return Work()
     single = settings.attention == "groups"
     pruned = _even_work(settings, "brain-surgeon")
-    found = _DATABASE + _compared((_TRIALS + single) * blocks * _MEASURED)
-    compared = _compared((3 + single) * blocks * _JUDGED)
+    measured = judging_windows(windows).token_count / windows.token_count
+    judged = judging_windows(windows, JUDGED).token_count / windows.token_count
+    found = _DATABASE + _compared((_TRIALS + single) * blocks * measured)
+    compared = _compared((3 + single) * blocks * judged)
     return found + settings.refine * (pruned + compared) + pruned * bool(settings.refine)
 
 

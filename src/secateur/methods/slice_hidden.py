@@ -94,7 +94,7 @@ def _own_bases_work(_settings: Any, _tokens: int) -> Work:
     paper="Ashkboos et al. 2024, SliceGPT",
     settings=ConstantSettings,
     native="slice",
-    forwards=lambda _blocks, _gone, settings: 2.0 * _TRIAL * (settings.head == "auto"),
+    forwards=lambda _blocks, _gone, settings, _windows: 2.0 * _TRIAL * (settings.head == "auto"),
     apply_forwards=_own_bases_work,
     speed_model=speed_with_own_bases,
 )
@@ -183,7 +183,9 @@ def _trials_expected(settings: DynamicSettings) -> int:
     paper="Dumitru et al. 2024, DynamicSlicing",
     settings=DynamicSettings,
     native="slice",
-    forwards=lambda _blocks, _gone, settings: 1.0 + (_trials_expected(settings) + (settings.head == "auto")) * _TRIAL,
+    forwards=lambda _blocks, _gone, settings, _windows: (
+        1.0 + (_trials_expected(settings) + (settings.head == "auto")) * _TRIAL
+    ),
     apply_forwards=_own_bases_work,
     speed_model=speed_with_own_bases,
 )

@@ -47,7 +47,7 @@ class StockSettings(MethodSettings):
     paper="secateur's own (docs/methods.md)",
     settings=StockSettings,
     native="slice",
-    forwards=lambda _blocks, _gone, settings: Work(1.0, covariances=1.0) if settings.bases > 1 else Work(),
+    forwards=lambda _blocks, _gone, settings, _windows: Work(1.0, covariances=1.0) if settings.bases > 1 else Work(),
     apply_forwards=lambda settings, _tokens: slicing_work(
         shared=True, sensitivity=settings.sensitivity, reconstruct=settings.reconstruct
     ),

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 from pydantic import Field, PositiveFloat
 
+from secateur.data.windows import Windows
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget
 from secateur.methods.drop_branches import AllWidths, BranchTarget, present_branches, without
-from secateur.methods.greedy import SCREEN, Screen, greedily, greedy_work
-from secateur.methods.method import Measurements, Settings, apply_step, method
+from secateur.methods.greedy import GreedySettings, greedily
+from secateur.methods.method import Measurements, apply_step, method
 from secateur.methods.uniform_widths import rounded, rounding_for
 from secateur.plan.steps import PruneWidth
 from secateur.plan.work import Work
@@ -25,20 +26,19 @@ _MLP_SHARE = 3
 """Parameters of an MLP ÷ those of attention, about."""
 
 
-class TwoStageSettings(Settings):
+class TwoStageSettings(GreedySettings):
     """Settings of `2ssp`."""
 
-    screen: Screen = SCREEN
     alpha: PositiveFloat = Field(1.5, description="the larger, the more attention branches go (the paper's α)")
     rounding: int | None = Field(
         None, ge=1, description="channels stay in multiples of this; by default 256, 64, 8 or 1, by the MLP's width"
     )
 
 
-def _forwards(blocks: int, gone: int, settings: TwoStageSettings) -> Work:
+def _forwards(blocks: int, gone: int, settings: TwoStageSettings, windows: Windows) -> Work:
     """Return the work of narrowing, and of choosing attention branches, if equation 5 lets any go."""
     count = round(blocks * (gone / blocks) ** (_MLP_SHARE / settings.alpha))
-    return greedy_work(blocks, blocks, count, settings.screen) + 2.0 if count else Work()
+    return settings.work(blocks, count, windows) + 2.0 if count else Work()
 
 
 @method(
@@ -79,8 +79,9 @@ def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budge
         after = measurements.on(apply_step(measurements, first).decoder)
         rest = BranchTarget(after.decoder, Budget("own", count))
     choices = [one for one in present_branches(rest.dense, free) if one[1] == "heads"]
-    series = greedily(after, choices, screen=settings.screen, name="branch")
-    gone = next(found for found in series if len(found) == count)
+    windows = settings.compared_on(measurements.need_windows())
+    series = greedily(after, choices, windows=windows, lazy=settings.lazy)
+    gone = next(found for found, _ in series if len(found) == count)
     return (*steps, rest.step("2ssp", settings, without(rest.dense, gone)))
 
 

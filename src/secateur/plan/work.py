@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Work:
         return Work(*map(sum, zip(astuple(self), astuple(Work.of(other)), strict=True)))
 
     __radd__ = __add__
+
+    def on_share(self, share: float) -> Work:
+        """Return the same work on this share of the texts."""
+        per_token = ("forwards", "losses", "sums", "covariances")
+        return replace(self, **{name: share * getattr(self, name) for name in per_token})
 
     def __mul__(self, times: float) -> Work:
         """Return it done so many times."""

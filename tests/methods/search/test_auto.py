@@ -374,7 +374,8 @@ def test_refused_plans_count_as_tried_and_if_all_are_it_says_why(tiny, monkeypat
 def test_the_estimate_counts_the_gate():
     searching = find_method("auto")
     plain, gated = (
-        searching.forwards(8, 2, searching.read_settings(BRIEF | more)) for more in ({}, {"gate": "probes:0.9"})
+        searching.forwards(8, 2, searching.read_settings(BRIEF | more), WINDOWS)
+        for more in ({}, {"gate": "probes:0.9"})
     )
     assert gated.forwards - plain.forwards == pytest.approx(1.3 * 17), "the dense model and 16 plans"
 

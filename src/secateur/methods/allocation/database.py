@@ -19,7 +19,7 @@ from secateur.distributed import from_main_process, is_main_process
 from secateur.files import cache_folder, replace_file
 from secateur.methods.allocation.levels import Keep, Levels, Writers, levels_by_branch, measure_levels
 from secateur.methods.allocation.sensitivity import Reaction, judging_windows, reactions
-from secateur.methods.greedy import lazily
+from secateur.methods.greedy import greedily
 from secateur.methods.method import Measurements
 from secateur.methods.records import recorded
 from secateur.scores.divergence import OutputChange, kl_divergence
@@ -130,13 +130,13 @@ def attention_chain(measurements: Measurements, removable: Sequence[int]) -> tup
     The order ends where more than one nat is lost, and one attention always stays.
     """
     decoder = measurements.decoder
-    judged = measurements.on_windows(judging_windows(measurements.need_windows(), _TOKENS))
+    judged = judging_windows(measurements.need_windows(), _TOKENS)
     candidates: list[Branch] = [(index, "heads") for index in removable]
     order: list[int] = []
     lost: list[float] = []
     with open_store(decoder) as store:
         change = OutputChange(store, kl_divergence)
-        for gone, loss in lazily(judged, candidates, lambda _: 1.0, measure=change, name="attention"):
+        for gone, loss in greedily(measurements, candidates, windows=judged, measure=change, name="attention"):
             if len(gone) == decoder.block_count or loss > _MOST_LOST:
                 break
             order.append(gone[-1][0])

@@ -8,7 +8,7 @@ states below b, and each block's weights are read once for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -53,9 +53,7 @@ def judging_windows(windows: Windows, tokens: int = TOKENS) -> Windows:
 
 def shortened(windows: Windows, tokens: int) -> Windows:
     """Return the beginnings of windows, about this many tokens in all."""
-    length = min(windows.seq_len, max(2, tokens // len(windows)))
-    mask = None if windows.mask is None else windows.mask[:, :length]
-    return replace(windows, tokens=windows.tokens[:, :length], mask=mask)
+    return windows.shortened(max(2, tokens // len(windows)))
 
 
 @torch.no_grad()

@@ -173,10 +173,11 @@ def _member(method: Method, given: dict[str, Any]) -> Member:
     return Member(method, settings)
 
 
-def _forwards(blocks: int, gone: int, settings: AutoSettings) -> Work:
+def _forwards(blocks: int, gone: int, settings: AutoSettings, windows: Windows) -> Work:
     """Return the work of every single method, and of as many of several as are expected to be no better."""
     work = {
-        name: one.method.forwards(blocks, gone, one.settings) + Work.of(one.method.apply_forwards(one.settings, 1))
+        name: one.method.forwards(blocks, gone, one.settings, windows)
+        + Work.of(one.method.apply_forwards(one.settings, 1))
         for name, one in _members(settings).items()
     }
     together = max(0, min(settings.patience, settings.trials - len(work)))
@@ -184,7 +185,9 @@ def _forwards(blocks: int, gone: int, settings: AutoSettings) -> Work:
     plans = min(settings.trials, len(work)) + together
     gated = _GATE_FORWARDS * settings.gate_questions * (plans + 1) if settings.gate else 0.0
     losses = Work(settings.held_back, losses=settings.held_back) * (plans + 1)
-    return Work.total(work.values()) + together * last + losses + gated
+    compared = Work.total(work.values()) + together * last + losses
+    dearest = max(work.values(), key=lambda one: one.forwards)
+    return compared.on_share(min(1.0, settings.windows / len(windows))) + gated + dearest
 
 
 def _apply_forwards(settings: AutoSettings, tokens: int) -> Work:
@@ -204,7 +207,6 @@ def _apply_forwards(settings: AutoSettings, tokens: int) -> Work:
     native=None,
     forwards=_forwards,
     apply_forwards=_apply_forwards,
-    reads=lambda settings: settings.windows,
     settings_for=settings_for,
 )
 def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -> Decision:
@@ -220,7 +222,7 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
     whole = measurements.decoder.parameter_count if budget.cost is None else budget.cost.total
     if budget.limit(whole) >= whole:
         raise InputError(already(budget, whole))
-    fitted, held_back = _some(measurements.need_windows(), settings.windows).split_off(settings.held_back)
+    fitted, held_back = measurements.need_windows().at_most(settings.windows).split_off(settings.held_back)
     dense_loss = mean_loss_of_sources(measurements.decoder, held_back, options=measurements.options)
     to_fit = dataclasses.replace(measurements, windows=fitted, known=None, cache={})  # scores are of all windows
     guard = _guard(measurements, settings)
@@ -249,11 +251,6 @@ def decide(measurements: Measurements, settings: AutoSettings, budget: Budget) -
         probes={} if guard is None else {name: round(value, 4) for name, value in guard.dense.items()},
     )
     return Decision(steps, record)
-
-
-def _some(windows: Windows, count: int) -> Windows:
-    """Return so many of the windows, evenly of each source."""
-    return windows if len(windows) <= count else windows.split_off(count / len(windows))[1]
 
 
 def _guard(measurements: Measurements, settings: AutoSettings) -> Guard | None:
