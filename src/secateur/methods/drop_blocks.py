@@ -20,12 +20,12 @@ from pydantic import Field
 from secateur.data.windows import Windows
 from secateur.errors import InputError
 from secateur.methods.budget import Budget, choose_blocks
-from secateur.methods.greedy import GreedySettings, greedily
+from secateur.methods.greedy import ComparingSettings, GreedySettings, greedily
 from secateur.methods.method import Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
 from secateur.plan.steps import DropBlocks
 from secateur.plan.work import Work
-from secateur.scores.profile import Kind
+from secateur.scores.measure import score_model
 from secateur.scores.taylor import taylor
 from secateur.surgery.depth.blocks import can_go, keep_blocks, require_one_basis, require_removable
 
@@ -49,7 +49,7 @@ class LastSettings(Settings):
     protect_last: int = Field(1, ge=0, description="number of blocks at the end that never change")
 
 
-class ShortenedSettings(Settings):
+class ShortenedSettings(ComparingSettings):
     """Settings of `shortened-llama`."""
 
     criterion: Literal["ppl", "taylor", "magnitude"] = Field("ppl", description="score that ranks the blocks")
@@ -169,14 +169,22 @@ def deepest(measurements: Measurements, settings: Settings, _budget: Budget) -> 
             yield gone
 
 
-def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings, _windows: Windows) -> Work:
+def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings, windows: Windows) -> Work:
     without_each, back_and_forth = Work((blocks + 1) / 2, losses=blocks + 1), Work(4.0, losses=3.0)
-    return {"ppl": without_each, "taylor": back_and_forth, "magnitude": Work()}[settings.criterion]
+    ranked = {"ppl": without_each.on_share(settings.share(windows)), "taylor": back_and_forth, "magnitude": Work()}
+    return ranked[settings.criterion]
 
 
-def _shortened_scores(settings: ShortenedSettings) -> tuple[Kind, ...]:
-    slow: dict[str, Kind] = {"ppl": "perplexity", "taylor": "taylor"}
-    return (slow[settings.criterion],) if settings.criterion in slow else ()
+def _removal_perplexity(measurements: Measurements, settings: ShortenedSettings) -> tuple[float, ...] | None:
+    """Return the perplexity without each block: as given, or measured on the tokens that are to tell them apart."""
+    known, windows = measurements.known, settings.compared_on(measurements.need_windows())
+    if known is not None and known.has(("perplexity",)):
+        return known.removal_perplexity
+    key = ("perplexity without each block", windows.fingerprint)
+    if key not in measurements.cache:
+        found = score_model(measurements.decoder, windows, ("perplexity",), options=measurements.options)
+        measurements.cache[key] = found.removal_perplexity
+    return measurements.cache[key]
 
 
 @drop_method(
@@ -186,12 +194,12 @@ def _shortened_scores(settings: ShortenedSettings) -> tuple[Kind, ...]:
     settings=ShortenedSettings,
     needs_texts=lambda settings: settings.criterion != "magnitude",
     forwards=_shortened_forwards,
-    scores=_shortened_scores,
+    scores=lambda settings: ("taylor",) if settings.criterion == "taylor" else (),
 )
 def by_shortened_criterion(measurements: Measurements, settings: ShortenedSettings, _budget: Budget) -> Candidates:
     """Rank by removal perplexity, Taylor or magnitude, smallest first, in one shot."""
     if settings.criterion == "ppl":
-        values = measurements.scores("perplexity").removal_perplexity
+        values = _removal_perplexity(measurements, settings)
     elif settings.criterion == "taylor" and settings.per_window:
         windows = measurements.need_windows()
         values = tuple(taylor(measurements.decoder, windows, per_window=True, options=measurements.options))

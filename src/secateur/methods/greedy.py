@@ -24,14 +24,11 @@ _AGAIN = 8
 """Candidates measured again after each removal, about."""
 
 
-class GreedySettings(Settings):
-    """Settings of methods that compare the model without each of many candidates, again and again."""
+class ComparingSettings(Settings):
+    """Settings of methods that compare the model without each of many candidates."""
 
     tokens: int = Field(
         4096, ge=1, description="tokens on which candidates are compared, about: beginnings of the windows"
-    )
-    lazy: bool = Field(
-        True, description="measure again only candidates that may have become the best; false: all of them each time"
     )
 
     def compared_on(self, windows: Windows) -> Windows:
@@ -39,10 +36,21 @@ class GreedySettings(Settings):
         length = min(windows.seq_len, max(_SHORTEST, self.tokens // len(windows)))
         return windows.at_most(max(1, self.tokens // length)).shortened(length)
 
+    def share(self, windows: Windows) -> float:
+        """Return the share of the tokens on which candidates are compared."""
+        return self.compared_on(windows).token_count / windows.token_count
+
+
+class GreedySettings(ComparingSettings):
+    """Settings of methods that do so again and again."""
+
+    lazy: bool = Field(
+        True, description="measure again only candidates that may have become the best; false: all of them each time"
+    )
+
     def work(self, candidates: int, rounds: float, windows: Windows) -> Work:
-        """Return the work of removing some of the candidates, on a share of the windows."""
-        share = self.compared_on(windows).token_count / windows.token_count
-        return greedy_work(candidates, rounds, lazy=self.lazy).on_share(share)
+        """Return the work of removing some of the candidates."""
+        return greedy_work(candidates, rounds, lazy=self.lazy).on_share(self.share(windows))
 
 
 def greedy_work(candidates: int, rounds: float, *, lazy: bool = True) -> Work:
