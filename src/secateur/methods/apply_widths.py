@@ -60,6 +60,7 @@ def apply(measurements: Measurements, step: PruneWidth) -> Applied:
             bias=step.bias,
             target=step.target,
             others=frozenset(step.refitted),
+            align=step.align,
         ),
         gram=step.repair or step.choose == "brain-surgeon",
         options=measurements.options,

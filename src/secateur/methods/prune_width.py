@@ -103,14 +103,15 @@ def _step(name: str, choose: Choice, settings: WidthSettings, **more: Any) -> Pr
     """Return the step of a method with its settings, and how it repairs."""
     recorded = settings.model_dump(exclude_none=True)
     if isinstance(settings, SurgeonSettings):
-        more["candidates"] = settings.candidates
+        more |= {"candidates": settings.candidates, "align": settings.align}
     return PruneWidth(
         method=name, settings=recorded, choose=choose, repair=settings.repair, ridge=settings.ridge, **more
     )
 
 
 def _even_work(settings: EvenSettings, choose: Choice) -> Work:
-    return width_work(choose, settings.target, repair=settings.repair, heads=settings.heads == "even")
+    align = isinstance(settings, SurgeonSettings) and settings.align
+    return width_work(choose, settings.target, repair=settings.repair, heads=settings.heads == "even", align=align)
 
 
 def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:

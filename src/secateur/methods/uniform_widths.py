@@ -279,6 +279,11 @@ class SurgeonSettings(EvenSettings):
         description="with allocation=global: attention of a block goes as a whole, or by single key/value groups; then "
         "blocks have different numbers of heads, which fewer engines read",
     )
+    align: bool = Field(
+        True,
+        description="also refit what branches read, and what attention writes, to that of the dense model; with "
+        "target=dense",
+    )
     refine: int = Field(
         0,
         ge=0,

@@ -138,6 +138,7 @@ class PruneWidth(Step):
         ridge: ridge of that fit; "auto" is chosen on held-out windows.
         target: what a refitted MLP is to write.
         refitted: blocks whose MLP is refitted to the dense states even if nothing is removed from it.
+        align: bring what branches read and what attention writes back to that of the dense model too.
         bias: put what a constant can compensate for into biases, where the result has a place for them.
         without_bias: blocks with an output projection that has no place for a bias.
         rounding: channels were rounded to multiples of this.
@@ -155,6 +156,7 @@ class PruneWidth(Step):
     ridge: float | Literal["auto"] = "auto"
     target: Target = "block"
     refitted: tuple[int, ...] = ()
+    align: bool = False
     bias: bool = False
     without_bias: int = 0
     rounding: int = Field(1, ge=1)
@@ -234,7 +236,7 @@ class PruneWidth(Step):
         """Return the work of measuring and pruning."""
         pairs = zip(self.widths, (one.dense for one in self.sizes.blocks), strict=True)
         heads = any(0 < keep.groups * keep.queries < dense.groups * dense.queries for keep, dense in pairs)
-        return width_work(self.choose, self.target, repair=self.repair, heads=heads)
+        return width_work(self.choose, self.target, repair=self.repair, heads=heads, align=self.align)
 
     @property
     def rebuilds(self) -> bool:
@@ -284,11 +286,15 @@ def _span(pairs: list[tuple[int, int]]) -> str:
     return f"{low if low == high else f'{low} to {high}'} of {max(dense for _, dense in pairs)}"
 
 
-_EXCHANGED = 0.3
-"""Time of the MLP's output projection, as a share of that of its block, about."""
+_EXCHANGED, _ATTENTION = 0.3, 0.4
+"""Time of the MLP's output projection, and of attention, as a share of that of its block, about."""
+_SMALL_FITS = 0.2
+"""Time of three fits of as many inputs as there are hidden directions, as a share of that of the MLP's."""
 
 
-def width_work(choose: Choice, target: Target = "block", *, repair: bool = True, heads: bool = False) -> Work:
+def width_work(
+    choose: Choice, target: Target = "block", *, repair: bool = True, heads: bool = False, align: bool = False
+) -> Work:
     """Return the work of width pruning.
 
     Each block is run to measure attention if some of its heads go, to measure its MLP, and for the dense states if they
@@ -300,7 +306,10 @@ def width_work(choose: Choice, target: Target = "block", *, repair: bool = True,
         target: what refitted projections aim at.
         repair: whether they are refitted.
         heads: whether heads go.
+        align: whether attention is run twice more, to refit what it writes, and what the MLP reads.
     """
     greedy, taylor = choose == "brain-surgeon", choose == "taylor"
-    forwards = 2.0 + heads + _EXCHANGED * (repair and target == "dense") + 4.0 * taylor
-    return Work(forwards, losses=3.0 * taylor, sums=float(repair or greedy), fits=float(repair), orders=float(greedy))
+    follows = repair and target == "dense"
+    forwards = 2.0 + heads * (not align) + _EXCHANGED * follows + 2 * _ATTENTION * (follows and align) + 4.0 * taylor
+    rest = Work(losses=3.0 * taylor, sums=float(repair or greedy), fits=float(repair), orders=float(greedy))
+    return rest + forwards + Work(covariances=1.5, fits=_SMALL_FITS) * (follows and align)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,6 +24,19 @@ from secateur.models.widths import block_widths
 from secateur.surgery.width.coupling import Part
 
 _TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Goal:
+    """States that an output projection is to reach.
+
+    Attributes:
+        part: whose.
+        key: returns the key of these states in the store.
+    """
+
+    part: Part
+    key: Callable[[Batch], tuple[int, str]]
 
 
 def writer_of(decoder: Decoder, index: int, part: Part) -> str:
@@ -87,19 +101,22 @@ def measure_inputs(
     *,
     advance: bool = False,
     run: Callable[[Batch], torch.Tensor] | None = None,
+    goal: Goal | None = None,
 ) -> dict[Part, list[InputSums]]:
     """Run block `index`, its weights loaded, on the states in the store, and sum up the inputs of output projections.
 
-    With `advance` the states it makes take the place of those in the store. `run` is another way to run it on a batch.
+    With `advance` the states it makes take the place of those in the store. `run` is another way to run it on a batch;
+    it may stop after attention.
 
-    With `folds` also what a fit reads, including what the output of a dense MLP lacks if the store has the states that
-    leave the block of the dense model: a token has weight 1 / ‖h‖² there, h being the residual stream that leaves the
-    block, by whose length the next norm divides; else the few tokens with massive activations (Sun et al. 2024,
-    "Massive Activations in Large Language Models") outweigh all others.
+    With `folds` also what a fit reads, including what the output of one part lacks to reach a goal: by default that of
+    a dense MLP to reach the states that leave the block of the dense model, if the store has them. A token has weight
+    1 / ‖h‖² there, h being the residual stream where the run ends, by whose length the next norm divides; else the few
+    tokens with massive activations (Sun et al. 2024, "Massive Activations in Large Language Models") outweigh all
+    others.
     """
     block = decoder.block_list[index]
     sums = {part: new_sums(decoder, index, part, gram=folds is not None) for part in parts}
-    first = 0
+    goal, first = goal or Goal("channels", of_dense), 0
     for batch in batches:
         with ExitStack() as hooks:
             captured = {
@@ -111,17 +128,22 @@ def measure_inputs(
             store.put(batch.index, hidden)
         own = None if folds is None else folds.slice(first, len(batch.tokens))
         lacking = None
-        if own is not None and of_dense(batch) in store:
-            lacking = (store.get(of_dense(batch)) - hidden) / residual_factor(decoder.config, decoder.anatomy.family)
+        if own is not None and goal.key(batch) in store:
+            lacking = (store.get(goal.key(batch)) - hidden) / residual_factor(decoder.config, decoder.anatomy.family)
         for part, found in captured.items():
             for inputs in found:
-                wanted = lacking if part == "channels" and len(sums[part]) == 1 else None
+                wanted = lacking if part == goal.part and len(sums[part]) == 1 else None
                 _add(sums[part][inputs.expert], inputs, hidden, own, wanted)
         first += len(batch.tokens)
     for part, into in sums.items():
         for one in into:
             one.require_finite(f"what enters {writer_of(decoder, index, part)} of block {index}")
     return sums
+
+
+def as_saved(decoder: Decoder, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a parameter in the place of another, rounded to the dtype it will be saved in."""
+    return tensor.to(decoder.saved_dtype).to(like).contiguous()
 
 
 def of_dense(batch: Batch) -> tuple[int, str]:

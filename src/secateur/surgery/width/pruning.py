@@ -10,6 +10,7 @@ Legend: P groups of U units of C inputs each (`scores/unit_scores.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,9 +29,12 @@ from secateur.models.decoder import Decoder
 from secateur.models.widths import BlockWidths, block_widths
 from secateur.plan.steps import Target, Widths
 from secateur.run_options import DEFAULTS, RunOptions
+from secateur.surgery.width.alignment import Alignment, of_middle
 from secateur.surgery.width.coupling import Kept, Part
 from secateur.surgery.width.exchange import Exchange
 from secateur.surgery.width.inputs import (
+    Goal,
+    as_saved,
     holding,
     measure_inputs,
     of_dense,
@@ -93,6 +97,8 @@ class Refit:
             directly; or what it wrote before, which is what all others do, and all with a bias.
         others: blocks whose MLP is refitted to the dense states even if nothing is removed from it, once something was
             removed before it.
+        align: bring what branches read and what attention writes back to that of the dense model too, where MLPs are
+            refitted to its states.
     """
 
     repair: bool = True
@@ -100,6 +106,7 @@ class Refit:
     bias: bool = False
     target: Target = "block"
     others: frozenset[int] = frozenset()
+    align: bool = False
 
 
 REFIT = Refit()
@@ -159,16 +166,16 @@ def prune_width(
                 store.put(of_dense(batch), store.get(batch.index))
         for index in options.progress(range(decoder.block_count), "pruning widths block by block", decoder.block_count):
             with decoder.block(index):
-                walk = _Block(decoder, index, widths[index], batches, store, target, refit, folds)
+                walk = _Block(decoder, index, widths[index], batches, store, target, refit, folds, changed)
+                walk.prune(choose)
                 changed |= walk.is_cut
-                walk.prune(choose, mend=changed and index in refit.others)
                 fits += walk.fits
     return Pruned(target.finish(), fits)
 
 
 @dataclass
 class _Block:
-    """One block to be pruned, its weights loaded."""
+    """One block to be pruned, its weights loaded; `changed` says whether anything below it was."""
 
     decoder: Decoder
     index: int
@@ -178,6 +185,7 @@ class _Block:
     target: WidthAssembly
     refit: Refit
     folds: Folds | None
+    changed: bool
     fits: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -186,36 +194,61 @@ class _Block:
         dense = block_widths(self.decoder, self.index)
         return bool(parts_to_measure(self.keep, dense) or _lost(self.keep, dense))
 
-    def prune(self, choose: Choose, *, mend: bool) -> None:
-        """Choose, refit, run the batches through, and add the block to the result; `mend` refits a whole MLP too."""
+    def prune(self, choose: Choose) -> None:
+        """Choose, refit, run the batches through, and add the block to the result."""
         dense = block_widths(self.decoder, self.index)
         kept = Kept.all_of(dense)
         smaller = parts_to_measure(self.keep, dense)
         follows_dense = any(of_dense(batch) in self.store for batch in self.batches)
-        if mend and follows_dense and self.keep.channels == dense.channels > 0:
+        mended = self.changed and (self.is_cut or self.index in self.refit.others)
+        if mended and follows_dense and self.keep.channels == dense.channels > 0:
             smaller.append("channels")
-        stages = [smaller] if self.decoder.anatomy.parallel and smaller else _stages(smaller)
         edits: dict[str, torch.Tensor] = {}
         for part in _lost(self.keep, dense):
             edits |= silenced(self.decoder, self.index, part)
             (kept.heads if part == "heads" else kept.channels)[:] = False
-        for batch in self.batches:
-            if of_dense(batch) in self.store:
-                dense_state = step(self.decoder, self.index, batch, self.store.get(of_dense(batch)))
-                self.store.put(of_dense(batch), dense_state)
+        aligned = self._alignment() if mended and follows_dense and self.refit.align else None
+        if aligned is not None and self.keep.groups == dense.groups > 0:
+            smaller.insert(0, "heads")
+        attention_inputs = aligned.attention_inputs() if aligned is not None and self.keep.groups else dict
+        self._advance_dense(aligned)
+        edits |= attention_inputs()
+        stages = [smaller] if self.decoder.anatomy.parallel and smaller else _stages(smaller)
         once = follows_dense and ["channels"] in stages and Exchange.possible(self.decoder, self.index)
         exchange = Exchange(self.decoder, self.index, self.store)
         for parts in stages:
-            run = exchange.run if once and parts == ["channels"] else None
+            run, goal = exchange.run if once and parts == ["channels"] else None, None
+            if aligned is not None and parts == ["heads"]:
+                run, goal = aligned.after_attention, Goal("heads", of_middle if self.keep.channels else of_dense)
+            elif aligned is not None:
+                edits |= aligned.mlp_inputs(edits)
             with holding(self.block, edits):
                 measured = measure_inputs(
-                    self.decoder, self.index, parts, self.batches, self.store, self.folds, run=run
+                    self.decoder, self.index, parts, self.batches, self.store, self.folds, run=run, goal=goal
                 )
             for part, sums in measured.items():
                 edits |= self._edit(part, sums, choose, kept)
+        if aligned is not None:
+            aligned.forget()
+            self.fits += aligned.fits
         exchange.advance(edits, self.batches)
         with holding(self.block, edits):
             self.target.block(self.index, kept)
+
+    def _alignment(self) -> Alignment | None:
+        """Return what aligns the block, where that is possible."""
+        if self.folds is None or not Alignment.possible(self.decoder, self.index):
+            return None
+        found = Alignment(self.decoder, self.index, self.batches, self.store, self.folds, self.refit.ridge)
+        return found if found.writes_middle(self.batches[0]) else None
+
+    def _advance_dense(self, aligned: Alignment | None) -> None:
+        """Run the dense block on the states of the dense model, if they are followed."""
+        for batch in self.batches:
+            if of_dense(batch) in self.store:
+                with nullcontext() if aligned is None else aligned.watching(batch):
+                    state = step(self.decoder, self.index, batch, self.store.get(of_dense(batch)))
+                self.store.put(of_dense(batch), state)
 
     @property
     def block(self) -> nn.Module:
@@ -296,15 +329,13 @@ def _parameters(
     """Return weights (out, n) under the block's names, rounded to the dtype they will be saved in."""
     block, name = decoder.block_list[index], writer_of(decoder, index, part)
     found = find(block, name)
-
-    def rounded(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return tensor.to(decoder.saved_dtype).to(like).contiguous()
-
     if isinstance(found, nn.Parameter):
-        return {name: rounded(stacked_weights(block, name, weights), found)}
-    edits = {f"{name}.weight": rounded(weights[0].T if isinstance(found, Conv1D) else weights[0], found.weight)}
+        return {name: as_saved(decoder, stacked_weights(block, name, weights), found)}
+    weight = weights[0].T if isinstance(found, Conv1D) else weights[0]
+    edits = {f"{name}.weight": as_saved(decoder, weight, found.weight)}
     if shift is not None:
-        edits[f"{name}.bias"] = rounded(shift if found.bias is None else found.bias.to(shift) + shift, found.weight)
+        shifted = shift if found.bias is None else found.bias.to(shift) + shift
+        edits[f"{name}.bias"] = as_saved(decoder, shifted, found.weight)
     return edits
 
 
