@@ -48,7 +48,7 @@ CASES = [
     ("stock-slicing", SLICE, {}),
     ("stock-slicing", SLICE, {"bases": 2, "sensitivity": False}),
     ("flap", NARROW, {}),
-    ("obs-width", NARROW, {"heads": "last"}),
+    ("obs-width", NARROW, {"heads": "last", "align": True}),
     ("obs-width", LITTLE, {"allocation": "global", "rounding": 8}),
     ("blockpruner", SHARE, {}),
     ("finercut", SHARE, {}),

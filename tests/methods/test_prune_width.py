@@ -274,7 +274,7 @@ def test_repair_pays(bundled):
 
 def test_a_result_tells_how_each_part_was_fitted(tiny):
     windows = draw_windows(8, 16)
-    found = cut(tiny("llama"), "obs-width", {}, windows, ffn=30, groups=1)
+    found = cut(tiny("llama"), "obs-width", {}, windows, ffn=30, groups=1, align=True)
     told = found.history[-1]["repair"]
     parts, below = ("heads", "channels"), ("attention inputs", "MLP inputs")
     assert [(one["block"], one["part"]) for one in told] == [
@@ -403,3 +403,9 @@ def test_every_plan_says_what_stays(tiny):
         (step,) = plan_for(tiny("llama"), method, {}, ratio=0.5).steps
         assert isinstance(step, PruneWidth)
         assert step.describe()[1].startswith("4 of 4 query heads, 2 of 2 key/value groups, 24 of 48 channels")
+
+
+@pytest.mark.parametrize(("ffn", "align", "expected"), [(40, "auto", False), (8, "auto", True), (8, False, False)])
+def test_alignment_where_much_goes(ffn, align, expected, tiny):
+    (step,) = plan_for(tiny("llama"), "obs-width", {}, ffn=ffn, align=align).steps
+    assert step.align is expected

@@ -46,7 +46,7 @@ from secateur.methods.uniform_widths import (
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
 from secateur.plan.hidden import SliceHidden, slicing_work
-from secateur.plan.steps import AnyStep, Choice, PruneWidth
+from secateur.plan.steps import AnyStep, Choice, PruneWidth, Widths, WidthSizes
 from secateur.plan.width import width_work
 from secateur.plan.work import Work
 from secateur.surgery.hidden.stock import stock_stream_sizes, width_step
@@ -103,14 +103,22 @@ def _step(name: str, choose: Choice, settings: WidthSettings, **more: Any) -> Pr
     """Return the step of a method with its settings, and how it repairs."""
     recorded = settings.model_dump(exclude_none=True)
     if isinstance(settings, SurgeonSettings):
-        more |= {"candidates": settings.candidates, "align": settings.align}
+        more |= {"candidates": settings.candidates, "align": _aligned(settings, more["sizes"], more["widths"])}
     return PruneWidth(
         method=name, settings=recorded, choose=choose, repair=settings.repair, ridge=settings.ridge, **more
     )
 
 
+def _aligned(settings: SurgeonSettings, sizes: WidthSizes, widths: Sequence[Widths]) -> bool:
+    """Return whether what branches read is refitted too: by default where much goes."""
+    if settings.align == "auto":
+        dense = sizes.sizes_at([one.dense for one in sizes.blocks]).total
+        return sizes.sizes_at(widths).total <= (1 - _MUCH) * dense
+    return settings.align
+
+
 def _even_work(settings: EvenSettings, choose: Choice) -> Work:
-    align = isinstance(settings, SurgeonSettings) and settings.align
+    align = isinstance(settings, SurgeonSettings) and settings.align is True
     return width_work(choose, settings.target, repair=settings.repair, heads=settings.heads == "even", align=align)
 
 
@@ -263,6 +271,9 @@ def _fewer_directions(decoder: Decoder, settings: MinitronSettings) -> SliceHidd
     )
 
 
+_MUCH = 0.25
+"""Share of the parameters from which on alignment pays for its time: on SmolLM2-135M it takes 1 % of what is lost at
+20 %, 6 % at 30 %, 22 % at 50 % (`benchmarks/allocation.py`)."""
 _decide_evenly_by_surgeon = decide_evenly("obs-width", "brain-surgeon")
 _DATABASE = Work(forwards=1.0, sums=1.0, fits=1.2, orders=2.0)
 _TRIALS = 3

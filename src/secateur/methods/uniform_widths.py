@@ -279,10 +279,10 @@ class SurgeonSettings(EvenSettings):
         description="with allocation=global: attention of a block goes as a whole, or by single key/value groups; then "
         "blocks have different numbers of heads, which fewer engines read",
     )
-    align: bool = Field(
-        True,
-        description="also refit what branches read, and what attention writes, to that of the dense model; with "
-        "target=dense",
+    align: bool | Literal["auto"] = Field(
+        "auto",
+        description="with target=dense: also refit what branches read, and what attention writes, to that of the dense "
+        "model; auto: where a quarter of the parameters goes or more",
     )
     refine: int = Field(
         0,

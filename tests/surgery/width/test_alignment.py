@@ -20,7 +20,7 @@ ATTENTION, MLP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (
 
 
 def pruned(decoder, windows, **settings):
-    settings = {"ffn": 24, "ridge": RIDGE, "candidates": 1.0} | settings
+    settings = {"ffn": 24, "ridge": RIDGE, "candidates": 1.0, "align": True} | settings
     return prune(decoder, make_plan(decoder, method="obs-width", texts=windows, settings=settings), texts=windows)
 
 
@@ -119,10 +119,9 @@ def test_readers_are_found_and_the_state_after_attention(name, side, tiny):
         assert torch.equal(store.get(of_middle(batch)), aligned.after_attention(batch))
         of_attention, of_mlp = dict(then()), dict(aligned.mlp_inputs({}))
         assert set(of_attention) == {f"{one}.weight" for one in family.attention_in}
-        linear = {
-            f"{one}.weight" for one in family.mlp_in if type(find(decoder.block_list[2], one)) in (nn.Linear, Conv1D)
-        }
-        assert linear <= set(of_mlp)
+        block = decoder.block_list[2]
+        dense_in = {f"{one}.weight" for one in family.mlp_in if type(find(block, one)) in (nn.Linear, Conv1D)}
+        assert dense_in <= set(of_mlp)
         with holding(block, of_attention | of_mlp):
             assert torch.equal(step(decoder, 2, batch, store.get(batch.index)), whole)
         aligned.forget()

@@ -105,7 +105,7 @@ class Alignment:
         second = self._norm(self._norms[1])
 
         def keep(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self.store.put(of_middle(batch), args[0].detach())
+            self.store.put(of_middle(batch), args[0].detach().view(self._shape_of(batch)))
 
         with ExitStack() as stack:
             stack.callback(second.register_forward_pre_hook(keep).remove)
@@ -128,7 +128,7 @@ class Alignment:
             pass
         finally:
             hook.remove()
-        return found[0]
+        return found[0].view(self._shape_of(batch))
 
     def writes_middle(self, batch: Batch) -> bool:
         """Return whether the state after attention is the one before it, and what its output projection writes."""
@@ -162,6 +162,10 @@ class Alignment:
     @property
     def _norms(self) -> tuple[str, ...]:
         return self.decoder.anatomy.family.norms
+
+    def _shape_of(self, batch: Batch) -> tuple[int, ...]:
+        """Return the shape of its states; some blocks put all tokens of a batch in one row."""
+        return (*batch.tokens.shape, self.decoder.hidden_size)
 
     def _norm(self, name: str) -> nn.Module:
         found: nn.Module = find(self._block, name)
