@@ -4,7 +4,8 @@ It is measured in nats, as the Kullback–Leibler divergence of the predictions 
 
 Losses measured on the dense model, one MLP at a time, no longer add up where much is removed: what a channel is worth
 depends on what else is gone. Here all blocks are pruned and repaired as the plan would be applied, and the widths of
-one block at a time are changed, so that the changes hold near these widths (as in sequential linear programming).
+one block at a time are changed, so that the changes hold near these widths (as in sequential linear programming). What
+branches read is not aligned (`surgery/width/alignment.py`).
 
 All these models are walked together, block after block: one that differs at block b shares the states of the pruned
 model below b, and above b its blocks are those of the pruned model.
