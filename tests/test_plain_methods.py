@@ -50,7 +50,7 @@ def test_what_is_asked_for_goes_and_the_model_stays(name, plain, tokens):
 @pytest.mark.parametrize("name", ["shortgpt", "sleb"])
 def test_they_remove_the_blocks_that_secateur_does(name, plain, tokens, tiny):
     windows, share = draw_windows(windows=4), 2.1 * tiny("llama").block_parameter_counts()[0]
-    exact = {"lazy": False, "tokens": windows.token_count} if name == "sleb" else {}
+    exact = {"again": 1, "tokens": windows.token_count} if name == "sleb" else {}
     plan = make_plan(tiny("llama"), method=name, blocks=2, texts=windows, settings=exact)
     model = build("llama")
     smaller = plain.METHODS[name](model, windows.tokens, share / plain.parameters(model))

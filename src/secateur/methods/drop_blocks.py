@@ -226,7 +226,7 @@ def by_absence(measurements: Measurements, settings: SlebSettings, _budget: Budg
         measurements,
         free,
         windows=settings.compared_on(measurements.need_windows()),
-        lazy=settings.lazy,
+        again=settings.again,
         name="block",
         allowed=lambda gone: can_go(decoder, gone),
     )

@@ -153,7 +153,7 @@ def _greedy_step(
     target = BranchTarget(measurements.decoder, budget)
     choices = present_branches(target.dense, settings.some_free_blocks(measurements.decoder.block_count))
     windows = settings.compared_on(measurements.need_windows())
-    series = greedily(measurements, choices, windows=windows, lazy=settings.lazy, measure=measure)
+    series = greedily(measurements, choices, windows=windows, again=settings.again, measure=measure)
     return (target.step(name, settings, target.choose(gone for gone, _ in series)),)
 
 

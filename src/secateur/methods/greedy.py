@@ -1,12 +1,14 @@
 """Greedy removal of blocks or branches: each time the one whose absence costs least, on the model without the others.
 
-What a candidate costs grows with what else is gone, so that one which was too expensive before need not be measured
-again: Minoux 1978, "Accelerated greedy algorithms for maximizing submodular set functions". And a few thousand tokens
-tell candidates apart, so that of long windows only the beginnings are read.
+What a candidate costs grows with what else is gone, mostly, so that one which was too expensive before need not be
+measured again: Minoux 1978, "Accelerated greedy algorithms for maximizing submodular set functions". As it falls now
+and then, the cheapest so far are measured again all the same. And a few thousand tokens tell candidates apart, so that
+of long windows only the beginnings are read.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,8 +22,8 @@ from secateur.scores.removal import Measure, RemovalProbe
 
 _SHORTEST = 128
 """Windows are not shortened below this many tokens; fewer of them are read instead."""
-_AGAIN = 8
-"""Candidates measured again after each removal, about."""
+_MORE = 1 / 14
+"""Share of the candidates that may have become the best after a removal, about."""
 
 
 class ComparingSettings(Settings):
@@ -44,25 +46,28 @@ class ComparingSettings(Settings):
 class GreedySettings(ComparingSettings):
     """Settings of methods that do so again and again."""
 
-    lazy: bool = Field(
-        True, description="measure again only candidates that may have become the best; false: all of them each time"
+    again: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="share of the candidates that are measured again after each removal: the cheapest so far, and any "
+        "that may have become the best; 1: all, exact",
     )
 
     def work(self, candidates: int, rounds: float, windows: Windows) -> Work:
         """Return the work of removing some of the candidates."""
-        return greedy_work(candidates, rounds, lazy=self.lazy).on_share(self.share(windows))
+        return greedy_work(candidates, rounds, self.again).on_share(self.share(windows))
 
 
-def greedy_work(candidates: int, rounds: float, *, lazy: bool = True) -> Work:
+def greedy_work(candidates: int, rounds: float, again: float = 0.0) -> Work:
     """Return the work of a greedy search: each candidate runs the blocks above it, half of them, and the head.
 
     Args:
         candidates: number of candidates at first.
         rounds: how many of them are removed, one after the other.
-        lazy: only some of them are measured again after each removal.
+        again: share of those left that are measured again after each removal, whatever they cost.
     """
-    again = min(_AGAIN, candidates / 2) if lazy else candidates - rounds / 2
-    compared = candidates + max(0, rounds - 1) * again
+    compared = candidates + max(0, rounds - 1) * (candidates - rounds / 2) * max(again, _MORE)
     return Work(1 + compared / 2, losses=1 + compared)
 
 
@@ -72,7 +77,7 @@ def greedily(
     *,
     windows: Windows | None = None,
     size: Callable[[Any], float] = lambda _: 1.0,
-    lazy: bool = True,
+    again: float = 0.0,
     measure: Measure = mean_loss_of,
     name: str = "branch",
     allowed: Callable[[tuple[Any, ...]], bool] = lambda _: True,
@@ -86,7 +91,8 @@ def greedily(
         candidates: blocks or branches.
         windows: on which they are compared; None: on all.
         size: what a candidate saves.
-        lazy: a candidate is measured again only if it would be the best at what it cost before.
+        again: share of those left, the cheapest so far, that are measured again after each removal; another one is only
+            if it would be the best at what it cost before.
         measure: what counts as the loss.
         name: what a candidate is called, for progress.
         allowed: whether these candidates may all be removed.
@@ -105,7 +111,8 @@ def greedily(
         gone: tuple[Any, ...] = ()
         while price := {one: cost for one, cost in price.items() if allowed((*gone, one))}:
             said = f"leaving out {name} {len(gone) + 1}"
-            for one in options.progress(_stale(price, all_of_them=not lazy or not gone), said, len(price)):
+            least = math.ceil(again * len(price)) if gone else len(price)
+            for one in options.progress(_stale(price, least), said, len(price)):
                 price[one] = (probe.loss((*gone, one)) - now) / size(one)
             best = min(price, key=lambda one: (price[one], one))
             gone = (*gone, best)
@@ -115,12 +122,10 @@ def greedily(
             yield gone, now - dense
 
 
-def _stale(price: dict[Any, float], *, all_of_them: bool) -> Iterator[Any]:
-    """Yield the candidates to be measured: all, or the cheapest until it is one of those measured; prices change."""
-    fresh: set[Any] = set()
-    if all_of_them:
-        yield from list(price)
-        return
+def _stale(price: dict[Any, float], least: int) -> Iterator[Any]:
+    """Yield the candidates to be measured: at least so many, until the cheapest is one of them; prices change."""
+    fresh = sorted(price, key=lambda one: (price[one], one))[:least]
+    yield from list(fresh)
     while (best := min(price, key=lambda one: (price[one], one))) not in fresh:
-        fresh.add(best)
+        fresh.append(best)
         yield best

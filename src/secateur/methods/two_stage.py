@@ -80,7 +80,7 @@ def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budge
         rest = BranchTarget(after.decoder, Budget("own", count))
     choices = [one for one in present_branches(rest.dense, free) if one[1] == "heads"]
     windows = settings.compared_on(measurements.need_windows())
-    series = greedily(after, choices, windows=windows, lazy=settings.lazy)
+    series = greedily(after, choices, windows=windows, again=settings.again)
     gone = next(found for found, _ in series if len(found) == count)
     return (*steps, rest.step("2ssp", settings, without(rest.dense, gone)))
 
