@@ -203,7 +203,7 @@ def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budg
         return _greedy_step("finercut", measurements, settings, budget, change)
 
 
-def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings, windows: Windows) -> Work:
+def _branches_forwards(blocks: int, gone: int, settings: StandInSettings, windows: Windows) -> Work:
     share = judging_windows(windows, _JUDGED).token_count / windows.token_count
     return greedy_work(2 * blocks, settings.count or 2 * gone).on_share(share)
 
@@ -215,7 +215,7 @@ def _lazy_forwards(blocks: int, gone: int, settings: StandInSettings, windows: W
     paper="secateur's own (docs/methods/branches.md)",
     settings=StandInSettings,
     native=None,
-    forwards=_lazy_forwards,
+    forwards=_branches_forwards,
     apply_forwards=lambda settings, _tokens: settings.repair * width_work("magnitude", "dense"),
     speed_model=speed_by_branch,
 )
