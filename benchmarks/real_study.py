@@ -68,8 +68,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "branches, repair=false": ("branches", {"repair": False}),
     "obs-width, allocation=global": ("obs-width", {"allocation": "global"}),
     "auto": ("auto", {}),
-    "obs-width, align=false": ("obs-width", {"align": False}),
-    "obs-width, candidates=1, align=false": ("obs-width", {"candidates": 1, "align": False}),
     "obs-width, repair=false": ("obs-width", {"repair": False}),
     "obs-width, candidates=1": ("obs-width", {"candidates": 1}),
     "obs-width, candidates=1, repair=false": ("obs-width", {"candidates": 1, "repair": False}),

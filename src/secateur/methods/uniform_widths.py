@@ -282,7 +282,7 @@ class SurgeonSettings(EvenSettings):
     align: bool | Literal["auto"] = Field(
         "auto",
         description="with target=dense: also refit what branches read, and what attention writes, to that of the dense "
-        "model; auto: where a quarter of the parameters goes or more",
+        "model; auto: where a third of the parameters goes or more",
     )
     refine: int = Field(
         0,
