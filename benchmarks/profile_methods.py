@@ -61,6 +61,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "secateur.models.forward.final_states",
         "secateur.calibration.walk.loss_sum",
         "secateur.scores.divergence.OutputChange.__call__",
+        "secateur.scores.divergence.mean_distances",
     ),
     "backward": ("torch.autograd.grad", "torch.autograd.backward", "torch.Tensor.backward"),
     "sums": (
