@@ -192,6 +192,22 @@ def test_stand_ins_bring_the_output_nearer(tiny):
     assert errors[True] < errors[False]
 
 
+def test_the_mlp_of_the_first_block_without_attention_stands_in_for_it(tiny):
+    """Those below it stay as they are."""
+    decoder, windows = tiny("llama", blocks=4), draw_windows(windows=16, positions=32)
+    plan = make_plan(decoder, method="branches", texts=windows, settings={"count": 1, "ridge": 0.01})
+    (step,) = plan.steps
+    widths = [one.dense for one in step.sizes.blocks]
+    widths[1] = widths[1].model_copy(update={"groups": 0})
+    step = step.model_copy(update={"widths": tuple(widths), "refitted": tuple(range(4))})
+    found = apply_step(Measurements(decoder, windows), step).decoder
+    same = [
+        torch.equal(after.mlp.down_proj.weight, before.mlp.down_proj.weight)
+        for after, before in zip(found.block_list, decoder.block_list, strict=True)
+    ]
+    assert same == [True, False, False, False]
+
+
 def test_2ssp_follows_equation_5(tiny):
     decoder = tiny("llama", blocks=8)
     sizes = decoder.block_parameter_counts()

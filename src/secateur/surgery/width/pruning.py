@@ -200,14 +200,14 @@ class _Block:
         kept = Kept.all_of(dense)
         smaller = parts_to_measure(self.keep, dense)
         follows_dense = any(of_dense(batch) in self.store for batch in self.batches)
-        mended = self.changed and (self.is_cut or self.index in self.refit.others)
-        if mended and follows_dense and self.keep.channels == dense.channels > 0:
+        aligned = self._alignment() if follows_dense else None
+        stands_in = follows_dense and self.index in self.refit.others and (self.changed or self.is_cut)
+        if (stands_in or aligned is not None) and self.keep.channels == dense.channels > 0:
             smaller.append("channels")
         edits: dict[str, torch.Tensor] = {}
         for part in _lost(self.keep, dense):
             edits |= silenced(self.decoder, self.index, part)
             (kept.heads if part == "heads" else kept.channels)[:] = False
-        aligned = self._alignment() if mended and follows_dense and self.refit.align else None
         if aligned is not None and self.keep.groups == dense.groups > 0:
             smaller.insert(0, "heads")
         attention_inputs = aligned.attention_inputs() if aligned is not None and self.keep.groups else dict
@@ -236,8 +236,11 @@ class _Block:
             self.target.block(self.index, kept)
 
     def _alignment(self) -> Alignment | None:
-        """Return what aligns the block, where that is possible."""
-        if self.folds is None or not Alignment.possible(self.decoder, self.index):
+        """Return what aligns the block, where that is wanted and possible and something below it was changed."""
+        may_change = self.is_cut or self.index in self.refit.others
+        if not (self.refit.align and self.changed and may_change) or self.folds is None:
+            return None
+        if not Alignment.possible(self.decoder, self.index):
             return None
         found = Alignment(self.decoder, self.index, self.batches, self.store, self.folds, self.refit.ridge)
         return found if found.writes_middle(self.batches[0]) else None
