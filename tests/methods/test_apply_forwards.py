@@ -2,8 +2,7 @@
 
 import pytest
 
-from secateur import make_plan
-from secateur.methods.method import METHODS
+from secateur.jobs.plan import PlanJob
 from secateur.plan.work import Work
 
 CASES = [
@@ -18,6 +17,8 @@ CASES = [
     ("stock-slicing", {"slicing": 0.25}, {"sensitivity": False, "reconstruct": False}),
     ("flap", {}, {"ratio": 0.2, "heads": "never"}),
     ("obs-width", {}, {"ratio": 0.2}),
+    ("obs-width", {"remove": 0.6}, {}),
+    ("obs-width", {"remove": 0.1}, {"align": True}),
     ("llm-pruner", {}, {"ratio": 0.2, "protect_first": 1, "protect_last": 1}),
     ("minitron-width", {}, {"ratio": 0.2, "hidden": 0.25}),
 ]
@@ -26,8 +27,29 @@ MEASURING = {"replaceme", "slicegpt", "dynamic-slicing", "stock-slicing", "flap"
 
 @pytest.mark.parametrize(("name", "amount", "settings"), CASES, ids=str)
 def test_before_and_after_there_is_a_plan(name, amount, settings, tiny, window_file):
-    plan = make_plan(tiny("llama"), method=name, texts=window_file, windows=4, settings=settings, **amount)
-    method, tokens = METHODS[name], 4 * 16
-    expected = method.apply_forwards(method.read_settings(settings), tokens)
-    assert Work.total(step.forwards(tokens) for step in plan.steps) == Work.of(expected)
-    assert Work.of(expected).forwards > 0 or name not in MEASURING
+    job = PlanJob.prepare(tiny("llama"), method=name, texts=window_file, windows=4, settings=settings, **amount)
+    expected, plan, tokens = job.apply_forwards(), job.run(), job.windows.token_count
+    assert Work.total(step.forwards(tokens) for step in plan.steps) == expected
+    assert expected.forwards > 0 or name not in MEASURING
+
+
+def announced(model, window_file, name, settings, **amount):
+    """Return the work of deciding that is announced, and of applying."""
+    job = PlanJob.prepare(model, method=name, texts=window_file, windows=4, settings=settings, **amount)
+    return job.forwards(), job.apply_forwards()
+
+
+@pytest.mark.parametrize("name", ["slicegpt", "dynamic-slicing"])
+def test_an_amount_of_directions_tries_no_sliced_head(name, tiny, window_file):
+    trial = Work(3.0, losses=1.0, covariances=1.0, rotations=1.0)
+    of_directions, _ = announced(tiny("llama"), window_file, name, {}, slicing=0.25)
+    of_parameters, _ = announced(tiny("llama"), window_file, name, {}, remove=0.1)
+    assert of_parameters == of_directions + (2 if name == "slicegpt" else 1) * trial
+
+
+def test_alignment_counts_where_it_will_be_done(tiny, window_file):
+    _, little = announced(tiny("llama"), window_file, "obs-width", {}, remove=0.1)
+    _, much = announced(tiny("llama"), window_file, "obs-width", {}, remove=0.6)
+    _, without = announced(tiny("llama"), window_file, "obs-width", {"align": False}, remove=0.6)
+    assert little == without
+    assert much.covariances > little.covariances

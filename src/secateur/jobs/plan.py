@@ -11,6 +11,7 @@ from secateur.data.texts import FEWEST, Count, Texts, windows_for
 from secateur.data.windows import Windows
 from secateur.errors import InputError, TextsWarning
 from secateur.jobs.job import Job, JobCost, cost_of, describe_model, function_of, memory_of
+from secateur.methods.asked import Asked
 from secateur.methods.budget import Budget
 from secateur.methods.method import Measurements
 from secateur.methods.planning import decide, model_ref
@@ -93,7 +94,8 @@ class PlanJob(Job[Plan]):
         parts = parts_for(parts, model)
         used: Windows | None = None
         if any(part.method.needs_texts(part.settings) for part in parts) and not budget.is_zero:
-            if windows == "auto" and not any(part.refits for part in parts):
+            asked = Asked.of(budget, model)
+            if windows == "auto" and not any(part.refits(asked) for part in parts):
                 windows = FEWEST
             used = windows_for(model, texts, windows=windows, seq_len=seq_len, options=options)
             if scores is not None and not scores.are_of(used):
@@ -107,17 +109,19 @@ class PlanJob(Job[Plan]):
         windows = self.windows
         if windows is None or (self.scores is not None and len(self.parts) == 1):
             return Work()
-        gone, blocks = expected_blocks(self.budget, self.model), self.model.block_count
-        return Work.total(
-            one.method.forwards(blocks, round(one.share * gone), one.settings, windows) for one in self.parts
-        )
+        return Work.total(one.method.forwards(asked, one.settings, windows) for one, asked in self._asked())
 
     def apply_forwards(self) -> Work:
         """Return the work of applying such a plan, estimated before there is one."""
         if self.windows is None:
             return Work()
         tokens = self.windows.token_count
-        return Work.total(part.method.apply_forwards(part.settings, tokens) for part in self.parts)
+        return Work.total(one.method.apply_forwards(asked, one.settings, tokens) for one, asked in self._asked())
+
+    def _asked(self) -> list[tuple[Part, Asked]]:
+        """Return the methods, and what each is asked for."""
+        whole = Asked.of(self.budget, self.model)
+        return [(part, whole.part(part.share)) for part in self.parts]
 
     def cost(self) -> JobCost:
         """Return the cost of deciding, and of applying the plan."""
@@ -145,19 +149,3 @@ class PlanJob(Job[Plan]):
 
 
 make_plan = function_of(PlanJob.prepare, "make_plan")
-
-
-def expected_blocks(budget: Budget, model: Decoder) -> int:
-    """Return approximately how many blocks' worth of parameters a budget removes, for cost estimates."""
-    inside = model.block_parameter_counts()
-    total, each = model.parameter_count, sum(inside) / len(inside)
-    value = budget.value
-    gone = {
-        "blocks": lambda: value,
-        "remove": lambda: value * total / each,
-        "target_params": lambda: (total - value) / each,
-        "target_memory": lambda: (total - value / model.saved_dtype.itemsize) / each,
-        "target_speedup": lambda: (1 - 1 / value) * len(inside),
-    }
-    wanted = gone[budget.aim]() if budget.aim in gone else len(inside) / 4
-    return max(0, min(len(inside) - 1, round(wanted)))

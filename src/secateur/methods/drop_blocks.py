@@ -19,6 +19,7 @@ from pydantic import Field
 
 from secateur.data.windows import Windows
 from secateur.errors import InputError
+from secateur.methods.asked import Asked
 from secateur.methods.budget import Budget, choose_blocks
 from secateur.methods.greedy import ComparingSettings, GreedySettings, greedily
 from secateur.methods.method import Measurements, Settings, applies, method
@@ -157,7 +158,7 @@ def by_angle(measurements: Measurements, settings: WindowSettings, _budget: Budg
     paper=_UIDL + " (its simple strategy)",
     settings=LastSettings,
     needs_texts=lambda _: False,
-    forwards=lambda _blocks, _gone, _settings, _windows: 0.0,
+    forwards=lambda _asked, _settings, _windows: 0.0,
 )
 def deepest(measurements: Measurements, settings: Settings, _budget: Budget) -> Candidates:
     """Remove the last blocks that are not protected."""
@@ -169,7 +170,8 @@ def deepest(measurements: Measurements, settings: Settings, _budget: Budget) -> 
             yield gone
 
 
-def _shortened_forwards(blocks: int, _gone: int, settings: ShortenedSettings, windows: Windows) -> Work:
+def _shortened_forwards(asked: Asked, settings: ShortenedSettings, windows: Windows) -> Work:
+    blocks = asked.blocks
     without_each, back_and_forth = Work((blocks + 1) / 2, losses=blocks + 1), Work(4.0, losses=3.0)
     ranked = {"ppl": without_each.on_share(settings.share(windows)), "taylor": back_and_forth, "magnitude": Work()}
     return ranked[settings.criterion]
@@ -216,7 +218,7 @@ def by_shortened_criterion(measurements: Measurements, settings: ShortenedSettin
     summary="greedily remove the block whose absence costs the least loss, one after the other",
     paper="Song et al. 2024, SLEB",
     settings=SlebSettings,
-    forwards=lambda blocks, gone, settings, windows: settings.work(blocks - 2, gone, windows),
+    forwards=lambda asked, settings, windows: settings.work(asked.blocks - 2, asked.gone, windows),
 )
 def by_absence(measurements: Measurements, settings: SlebSettings, _budget: Budget) -> Candidates:
     """Repeatedly skip the block whose absence costs least, on the model without those already skipped."""

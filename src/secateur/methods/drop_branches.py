@@ -22,6 +22,7 @@ from secateur.errors import InputError
 from secateur.methods.allocation.savings import NAMES, AllWidths, Savings
 from secateur.methods.allocation.sensitivity import judging_windows
 from secateur.methods.allocation.widths import fading_of, lasting
+from secateur.methods.asked import Asked
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget, already
 from secateur.methods.greedy import GreedySettings, greedily, greedy_work
@@ -137,9 +138,9 @@ class BranchTarget:
         return PruneWidth(method=name, settings=recorded, widths=widths, stock=self.stock, sizes=self.sizes, **given)
 
 
-def _greedy_forwards(blocks: int, gone: int, settings: GreedyBranchSettings, windows: Windows) -> Work:
+def _greedy_forwards(asked: Asked, settings: GreedyBranchSettings, windows: Windows) -> Work:
     """Return the work of removing two branches for each block's worth."""
-    return settings.work(2 * blocks, settings.count or 2 * gone, windows)
+    return settings.work(2 * asked.blocks, settings.count or 2 * asked.gone, windows)
 
 
 def _greedy_step(
@@ -203,9 +204,9 @@ def decide_finercut(measurements: Measurements, settings: FinerCutSettings, budg
         return _greedy_step("finercut", measurements, settings, budget, change)
 
 
-def _branches_forwards(blocks: int, gone: int, settings: StandInSettings, windows: Windows) -> Work:
+def _branches_forwards(asked: Asked, settings: StandInSettings, windows: Windows) -> Work:
     share = judging_windows(windows, _JUDGED).token_count / windows.token_count
-    return greedy_work(2 * blocks, settings.count or 2 * gone).on_share(share)
+    return greedy_work(2 * asked.blocks, settings.count or 2 * asked.gone).on_share(share)
 
 
 @method(
@@ -216,7 +217,7 @@ def _branches_forwards(blocks: int, gone: int, settings: StandInSettings, window
     settings=StandInSettings,
     native=None,
     forwards=_branches_forwards,
-    apply_forwards=lambda settings, _tokens: settings.repair * width_work("magnitude", "dense"),
+    apply_forwards=lambda _asked, settings, _tokens: settings.repair * width_work("magnitude", "dense"),
     speed_model=speed_by_branch,
 )
 def decide_branches(measurements: Measurements, settings: StandInSettings, budget: Budget) -> Sequence[PruneWidth]:

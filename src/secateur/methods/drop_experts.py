@@ -162,8 +162,8 @@ def _drop_method(name: Criterion, summary: str, paper: str) -> None:
         paper=paper,
         settings=DropSettings,
         native=None,
-        forwards=lambda _blocks, _gone, _settings, _windows: 2.0,
-        apply_forwards=lambda settings, _tokens: refit_forwards() if settings.repair else 0.0,
+        forwards=lambda _asked, _settings, _windows: 2.0,
+        apply_forwards=lambda _asked, settings, _tokens: refit_forwards() if settings.repair else 0.0,
         settings_for=settings_for,
     )(decide_by(name))
 

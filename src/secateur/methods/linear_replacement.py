@@ -28,6 +28,7 @@ from pydantic import Field
 from secateur.calibration.ridge import UNJUDGED
 from secateur.data.windows import Windows
 from secateur.errors import InputError
+from secateur.methods.asked import Asked
 from secateur.methods.budget import Budget, choose_blocks, weigh
 from secateur.methods.method import Applied, Measurements, Settings, applies, method
 from secateur.models.anatomy import mlp_writers
@@ -74,7 +75,7 @@ class LinearReplacementSettings(Settings):
         return None if self.window is None else Budget("blocks", self.window, knob="window")
 
 
-def _forwards(_blocks: int, _gone: int, settings: LinearReplacementSettings, _windows: Windows) -> Work:
+def _forwards(_asked: Asked, settings: LinearReplacementSettings, _windows: Windows) -> Work:
     return Work(2.0, covariances=1.0) if settings.choose == "error" else Work(1.0)
 
 
@@ -85,7 +86,7 @@ def _forwards(_blocks: int, _gone: int, settings: LinearReplacementSettings, _wi
     paper="Shopkhoev et al. 2025, ReplaceMe",
     settings=LinearReplacementSettings,
     forwards=_forwards,
-    apply_forwards=lambda _settings, _tokens: linear_replacement_work(),
+    apply_forwards=lambda _asked, _settings, _tokens: linear_replacement_work(),
 )
 def decide(
     measurements: Measurements, settings: LinearReplacementSettings, budget: Budget

@@ -35,6 +35,7 @@ from secateur.calibration.store import StateStore
 from secateur.calibration.walk import open_store
 from secateur.data.windows import Windows
 from secateur.errors import InputError
+from secateur.methods.asked import Asked
 from secateur.methods.budget import Budget, choose_blocks
 from secateur.methods.method import Measurements, Settings, applies, method
 from secateur.models.decoder import Decoder
@@ -160,13 +161,13 @@ def _promise(left: int, right: int) -> tuple[bool, int]:
     return (left > 0) == (right > 0), min(abs(left), abs(right))
 
 
-def _forwards(blocks: int, gone: int, settings: MergeSettings, windows: Windows) -> float:
+def _forwards(asked: Asked, settings: MergeSettings, windows: Windows) -> float:
     """Return the cost of all passes of the window; a candidate runs the blocks above its lowest one, half of them."""
     if settings.threshold is not None:
-        return 1 + blocks / 2
+        return 1 + asked.blocks / 2
     screened = settings.screen < 1 and len(windows) >= _FEWEST
     share, finalists = (settings.screen, 1 + _FINALISTS / 2) if screened else (1.0, 0.0)
-    return (1 + blocks / 2 * (_PASSES + _PASSES_PER_BLOCK * gone)) * share + finalists
+    return (1 + asked.blocks / 2 * (_PASSES + _PASSES_PER_BLOCK * asked.gone)) * share + finalists
 
 
 @method(

@@ -41,8 +41,8 @@ class ReamSettings(ExpertSettings):
     paper="Jha et al. 2026, REAM",
     settings=ReamSettings,
     native=None,
-    forwards=lambda _blocks, _gone, _settings, _windows: 0.0,
-    apply_forwards=lambda settings, _tokens: merge_forwards(repair=bool(settings.repair)),
+    forwards=lambda _asked, _settings, _windows: 0.0,
+    apply_forwards=lambda _asked, settings, _tokens: merge_forwards(repair=bool(settings.repair)),
     settings_for=settings_for,
 )
 def decide_ream(measurements: Measurements, settings: ReamSettings, budget: Budget) -> Sequence[MergeExperts]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.data.windows import Windows
 from secateur.distributed import from_main_process
 from secateur.errors import InputError
+from secateur.methods.asked import Asked
 from secateur.methods.budget import Budget, Native
 from secateur.methods.cost import SpeedModel
 from secateur.models.decoder import Decoder
@@ -145,10 +146,10 @@ class Method:
         native: its native unit: whole blocks, directions sliced away, or a share of what is inside blocks; None if only
             the amounts common to all methods make sense.
         needs_texts: whether deciding or applying measures the model on texts, given its settings.
-        forwards: the work of deciding, given the number of blocks, the number to remove, the settings, and the windows;
-            a number is plain forward passes over the windows.
-        apply_forwards: the work of applying its steps, given the settings and the number of tokens; once there is a
-            plan, the work of its steps counts instead.
+        forwards: the work of deciding, given what is asked, the settings, and the windows; a number is plain forward
+            passes over the windows.
+        apply_forwards: the work of applying its steps, given what is asked, the settings and the number of tokens; once
+            there is a plan, the work of its steps counts instead.
         scores: given its settings, the scores that deciding reads and that no single pass gives; a study measures them
             once for all amounts.
         speed_model: given its settings, how fast its models run; None if the time in blocks follows their size.
@@ -163,8 +164,8 @@ class Method:
     decide: Callable[[Measurements, Any, Budget], Sequence[AnyStep] | Decision]
     native: Native | None = "blocks"
     needs_texts: Callable[[Any], bool] = lambda _: True
-    forwards: Callable[[int, int, Any, Windows], Work | float] = lambda _blocks, _gone, _settings, _windows: 1.0
-    apply_forwards: Callable[[Any, int], Work | float] = lambda _settings, _tokens: 0.0
+    forwards: Callable[[Asked, Any, Windows], Work | float] = lambda _asked, _settings, _windows: 1.0
+    apply_forwards: Callable[[Asked, Any, int], Work | float] = lambda _asked, _settings, _tokens: 0.0
     scores: Callable[[Any], tuple[Kind, ...]] = lambda _: ()
     speed_model: Callable[[Any], SpeedModel] | None = None
     settings_for: Callable[[Decoder, Any], Any] = lambda _decoder, settings: settings

@@ -28,6 +28,7 @@ from secateur.methods.allocation.refinement import Neighbours, refined
 from secateur.methods.allocation.savings import Savings
 from secateur.methods.allocation.sensitivity import judging_windows
 from secateur.methods.allocation.widths import allocations, fading_of
+from secateur.methods.asked import Asked
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget
 from secateur.methods.global_threshold import Thresholds, fluctuation_profiles
@@ -103,22 +104,25 @@ def _step(name: str, choose: Choice, settings: WidthSettings, **more: Any) -> Pr
     """Return the step of a method with its settings, and how it repairs."""
     recorded = settings.model_dump(exclude_none=True)
     if isinstance(settings, SurgeonSettings):
-        more |= {"candidates": settings.candidates, "align": _aligned(settings, more["sizes"], more["widths"])}
+        gone = _share_gone(more["sizes"], more["widths"])
+        more |= {"candidates": settings.candidates, "align": _aligned(settings, gone)}
     return PruneWidth(
         method=name, settings=recorded, choose=choose, repair=settings.repair, ridge=settings.ridge, **more
     )
 
 
-def _aligned(settings: SurgeonSettings, sizes: WidthSizes, widths: Sequence[Widths]) -> bool:
-    """Return whether what branches read is refitted too: by default where much goes."""
-    if settings.align == "auto":
-        dense = sizes.sizes_at([one.dense for one in sizes.blocks]).total
-        return sizes.sizes_at(widths).total <= (1 - _MUCH) * dense
-    return settings.align
+def _share_gone(sizes: WidthSizes, widths: Sequence[Widths]) -> float:
+    """Return the share of the parameters that is gone at these widths."""
+    return 1 - sizes.sizes_at(widths).total / sizes.sizes_at([one.dense for one in sizes.blocks]).total
 
 
-def _even_work(settings: EvenSettings, choose: Choice) -> Work:
-    align = isinstance(settings, SurgeonSettings) and settings.align is True
+def _aligned(settings: SurgeonSettings, gone: float) -> bool:
+    """Return whether what branches read is refitted too: by default where a large share of the parameters goes."""
+    return gone >= _MUCH if settings.align == "auto" else settings.align
+
+
+def _even_work(asked: Asked, settings: EvenSettings, choose: Choice) -> Work:
+    align = isinstance(settings, SurgeonSettings) and _aligned(settings, asked.share)
     return width_work(choose, settings.target, repair=settings.repair, heads=settings.heads == "even", align=align)
 
 
@@ -131,8 +135,8 @@ def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
         paper=paper,
         settings=PrunerSettings if choose == "taylor" else EvenSettings,
         native="ratio",
-        forwards=lambda _blocks, _gone, _settings, _windows: 0.0,
-        apply_forwards=lambda settings, _tokens: _even_work(settings, choose),
+        forwards=lambda _asked, _settings, _windows: 0.0,
+        apply_forwards=lambda asked, settings, _tokens: _even_work(asked, settings, choose),
     )(decide_evenly(name, choose))
 
 
@@ -143,8 +147,8 @@ def _even_method(name: str, summary: str, paper: str, choose: Choice) -> None:
     paper="An et al. 2024, FLAP",
     settings=FlapSettings,
     native="ratio",
-    forwards=lambda _blocks, _gone, _settings, _windows: 1.0,
-    apply_forwards=lambda settings, _tokens: width_work(
+    forwards=lambda _asked, _settings, _windows: 1.0,
+    apply_forwards=lambda _asked, settings, _tokens: width_work(
         "fluctuation", repair=settings.repair, heads=settings.heads == "even"
     ),
 )
@@ -204,9 +208,9 @@ _even_method(
 _decide_minitron_blocks = decide_evenly("minitron-width", "magnitude")
 
 
-def _minitron_apply_forwards(settings: MinitronSettings, _tokens: int) -> Work:
+def _minitron_apply_forwards(asked: Asked, settings: MinitronSettings, _tokens: int) -> Work:
     sliced = slicing_work(shared=True, reconstruct=settings.repair) if settings.hidden else Work()
-    return sliced + _even_work(settings, "magnitude")
+    return sliced + _even_work(asked, settings, "magnitude")
 
 
 @method(
@@ -216,7 +220,7 @@ def _minitron_apply_forwards(settings: MinitronSettings, _tokens: int) -> Work:
     paper="Muralidharan et al. 2024, Minitron",
     settings=MinitronSettings,
     native="ratio",
-    forwards=lambda _blocks, _gone, settings, _windows: 4.0 * bool(settings.hidden),
+    forwards=lambda _asked, settings, _windows: 4.0 * bool(settings.hidden),
     apply_forwards=_minitron_apply_forwards,
 )
 def decide_minitron(measurements: Measurements, settings: MinitronSettings, budget: Budget) -> Sequence[AnyStep]:
@@ -280,16 +284,16 @@ _TRIALS = 3
 """Models per block whose loss is measured for the database: half of an MLP, none, and attention on fewer tokens."""
 
 
-def _surgeon_forwards(blocks: int, _gone: int, settings: SurgeonSettings, windows: Windows) -> Work:
+def _surgeon_forwards(asked: Asked, settings: SurgeonSettings, windows: Windows) -> Work:
     """Return the cost of the database and of refining, in which each round prunes and runs other models."""
     if settings.allocation == "uniform":
         return Work()
     single = settings.attention == "groups"
-    pruned = _even_work(settings, "brain-surgeon")
+    pruned = _even_work(asked, settings, "brain-surgeon")
     measured = judging_windows(windows).token_count / windows.token_count
     judged = judging_windows(windows, JUDGED).token_count / windows.token_count
-    found = _DATABASE + _compared((_TRIALS + single) * blocks * measured)
-    compared = _compared((3 + single) * blocks * judged)
+    found = _DATABASE + _compared((_TRIALS + single) * asked.blocks * measured)
+    compared = _compared((3 + single) * asked.blocks * judged)
     return found + settings.refine * (pruned + compared) + pruned * bool(settings.refine)
 
 
@@ -313,7 +317,7 @@ def _removable_attention(decoder: Decoder, free: range) -> list[int]:
     settings=SurgeonSettings,
     native="ratio",
     forwards=_surgeon_forwards,
-    apply_forwards=lambda settings, _tokens: _even_work(settings, "brain-surgeon"),
+    apply_forwards=lambda asked, settings, _tokens: _even_work(asked, settings, "brain-surgeon"),
     speed_model=speed_by_branch,
 )
 def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, budget: Budget) -> Sequence[PruneWidth]:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from secateur.data.texts import windows_for, without_own
 from secateur.data.windows import Windows
 from secateur.errors import InputError
+from secateur.methods.asked import Asked
 from secateur.methods.budget import Budget, choose_blocks, choose_size, sizes_of
 from secateur.methods.drop_blocks import WindowSettings
 from secateur.methods.method import Applied, Measurements, applies, method
@@ -80,7 +81,7 @@ class StreamlineSettings(WindowSettings, TrainingSettings):
         return TrainingSettings(**{name: getattr(self, name) for name in TrainingSettings.model_fields})
 
 
-def _apply_forwards(settings: StreamlineSettings, tokens: int) -> float:
+def _apply_forwards(_asked: Asked, settings: StreamlineSettings, tokens: int) -> float:
     return 0.0 if settings.network == "none" else training_forwards(settings.loss, settings.train_tokens, tokens)
 
 

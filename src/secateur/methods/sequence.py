@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.errors import InputError, unknown
+from secateur.methods.asked import Asked
 from secateur.methods.budget import Budget, already
 from secateur.methods.method import Method, MethodSettings, find_method
 from secateur.models.decoder import Decoder
@@ -30,10 +31,9 @@ class Part:
     settings: MethodSettings
     share: float
 
-    @property
-    def refits(self) -> bool:
-        """Whether output projections are refitted, which takes more text than choosing."""
-        return Work.of(self.method.apply_forwards(self.settings, 1)).fits > 0
+    def refits(self, asked: Asked) -> bool:
+        """Return whether output projections are refitted, which takes more text than choosing."""
+        return Work.of(self.method.apply_forwards(asked, self.settings, 1)).fits > 0
 
 
 def read_sequence(spec: str, settings: dict[str, Any]) -> tuple[Part, ...]:

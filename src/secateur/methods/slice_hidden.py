@@ -20,6 +20,7 @@ from pydantic import Field
 
 from secateur.data.texts import windows_for
 from secateur.errors import InputError
+from secateur.methods.asked import Asked
 from secateur.methods.budget import Budget, choose_size
 from secateur.methods.method import Measurements, MethodSettings, method
 from secateur.methods.slice_widths import Head, Normalise, OwnBases, Widths, normalised, slice_fractions
@@ -83,7 +84,12 @@ _TRIAL = slicing_work(shared=False) + Work(1.0, losses=1.0)
 """What it takes to slice once and judge the result."""
 
 
-def _own_bases_work(_settings: Any, _tokens: int) -> Work:
+def _compares_heads(asked: Asked, settings: ConstantSettings) -> bool:
+    """Return whether the model is sliced with a whole head and with a sliced one."""
+    return settings.head == "auto" and not asked.in_directions
+
+
+def _own_bases_work(_asked: Asked, _settings: Any, _tokens: int) -> Work:
     return slicing_work(shared=False)
 
 
@@ -94,7 +100,7 @@ def _own_bases_work(_settings: Any, _tokens: int) -> Work:
     paper="Ashkboos et al. 2024, SliceGPT",
     settings=ConstantSettings,
     native="slice",
-    forwards=lambda _blocks, _gone, settings, _windows: 2.0 * _TRIAL * (settings.head == "auto"),
+    forwards=lambda asked, settings, _windows: 2 * _compares_heads(asked, settings) * _TRIAL,
     apply_forwards=_own_bases_work,
     speed_model=speed_with_own_bases,
 )
@@ -171,9 +177,10 @@ def _step(
     )
 
 
-def _trials_expected(settings: DynamicSettings) -> int:
-    """Return about how many bases are tried; a sweep as many as there are below a mean of 0.3."""
-    return len(_bases_tried(settings, settings.slice_percentage or 0.3)) * isinstance(settings.slice_base, str)
+def _trials_expected(asked: Asked, settings: DynamicSettings) -> int:
+    """Return about how many bases are tried; a sweep as many as there are below the mean, 0.3 if that is not known."""
+    mean = asked.budget.value if asked.in_directions else 0.3
+    return len(_bases_tried(settings, mean)) * isinstance(settings.slice_base, str)
 
 
 @method(
@@ -183,8 +190,8 @@ def _trials_expected(settings: DynamicSettings) -> int:
     paper="Dumitru et al. 2024, DynamicSlicing",
     settings=DynamicSettings,
     native="slice",
-    forwards=lambda _blocks, _gone, settings, _windows: (
-        1.0 + (_trials_expected(settings) + (settings.head == "auto")) * _TRIAL
+    forwards=lambda asked, settings, _windows: (
+        1.0 + (_trials_expected(asked, settings) + _compares_heads(asked, settings)) * _TRIAL
     ),
     apply_forwards=_own_bases_work,
     speed_model=speed_with_own_bases,

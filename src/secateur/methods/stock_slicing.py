@@ -47,8 +47,8 @@ class StockSettings(MethodSettings):
     paper="secateur's own (docs/methods.md)",
     settings=StockSettings,
     native="slice",
-    forwards=lambda _blocks, _gone, settings, _windows: Work(1.0, covariances=1.0) if settings.bases > 1 else Work(),
-    apply_forwards=lambda settings, _tokens: slicing_work(
+    forwards=lambda _asked, settings, _windows: Work(1.0, covariances=1.0) if settings.bases > 1 else Work(),
+    apply_forwards=lambda _asked, settings, _tokens: slicing_work(
         shared=True, sensitivity=settings.sensitivity, reconstruct=settings.reconstruct
     ),
     speed_model=speed_with_shared_bases,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pydantic import Field, PositiveFloat
 
 from secateur.data.windows import Windows
+from secateur.methods.asked import Asked
 from secateur.methods.branch_speed import speed_by_branch
 from secateur.methods.budget import Budget
 from secateur.methods.drop_branches import AllWidths, BranchTarget, present_branches, without
@@ -35,10 +36,10 @@ class TwoStageSettings(GreedySettings):
     )
 
 
-def _forwards(blocks: int, gone: int, settings: TwoStageSettings, windows: Windows) -> Work:
+def _forwards(asked: Asked, settings: TwoStageSettings, windows: Windows) -> Work:
     """Return the work of narrowing, and of choosing attention branches, if equation 5 lets any go."""
-    count = round(blocks * (gone / blocks) ** (_MLP_SHARE / settings.alpha))
-    return settings.work(blocks, count, windows) + 2.0 if count else Work()
+    count = round(asked.blocks * (asked.worth / asked.blocks) ** (_MLP_SHARE / settings.alpha))
+    return settings.work(asked.blocks, count, windows) + 2.0 if count else Work()
 
 
 @method(
@@ -49,7 +50,7 @@ def _forwards(blocks: int, gone: int, settings: TwoStageSettings, windows: Windo
     settings=TwoStageSettings,
     native=None,
     forwards=_forwards,
-    apply_forwards=lambda _settings, _tokens: 3.0,
+    apply_forwards=lambda _asked, _settings, _tokens: 3.0,
     speed_model=speed_by_branch,
 )
 def decide(measurements: Measurements, settings: TwoStageSettings, budget: Budget) -> Sequence[PruneWidth]:

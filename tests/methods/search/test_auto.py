@@ -15,6 +15,7 @@ from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, NumericsError
 from secateur.methods import linear_replacement as linear_replacement
 from secateur.methods import method
+from secateur.methods.asked import Asked
 from secateur.methods.budget import Budget
 from secateur.methods.cost import memory_cost
 from secateur.methods.method import APPLY, Measurements, find_method
@@ -371,10 +372,10 @@ def test_refused_plans_count_as_tried_and_if_all_are_it_says_why(tiny, monkeypat
     ).steps
 
 
-def test_the_estimate_counts_the_gate():
-    searching = find_method("auto")
+def test_the_estimate_counts_the_gate(tiny):
+    searching, asked = find_method("auto"), Asked.of(Budget("remove", 0.2), tiny("llama"))
     plain, gated = (
-        searching.forwards(8, 2, searching.read_settings(BRIEF | more), WINDOWS)
+        searching.forwards(asked, searching.read_settings(BRIEF | more), WINDOWS)
         for more in ({}, {"gate": "probes:0.9"})
     )
     assert gated.forwards - plain.forwards == pytest.approx(1.3 * 17), "the dense model and 16 plans"

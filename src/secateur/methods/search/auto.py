@@ -28,6 +28,7 @@ from secateur.calibration.walk import mean_loss_of_sources
 from secateur.data.windows import Windows
 from secateur.errors import InputError, ModelError, SecateurError, unknown
 from secateur.evaluation.gate import Gate
+from secateur.methods.asked import Asked
 from secateur.methods.budget import Budget, already
 from secateur.methods.drop_experts import ExpertSettings
 from secateur.methods.method import METHODS, Decision, Measurements, Method, MethodSettings, apply_step, method
@@ -173,11 +174,11 @@ def _member(method: Method, given: dict[str, Any]) -> Member:
     return Member(method, settings)
 
 
-def _forwards(blocks: int, gone: int, settings: AutoSettings, windows: Windows) -> Work:
+def _forwards(asked: Asked, settings: AutoSettings, windows: Windows) -> Work:
     """Return the work of every single method, and of as many of several as are expected to be no better."""
     work = {
-        name: one.method.forwards(blocks, gone, one.settings, windows)
-        + Work.of(one.method.apply_forwards(one.settings, 1))
+        name: one.method.forwards(asked, one.settings, windows)
+        + Work.of(one.method.apply_forwards(asked, one.settings, 1))
         for name, one in _members(settings).items()
     }
     together = max(0, min(settings.patience, settings.trials - len(work)))
@@ -190,10 +191,10 @@ def _forwards(blocks: int, gone: int, settings: AutoSettings, windows: Windows) 
     return compared.on_share(min(1.0, settings.windows / len(windows))) + gated + dearest
 
 
-def _apply_forwards(settings: AutoSettings, tokens: int) -> Work:
+def _apply_forwards(asked: Asked, settings: AutoSettings, tokens: int) -> Work:
     """Return the work of the method of each side that reads the windows most often."""
     members = _members(settings).items()
-    work = {name: Work.of(one.method.apply_forwards(one.settings, tokens)) for name, one in members}
+    work = {name: Work.of(one.method.apply_forwards(asked, one.settings, tokens)) for name, one in members}
     sides = ([work.get(name or _NONE, Work()) for name in settings.side(side)] for side in _SIDES)
     return Work.total(max(side, key=lambda one: one.forwards) for side in sides)
 
