@@ -2,13 +2,15 @@
 
     python benchmarks/allocation.py MODEL WIKITEXT.txt [CASE@SHARE …]     # such as uniform@0.2 global@0.2
 
-Calibrated on the default mixture, which WikiText is no part of; judged on 8 windows of 512 tokens of each held-out
-source. One line per case goes to `results/allocation.jsonl`.
+Calibrated on 32 windows of the default mixture, which WikiText is no part of, or on as many as a command takes by
+default (`global, 96 windows@0.5`); judged on 8 windows of 512 tokens of each held-out source. One line per case goes to
+`results/allocation.jsonl`.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 import warnings
@@ -47,6 +49,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 DEFAULT = ("uniform@0.2", "global@0.2", "uniform@0.3", "global@0.3", "branches@0.15", "shortgpt@0.15")
 
 
+def read_case(name: str) -> tuple[str, int]:
+    """Split a case into what is done, and the number of windows to calibrate on."""
+    found = re.fullmatch(r"(.+), (\d+) windows", name)
+    return (found[1], int(found[2])) if found else (name, 32)
+
+
 def main(model: str, wikitext: str, *cases: str) -> None:
     """Measure the cases."""
     logging.set_verbosity_error()
@@ -54,7 +62,6 @@ def main(model: str, wikitext: str, *cases: str) -> None:
     warnings.simplefilter("ignore", SecateurWarning)
     dense = secateur.open_model(model)
     texts = texts_that_judge(dense, wikitext)
-    windows = windows_for(dense, None, windows=32, seq_len=LENGTH)
 
     def read(decoder: Decoder) -> dict[str, float]:
         return {name: perplexity(decoder, one, DEFAULTS) for name, one in texts.items()}
@@ -62,7 +69,9 @@ def main(model: str, wikitext: str, *cases: str) -> None:
     before = read(dense)
     for case in cases or DEFAULT:
         name, _, amount = case.partition("@")
-        method, settings = CASES[name]
+        done, count = read_case(name)
+        method, settings = CASES[done]
+        windows = windows_for(dense, None, windows=count, seq_len=LENGTH)
         started = time.perf_counter()
         fading = 0.0 if name.endswith("fading=0") else widths.FADING
         with mock.patch.object(widths, "FADING", fading):

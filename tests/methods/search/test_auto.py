@@ -330,8 +330,10 @@ def test_the_gate_refuses_the_plan_of_the_lowest_loss(tiny, monkeypatch, everyth
     monkeypatch.setattr(guard, "accuracies_of", accuracies)
     settings = BRIEF | {"trials": 50, "gate": "probe-copy,probe-brackets"}
     plan = make_plan(tiny("llama"), method="auto", remove=0.3, texts=WINDOWS, settings=settings)
-    tried = [(one.label, one.parameters, one.loss) for one in everything.search.candidates]
-    assert [(one.label, one.parameters, one.loss) for one in plan.search.candidates] == tried, "measured all the same"
+    ungated = {(one.label, one.parameters): one.loss for one in everything.search.candidates}
+    again = {(one.label, one.parameters): one.loss for one in plan.search.candidates}
+    assert (best.label, best.parameters) in again
+    assert all(again[one] == ungated[one] for one in again.keys() & ungated.keys()), "measured all the same"
     refused = {one.parameters: one.refused for one in plan.search.candidates if one.refused}
     assert refused == {
         best.parameters: "keeps 49% of probe-copy (accuracy 0.40, dense 0.80, floor 0.00); the gate asks for 90%"
