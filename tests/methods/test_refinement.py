@@ -1,8 +1,8 @@
 """Widths exchanged between blocks: losses against models put together by hand, exchanges against all of them."""
 
 import copy
-import dataclasses
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def at(decoder, *channels, without=(), single=()):
     )
 
 
-def applied(decoder, widths):
+def applied(decoder, widths, align=False):
     """The model that a plan with these widths makes."""
     step = PruneWidth(
         method="obs-width",
@@ -52,6 +52,7 @@ def applied(decoder, widths):
         choose="brain-surgeon",
         stock=False,
         target="dense",
+        align=align,
         sizes=width_sizes(decoder, stock=False),
     )
     return apply_step(Measurements(decoder, PARTS.fitted), step).decoder.module
@@ -59,7 +60,7 @@ def applied(decoder, widths):
 
 def test_no_window_compares_and_judges():
     source = torch.tensor([0] * 16 + [1] * 8 + [2] * 3 + [3])
-    mixed = dataclasses.replace(draw_windows(windows=28), parts=("a", "b", "c", "d"), part_of=source)
+    mixed = replace(draw_windows(windows=28), parts=("a", "b", "c", "d"), part_of=source)
     parts = Parts.of(mixed)
     found = [parts.fitted, parts.searched, parts.judged]
     assert [one.part_of.bincount(minlength=4).tolist() for one in found] == [[12, 6, 1, 1], [2, 1, 1, 0], [2, 1, 1, 0]]
@@ -70,8 +71,8 @@ def test_no_window_compares_and_judges():
         Parts.of(draw_windows(windows=2))
 
 
-@pytest.mark.parametrize("skeleton", [False, True])
-def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(tiny, skeleton):
+@pytest.mark.parametrize(("skeleton", "align"), [(False, False), (True, False), (False, True), (True, True)])
+def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(tiny, skeleton, align):
     decoder, measured = tiny("llama", blocks=4), tiny("llama", skeleton=skeleton, blocks=4)
     widths = at(decoder, 16, 8, 24, 16, without=[2], single=[3])
     others = {
@@ -80,14 +81,14 @@ def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(ti
         2: (*at(decoder, 16, 8, 24, 16)[2:3], *at(decoder, 16, 8, 8, 16, without=[2])[2:3]),
         3: (*at(decoder, 16, 8, 24, 0, single=[3])[3:], *at(decoder, 16, 8, 24, 16)[3:]),
     }
-    point = losses_around(measured, PARTS, widths, others, BrainSurgeon(), refit=REFIT)
-    dense, pruned, found = decoder.module, applied(decoder, widths), point.others
+    point = losses_around(measured, PARTS, widths, others, BrainSurgeon(), refit=replace(REFIT, align=align))
+    dense, pruned, found = decoder.module, applied(decoder, widths, align), point.others
     assert point.loss == pytest.approx(plain_divergence(dense, pruned, PARTS.searched), abs=1e-5)
     assert point.judged == pytest.approx(plain_divergence(dense, pruned, PARTS.judged), abs=1e-5)
     assert set(found) == {(block, one) for block, choices in others.items() for one in choices}
     for (block, own), loss in found.items():
         changed = tuple(own if index == block else one for index, one in enumerate(widths))
-        mixed, other = copy.deepcopy(pruned), applied(decoder, changed)
+        mixed, other = copy.deepcopy(pruned), applied(decoder, changed, align)
         mixed.model.layers[block].mlp = other.model.layers[block].mlp
         if own.groups != widths[block].groups:  # attention changes, the MLP stays as it was fitted
             mixed.model.layers[block] = other.model.layers[block]
@@ -95,14 +96,15 @@ def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(ti
         assert plain_divergence(dense, mixed, PARTS.searched) == pytest.approx(loss, abs=1e-5), (block, own)
 
 
+@pytest.mark.parametrize("align", [False, True])
 @pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
-def test_the_loss_is_that_of_the_model_a_plan_makes(tiny, family):
+def test_the_loss_is_that_of_the_model_a_plan_makes(tiny, family, align):
     """Branches in parallel, and experts."""
     decoder = tiny(family)
     half = [max(8, one.channels // 16 * 8) for one in dense_widths(decoder)]
     widths = at(decoder, *half, without=[2], single=[1])
-    found = losses_around(decoder, PARTS, widths, {}, BrainSurgeon(), refit=REFIT)
-    pruned = applied(decoder, widths)
+    found = losses_around(decoder, PARTS, widths, {}, BrainSurgeon(), refit=replace(REFIT, align=align))
+    pruned = applied(decoder, widths, align)
     assert found.loss == pytest.approx(plain_divergence(decoder.module, pruned, PARTS.searched), abs=1e-4)
 
 

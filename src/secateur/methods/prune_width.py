@@ -17,6 +17,7 @@ model loses far more (docs/methods.md); `heads=even` is what the papers do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from secateur.data.windows import Windows
@@ -345,6 +346,7 @@ def decide_by_surgeon(measurements: Measurements, settings: SurgeonSettings, bud
     refit = Refit(repair=settings.repair, ridge=settings.ridge, target=settings.target)
     widths = savings.meet(allocations(database, savings, fading_of(decoder, refit)))
     if parts is not None:
+        refit = replace(refit, align=_aligned(settings, _share_gone(sizes, widths)))
         groups = {block: (savings.dense[block].groups, 0) for block in attention} | database.levels("heads")
         near = Neighbours({"channels": database.levels("channels"), "groups": groups})
         rounds = settings.refine

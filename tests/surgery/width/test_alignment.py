@@ -113,11 +113,11 @@ def test_readers_are_found_and_the_state_after_attention(name, side, tiny):
         store.put(of_dense(batch), store.get(batch.index))
         aligned = Alignment(decoder, 2, [batch], store, folds_of(windows), "auto")
         assert aligned.writes_middle(batch)
-        then = aligned.attention_inputs()
+        aligned.fit_attention_inputs()
         with aligned.watching(batch):
             whole = step(decoder, 2, batch, store.get(of_dense(batch)))
         assert torch.equal(store.get(of_middle(batch)), aligned.after_attention(batch))
-        of_attention, of_mlp = dict(then()), dict(aligned.mlp_inputs({}))
+        of_attention, of_mlp = dict(aligned.attention_inputs()), dict(aligned.mlp_inputs({}))
         assert set(of_attention) == {f"{one}.weight" for one in family.attention_in}
         block = decoder.block_list[2]
         dense_in = {f"{one}.weight" for one in family.mlp_in if type(find(block, one)) in (nn.Linear, Conv1D)}

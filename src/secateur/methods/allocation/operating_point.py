@@ -3,9 +3,9 @@
 It is measured in nats, as the Kullback–Leibler divergence of the predictions from those of the dense model.
 
 Losses measured on the dense model, one MLP at a time, no longer add up where much is removed: what a channel is worth
-depends on what else is gone. Here all blocks are pruned and repaired as the plan would be applied, and the widths of
-one block at a time are changed, so that the changes hold near these widths (as in sequential linear programming). What
-branches read is not aligned (`surgery/width/alignment.py`).
+depends on what else is gone. Here all blocks are pruned, repaired and aligned as the plan would be applied, and the
+widths of one block at a time are changed, so that the changes hold near these widths (as in sequential linear
+programming).
 
 All these models are walked together, block after block: one that differs at block b shares the states of the pruned
 model below b, and above b its blocks are those of the pruned model.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,9 +32,10 @@ from secateur.models.widths import block_widths
 from secateur.plan.steps import Widths
 from secateur.run_options import DEFAULTS, RunOptions
 from secateur.scores.divergence import kl_divergence, mean_distances
+from secateur.surgery.width.alignment import Alignment, advance_dense
 from secateur.surgery.width.coupling import Kept, Part, couplings_of, without_units
 from secateur.surgery.width.inputs import holding, measure_inputs, of_dense, silenced, writes_stream
-from secateur.surgery.width.pruning import Choose, Refit, Refitted, parts_to_measure, refitted
+from secateur.surgery.width.pruning import Choose, Refit, Refitted, is_cut, parts_to_measure, refitted
 
 JUDGED = 2048
 """Tokens on which changes are compared, about."""
@@ -162,6 +163,7 @@ class _Walk:
     refit: Refit
     options: RunOptions
     trials: list[Trial] = field(default_factory=list)
+    changed: bool = False
 
     def __post_init__(self) -> None:
         size = self.options.batch_size
@@ -184,20 +186,26 @@ class _Walk:
 
     def through(self, index: int, keep: Widths, others: Sequence[Widths]) -> None:
         """Run block `index`, its weights loaded."""
-        for batch in self._batches:
-            if of_dense(batch) in self.store:
-                self.store.put(of_dense(batch), step(self.decoder, index, batch, self.store.get(of_dense(batch))))
+        dense, every = block_widths(self.decoder, index), (keep, *others)
+        aligned = self._alignment(index) if any(is_cut(one, dense) for one in every) else None
+        if aligned is not None and any(one.groups for one in every):
+            aligned.fit_attention_inputs()
+        advance_dense(self.decoder, index, self._batches, self.store, aligned)
         for read in (self.compared, self.judged):
             self._advance(read, index, _DENSE, _DENSE, {})
-        every = (keep, *others)
-        attention = self._attention(index, keep, sorted({one.groups for one in every}))
+        attention = self._attention(index, keep, sorted({one.groups for one in every}), aligned)
         before = {} if self.decoder.anatomy.parallel and keep.groups else attention[keep.groups]
-        mlps = self._mlps(index, keep, sorted({one.channels for one in every}), before)
+        mlps = self._mlps(index, keep, sorted({one.channels for one in every}), before, aligned)
+        if aligned is not None:
+            aligned.forget()
+
+        def edits(widths: Widths) -> Edits:
+            return attention[widths.groups] | mlps[widths.channels] if is_cut(widths, dense) else {}
+
         for widths in others:
-            edits = attention[widths.groups] | mlps[widths.channels]
-            self._advance(self.compared, index, None, (index, widths), edits)
+            self._advance(self.compared, index, None, (index, widths), edits(widths))
         if not keep.is_empty:
-            own = attention[keep.groups] | mlps[keep.channels]
+            own = edits(keep)
             for trial in self.trials:
                 self._advance(self.compared, index, trial, trial, own)
             for read in (self.compared, self.judged):
@@ -205,6 +213,13 @@ class _Walk:
             with holding(self.decoder.block_list[index], own):
                 through_block(self.decoder, index, self._batches, self.store)
         self.trials += [(index, widths) for widths in others]
+        self.changed |= is_cut(keep, dense)
+
+    def _alignment(self, index: int) -> Alignment | None:
+        """Return what aligns the block, where that is wanted and possible, and something below it is cut."""
+        if not (self.refit.align and self.changed and of_dense(self._batches[0]) in self.store):
+            return None
+        return Alignment.where_possible(self.decoder, index, self._batches, self.store, self._folds, self.refit.ridge)
 
     def losses(self, read: _Read, models: Sequence[Model]) -> list[float]:
         """Return what these models have lost on some windows, in nats; final norm and head are loaded."""
@@ -214,34 +229,42 @@ class _Walk:
 
         return mean_distances(self.decoder, read.batches, state, _DENSE, models, kl_divergence)
 
-    def _attention(self, index: int, keep: Widths, counts: Sequence[int]) -> dict[int, Edits]:
+    def _attention(
+        self, index: int, keep: Widths, counts: Sequence[int], aligned: Alignment | None
+    ) -> dict[int, Edits]:
         """Return the parameters of a block's attention with these numbers of key/value groups, few first."""
         dense = block_widths(self.decoder, index)
         found: dict[int, Edits] = {dense.groups: {}}
         if 0 in counts and dense.groups:
             found[0] = silenced(self.decoder, index, "heads")
-        between = [count for count in counts if 0 < count < dense.groups]
-        if between:
+        fitted = [count for count in counts if 0 < count < dense.groups + (aligned is not None)]
+        if fitted:
+            inputs = {} if aligned is None else aligned.attention_inputs()
             before = silenced(self.decoder, index, "channels") if dense.channels > keep.channels == 0 else {}
-            sums = self._sums(index, ["heads"], before)
-            for count in between:
+            goal = None if aligned is None else aligned.attention_goal(then_mlp=bool(keep.channels))
+            run = None if aligned is None else aligned.after_attention
+            sums = self._sums(index, ["heads"], {**inputs, **before}, run=run, goal=goal)
+            for count in fitted:
                 own = keep.model_copy(update={"groups": count})
-                found[count] = self._refitted(index, "heads", sums, own).parameters
+                found[count] = {**inputs, **self._refitted(index, "heads", sums, own).parameters}
         return found
 
-    def _mlps(self, index: int, keep: Widths, counts: Sequence[int], before: Edits) -> dict[int, Edits]:
+    def _mlps(
+        self, index: int, keep: Widths, counts: Sequence[int], before: Edits, aligned: Alignment | None
+    ) -> dict[int, Edits]:
         """Return the parameters of a block's MLP with these numbers of channels, few first, after its attention."""
         dense = block_widths(self.decoder, index)
         found: dict[int, Edits] = {dense.channels: {}}
         if 0 in counts and dense.channels:
             found[0] = silenced(self.decoder, index, "channels")
-        between = [count for count in counts if 0 < count < dense.channels]
-        if between:
-            narrow = keep.model_copy(update={"channels": between[0]})
-            parts: list[Part] = [part for part in parts_to_measure(narrow, dense) if part != "heads"]
-            sums = self._sums(index, parts, before)
-            for count in between:
-                kept, edits = Kept.all_of(dense), dict[str, torch.Tensor]()
+        fitted = [count for count in counts if 0 < count < dense.channels + (aligned is not None)]
+        if fitted:
+            inputs = {} if aligned is None else aligned.mlp_inputs(before)
+            narrow = keep.model_copy(update={"channels": fitted[0]})
+            parts: list[Part] = [part for part in parts_to_measure(narrow, dense) if part != "heads"] or ["channels"]
+            sums = self._sums(index, parts, {**before, **inputs})
+            for count in fitted:
+                kept, edits = Kept.all_of(dense), dict(inputs)
                 for part in parts:
                     own = self._refitted(index, part, sums, keep.model_copy(update={"channels": count}))
                     kept.note(part, own.chosen)
@@ -249,10 +272,10 @@ class _Walk:
                 found[count] = edits | self._narrower(index, edits, kept)
         return found
 
-    def _sums(self, index: int, parts: list[Part], before: Edits) -> dict[Part, list[InputSums]]:
+    def _sums(self, index: int, parts: list[Part], before: Edits, **more: Any) -> dict[Part, list[InputSums]]:
         """Sum up the inputs of output projections of a block with other parameters."""
         with holding(self.decoder.block_list[index], before):
-            return measure_inputs(self.decoder, index, parts, self._batches, self.store, self._folds)
+            return measure_inputs(self.decoder, index, parts, self._batches, self.store, self._folds, **more)
 
     def _refitted(self, index: int, part: Part, sums: Mapping[Part, list[InputSums]], keep: Widths) -> Refitted:
         return refitted(self.decoder, index, part, sums[part], keep, self.choose, refit=self.refit)

@@ -32,7 +32,7 @@ from secateur.plan.steps import Widths
 from secateur.surgery.width.pruning import Refit
 from secateur.versions import digest
 
-_FORMAT = 3
+_FORMAT = 4
 _LEAST = 0.002
 """Nats that a change must promise after one round brought nothing."""
 _MORE = 3.0
@@ -155,7 +155,7 @@ def _measured(
     place = (str(decoder.module.dtype), decoder.device.type, options.batch_size, decoder.fingerprint)
     texts = [parts.fitted.fingerprint, parts.searched.fingerprint, parts.judged.fingerprint]
     asked = [_numbers(widths), [(block, _numbers(found)) for block, found in others.items()]]
-    key = digest(_FORMAT, place, texts, asked, refit.repair, refit.ridge, refit.target, candidates)
+    key = digest(_FORMAT, place, texts, asked, refit.repair, refit.ridge, refit.target, refit.align, candidates)
     path = cache_folder("widths", "around", f"{key}.json")
     trials = [(block, one) for block, found in others.items() for one in found]
 

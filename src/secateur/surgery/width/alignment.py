@@ -18,7 +18,7 @@ to what the dense ones give on the inputs of the dense model. Sharing one map am
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ from secateur.calibration.walk import Batch, step
 from secateur.models.anatomy import find, residual_factor
 from secateur.models.decoder import Decoder
 from secateur.models.widths import block_widths
-from secateur.surgery.width.inputs import as_saved, holding, of_dense, writer_of, writes_stream
+from secateur.surgery.width.inputs import Goal, as_saved, holding, of_dense, writer_of, writes_stream
 from secateur.surgery.width.repair import choose_fit, described
 
 Edits = Mapping[str, torch.Tensor]
@@ -74,6 +74,23 @@ class Alignment:
     ridge: Ridge
     fits: list[dict[str, Any]] = field(default_factory=list)
     _readers: dict[str, list[str]] = field(default_factory=dict)
+    _turn_of_attention: torch.Tensor | None = None
+
+    @classmethod
+    def where_possible(
+        cls,
+        decoder: Decoder,
+        index: int,
+        batches: Sequence[Batch],
+        store: StateStore,
+        folds: Folds,
+        ridge: Ridge,
+    ) -> Alignment | None:
+        """Return what aligns a block; None where its branches are built in another way."""
+        if not cls.possible(decoder, index):
+            return None
+        found = cls(decoder, index, batches, store, folds, ridge)
+        return found if found.writes_middle(batches[0]) else None
 
     @classmethod
     def possible(cls, decoder: Decoder, index: int) -> bool:
@@ -89,15 +106,17 @@ class Alignment:
         shape = writer.weight.shape if type(writer) in _LINEAR else ()
         return widths.heads * widths.head_size in shape
 
-    def attention_inputs(self) -> Callable[[], Edits]:
-        """Fit what attention reads, while the states that enter the block of the dense model are known.
+    def fit_attention_inputs(self) -> None:
+        """Fit what attention reads, while the states that enter the block of the dense model are known."""
+        norm = self._norm(self._norms[0])
+        self._turn_of_attention = self._turn(
+            "attention inputs", norm, of_dense, lambda batch: self.store.get(batch.index)
+        )
 
-        Returns:
-            What to call for the projections, once `watching` has seen the dense block run.
-        """
-        norm, self._readers = self._norms[0], {}
-        turn = self._turn("attention inputs", self._norm(norm), of_dense, lambda batch: self.store.get(batch.index))
-        return lambda: self._turned(norm, turn)
+    def attention_inputs(self) -> Edits:
+        """Return the projections that attention reads with, once `watching` has seen the dense block run."""
+        turn = self._turn_of_attention
+        return {} if turn is None else self._turned(self._norms[0], turn)
 
     @contextmanager
     def watching(self, batch: Batch) -> Iterator[None]:
@@ -149,6 +168,10 @@ class Alignment:
         with holding(self._block, edits):
             turn = self._turn("MLP inputs", self._norm(norm), of_middle, self.after_attention)
         return self._turned(norm, turn)
+
+    def attention_goal(self, *, then_mlp: bool) -> Goal:
+        """Return what attention is to write for: the state after it, which leaves the block where no MLP follows."""
+        return Goal("heads", of_middle if then_mlp else of_dense)
 
     def forget(self) -> None:
         """Drop the states between attention and MLP."""
@@ -228,3 +251,14 @@ class Alignment:
             turned = turn.T @ weight if isinstance(module, Conv1D) else weight @ turn
             found[f"{name}.weight"] = as_saved(self.decoder, turned, module.weight)
         return found
+
+
+def advance_dense(
+    decoder: Decoder, index: int, batches: Sequence[Batch], store: StateStore, aligned: Alignment | None
+) -> None:
+    """Run block `index` on the states of the dense model, if the store follows them; alignment watches."""
+    for batch in batches:
+        if of_dense(batch) in store:
+            with nullcontext() if aligned is None else aligned.watching(batch):
+                state = step(decoder, index, batch, store.get(of_dense(batch)))
+            store.put(of_dense(batch), state)

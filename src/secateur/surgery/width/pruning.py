@@ -10,7 +10,6 @@ Legend: P groups of U units of C inputs each (`scores/unit_scores.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,18 +21,17 @@ from secateur.calibration.folds import Folds, folds_of
 from secateur.calibration.inputs import InputSums
 from secateur.calibration.ridge import Ridge
 from secateur.calibration.store import StateStore
-from secateur.calibration.walk import Batch, open_store, step, stored_start
+from secateur.calibration.walk import Batch, open_store, stored_start
 from secateur.data.windows import Windows
 from secateur.models.anatomy import find
 from secateur.models.decoder import Decoder
 from secateur.models.widths import BlockWidths, block_widths
 from secateur.plan.steps import Target, Widths
 from secateur.run_options import DEFAULTS, RunOptions
-from secateur.surgery.width.alignment import Alignment, of_middle
+from secateur.surgery.width.alignment import Alignment, advance_dense
 from secateur.surgery.width.coupling import Kept, Part
 from secateur.surgery.width.exchange import Exchange
 from secateur.surgery.width.inputs import (
-    Goal,
     as_saved,
     holding,
     measure_inputs,
@@ -83,6 +81,11 @@ def _lost(keep: Widths, dense: BlockWidths) -> list[Part]:
     """Return the branches of a block that go."""
     gone: dict[Part, bool] = {"heads": dense.heads > keep.groups == 0, "channels": dense.channels > keep.channels == 0}
     return [part for part in gone if gone[part]]
+
+
+def is_cut(keep: Widths, dense: BlockWidths) -> bool:
+    """Return whether a block loses anything."""
+    return bool(parts_to_measure(keep, dense) or _lost(keep, dense))
 
 
 @dataclass(frozen=True)
@@ -191,8 +194,7 @@ class _Block:
     @property
     def is_cut(self) -> bool:
         """Whether anything is removed from it."""
-        dense = block_widths(self.decoder, self.index)
-        return bool(parts_to_measure(self.keep, dense) or _lost(self.keep, dense))
+        return is_cut(self.keep, block_widths(self.decoder, self.index))
 
     def prune(self, choose: Choose) -> None:
         """Choose, refit, run the batches through, and add the block to the result."""
@@ -210,16 +212,18 @@ class _Block:
             (kept.heads if part == "heads" else kept.channels)[:] = False
         if aligned is not None and self.keep.groups == dense.groups > 0:
             smaller.insert(0, "heads")
-        attention_inputs = aligned.attention_inputs() if aligned is not None and self.keep.groups else dict
-        self._advance_dense(aligned)
-        edits |= attention_inputs()
+        if aligned is not None and self.keep.groups:
+            aligned.fit_attention_inputs()
+        advance_dense(self.decoder, self.index, self.batches, self.store, aligned)
+        if aligned is not None:
+            edits |= aligned.attention_inputs()
         stages = [smaller] if self.decoder.anatomy.parallel and smaller else _stages(smaller)
         once = follows_dense and ["channels"] in stages and Exchange.possible(self.decoder, self.index)
         exchange = Exchange(self.decoder, self.index, self.store)
         for parts in stages:
             run, goal = exchange.run if once and parts == ["channels"] else None, None
             if aligned is not None and parts == ["heads"]:
-                run, goal = aligned.after_attention, Goal("heads", of_middle if self.keep.channels else of_dense)
+                run, goal = aligned.after_attention, aligned.attention_goal(then_mlp=bool(self.keep.channels))
             elif aligned is not None:
                 edits |= aligned.mlp_inputs(edits)
             with holding(self.block, edits):
@@ -240,18 +244,9 @@ class _Block:
         may_change = self.is_cut or self.index in self.refit.others
         if not (self.refit.align and self.changed and may_change) or self.folds is None:
             return None
-        if not Alignment.possible(self.decoder, self.index):
-            return None
-        found = Alignment(self.decoder, self.index, self.batches, self.store, self.folds, self.refit.ridge)
-        return found if found.writes_middle(self.batches[0]) else None
-
-    def _advance_dense(self, aligned: Alignment | None) -> None:
-        """Run the dense block on the states of the dense model, if they are followed."""
-        for batch in self.batches:
-            if of_dense(batch) in self.store:
-                with nullcontext() if aligned is None else aligned.watching(batch):
-                    state = step(self.decoder, self.index, batch, self.store.get(of_dense(batch)))
-                self.store.put(of_dense(batch), state)
+        return Alignment.where_possible(
+            self.decoder, self.index, self.batches, self.store, self.folds, self.refit.ridge
+        )
 
     @property
     def block(self) -> nn.Module:
