@@ -158,14 +158,7 @@ def prune(
     allow_larger: Annotated[bool, typer.Option("--allow-larger", help="Accept a plan with more parameters.")] = False,
 ) -> None:
     """Prune a model, save a folder that plain transformers opens, and check that it does."""
-    if (plan_file is None) == (method is None):
-        raise InputError("say what to remove: either --plan FILE, or --method NAME with an amount (--remove 25%).")
-    if plan_file is not None and amount.given():
-        raise InputError(
-            f"{', '.join(amount.given())}: the plan already says how much to remove and how; edit it, or use --method."
-        )
-    if plan_file is not None and (idle := reading.beside_a_plan()):
-        raise InputError(f"{', '.join(idle)}: the plan already says how texts are read; only --texts can be changed.")
+    _require_plan_or_method(plan_file, method, amount, reading)
     if save_dtype is not None:
         dtype_named(save_dtype)
     made = Plan.read(plan_file) if plan_file else None
@@ -208,6 +201,24 @@ def prune(
     err.print(f"Written: [bold]{escape(str(folder))}[/]  ({record['bytes'] / 2**20:,.1f} MiB; {proof})")
     for line in serving_lines(pruned, folder):
         err.print(escape(line), soft_wrap=True)
+
+
+def _require_plan_or_method(
+    plan_file: Path | None, method: str | None, amount: AmountOptions, reading: Calibration
+) -> None:
+    """Refuse options that leave open what to remove, or say it twice.
+
+    Raises:
+        InputError: saying what to give.
+    """
+    if (plan_file is None) == (method is None):
+        raise InputError("say what to remove: either --plan FILE, or --method NAME with an amount (--remove 25%).")
+    if plan_file is not None and amount.given():
+        raise InputError(
+            f"{', '.join(amount.given())}: the plan already says how much to remove and how; edit it, or use --method."
+        )
+    if plan_file is not None and (idle := reading.beside_a_plan()):
+        raise InputError(f"{', '.join(idle)}: the plan already says how texts are read; only --texts can be changed.")
 
 
 def _accept(made: Plan, *, allow_larger: bool) -> None:
