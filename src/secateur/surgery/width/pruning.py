@@ -9,7 +9,7 @@ Legend: P groups of U units of C inputs each (`scores/unit_scores.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from secateur.surgery.width.alignment import Alignment, advance_dense
 from secateur.surgery.width.coupling import Kept, Part
 from secateur.surgery.width.exchange import Exchange
 from secateur.surgery.width.inputs import (
+    Goal,
     as_saved,
     holding,
     measure_inputs,
@@ -194,38 +195,26 @@ class _Block:
     @property
     def is_cut(self) -> bool:
         """Whether anything is removed from it."""
-        return is_cut(self.keep, block_widths(self.decoder, self.index))
+        return is_cut(self.keep, self._dense)
 
     def prune(self, choose: Choose) -> None:
         """Choose, refit, run the batches through, and add the block to the result."""
-        dense = block_widths(self.decoder, self.index)
-        kept = Kept.all_of(dense)
-        smaller = parts_to_measure(self.keep, dense)
-        follows_dense = any(of_dense(batch) in self.store for batch in self.batches)
-        aligned = self._alignment() if follows_dense else None
-        stands_in = follows_dense and self.index in self.refit.others and (self.changed or self.is_cut)
-        if (stands_in or aligned is not None) and self.keep.channels == dense.channels > 0:
-            smaller.append("channels")
+        kept = Kept.all_of(self._dense)
         edits: dict[str, torch.Tensor] = {}
-        for part in _lost(self.keep, dense):
+        for part in _lost(self.keep, self._dense):
             edits |= silenced(self.decoder, self.index, part)
             (kept.heads if part == "heads" else kept.channels)[:] = False
-        if aligned is not None and self.keep.groups == dense.groups > 0:
-            smaller.insert(0, "heads")
+        aligned = self._alignment()
         if aligned is not None and self.keep.groups:
             aligned.fit_attention_inputs()
         advance_dense(self.decoder, self.index, self.batches, self.store, aligned)
         if aligned is not None:
             edits |= aligned.attention_inputs()
-        stages = [smaller] if self.decoder.anatomy.parallel and smaller else _stages(smaller)
-        once = follows_dense and ["channels"] in stages and Exchange.possible(self.decoder, self.index)
         exchange = Exchange(self.decoder, self.index, self.store)
-        for parts in stages:
-            run, goal = exchange.run if once and parts == ["channels"] else None, None
-            if aligned is not None and parts == ["heads"]:
-                run, goal = aligned.after_attention, aligned.attention_goal(then_mlp=bool(self.keep.channels))
-            elif aligned is not None:
+        for parts in self._stages(aligned):
+            if aligned is not None and parts != ["heads"]:
                 edits |= aligned.mlp_inputs(edits)
+            run, goal = self._way_of(parts, aligned, exchange)
             with holding(self.block, edits):
                 measured = measure_inputs(
                     self.decoder, self.index, parts, self.batches, self.store, self.folds, run=run, goal=goal
@@ -239,24 +228,54 @@ class _Block:
         with holding(self.block, edits):
             self.target.block(self.index, kept)
 
+    @property
+    def block(self) -> nn.Module:
+        return self.decoder.block_list[self.index]
+
+    @property
+    def _dense(self) -> BlockWidths:
+        return block_widths(self.decoder, self.index)
+
+    @property
+    def _follows_dense(self) -> bool:
+        """Whether the states of the dense model are known."""
+        return any(of_dense(batch) in self.store for batch in self.batches)
+
     def _alignment(self) -> Alignment | None:
         """Return what aligns the block, where that is wanted and possible and something below it was changed."""
         may_change = self.is_cut or self.index in self.refit.others
-        if not (self.refit.align and self.changed and may_change) or self.folds is None:
+        if not (self.refit.align and self.changed and may_change and self._follows_dense) or self.folds is None:
             return None
         return Alignment.where_possible(
             self.decoder, self.index, self.batches, self.store, self.folds, self.refit.ridge
         )
 
-    @property
-    def block(self) -> nn.Module:
-        return self.decoder.block_list[self.index]
+    def _stages(self, aligned: Alignment | None) -> list[list[Part]]:
+        """Return the parts that are refitted, those at the same time together."""
+        parts = parts_to_measure(self.keep, self._dense)
+        stands_in = self._follows_dense and self.index in self.refit.others and (self.changed or self.is_cut)
+        if (stands_in or aligned is not None) and self.keep.channels == self._dense.channels > 0:
+            parts.append("channels")
+        if aligned is not None and self.keep.groups == self._dense.groups > 0:
+            parts.insert(0, "heads")
+        if self.decoder.anatomy.parallel and parts:
+            return [parts]
+        return _in_turn(parts)
+
+    def _way_of(
+        self, parts: list[Part], aligned: Alignment | None, exchange: Exchange
+    ) -> tuple[Callable[[Batch], torch.Tensor] | None, Goal | None]:
+        """Return how the block runs while parts are measured, and what they are to reach; None as for any block."""
+        if aligned is not None and parts == ["heads"]:
+            return aligned.after_attention, aligned.attention_goal(then_mlp=bool(self.keep.channels))
+        once = parts == ["channels"] and self._follows_dense and Exchange.possible(self.decoder, self.index)
+        return (exchange.run if once else None), None
 
     def _edit(self, part: Part, sums: list[InputSums], choose: Choose, kept: Kept) -> dict[str, torch.Tensor]:
         """Choose what remains of one part, note it in `kept`, and return the output projection as it is then."""
         bias = self.refit.bias and self.target.writes_bias(self.index, part)
         found = refitted(self.decoder, self.index, part, sums, self.keep, choose, refit=self.refit, bias=bias)
-        whole = self.keep.queries == block_widths(self.decoder, self.index).queries
+        whole = self.keep.queries == self._dense.queries
         kept.note(part, found.chosen, whole_groups=whole)
         if self.refit.repair:
             self.fits.append({"block": self.index, "part": part, **described(found.fits)})
@@ -337,7 +356,7 @@ def _parameters(
     return edits
 
 
-def _stages(parts: Sequence[Part]) -> list[list[Part]]:
+def _in_turn(parts: Sequence[Part]) -> list[list[Part]]:
     """Return the parts in the order in which they are pruned: attention, then all that the MLP consists of."""
     first: list[Part] = [part for part in parts if part == "heads"]
     then: list[Part] = [part for part in parts if part != "heads"]
