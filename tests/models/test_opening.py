@@ -224,9 +224,11 @@ def test_a_model_is_spread_only_where_one_gpu_is_too_small(folder, monkeypatch, 
         opened.append(given[3] if len(given) > 3 else None)
         raise InputError("opened")
 
-    monkeypatch.setattr("secateur.models.opening._device", lambda _: place)
-    monkeypatch.setattr("secateur.models.opening._all_gpus", lambda: [torch.device("cuda", 0), torch.device("cuda", 1)])
-    monkeypatch.setattr("secateur.models.opening.free_memory", lambda _: each * size)
+    monkeypatch.setattr("secateur.models.placement._device", lambda _: place)
+    monkeypatch.setattr(
+        "secateur.models.placement._all_gpus", lambda: (torch.device("cuda", 0), torch.device("cuda", 1))
+    )
+    monkeypatch.setattr("secateur.models.placement.free_memory", lambda _: each * size)
     monkeypatch.setattr("secateur.models.opening.whole_model", note)
     monkeypatch.setattr("secateur.models.opening.empty_model", lambda *_, **__: note())
     with pytest.raises(InputError, match="opened"):
@@ -239,7 +241,7 @@ def test_opened_for_its_shapes_it_says_how_the_job_will_hold_it(folder, monkeypa
     assert whole.is_skeleton
     assert not whole.by_blocks
     assert open_shapes(folder, skeleton=True).by_blocks
-    monkeypatch.setattr("secateur.models.opening._too_large", lambda *_: True)
+    monkeypatch.setattr("secateur.models.placement.Placement.holds", lambda *_: False)
     assert open_shapes(folder).by_blocks
     assert open_model(folder).by_blocks
     assert not open_model(folder, skeleton=False).by_blocks

@@ -12,7 +12,7 @@ from secateur.evaluation.catalogue import task_names
 from secateur.evaluation.results import Result, result_of
 from secateur.evaluation.stability import Outcome, accuracy, flips, stability
 from secateur.models.decoder import Decoder
-from secateur.models.opening import free_memory
+from secateur.models.placement import free_memory
 from secateur.run_options import DEFAULTS, RunOptions
 
 AVERAGE = "average"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import (
     AutoTokenizer,
@@ -16,13 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secateur.distributed import launched, local_rank
 from secateur.errors import InputError, ModelError, SecateurWarning, first_line
 from secateur.models import fingerprint
 from secateur.models.anatomy import Family, is_tied, resolve, text_config
 from secateur.models.decoder import Decoder
 from secateur.models.detection import detect
-from secateur.models.dtypes import DTYPES, dtype_named
+from secateur.models.dtypes import DTYPES
 from secateur.models.families import FAMILIES
 from secateur.models.fetch import (
     HUB_NAME,
@@ -37,6 +35,7 @@ from secateur.models.fetch import (
 )
 from secateur.models.gguf import Origin, origin_of
 from secateur.models.loading import empty_model, filled, whole_model
+from secateur.models.placement import Placement
 from secateur.models.quantised import (
     DTYPE,
     Quantisation,
@@ -51,7 +50,6 @@ from secateur.reading import MIB, FileKind, from_json
 _RECORD = FileKind(
     "record of secateur", 64 * MIB, error=ModelError, advice="Remove it to open the model without its history."
 )
-_SHARE_OF_MEMORY = 0.7
 
 
 def open_model(
@@ -130,8 +128,61 @@ class _Opening:
     allow_pickle: bool
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint and what is known of its weights.
+
+    Attributes:
+        source: as given by the user.
+        folder: where it lies.
+        config: its configuration, of the weights as they will be read.
+        family: its anatomy's.
+        saved: dtype in which the model will be saved.
+        quantised: how its weights are stored, if they have to be dequantised.
+        here: whether its weights are on this machine.
+    """
+
+    source: str
+    folder: Path
+    config: Any
+    family: Family
+    saved: torch.dtype
+    quantised: Quantisation | None
+    here: bool
+
+    @property
+    def pickled(self) -> bool:
+        return self.here and not has_safetensors(self.folder)
+
+    def bytes_in(self, arithmetic: torch.dtype) -> float:
+        """Return the bytes that its weights take in this arithmetic."""
+        if self.quantised is not None:
+            tensors = self.quantised.dequantised(stored_tensors(self.folder))
+            return sum(math.prod(piece.get_shape()) for _, piece in tensors) * arithmetic.itemsize
+        stored = sum(file.stat().st_size for file in shard_files(self.folder))
+        return stored * arithmetic.itemsize / self.saved.itemsize
+
+    def read_by_blocks(self, place: Placement, wanted: bool | None) -> bool | None:
+        """Return whether the weights are to be read block by block; None if that is asked of what is not here.
+
+        Raises:
+            InputError: it is wanted, and the weights are pickled.
+        """
+        if wanted is None and self.here:
+            room = place.first if self.quantised else place
+            return not self.pickled and not room.holds(self.bytes_in(place.arithmetic))
+        if wanted and self.pickled:
+            raise InputError(f"{self.source}: a skeleton reads safetensors only; open this model without it.")
+        return wanted
+
+    def fingerprint(self, module: PreTrainedModel) -> str:
+        if not self.here:
+            return ""
+        return fingerprint.of_module(module) if self.pickled else fingerprint.of_folder(self.folder)
+
+
 def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
-    skeleton, trusted = asked.skeleton, asked.trust_remote_code
+    trusted = asked.trust_remote_code
     folder = fetch(
         source,
         revision=asked.revision,
@@ -150,39 +201,13 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
     if tied and here and has_safetensors(folder) and holds_own_head(folder, family):
         _set_untied(config)
     saved = DTYPE if quantised else _saved_dtype(config, folder)
-    place = _device(asked.device)
-    arithmetic = _arithmetic(asked.dtype, saved, place)
-    pickled = here and not has_safetensors(folder)
-    everywhere = _all_gpus() if asked.device == "auto" and place.type == "cuda" and launched() == 1 else [place]
-    if skeleton is None and here:
-        room = [place] if quantised else everywhere
-        skeleton = not pickled and _too_large(_bytes_in(folder, saved, arithmetic, quantised), room)
-    if skeleton and pickled:
-        raise InputError(f"{source}: a skeleton reads safetensors only; open this model without it.")
-    thin = skeleton or (shapes_only and not pickled)
-    if thin or quantised:
-        module = empty_model(config, arithmetic, place, trust_remote_code=trusted)
-        if here:
-            shards = Shards.of(folder, resolve(module, family), place, quantised)
-        else:
-            shards = Shards(folder, family.blocks, device=place)
-        if skeleton is None:
-            skeleton = _too_large(module.num_parameters() * arithmetic.itemsize, everywhere)
-    else:
-        spread = len(everywhere) > 1 and (pickled or _too_large(_bytes_in(folder, saved, arithmetic), [place]))
-        module = whole_model(
-            folder,
-            config,
-            arithmetic,
-            "auto" if spread else place,
-            trust_remote_code=trusted,
-            pickled=pickled,
-        )
-        shards = None
-    if here and not pickled:
-        _refuse_other_numbers(folder, module, quantised)
-    if quantised and shards is not None and not thin:
-        module, shards = filled(module, shards), None
+    checkpoint = _Checkpoint(source, folder, config, family, saved, quantised, here)
+    place = Placement.of(asked.device, asked.dtype, saved)
+    skeleton = checkpoint.read_by_blocks(place, asked.skeleton)
+    thin = skeleton or (shapes_only and not checkpoint.pickled)
+    module, shards = (_thin if thin else _whole)(checkpoint, place, trust_remote_code=trusted)
+    if skeleton is None:
+        skeleton = not place.holds(module.num_parameters() * place.arithmetic.itemsize)
     _name_own_head(module, family)
     return Decoder(
         module=module.eval().requires_grad_(False),
@@ -190,16 +215,51 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
         anatomy=resolve(module, family),
         source=_shown(source),
         folder=folder,
-        fingerprint=_fingerprint(folder, module, pickled=pickled) if here else "",
+        fingerprint=checkpoint.fingerprint(module),
         saved_dtype=saved,
         shards=shards,
-        shapes_only=thin and not skeleton,
+        shapes_only=bool(thin) and not skeleton,
         for_estimate=shapes_only,
         other_tokenizer=asked.tokenizer is not None,
         history=history_of(folder),
         gguf=Path(origin.file) if origin is not None else None,
         quantised=quantised,
     )
+
+
+def _thin(
+    checkpoint: _Checkpoint, place: Placement, *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Shards | None]:
+    """Return the model without weights, and what reads those of its blocks."""
+    folder, family = checkpoint.folder, checkpoint.family
+    module = empty_model(checkpoint.config, place.arithmetic, place.device, trust_remote_code=trust_remote_code)
+    if not checkpoint.here:
+        return module, Shards(folder, family.blocks, device=place.device)
+    shards = Shards.of(folder, resolve(module, family), place.device, checkpoint.quantised)
+    _refuse_other_numbers(folder, module, checkpoint.quantised)
+    return module, shards
+
+
+def _whole(
+    checkpoint: _Checkpoint, place: Placement, *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Shards | None]:
+    """Return the model with all its weights in memory."""
+    if checkpoint.quantised:
+        module, shards = _thin(checkpoint, place, trust_remote_code=trust_remote_code)
+        return (module if shards is None else filled(module, shards)), None
+    many, pickled = len(place.devices) > 1, checkpoint.pickled
+    spread = many and (pickled or not place.first.holds(checkpoint.bytes_in(place.arithmetic)))
+    module = whole_model(
+        checkpoint.folder,
+        checkpoint.config,
+        place.arithmetic,
+        "auto" if spread else place.device,
+        trust_remote_code=trust_remote_code,
+        pickled=pickled,
+    )
+    if not pickled:
+        _refuse_other_numbers(checkpoint.folder, module, None)
+    return module, None
 
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
@@ -237,10 +297,6 @@ def _said(origin: Origin | None) -> Origin | None:
     if sentence is not None:
         warnings.warn(sentence, SecateurWarning, stacklevel=4)
     return origin
-
-
-def _fingerprint(folder: Path, module: PreTrainedModel, *, pickled: bool) -> str:
-    return fingerprint.of_module(module) if pickled else fingerprint.of_folder(folder)
 
 
 def _shown(source: str) -> str:
@@ -314,52 +370,6 @@ def _saved_dtype(config: Any, folder: Path) -> torch.dtype:
         name = max(handle.keys(), key=lambda key: torch.Size(handle.get_slice(key).get_shape()).numel())
         stored = handle.get_slice(name).get_dtype()
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
-
-
-def _device(device: str) -> torch.device:
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", local_rank()) if launched() > 1 else torch.device("cuda")
-    if device == "auto":
-        return torch.device("cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{device}' cannot be used here ({first_line(error)}).") from error
-    return place
-
-
-def _arithmetic(dtype: str, saved: torch.dtype, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" and not _cpu_has_fast_bfloat16(saved) else saved
-    return dtype_named(dtype, "auto")
-
-
-def _cpu_has_fast_bfloat16(saved: torch.dtype) -> bool:
-    return saved == torch.bfloat16 and bool(torch.cpu._is_amx_tile_supported())
-
-
-def _all_gpus() -> list[torch.device]:
-    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-
-
-def _bytes_in(
-    folder: Path, saved: torch.dtype, arithmetic: torch.dtype, quantised: Quantisation | None = None
-) -> float:
-    """Return the bytes that the weights of a folder take in this arithmetic."""
-    if quantised is not None:
-        tensors = quantised.dequantised(stored_tensors(folder))
-        return sum(math.prod(piece.get_shape()) for _, piece in tensors) * arithmetic.itemsize
-    return sum(file.stat().st_size for file in shard_files(folder)) * arithmetic.itemsize / saved.itemsize
-
-
-def _too_large(needed: float, devices: list[torch.device]) -> bool:
-    return needed > _SHARE_OF_MEMORY * sum(map(free_memory, devices))
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a GPU, or in the memory of this machine."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def _tokenizer(source: Any, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
