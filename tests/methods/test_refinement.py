@@ -81,7 +81,8 @@ def test_losses_are_those_of_the_model_a_plan_makes_with_one_block_of_another(ti
         2: (*at(decoder, 16, 8, 24, 16)[2:3], *at(decoder, 16, 8, 8, 16, without=[2])[2:3]),
         3: (*at(decoder, 16, 8, 24, 0, single=[3])[3:], *at(decoder, 16, 8, 24, 16)[3:]),
     }
-    point = losses_around(measured, PARTS, widths, others, BrainSurgeon(), refit=replace(REFIT, align=align))
+    refit = replace(REFIT, align=align)
+    point = losses_around(measured, PARTS, widths, others, BrainSurgeon.before(refit), refit=refit)
     dense, pruned, found = decoder.module, applied(decoder, widths, align), point.others
     assert point.loss == pytest.approx(plain_divergence(dense, pruned, PARTS.searched), abs=1e-5)
     assert point.judged == pytest.approx(plain_divergence(dense, pruned, PARTS.judged), abs=1e-5)
@@ -103,7 +104,8 @@ def test_the_loss_is_that_of_the_model_a_plan_makes(tiny, family, align):
     decoder = tiny(family)
     half = [max(8, one.channels // 16 * 8) for one in dense_widths(decoder)]
     widths = at(decoder, *half, without=[2], single=[1])
-    found = losses_around(decoder, PARTS, widths, {}, BrainSurgeon(), refit=replace(REFIT, align=align))
+    refit = replace(REFIT, align=align)
+    found = losses_around(decoder, PARTS, widths, {}, BrainSurgeon.before(refit), refit=refit)
     pruned = applied(decoder, widths, align)
     assert found.loss == pytest.approx(plain_divergence(decoder.module, pruned, PARTS.searched), abs=1e-4)
 

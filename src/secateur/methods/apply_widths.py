@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from secateur.calibration.inputs import InputSums
+from secateur.calibration.ridge import Ridge
 from secateur.data.windows import Windows
 from secateur.errors import InputError, SecateurWarning
 from secateur.methods.method import Applied, Measurements, applies
@@ -28,6 +29,7 @@ from secateur.scores.unit_scores import (
 )
 from secateur.surgery.depth.blocks import keep_blocks
 from secateur.surgery.width.pruning import Choose, Place, Refit, prune_width
+from secateur.surgery.width.repair import aimed
 from secateur.surgery.width.target import width_sizes
 
 _TOKENS_PER_INPUT = 16
@@ -48,20 +50,21 @@ def apply(measurements: Measurements, step: PruneWidth) -> Applied:
         raise InputError("this width-pruning step was made for a model of another shape; make a new plan for this one.")
     if step.repair:
         _warn_of_few_tokens(decoder, measurements.need_windows())
+    refit = Refit(
+        repair=step.repair,
+        ridge=step.ridge,
+        bias=step.bias,
+        target=step.target,
+        others=frozenset(step.refitted),
+        align=step.align,
+    )
     pruned = prune_width(
         decoder,
         measurements.need_windows(),
         step.widths,
-        _chooser(measurements, step),
+        _chooser(measurements, step, refit),
         stock=step.stock,
-        refit=Refit(
-            repair=step.repair,
-            ridge=step.ridge,
-            bias=step.bias,
-            target=step.target,
-            others=frozenset(step.refitted),
-            align=step.align,
-        ),
+        refit=refit,
         gram=step.repair or step.choose == "brain-surgeon",
         options=measurements.options,
     )
@@ -92,10 +95,10 @@ _SCORES: dict[Choice, Callable[[torch.Tensor, InputSums], torch.Tensor]] = {
 }
 
 
-def _chooser(measurements: Measurements, step: PruneWidth) -> Choose:
+def _chooser(measurements: Measurements, step: PruneWidth, refit: Refit) -> Choose:
     """Create the function that decides which units remain."""
     if step.choose == "brain-surgeon":
-        return BrainSurgeon(step.candidates)
+        return BrainSurgeon.before(refit, step.candidates)
     if step.choose in _SCORES:
         score = _SCORES[step.choose]
 
@@ -132,19 +135,28 @@ class BrainSurgeon:
     Channels that go are among those of smallest mean size: one that others replace on the calibration texts may be
     missed on texts of another kind.
 
+    Where much is cut and projections are refitted to bring states back to those of the dense model, units are chosen
+    for the projection as it would be refitted with all of them.
+
     The order in which the units of one group go is kept until another projection is asked for, so that several widths
     of the same one cost little more than the narrowest.
     """
 
-    def __init__(self, candidates: float | None = None) -> None:
+    def __init__(self, candidates: float | None = None, *, aim: Ridge | None = None) -> None:
         """Start without an order.
 
         Args:
             candidates: channels that may go, those of smallest mean size, as a share of all; None: all.
+            aim: refit the projection with this ridge before units are chosen; None: they are chosen for it as it is.
         """
-        self._candidates = candidates
+        self._candidates, self._aim = candidates, aim
         self._place: Place | None = None
         self._order = torch.zeros(0, dtype=torch.int64)
+
+    @classmethod
+    def before(cls, refit: Refit, candidates: float | None = None) -> BrainSurgeon:
+        """Return what chooses units before projections are refitted like this."""
+        return cls(candidates, aim=refit.ridge if refit.repair and refit.align else None)
 
     def __call__(
         self, place: Place, weight: torch.Tensor, sums: InputSums, units: torch.Tensor, keep: int, /
@@ -154,10 +166,14 @@ class BrainSurgeon:
         if groups > 1:
             moments = sums.moments
             assert moments is not None, "greedy removal needs the Gram matrix"
-            return cheapest_to_lose(weight, moments.gram, units, keep, batch=batch_for(units))
+            return cheapest_to_lose(self._aimed(weight, sums), moments.gram, units, keep, batch=batch_for(units))
         if place != self._place or len(self._order) < each - keep:
-            self._order = order_by_surgeon(weight, sums, units, keep, candidates=self._candidates)
+            toward = self._aimed(weight, sums)
+            self._order = order_by_surgeon(toward, sums, units, keep, candidates=self._candidates)
             self._place = place
         stay = torch.ones(1, each, dtype=torch.bool, device=weight.device)
         stay[0, self._order[: each - keep]] = False
         return stay
+
+    def _aimed(self, weight: torch.Tensor, sums: InputSums) -> torch.Tensor:
+        return weight if self._aim is None else aimed(weight, sums, self._aim)

@@ -9,9 +9,12 @@ from secateur.calibration.folds import folds_of
 from secateur.calibration.inputs import InputSums
 from secateur.calibration.ridge import GRID, RIDGE, UNJUDGED, strength
 from secateur.data.windows import Windows
+from secateur.methods.apply_widths import BrainSurgeon
 from secateur.scores.unit_scores import cheapest_to_lose, forget, order_by_surgeon
-from secateur.surgery.width.repair import choose_fit, described, rewritten
+from secateur.surgery.width.pruning import Place, Refit
+from secateur.surgery.width.repair import aimed, choose_fit, described, rewritten
 
+RIDGE_OF_AIM = 0.2
 STAY = torch.tensor([True, False, True, True, False, True, True, False])
 
 
@@ -311,3 +314,28 @@ def test_what_the_output_lacks_is_part_of_the_fit_and_of_its_error():
     assert (found.error, found.plain) == pytest.approx((errors[found.ridge] / size, errors[None] / size))
     everything = torch.ones(250, dtype=torch.bool)
     torch.testing.assert_close(found.applied(weight, sums, STAY)[0][:, STAY].T, solved(everything, found.ridge))
+
+
+def test_units_are_chosen_for_what_the_projection_is_to_write():
+    """Greedy removal from the least-squares solution with all inputs, not from the weights as they are."""
+    x, weight, units = inputs(300), drawn(5, 8, seed=2), [[[one] for one in range(8)]]
+    m = x @ (torch.linspace(0, 6, 8, dtype=x.dtype)[:, None] * drawn(8, 5, seed=9)) - x @ weight.T
+    sums = InputSums(8, torch.device("cpu"))
+    sums.update(x, torch.zeros(300, dtype=torch.long), lacking=m)
+    gram = x.T @ x
+    strong = RIDGE_OF_AIM * gram.diagonal().mean() * torch.eye(8, dtype=x.dtype)
+    whole = weight + torch.linalg.solve(gram + strong, x.T @ m).T
+    torch.testing.assert_close(aimed(weight, sums, RIDGE_OF_AIM), whole)
+    found = BrainSurgeon(aim=RIDGE_OF_AIM)(Place(0, "channels"), weight, sums, torch.tensor(units), 4).tolist()
+    assert found == greedy_by_hand(whole, gram, units, 4)
+    assert found != greedy_by_hand(weight, gram, units, 4)
+
+
+def test_where_nothing_lacks_units_are_chosen_for_the_projection_as_it_is():
+    sums, weight = summed(inputs(60)), drawn(5, 8, seed=2)
+    assert aimed(weight, sums) is weight
+
+
+@pytest.mark.parametrize(("repair", "align", "aim"), [(True, True, 0.3), (True, False, None), (False, True, None)])
+def test_only_where_projections_are_aligned(repair, align, aim):
+    assert BrainSurgeon.before(Refit(repair=repair, align=align, ridge=0.3))._aim == aim

@@ -32,7 +32,7 @@ from secateur.plan.steps import Widths
 from secateur.surgery.width.pruning import Refit
 from secateur.versions import digest
 
-_FORMAT = 4
+_FORMAT = 5
 _LEAST = 0.002
 """Nats that a change must promise after one round brought nothing."""
 _MORE = 3.0
@@ -160,7 +160,7 @@ def _measured(
     trials = [(block, one) for block, found in others.items() for one in found]
 
     def losses() -> list[float]:
-        choose = BrainSurgeon(candidates)
+        choose = BrainSurgeon.before(refit, candidates)
         found = losses_around(decoder, parts, widths, others, choose, refit=refit, options=options)
         return [found.loss, found.judged, *(found.others[trial] for trial in trials)]
 

@@ -104,6 +104,18 @@ def choose_fit(
     return Fit(best, constant, error / size, found[0][0] / size)
 
 
+def aimed(weight: torch.Tensor, sums: InputSums, ridge: Ridge = "auto") -> torch.Tensor:
+    """Return the projection, (out, n), as it would be refitted if all its inputs remained.
+
+    Where a projection is to write something else than it does, it is this one that the removed inputs are missed by.
+    Arguments as for `choose_fit`.
+    """
+    if sums.fitted is None or sums.fitted.cross is None:
+        return weight
+    every = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    return choose_fit(weight, sums, every, repair=True, bias=False, ridge=ridge).applied(weight, sums, every)[0]
+
+
 def held_out_errors(
     weight: torch.Tensor, fitted: Moments, held_out: Moments, stay: torch.Tensor
 ) -> tuple[float, list[float]]:
