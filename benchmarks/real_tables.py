@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 from common import LENGTH
 from table_parts import Record, markdown, number, per_cent, recorded
@@ -250,14 +251,17 @@ def released(removed: str) -> str:
 
 def profile(model: str) -> str:
     """List where the processor time of each method goes, and the announced time ÷ that."""
-    rows = []
-    for one in recorded("profile_methods"):
+    measured = [one for one in recorded("profile_methods") if one["setting"]["model"] == model]
+    texts = [f"{one['setting']['windows']} windows of {one['setting']['seq_len']}" for one in measured]
+    usual, rows = statistics.mode(texts), []
+    for one, text in zip(measured, texts, strict=True):
         found = one["found"]
-        if one["setting"]["model"] != model or "refused" in found:
+        if "refused" in found:
             continue
+        name = f"`{one['setting']['method']}`" + (f", {text}" if text != usual else "")
         total = sum(found["seconds"].values())
         shares = [f"{100 * value / max(total, 0.01):.0f} %" for value in found["seconds"].values()]
         announced = number(found["announced_over_happened"]) if found["announced"] else "–"
-        rows.append([f"`{one['setting']['method']}`", f"{total:.1f} s", *shares, announced])
+        rows.append([name, f"{total:.1f} s", *shares, announced])
     head = ("method", "time", "forward", "backward", "sums", "solve", "disk", "other", "announced ÷ taken")
-    return markdown(head, rows) if rows else "Not measured yet."
+    return markdown(head, rows)
