@@ -205,7 +205,10 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
     place = Placement.of(asked.device, asked.dtype, saved)
     skeleton = checkpoint.read_by_blocks(place, asked.skeleton)
     thin = skeleton or (shapes_only and not checkpoint.pickled)
-    module, shards = (_thin if thin else _whole)(checkpoint, place, trust_remote_code=trusted)
+    if thin:
+        module, shards = _thin(checkpoint, place, trust_remote_code=trusted)
+    else:
+        module, shards = _whole(checkpoint, place, trust_remote_code=trusted), None
     if skeleton is None:
         skeleton = not place.holds(module.num_parameters() * place.arithmetic.itemsize)
     _name_own_head(module, family)
@@ -227,9 +230,7 @@ def _open(source: str, asked: _Opening, *, shapes_only: bool) -> Decoder:
     )
 
 
-def _thin(
-    checkpoint: _Checkpoint, place: Placement, *, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Shards | None]:
+def _thin(checkpoint: _Checkpoint, place: Placement, *, trust_remote_code: bool) -> tuple[PreTrainedModel, Shards]:
     """Return the model without weights, and what reads those of its blocks."""
     folder, family = checkpoint.folder, checkpoint.family
     module = empty_model(checkpoint.config, place.arithmetic, place.device, trust_remote_code=trust_remote_code)
@@ -240,13 +241,10 @@ def _thin(
     return module, shards
 
 
-def _whole(
-    checkpoint: _Checkpoint, place: Placement, *, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Shards | None]:
+def _whole(checkpoint: _Checkpoint, place: Placement, *, trust_remote_code: bool) -> PreTrainedModel:
     """Return the model with all its weights in memory."""
     if checkpoint.quantised:
-        module, shards = _thin(checkpoint, place, trust_remote_code=trust_remote_code)
-        return (module if shards is None else filled(module, shards)), None
+        return filled(*_thin(checkpoint, place, trust_remote_code=trust_remote_code))
     many, pickled = len(place.devices) > 1, checkpoint.pickled
     spread = many and (pickled or not place.first.holds(checkpoint.bytes_in(place.arithmetic)))
     module = whole_model(
@@ -259,7 +257,7 @@ def _whole(
     )
     if not pickled:
         _refuse_other_numbers(checkpoint.folder, module, None)
-    return module, None
+    return module
 
 
 _FLOATING = ("F64", "F32", "F16", "BF16")

@@ -14,7 +14,6 @@ from secateur.scores.unit_scores import cheapest_to_lose, forget, order_by_surge
 from secateur.surgery.width.pruning import Place, Refit
 from secateur.surgery.width.repair import aimed, choose_fit, described, rewritten
 
-RIDGE_OF_AIM = 0.2
 STAY = torch.tensor([True, False, True, True, False, True, True, False])
 
 
@@ -318,15 +317,15 @@ def test_what_the_output_lacks_is_part_of_the_fit_and_of_its_error():
 
 def test_units_are_chosen_for_what_the_projection_is_to_write():
     """Greedy removal from the least-squares solution with all inputs, not from the weights as they are."""
-    x, weight, units = inputs(300), drawn(5, 8, seed=2), [[[one] for one in range(8)]]
+    x, weight, units, ridge = inputs(300), drawn(5, 8, seed=2), [[[one] for one in range(8)]], 0.2
     m = x @ (torch.linspace(0, 6, 8, dtype=x.dtype)[:, None] * drawn(8, 5, seed=9)) - x @ weight.T
     sums = InputSums(8, torch.device("cpu"))
     sums.update(x, torch.zeros(300, dtype=torch.long), lacking=m)
     gram = x.T @ x
-    strong = RIDGE_OF_AIM * gram.diagonal().mean() * torch.eye(8, dtype=x.dtype)
+    strong = ridge * gram.diagonal().mean() * torch.eye(8, dtype=x.dtype)
     whole = weight + torch.linalg.solve(gram + strong, x.T @ m).T
-    torch.testing.assert_close(aimed(weight, sums, RIDGE_OF_AIM), whole)
-    found = BrainSurgeon(aim=RIDGE_OF_AIM)(Place(0, "channels"), weight, sums, torch.tensor(units), 4).tolist()
+    torch.testing.assert_close(aimed(weight, sums, ridge), whole)
+    found = BrainSurgeon(aim=ridge)(Place(0, "channels"), weight, sums, torch.tensor(units), 4).tolist()
     assert found == greedy_by_hand(whole, gram, units, 4)
     assert found != greedy_by_hand(weight, gram, units, 4)
 
